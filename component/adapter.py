@@ -1,0 +1,194 @@
+"""What trains, and how is it merged? LoRA on every linear layer, and embeddings and norms where asked.
+
+LoRA (arXiv 2106.09685): y = W x + (alpha / rank) B A x, W frozen. QLoRA (2305.14314, section 4) found that it takes
+adapters on *all* linear layers to match full fine-tuning. Embeddings and norms train as full copies (PEFT's
+`modules_to_save`), as LongLoRA (2309.12307, section 3.3) does for low ranks.
+"""
+
+from pathlib import Path
+
+import torch
+from huggingface_hub import hf_hub_download
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.utils import set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from component.error import UserError, nearest
+
+LEGACY_EXTRAS = "trainable_params.bin"  # LongLoRA's file of trained embeddings and norms, beside the LoRA weights
+
+
+def linear_names(model: PreTrainedModel) -> list[str]:
+    """The names, as in `q_proj`, of the linear layers of `model`, its output embedding (lm_head) left out."""
+    head = model.get_output_embeddings()
+    return sorted(
+        {name.rpartition(".")[2] for name, layer in model.named_modules() if _is_linear(layer) and layer is not head}
+    )
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Linear)  # bitsandbytes' Linear4bit is one too
+
+
+def check_targets(model: PreTrainedModel, names: list[str]) -> None:
+    """Every name must be, or end the path of, a linear layer.
+
+    Raises:
+        UserError: a name matches nothing, even if the others match.
+    """
+    paths = [name for name, layer in model.named_modules() if _is_linear(layer)]
+    for wanted in names:
+        if not any(path == wanted or path.endswith(f".{wanted}") for path in paths):
+            known = sorted({path.rpartition(".")[2] for path in paths})
+            raise UserError(
+                f"target_modules: {wanted!r} is no linear layer of this model{nearest(wanted, known)}; "
+                f"it has {', '.join(known)}"
+            )
+
+
+def full_copies(model: PreTrainedModel, train_embedding: bool, train_norm: bool) -> list[str]:
+    """The names of the modules that are trained whole. Tied embeddings are named once."""
+    names = set()
+    if train_embedding:
+        modules = [model.get_input_embeddings()]
+        if not model.config.tie_word_embeddings:
+            modules.append(model.get_output_embeddings())
+        names |= {
+            name.rpartition(".")[2] for name, module in model.named_modules() if any(module is m for m in modules)
+        }
+    if train_norm:
+        names |= {
+            name.rpartition(".")[2]
+            for name, module in model.named_modules()
+            if type(module).__name__.endswith(("RMSNorm", "LayerNorm"))
+        }
+    return sorted(names)
+
+
+def add_adapter(
+    model: PreTrainedModel,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    target_names: list[str] | None = None,
+    train_embedding: bool = False,
+    train_norm: bool = False,
+) -> PeftModel:
+    """Freeze `model` and put trainable LoRA, and copies of embeddings and norms if asked, around it.
+
+    Args:
+        target_names: linear layers that get LoRA; None for all of them but lm_head.
+
+    Raises:
+        UserError: a target that is no linear layer of the model.
+    """
+    if target_names is not None:
+        check_targets(model, target_names)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=target_names or linear_names(model),
+        modules_to_save=full_copies(model, train_embedding, train_norm) or None,
+        ensure_weight_tying=train_embedding and model.config.tie_word_embeddings,
+    )
+    adapted = get_peft_model(model, config)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:  # optimizers step in fp32; DeepSpeed's half precision keeps its own fp32 masters
+            parameter.data = parameter.data.float()
+    return adapted
+
+
+def load_adapter(model: PreTrainedModel, source: str) -> PeftModel:
+    """`model` with the adapter in a folder or on the hub around it, frozen, every weight of both accounted for.
+
+    Reads our folders, PEFT's, and the original projects': `adapter_model.bin` and LongLoRA's `trainable_params.bin`.
+
+    Raises:
+        UserError: no adapter there, damaged files, or weights that do not fit the model.
+    """
+    try:
+        config = PeftConfig.from_pretrained(source)
+    except (ValueError, OSError, TypeError, KeyError) as error:
+        raise UserError(f"{source} is no adapter: its adapter_config.json cannot be read ({error})") from error
+    config.inference_mode = True
+    weights = read_weights(_fetch(source, "adapter_model.safetensors", "adapter_model.bin"))
+    extras = _fetch(source, LEGACY_EXTRAS, required=False)
+    if extras is not None:
+        _load_extras(model, read_weights(extras), extras)
+    adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+    try:
+        result = set_peft_model_state_dict(adapted, weights)
+    except RuntimeError as error:  # a size mismatch, spelt over many lines
+        raise UserError(f"{source} does not fit this base model: {' '.join(str(error).split())}") from error
+    missing = [key for key in result.missing_keys if _is_adapter_weight(key)]
+    unknown = list(result.unexpected_keys)
+    if missing or unknown:
+        parts = [f"{len(missing)} weights are missing, as {missing[0]}"] if missing else []
+        parts += [f"{len(unknown)} belong nowhere, as {unknown[0]}"] if unknown else []
+        raise UserError(f"{source} does not fit this base model: {' and '.join(parts)}")
+    return adapted.eval()
+
+
+def _is_adapter_weight(name: str) -> bool:
+    return ".lora_" in name or ".modules_to_save." in name
+
+
+def _fetch(source: str, *names: str, required: bool = True) -> Path | None:
+    """The first of the files `names` in a folder or hub repository."""
+    for name in names:
+        if Path(source).is_dir():
+            if (Path(source) / name).is_file():
+                return Path(source) / name
+            continue
+        try:
+            return Path(hf_hub_download(source, name))
+        except Exception:  # absent, offline or gated: the next name, then our own message
+            continue
+    if required:
+        raise UserError(f"{source} is no adapter: it holds neither {' nor '.join(names)}")
+    return None
+
+
+def read_weights(file: Path) -> dict[str, torch.Tensor]:
+    """Tensors by name; `.bin` files are read with weights-only unpickling, so no code in them runs."""
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # safetensors, zip and pickle each have their own kinds
+        raise UserError(f"{file} is damaged or holds more than weights: {str(error).splitlines()[0]}") from error
+
+
+def _load_extras(model: PreTrainedModel, weights: dict[str, torch.Tensor], file: Path) -> None:
+    """LongLoRA's trained embeddings and norms into the base itself, before LoRA goes around it."""
+    own = dict(model.named_parameters(remove_duplicate=False))
+    for key, value in weights.items():
+        name = key.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
+        if name not in own:
+            raise UserError(f"{file}: {key} is no weight of this base model")
+        if own[name].shape != value.shape:
+            hint = ""
+            if value.shape[0] == own[name].shape[0] + 1:
+                hint = "; the extra row is a pad token that was added for training: use a base resized in the same way"
+            raise UserError(f"{file}: {key} is {tuple(value.shape)}, the base has {tuple(own[name].shape)}{hint}")
+        own[name].data.copy_(value)
+
+
+def merge_adapter(model: PeftModel) -> PreTrainedModel:
+    """The plain base, with (alpha / rank) B A added to its weights and trained copies put in place."""
+    return model.merge_and_unload(safe_merge=True)
+
+
+def trainable_counts(model: nn.Module) -> dict[str, int]:
+    """Trainable parameters by kind: `LoRA`, `embeddings`, `norms`."""
+    counts = {"LoRA": 0, "embeddings": 0, "norms": 0}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            kind = "LoRA" if ".lora_" in name else "norms" if "norm" in name else "embeddings"
+            counts[kind] += getattr(parameter, "ds_numel", parameter.numel())
+    return {kind: count for kind, count in counts.items() if count}

@@ -1,0 +1,291 @@
+"""What may a user set, and is it sane?
+
+A run is described by one flat YAML file: the keys of `LongQLoRAArguments` below and every key of
+`transformers.TrainingArguments`; `--key value` on the command line overrides one. Everything that is wrong is
+collected and reported in one message, before any weight is loaded.
+"""
+
+import argparse
+import dataclasses
+import enum
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import yaml
+from transformers import TrainingArguments
+
+from component.error import UserError, nearest
+from component.rope import ROPE_TYPES
+
+DEFAULT_FILE = "./train_args/llama2-7b-pretrain.yaml"
+V100_ADVICE = "set fp16: true (V100 and Turing compute in fp16 only; README.md, 'Hardware')"
+
+
+def _key(help: str, default: typing.Any = dataclasses.MISSING):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class LongQLoRAArguments:
+    """The keys of this project. `field(default=MISSING)` marks a key that every YAML must set."""
+
+    model_name_or_path: str = _key("base model: a folder or a Hugging Face hub id")
+    train_file: str = _key("training data: a .jsonl file, a folder of them, or owner/dataset/file.jsonl on the hub")
+    sft: bool = _key('true: {"input", "output"} lines, loss on the output; false: {"text"} lines, loss on all of it')
+    max_seq_length: int = _key("tokens per training sample; longer texts are cut")
+    model_max_length: int = _key("context in tokens that positions are stretched to; at least max_seq_length")
+    eval_file: str | None = _key("data like train_file, for loss and perplexity with full attention", None)
+    rope_type: str = _key("how positions are stretched: linear, dynamic or yarn", "linear")
+    use_shift_short_attention: bool = _key("S2-Attn while training; false trains with full attention", True)
+    group_size_ratio: float = _key("tokens per attention group, as a share of max_seq_length", 0.25)
+    group_size: int | None = _key("tokens per attention group, even; overrides group_size_ratio", None)
+    use_flash_attn: bool | None = _key(
+        "true: flash kernels or an error; false: never flash (what a V100 has); empty: the fastest that runs", None
+    )
+    load_in_4bit: bool = _key("NF4 with double quantisation for the frozen base; false keeps it in 16 bits", True)
+    target_modules: str | list[str] | None = _key(
+        "linear layers that get LoRA: names with commas between, or a list; empty: all but lm_head", None
+    )
+    lora_rank: int = _key("rank of the LoRA matrices", 64)
+    lora_alpha: float = _key("LoRA's output is scaled by lora_alpha / lora_rank", 16)
+    lora_dropout: float = _key("dropout in front of LoRA", 0.05)
+    train_embedding: bool = _key("train the token embedding and lm_head too", False)
+    train_norm: bool = _key("train the normalisation weights too", False)
+    memory_budget_gib: float | None = _key("GPU memory in GiB that this run may take; empty: the whole card", None)
+    overwrite_output_dir: bool = _key("start afresh in an output_dir that already holds a run", False)
+
+    @property
+    def group_tokens(self) -> int:
+        """Tokens per attention group: `group_size`, or the ratio's share of `max_seq_length`, made even."""
+        return self.group_size or max(2, int(self.group_size_ratio * self.max_seq_length) // 2 * 2)
+
+    @property
+    def target_names(self) -> list[str] | None:
+        if self.target_modules is None:
+            return None
+        names = self.target_modules.split(",") if isinstance(self.target_modules, str) else self.target_modules
+        return [name.strip() for name in names if name.strip()]
+
+
+def parse_arguments(argv: list[str]) -> tuple[LongQLoRAArguments, TrainingArguments]:
+    """Command line and YAML file -> checked arguments.
+
+    Raises:
+        UserError: one message with every problem found.
+    """
+    file, overrides = _parse_command_line(argv)
+    values = {**_read_yaml(file), **overrides}
+    ours, theirs = _hints(LongQLoRAArguments), _hints(TrainingArguments)
+    problems = _unknown_keys(values, [*ours, *theirs])
+    typed: dict[str, typing.Any] = {}
+    for key, value in values.items():
+        if key in ours or key in theirs:
+            try:
+                typed[key] = _coerce(value, (ours | theirs)[key])
+            except ValueError as error:
+                problems.append(f"{key}: {error}")
+    for item in dataclasses.fields(LongQLoRAArguments):
+        if item.default is dataclasses.MISSING and item.name not in values:
+            problems.append(f"{item.name}: missing; {item.metadata['help']}")
+    problems += _insane(typed)
+    if problems:
+        raise UserError(f"{file} cannot be trained with:\n" + "\n".join(f"  - {problem}" for problem in problems))
+    args = LongQLoRAArguments(**{key: value for key, value in typed.items() if key in ours})
+    return args, _training_arguments(file, {key: value for key, value in typed.items() if key not in ours})
+
+
+def _training_arguments(file: str, values: dict) -> TrainingArguments:
+    # ours, because a run's record counts tokens; and the recomputation that needs no gradient at the embedding
+    values = {"include_num_input_tokens_seen": "non_padding", **values}
+    if values.get("gradient_checkpointing"):
+        values.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": False})
+    try:
+        return TrainingArguments(**values)
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(f"{file}: {error}") from error
+
+
+def _parse_command_line(argv: list[str]) -> tuple[str, dict]:
+    keys = "\n".join(f"  {item.name:26}{item.metadata['help']}" for item in dataclasses.fields(LongQLoRAArguments))
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        description="Extend the context of a Llama-family model with LongQLoRA.",
+        epilog=f"keys of the YAML file; any of them, and any key of transformers.TrainingArguments, can be\n"
+        f"overridden as --key value:\n{keys}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--train_args_file", default=DEFAULT_FILE, help=f"YAML file (default {DEFAULT_FILE})")
+    parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher")
+    known, rest = parser.parse_known_args(argv)
+    overrides = {}
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            raise UserError(f"{word!r}: an override is spelt --key value, as in --learning_rate 1e-4")
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            if not rest:
+                raise UserError(f"--{key}: no value; an override is spelt --key value")
+            value = rest.pop(0)
+        overrides[key] = yaml.safe_load(value) if value else None
+    return known.train_args_file, overrides
+
+
+class _NoDuplicates(yaml.SafeLoader):
+    """PyYAML keeps the last of two equal keys without a word."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                raise yaml.MarkedYAMLError(None, None, f"{key_node.value} is set twice", key_node.start_mark)
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(file: str) -> dict:
+    path = Path(file)
+    if not path.is_file():
+        raise UserError(f"--train_args_file: there is no file {file}")
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_NoDuplicates)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--train_args_file: {file} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"--train_args_file: {file} holds no 'key: value' lines")
+    return values
+
+
+def _hints(cls: type) -> dict[str, typing.Any]:
+    hints = typing.get_type_hints(cls)
+    return {item.name: hints[item.name] for item in dataclasses.fields(cls) if item.init}
+
+
+def _unknown_keys(values: dict, known: list[str]) -> list[str]:
+    return [f"{key}: unknown key{nearest(str(key), known)}" for key in values if key not in known]
+
+
+def _coerce(value: typing.Any, hint: typing.Any) -> typing.Any:
+    """`value` as the type that `hint` asks for ('2e-4', which YAML 1.1 reads as a string, becomes a float)."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        members = typing.get_args(hint)
+        for member in sorted(members, key=lambda member: member is str):  # every string is a str: try that last
+            try:
+                return _coerce(value, member)
+            except ValueError:
+                continue
+        raise ValueError(f"{value!r} is no {_spelt(hint)}")
+    if hint is typing.Any or (hint is type(None) and value is None):
+        return value
+    if hint is bool and isinstance(value, bool):
+        return value
+    if hint in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        return _number(value, hint)
+    if hint is str and isinstance(value, str):
+        return value
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        names = [member.value for member in hint]
+        if value in names:
+            return value
+        raise ValueError(f"{value!r} is none of {', '.join(names)}{nearest(str(value), names)}")
+    if (origin or hint) in (dict, list) and isinstance(value, origin or hint):
+        return value
+    raise ValueError(f"{value!r} is no {_spelt(hint)}")
+
+
+def _number(value: int | float | str, kind: type) -> int | float:
+    try:
+        number = float(value)
+    except ValueError:
+        raise ValueError(f"{value!r} is no {_spelt(kind)}") from None
+    if number != number or (kind is int and not number.is_integer()):
+        raise ValueError(f"{value!r} is no {_spelt(kind)}")
+    return kind(number)
+
+
+def _spelt(hint: typing.Any) -> str:
+    names = {bool: "true or false", int: "whole number", float: "number", str: "text", type(None): "nothing"}
+    return " or ".join(names.get(member, getattr(member, "__name__", str(member))) for member in _members(hint))
+
+
+def _members(hint: typing.Any) -> tuple:
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+def _insane(values: dict) -> list[str]:
+    """Values of the right type that make no sense, one sentence each."""
+    bounds = {
+        "max_seq_length": (lambda v: v >= 2, "at least 2 tokens"),
+        "group_size": (lambda v: v >= 2 and v % 2 == 0, "an even number of tokens >= 2"),
+        "group_size_ratio": (lambda v: 0 < v <= 1, "a share in (0, 1], 0.25 as in the paper"),
+        "rope_type": (lambda v: v in ROPE_TYPES, "one of " + ", ".join(ROPE_TYPES)),
+        "lora_rank": (lambda v: v >= 1, "at least 1"),
+        "lora_alpha": (lambda v: v > 0, "above 0"),
+        "lora_dropout": (lambda v: 0 <= v < 1, "a probability in [0, 1)"),
+        "memory_budget_gib": (lambda v: v > 0, "above 0 GiB"),
+        "learning_rate": (lambda v: 0 < v < 1, "in (0, 1), as 2e-4"),
+        "per_device_train_batch_size": (lambda v: v >= 1, "at least 1"),
+        "per_device_eval_batch_size": (lambda v: v >= 1, "at least 1"),
+        "gradient_accumulation_steps": (lambda v: v >= 1, "at least 1"),
+        "num_train_epochs": (lambda v: v > 0, "above 0"),
+        "max_steps": (lambda v: v >= 1 or v == -1, "at least 1, or -1 for whole epochs"),
+        "save_steps": (lambda v: v > 0, "above 0"),
+        "logging_steps": (lambda v: v > 0, "above 0"),
+        "warmup_steps": (lambda v: v >= 0, "0 or more"),
+        "weight_decay": (lambda v: v >= 0, "0 or more"),
+        "max_grad_norm": (lambda v: v >= 0, "0 or more"),
+    }
+    problems = [
+        f"{key}: {values[key]!r}; use {cure}"
+        for key, (is_sane, cure) in bounds.items()
+        if values.get(key) is not None and not is_sane(values[key])
+    ]
+    longest, target = values.get("max_seq_length"), values.get("model_max_length")
+    if longest and target and longest > target:
+        problems.append(
+            f"max_seq_length: {longest} tokens are more than model_max_length, {target}; samples would reach beyond "
+            "the stretched positions: raise model_max_length or shorten the samples"
+        )
+    if values.get("target_modules") is not None and not str(values["target_modules"]).strip(", []"):
+        problems.append("target_modules: empty; leave the key out for all linear layers")
+    if not values.get("output_dir"):
+        problems.append("output_dir: missing; where checkpoints and the adapter go")
+    return problems + _impossible_precision(values) + _bad_deepspeed(values.get("deepspeed"))
+
+
+def _impossible_precision(values: dict) -> list[str]:
+    fp16, bf16 = values.get("fp16"), values.get("bf16")
+    if fp16 and bf16:
+        return ["fp16, bf16: both are true; keep one"]
+    on_gpu = torch.cuda.is_available() and not values.get("use_cpu")
+    if fp16 and not on_gpu:
+        return ["fp16: true, but there is no GPU here; leave it out (fp32) or set bf16: true"]
+    if on_gpu and torch.cuda.get_device_capability() < (8, 0):
+        name = torch.cuda.get_device_name()
+        if bf16:
+            return [f"bf16: true, but {name} has no bf16; {V100_ADVICE}"]
+        if values.get("use_flash_attn"):
+            return [f"use_flash_attn: true, but {name} runs no flash kernel; leave it out"]
+    if values.get("use_flash_attn") and (not on_gpu or not (fp16 or bf16)):
+        return [
+            "use_flash_attn: true needs a GPU and fp16: true or bf16: true; leave it out for the fastest that runs"
+        ]
+    return []
+
+
+def _bad_deepspeed(config: str | dict | None) -> list[str]:
+    if config is None or isinstance(config, dict):
+        return []
+    path = Path(config)
+    if not path.is_file():
+        return [f"deepspeed: there is no file {config}; train_args/deepspeed/ has three"]
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        return [f"deepspeed: {config} is not JSON: {error}"]
+    return []

@@ -1,0 +1,193 @@
+"""What is in an adapter folder? One writer, one reader.
+
+`output_dir` and each `checkpoint-N` hold PEFT's files (adapter_config.json, adapter_model.safetensors), the tokenizer,
+the extended config.json and `longqlora.json`, the record: what was extended, how far, with what. The record is written
+last and lists every file with its size, so a folder that was cut off while being written is told from a whole one.
+"""
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from peft import PeftModel
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from component.error import UserError
+
+RECORD_FILE = "longqlora.json"
+OUTPUT_ROOT = Path(__file__).resolve().parents[1] / "output"  # where the shipped YAMLs train to
+
+
+@contextlib.contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder beside `target` that becomes `target` only when everything in it has been written."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        folder.chmod(0o755)  # mkdtemp makes private folders
+        yield folder
+        folder.rename(target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def library_versions() -> dict[str, str]:
+    names = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed", "accelerate")
+    return {name: importlib.metadata.version(name) for name in names if _is_installed(name)}
+
+
+def _is_installed(name: str) -> bool:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return bool(importlib.metadata.version(name))
+    return False
+
+
+def write_adapter(
+    folder: Path,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig,
+    state_dict: dict | None = None,
+) -> None:
+    """PEFT's files, the tokenizer and the extended config into `folder`, each whole or not at all.
+
+    Args:
+        config: of the extended base, without anything of ours in it.
+        state_dict: the model's weights where the model itself holds only shards of them (ZeRO-3).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as temporary:
+        # save_embedding_layers: trained embeddings are in modules_to_save; "auto" would ask the hub for the base
+        model.save_pretrained(temporary, state_dict=state_dict, save_embedding_layers=False)
+        tokenizer.save_pretrained(temporary)
+        config.save_pretrained(temporary)
+        for file in Path(temporary).iterdir():
+            if file.name != "README.md":  # PEFT's empty model card
+                file.replace(folder / file.name)
+
+
+def write_record(folder: Path, record: dict) -> None:
+    """`longqlora.json`, with every file of the folder (checkpoints inside it left out) and its size in bytes."""
+    files = {
+        str(file.relative_to(folder)): file.stat().st_size
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and not _is_passing(file.relative_to(folder))
+    }
+    temporary = folder / f".{RECORD_FILE}.tmp"
+    temporary.write_text(json.dumps({**record, "files": files}, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(folder / RECORD_FILE)
+
+
+def _is_passing(file: Path) -> bool:
+    """Files of a run that are not part of its adapter: checkpoints, curves, logs, half-written things."""
+    first = file.parts[0]
+    return (
+        first in (RECORD_FILE, "runs") or first.startswith((".", "checkpoint-")) or first.endswith((".log", ".yaml"))
+    )
+
+
+def read_record(folder: str | Path) -> dict | None:
+    """The record of one of our adapter folders; None if the folder has none (another project's adapter).
+
+    Raises:
+        UserError: the record cannot be read, or a file that it lists is missing or has another size.
+    """
+    path = Path(folder) / RECORD_FILE
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        files = dict(record["files"])
+        record["base_model"], record["rope_type"], record["rope_factor"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); use another checkpoint") from error
+    for name, size in files.items():
+        file = Path(folder) / name
+        actual = file.stat().st_size if file.is_file() else None
+        if actual != size:
+            state = "missing" if actual is None else f"{actual} bytes long instead of {size}"
+            raise UserError(f"{folder} is not whole: {name} is {state}; use another checkpoint or train again")
+    return record
+
+
+def checkpoints(output_dir: str | Path) -> list[Path]:
+    """The `checkpoint-N` folders of a run, oldest first, whole or not."""
+    found = [
+        (re.fullmatch(r"checkpoint-(\d+)", folder.name), folder) for folder in Path(output_dir).glob("checkpoint-*")
+    ]
+    return [folder for _, folder in sorted((int(match[1]), folder) for match, folder in found if match)]
+
+
+def newest_whole_checkpoint(output_dir: str | Path) -> Path | None:
+    for folder in reversed(checkpoints(output_dir)):
+        with contextlib.suppress(UserError):
+            if read_record(folder) is not None:
+                return folder
+    return None
+
+
+def checkpoint_to_resume(output_dir: str, resume: str | None) -> str | None:
+    """The folder that `resume_from_checkpoint` means: None, a path, or the newest whole one for `auto` and `true`."""
+    if resume is None or str(resume).lower() in ("false", "none", ""):
+        return None
+    if str(resume).lower() in ("auto", "true"):
+        newest = newest_whole_checkpoint(output_dir)
+        if newest is None and str(resume).lower() == "true":
+            raise UserError(
+                f"resume_from_checkpoint: true, but {output_dir} holds no whole checkpoint; use auto or false"
+            )
+        return str(newest) if newest else None
+    if not Path(resume).is_dir():
+        raise UserError(f"resume_from_checkpoint: there is no folder {resume}; use auto for the newest in output_dir")
+    if read_record(resume) is None:
+        raise UserError(f"resume_from_checkpoint: {resume} has no {RECORD_FILE}, so it was never finished; use auto")
+    return resume
+
+
+def newest_run(root: Path = OUTPUT_ROOT) -> Path:
+    """The finished run under `root` that was written last.
+
+    Raises:
+        UserError: there is none.
+    """
+    records = [folder / RECORD_FILE for folder in root.glob("*") if (folder / "adapter_config.json").is_file()]
+    finished = [record for record in records if record.is_file()]
+    if not finished:
+        raise UserError(
+            f"there is no finished run under {root}; train first, or name a folder with --adapter_name_or_path"
+        )
+    return max(finished, key=lambda record: record.stat().st_mtime).parent
+
+
+def claim_output(output_dir: str, resume: str | None, overwrite: bool) -> str | None:
+    """Make sure that a run may write into `output_dir`; the checkpoint that it starts from, or None.
+
+    Raises:
+        UserError: the folder holds a run already, and neither resuming nor overwriting was asked for.
+    """
+    folder = Path(output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output_dir: {output_dir} is a file; name a folder")
+    if overwrite:
+        if int(os.environ.get("RANK", "0")) == 0:
+            for old in checkpoints(folder):
+                shutil.rmtree(old)
+            for name in (RECORD_FILE, "adapter_config.json"):
+                (folder / name).unlink(missing_ok=True)
+        return None
+    start = checkpoint_to_resume(output_dir, resume)
+    is_finished = (folder / "adapter_config.json").is_file()
+    # half-written checkpoints alone are no obstacle to `auto`: the run was killed before its first whole one
+    is_in_use = is_finished or (bool(checkpoints(folder)) and str(resume).lower() != "auto")
+    if start is None and is_in_use:
+        raise UserError(
+            f"output_dir: {output_dir} holds a {'finished' if is_finished else 'started'} run; go on with "
+            "resume_from_checkpoint: auto, start afresh with overwrite_output_dir: true, or name another folder"
+        )
+    return start

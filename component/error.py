@@ -1,0 +1,36 @@
+"""What does the user see when something is wrong? One sentence, never a traceback.
+
+A `UserError` names the field (or the file and line), the value and the cure. Anything else that is raised is a
+defect of ours and keeps its traceback.
+"""
+
+import difflib
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterable
+
+
+class UserError(ValueError):
+    """Something a YAML, a flag, a data file or a folder got wrong."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """' (did you mean x?)' for the known name that looks most like `name`, or the empty string."""
+    match = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {match[0]}?)" if match else ""
+
+
+def exit_on_user_error(main: Callable[[], None]) -> Callable[[], None]:
+    """Let a program end with status 1 and the message alone when its user made a mistake."""
+
+    @functools.wraps(main)
+    def wrapper() -> None:
+        try:
+            main()
+        except UserError as error:
+            if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # one message, not one per GPU
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            sys.exit(1)
+
+    return wrapper

@@ -1,0 +1,186 @@
+"""How are base weights and tokenizer loaded, in 4 bits or not?
+
+NF4 with double quantisation: QLoRA (arXiv 2305.14314, section 3). The base is never passed through PEFT's
+`prepare_model_for_kbit_training`: that turns norms and embeddings, and with them the residual stream, into fp32.
+"""
+
+import copy
+import os
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from component.adapter import load_adapter
+from component.checkpoint import read_record
+from component.error import UserError
+from component.rope import context_length, extend_context, original_context, rope_factor
+
+
+def load_config(model_name_or_path: str, field: str = "model_name_or_path") -> PretrainedConfig:
+    """The config of a base model.
+
+    Raises:
+        UserError: nothing loadable there, or a model whose attention cannot be exchanged.
+    """
+    try:
+        config = AutoConfig.from_pretrained(model_name_or_path)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{field}: {model_name_or_path!r} is no model folder and no hub id: {reason}") from error
+    model_class = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    if not getattr(model_class, "_supports_attention_backend", False):
+        raise UserError(
+            f"{field}: model type {config.model_type!r} does not take its attention from transformers' interface; "
+            "use a model of the Llama family (llama, mistral, qwen2, qwen3)"
+        )
+    original_context(config)  # refuses models without a single rotary embedding
+    return config
+
+
+def load_tokenizer(model_name_or_path: str, model_max_length: int | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a base model; its vocabulary stays as it is, pad token or none.
+
+    Raises:
+        UserError: no tokenizer there, or one without an end-of-sequence token.
+    """
+    options = {} if model_max_length is None else {"model_max_length": model_max_length}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, padding_side="right", **options)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"model_name_or_path: {model_name_or_path!r} holds no usable tokenizer: {reason}") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"model_name_or_path: the tokenizer of {model_name_or_path!r} has no end-of-sequence token")
+    return tokenizer
+
+
+def any_pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """An id to stand in padded places; they are masked by position, so which one does not matter."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def load_base(
+    model_name_or_path: str,
+    config: PretrainedConfig,
+    *,
+    dtype: torch.dtype,
+    load_in_4bit: bool,
+    device: str | torch.device | None,
+) -> PreTrainedModel:
+    """The base's weights under `config`; nothing is initialised at random.
+
+    Args:
+        dtype: of weights, or with `load_in_4bit` of what stays unquantised and of computing.
+        device: where to put the weights; None leaves that to ZeRO-3, which partitions while loading.
+
+    Raises:
+        UserError: weights that are missing or do not fit the config.
+    """
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        # 4-bit values travel in this type when ZeRO-3 partitions and gathers them
+        bnb_4bit_quant_storage=dtype if device is None else torch.uint8,
+    )
+    options = {"quantization_config": quantization} if load_in_4bit else {}
+    if device is not None:
+        options["device_map"] = {"": device}
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            model_name_or_path, config=copy.deepcopy(config), dtype=dtype, output_loading_info=True, **options
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "out of memory" in str(error):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"model_name_or_path: the weights of {model_name_or_path!r} do not load: {reason}") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise UserError(
+            f"model_name_or_path: {model_name_or_path!r} lacks {len(missing)} weights of its config, as {missing[0]}"
+        )
+    return model
+
+
+def compute_dtype(fp16: bool, bf16: bool) -> torch.dtype:
+    return torch.float16 if fp16 else torch.bfloat16 if bf16 else torch.float32
+
+
+def default_device() -> torch.device:
+    """This process's GPU, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def inference_dtype(device: torch.device) -> torch.dtype:
+    """fp16 on GPUs, as the published models; fp32 on the CPU, where half precision is slow."""
+    return torch.float16 if device.type == "cuda" else torch.float32
+
+
+def load_for_inference(
+    model_name_or_path: str | None,
+    adapter_name_or_path: str | None = None,
+    *,
+    context_size: int | None = None,
+    load_in_4bit: bool = False,
+    dtype: torch.dtype | None = None,
+    field: str = "model_name_or_path",
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A plain or merged model, or a base with an adapter around it, evaluating with full attention.
+
+    Args:
+        model_name_or_path: None takes the base that the adapter's record names.
+        context_size: in tokens; stretches a base as training would. Our own adapters and extended models already say
+            how far they are stretched, so there it is not needed, and a contradiction is an error.
+
+    Raises:
+        UserError: nothing loadable, an adapter that does not fit, or contradictory context sizes.
+    """
+    record = read_record(adapter_name_or_path) if adapter_name_or_path else None
+    base = model_name_or_path or (record["base_model"] if record else None)
+    if not base:
+        raise UserError(f"{field}: missing; {adapter_name_or_path} does not say which base model it belongs to")
+    own = adapter_name_or_path if record and adapter_name_or_path else base  # our folders hold config and tokenizer
+    config = stretched_config(own, context_size, is_fixed=record is not None, field=field)
+    device = default_device()
+    dtype = dtype or inference_dtype(device)
+    model = load_base(base, config, dtype=dtype, load_in_4bit=load_in_4bit, device=device).eval()
+    tokenizer = load_tokenizer(own)
+    return (load_adapter(model, adapter_name_or_path) if adapter_name_or_path else model), tokenizer
+
+
+def stretched_config(
+    source: str, context_size: int | None, *, is_fixed: bool = False, field: str = "model_name_or_path"
+) -> PretrainedConfig:
+    """The config in `source`, stretched to `context_size` tokens unless it already says how far it is stretched.
+
+    Args:
+        is_fixed: the config is that of an adapter of ours and must not be changed.
+
+    Raises:
+        UserError: `context_size` asks for more than an extended config was made for.
+    """
+    config = load_config(source, field)
+    if not context_size or context_size < 0:
+        return config
+    wanted = copy.deepcopy(config)
+    factor, made_for = extend_context(wanted, context_size), rope_factor(config)
+    if made_for == 1.0 and not is_fixed:
+        return wanted
+    if factor > made_for:
+        raise UserError(
+            f"context_size: {context_size} tokens need factor {factor:g}, but {source} was made for "
+            f"{context_length(config)} tokens (factor {made_for:g}); leave context_size out"
+        )
+    return config

@@ -1,0 +1,139 @@
+"""How is it trained, resumed, saved? By the Hugging Face Trainer, with three things of ours.
+
+Checkpoints are adapter folders whose record is written last, so a killed run knows its newest whole one. Evaluation
+weighs tokens alike whatever batch they fall in, with full attention, since modules evaluate with full attention. And a
+run says what it is about to do before its first step.
+"""
+
+import json
+import math
+import os
+import socket
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import EvalPrediction, PretrainedConfig, Trainer
+from transformers.trainer_utils import rotate_checkpoints
+
+from component.adapter import trainable_counts
+from component.checkpoint import write_adapter, write_record
+from component.template import IGNORE_INDEX
+
+
+class LongQLoRATrainer(Trainer):
+    """The Hugging Face Trainer, writing adapter folders and measuring perplexity by the token.
+
+    Args:
+        extended_config: the config that goes into adapter folders.
+        record: what `longqlora.json` says of this run; steps and tokens are added when it is written.
+    """
+
+    def __init__(self, *args, extended_config: PretrainedConfig, record: dict, **kwargs):
+        super().__init__(*args, compute_metrics=token_weighted_loss, **kwargs)
+        self.extended_config = extended_config
+        self.record = record
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the adapter's files; the record follows when everything else in the folder is written."""
+        folder = Path(output_dir or self.args.output_dir)
+        state_dict = None
+        if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
+            # a gathering that all processes take part in
+            state_dict = self.deepspeed._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=True)
+        if self.args.should_save:
+            write_adapter(folder, self.model, self.processing_class, self.extended_config, state_dict)
+        if not _internal_call:
+            self._write_record(folder)
+
+    def _save_checkpoint(self, model: nn.Module, trial) -> None:
+        # old checkpoints go only after this one is whole
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self._write_record(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=self.args.output_dir,
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+            )
+
+    def _write_record(self, folder: Path) -> None:
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            seen = {"steps": self.state.global_step, "trained_tokens": self.state.num_input_tokens_seen}
+            write_record(folder, {**self.record, **seen})
+        self.accelerator.wait_for_everyone()
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """(None, summed loss of each row, its number of labels): `token_weighted_loss` puts them together."""
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs.pop("labels")
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits = model(**inputs, use_cache=False).logits
+        return None, row_losses(logits, labels), (labels[:, 1:] != IGNORE_INDEX).sum(1)
+
+
+def row_losses(logits: Tensor, labels: Tensor, rows_at_once: int = 1024) -> Tensor:
+    """Summed next-token loss in nats of each row, (B,), in fp32 from logits (B, T, V), a slice of tokens at a time."""
+    total = torch.zeros(len(labels), device=logits.device)
+    for start in range(0, labels.shape[1] - 1, rows_at_once):
+        end = min(start + rows_at_once, labels.shape[1] - 1)
+        losses = F.cross_entropy(
+            logits[:, start:end].transpose(1, 2).float(),
+            labels[:, start + 1 : end + 1],
+            ignore_index=IGNORE_INDEX,
+            reduction="none",
+        )
+        total += losses.sum(1)
+    return total
+
+
+def token_weighted_loss(prediction: EvalPrediction) -> dict[str, float]:
+    """`loss` in nats per token over all rows, and its `perplexity`."""
+    loss = float(prediction.predictions.sum() / max(prediction.label_ids.sum(), 1))
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}  # exp overflows a float beyond 709
+
+
+def stand_alone_environment() -> None:
+    """What a launcher would set, for plain `python train.py`.
+
+    Without it DeepSpeed looks for MPI, and on several GPUs the Trainer splits batches by nn.DataParallel, which cannot
+    hold 4-bit weights.
+    """
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+
+
+def summary(rows: dict[str, str]) -> str:
+    """The lines shown before the first step, aligned."""
+    width = max(len(name) for name in rows)
+    return "\n".join(f"  {name:<{width}}  {text}" for name, text in rows.items())
+
+
+def describe_trainable(model: nn.Module) -> str:
+    counts = trainable_counts(model)
+    parts = ", ".join(f"{kind} {count:,}" for kind, count in counts.items())
+    return f"{sum(counts.values()):,} parameters ({parts})"
+
+
+def describe_optimizer(optim: str, deepspeed: str | dict | None, max_grad_norm: float) -> str:
+    """The optimizer that will really run: DeepSpeed's configuration changes it behind the YAML's back."""
+    if not deepspeed:
+        return optim
+    config = deepspeed if isinstance(deepspeed, dict) else json.loads(Path(deepspeed).read_text(encoding="utf-8"))
+    zero = config.get("zero_optimization", {})
+    notes = [f"ZeRO-{zero.get('stage', 0)}"]
+    if zero.get("offload_optimizer", {}).get("device", "none") != "none":
+        notes.append(f"DeepSpeed's CPU Adam in place of {optim}, because the optimizer is offloaded")
+    if "gradient_clipping" not in config and max_grad_norm:
+        notes.append(f"max_grad_norm {max_grad_norm} is ignored: the DeepSpeed file lacks gradient_clipping")
+    return f"{optim} ({'; '.join(notes)})"

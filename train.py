@@ -1,0 +1,152 @@
+"""Extend the context of a Llama-family model with LongQLoRA: YAML in, adapter folder out.
+
+    deepspeed train.py --train_args_file ./train_args/llama2-7b-pretrain.yaml
+    deepspeed train.py --train_args_file ./train_args/vicuna-13b-sft.yaml --learning_rate 5e-5
+
+The same with `python` or `torchrun` in place of `deepspeed`. Any key of the YAML can be overridden as --key value.
+"""
+
+import copy
+import dataclasses
+import sys
+from pathlib import Path
+
+from transformers import PretrainedConfig, TrainingArguments, set_seed
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from component.adapter import add_adapter
+from component.argument import LongQLoRAArguments, parse_arguments
+from component.attention import describe_kernels, limit_kernels, use_shift_short_attention
+from component.checkpoint import claim_output, library_versions
+from component.collator import RightPadCollator
+from component.dataset import load_samples
+from component.error import exit_on_user_error
+from component.memory import limit_memory
+from component.model import any_pad_id, compute_dtype, load_base, load_config, load_tokenizer
+from component.rope import extend_context, original_context
+from component.trainer import (
+    LongQLoRATrainer,
+    describe_optimizer,
+    describe_trainable,
+    stand_alone_environment,
+    summary,
+)
+
+
+@exit_on_user_error
+def main() -> None:
+    stand_alone_environment()
+    args, training_args = parse_arguments(sys.argv[1:])
+    resume = claim_output(training_args.output_dir, training_args.resume_from_checkpoint, args.overwrite_output_dir)
+    set_seed(training_args.seed)
+    limit_memory(args.memory_budget_gib)
+    limit_kernels(args.use_flash_attn)
+
+    tokenizer = load_tokenizer(args.model_name_or_path, args.model_max_length)
+    extended = load_config(args.model_name_or_path)
+    factor = extend_context(extended, args.model_max_length, args.rope_type)
+    config = training_config(args, extended)
+    train_set, eval_set, data_lines = load_data(args, training_args, tokenizer)
+
+    model = load_base(
+        args.model_name_or_path,
+        config,
+        dtype=compute_dtype(training_args.fp16, training_args.bf16),
+        load_in_4bit=args.load_in_4bit,
+        device=None if is_deepspeed_zero3_enabled() else training_args.device,
+    )
+    model = add_adapter(
+        model,
+        rank=args.lora_rank,
+        alpha=args.lora_alpha,
+        dropout=args.lora_dropout,
+        target_names=args.target_names,
+        train_embedding=args.train_embedding,
+        train_norm=args.train_norm,
+    )
+    trainer = LongQLoRATrainer(
+        model=model,
+        args=training_args,
+        train_dataset=train_set,
+        eval_dataset=eval_set,
+        data_collator=RightPadCollator(any_pad_id(tokenizer)),
+        processing_class=tokenizer,
+        extended_config=extended,
+        record=run_record(args, extended, factor),
+    )
+    if trainer.is_world_process_zero():
+        print(f"\n{summary(plan(args, training_args, trainer, extended, factor) | data_lines)}\n", flush=True)
+    train_and_save(trainer, resume)
+
+
+def training_config(args: LongQLoRAArguments, extended: PretrainedConfig) -> PretrainedConfig:
+    """The extended config, with S2-Attn selected and without the cache that only generation needs."""
+    config = copy.deepcopy(extended)
+    config.use_cache = False
+    if args.use_shift_short_attention:
+        use_shift_short_attention(config, args.group_tokens)
+    return config
+
+
+def load_data(args: LongQLoRAArguments, training_args: TrainingArguments, tokenizer):
+    """Training samples, evaluation samples or None, and lines for the summary."""
+    sets, lines = {}, {}
+    with training_args.main_process_first(desc="tokenising"):
+        for field, source in (("train_file", args.train_file), ("eval_file", args.eval_file)):
+            if source is not None:
+                sets[field], report = load_samples(source, tokenizer, args.max_seq_length, sft=args.sft, field=field)
+                lines[field] = str(report)
+    return sets["train_file"], sets.get("eval_file"), lines
+
+
+def run_record(args: LongQLoRAArguments, extended: PretrainedConfig, factor: float) -> dict:
+    """What `longqlora.json` says of this run."""
+    base = Path(args.model_name_or_path)
+    return {
+        "base_model": str(base.resolve()) if base.is_dir() else args.model_name_or_path,
+        "context_tokens": args.model_max_length,
+        "max_seq_length": args.max_seq_length,
+        "rope_type": extended.rope_parameters.get("rope_type", "default"),
+        "rope_factor": factor,
+        "group_size": args.group_tokens if args.use_shift_short_attention else None,
+        "arguments": dataclasses.asdict(args),
+        "versions": library_versions(),
+    }
+
+
+def plan(args: LongQLoRAArguments, training_args: TrainingArguments, trainer: LongQLoRATrainer, extended, factor):
+    """What is about to happen, name and text."""
+    dtype = compute_dtype(training_args.fp16, training_args.bf16)
+    rows = training_args.train_batch_size * training_args.gradient_accumulation_steps * training_args.world_size
+    reach = f"{original_context(extended)} -> {args.model_max_length} tokens"
+    attention = f"S2-Attn in groups of {args.group_tokens} tokens, full attention when evaluating"
+    return {
+        "model": args.model_name_or_path,
+        "context": f"{reach} ({args.rope_type} positions, factor {factor:g})",
+        "attention": attention if args.use_shift_short_attention else "full",
+        "kernel": describe_kernels(training_args.device, dtype),
+        "base": f"{'NF4, double quantisation' if args.load_in_4bit else dtype}, computing in {dtype}",
+        "trains": describe_trainable(trainer.model),
+        "weights": f"{trainer.model.get_memory_footprint() / 2**30:.2f} GiB on {training_args.device}",
+        "optimizer": describe_optimizer(
+            training_args.optim.value, training_args.deepspeed, training_args.max_grad_norm
+        ),
+        "step": f"{rows} samples, at most {rows * args.max_seq_length:,} tokens",
+        "output": training_args.output_dir,
+    }
+
+
+def train_and_save(trainer: LongQLoRATrainer, resume: str | None) -> None:
+    result = trainer.train(resume_from_checkpoint=resume)
+    trainer.log_metrics("train", result.metrics)
+    trainer.save_metrics("train", result.metrics)
+    if trainer.eval_dataset is not None:
+        metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+    trainer.save_state()
+    trainer.save_model()
+
+
+if __name__ == "__main__":
+    main()
