@@ -119,6 +119,7 @@ def plan(args: LongQLoRAArguments, training_args: TrainingArguments, trainer: Lo
     dtype = compute_dtype(training_args.fp16, training_args.bf16)
     rows = training_args.train_batch_size * training_args.gradient_accumulation_steps * training_args.world_size
     reach = f"{original_context(extended)} -> {args.model_max_length} tokens"
+    optimizer = describe_optimizer(training_args.optim.value, training_args.deepspeed, training_args.max_grad_norm)
     attention = f"S2-Attn in groups of {args.group_tokens} tokens, full attention when evaluating"
     return {
         "model": args.model_name_or_path,

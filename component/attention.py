@@ -209,6 +209,10 @@ class TrainingMask:
     def full(self) -> Tensor | None:
         return self._build_full()
 
+    def contiguous(self) -> Tensor | None:
+        """`generate` asks its prepared masks for this; whoever generates wants the full one."""
+        return self.full
+
     @cached_property
     def is_right_padded(self) -> bool:
         """True if no real token follows a padding token."""
@@ -223,15 +227,13 @@ class TrainingMask:
 def shift_short_mask(
     batch_size: int, q_length: int, kv_length: int, *args, attention_mask: Tensor | None = None, **kwargs
 ):
-    """transformers' mask interface: None where SDPA needs no mask, else a `TrainingMask` (a tensor while decoding)."""
+    """transformers' mask interface: a `TrainingMask` for whole sequences, stock SDPA's mask while decoding."""
 
     def build_full() -> Tensor | None:
         return sdpa_mask(batch_size, q_length, kv_length, *args, attention_mask=attention_mask, **kwargs)
 
     if q_length != kv_length:  # a cache is in use: nobody trains
         return build_full()
-    if attention_mask is None and kwargs.get("allow_is_causal_skip", True) and "local_size" not in kwargs:
-        return build_full()  # transformers found neither padding nor packed rows: None, or a mask for tracing
     return TrainingMask(attention_mask, build_full)
 
 
@@ -249,7 +251,7 @@ def shift_short_attention_forward(
     """transformers' attention interface: S2 while `module` trains, stock SDPA otherwise.
 
     Raises:
-        UserError: training with left padding, holes in the mask, a custom mask or a key-value cache.
+        UserError: training with left padding, holes in the mask, a custom mask, a key-value cache or capped scores.
     """
     if not module.training:
         mask = attention_mask.full if isinstance(attention_mask, TrainingMask) else attention_mask
@@ -260,6 +262,11 @@ def shift_short_attention_forward(
         raise UserError(
             "attention_mask: shift short attention trains on whole rows, without a key-value cache and without a "
             "custom mask; pass (batch, tokens) masks, or set use_shift_short_attention: false"
+        )
+    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+        raise UserError(
+            f"use_shift_short_attention: {type(module).__name__} caps its scores or adds sinks to them, which shift "
+            "short attention does not; set it to false"
         )
     documents = None
     if attention_mask is not None:
@@ -284,7 +291,7 @@ def use_shift_short_attention(config: PretrainedConfig, group_size: int) -> None
     if window is not None and getattr(config, "use_sliding_window", True) and window < group_size:
         raise UserError(
             f"group_size: {group_size} tokens, but the model's own sliding window is {window}; "
-            f"use group_size: {window // 2 * 2} or less"
+            f"use an even group_size of at most {window}"
         )
     config.group_size = group_size
     config._attn_implementation = NAME

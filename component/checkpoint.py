@@ -191,3 +191,8 @@ def claim_output(output_dir: str, resume: str | None, overwrite: bool) -> str | 
             "resume_from_checkpoint: auto, start afresh with overwrite_output_dir: true, or name another folder"
         )
     return start
+
+
+def merged_folder(adapter: Path) -> Path:
+    """Where the merged model of an adapter folder goes unless told otherwise."""
+    return adapter.parent / f"{adapter.name}-merged"

@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from component.adapter import load_adapter
+from component.adapter import load_adapter, merge_adapter
 from component.checkpoint import read_record
 from component.error import UserError
 from component.rope import context_length, extend_context, original_context, rope_factor
@@ -135,6 +135,7 @@ def load_for_inference(
     context_size: int | None = None,
     load_in_4bit: bool = False,
     dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
     field: str = "model_name_or_path",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A plain or merged model, or a base with an adapter around it, evaluating with full attention.
@@ -153,7 +154,7 @@ def load_for_inference(
         raise UserError(f"{field}: missing; {adapter_name_or_path} does not say which base model it belongs to")
     own = adapter_name_or_path if record and adapter_name_or_path else base  # our folders hold config and tokenizer
     config = stretched_config(own, context_size, is_fixed=record is not None, field=field)
-    device = default_device()
+    device = device or default_device()
     dtype = dtype or inference_dtype(device)
     model = load_base(base, config, dtype=dtype, load_in_4bit=load_in_4bit, device=device).eval()
     tokenizer = load_tokenizer(own)
@@ -184,3 +185,23 @@ def stretched_config(
             f"{context_length(config)} tokens (factor {made_for:g}); leave context_size out"
         )
     return config
+
+
+def load_merged(
+    model_name_or_path: str | None, adapter_name_or_path: str, *, context_size: int | None, dtype: torch.dtype
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A base with its adapter merged into it, on the CPU, ready to be saved as a plain model."""
+    model, tokenizer = load_for_inference(
+        model_name_or_path,
+        adapter_name_or_path,
+        context_size=context_size,
+        dtype=dtype,
+        device=torch.device("cpu"),
+    )
+    merged = merge_adapter(model)
+    merged.config.use_cache = True
+    sampling = merged.generation_config
+    if sampling is not None and not sampling.do_sample:
+        # LLaMA2 ships sampling values with sampling switched off, which transformers refuses to save
+        sampling.temperature = sampling.top_p = sampling.top_k = None
+    return merged, tokenizer

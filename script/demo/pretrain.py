@@ -61,13 +61,15 @@ def read_libraries(libraries: list[Path]) -> tuple[list[str], list[str], list[di
         new = [text for text in dict.fromkeys(train.values()) if text not in seen]
         seen.update(new)
         training += new
-        record.append({
-            "name": library_name(library),
-            "files": len(train) + len(held),
-            "held_out_files": len(held),
-            "training_files_not_seen_before": len(new),
-            "training_bytes_not_seen_before": sum(len(text.encode()) for text in new),
-        })
+        record.append(
+            {
+                "name": library_name(library),
+                "files": len(train) + len(held),
+                "held_out_files": len(held),
+                "training_files_not_seen_before": len(new),
+                "training_bytes_not_seen_before": sum(len(text.encode()) for text in new),
+            }
+        )
     return training, held_out, record
 
 

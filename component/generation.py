@@ -1,0 +1,134 @@
+"""How is text continued? Flags, the choice of model, and one streamed generation, shared by inference and chat."""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
+
+from component.checkpoint import merged_folder, newest_run
+from component.error import UserError
+from component.model import load_for_inference
+from component.rope import context_length
+
+
+def boolean(text: str) -> bool:
+    """For flags that take `True` and `False`, as the original's evaluation does, and also stand alone."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() == "true"
+
+
+def generation_parser(description: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    newest = "default: the newest finished run under output/"
+    parser.add_argument(
+        "--model_name_or_path", help=f"plain or merged model, or the adapter's base ({newest}, merged)"
+    )
+    parser.add_argument("--adapter_name_or_path", help=f"adapter folder or hub id ({newest}, if it is not merged)")
+    flag = {"type": boolean, "nargs": "?", "const": True}
+    parser.add_argument("--load_in_4bit", **flag, default=False, help="NF4 weights: a quarter of the memory")
+    parser.add_argument("--context_size", type=int, help="tokens a base is stretched to; our own folders know theirs")
+    parser.add_argument("--max_new_tokens", type=int, default=500, help="tokens to generate at most (500)")
+    parser.add_argument("--temperature", type=float, default=0.35, help="of sampling (0.35)")
+    parser.add_argument("--top_p", type=float, default=0.9, help="share of the probability that is sampled from (0.9)")
+    parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1 discourages repeating (1.0)")
+    parser.add_argument("--do_sample", **flag, default=True, help="false takes the likeliest token each time (true)")
+    parser.add_argument("--seed", type=int, default=42, help="of sampling (42)")
+    return parser
+
+
+def check_sampling(flags: argparse.Namespace) -> None:
+    bounds = {
+        "max_new_tokens": (flags.max_new_tokens >= 1, "at least 1"),
+        "temperature": (flags.temperature > 0, "above 0; for the likeliest tokens use --do_sample false"),
+        "top_p": (0 < flags.top_p <= 1, "in (0, 1]"),
+        "repetition_penalty": (flags.repetition_penalty > 0, "above 0, 1 for none"),
+        "context_size": (flags.context_size is None or flags.context_size >= 1, "at least 1 token"),
+    }
+    for name, (is_sane, cure) in bounds.items():
+        if not is_sane:
+            raise UserError(f"--{name}: {getattr(flags, name)}; use {cure}")
+
+
+def load_from_flags(flags: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model that the flags name, or the newest finished run: merged if it has been, else base and adapter."""
+    check_sampling(flags)
+    model_path, adapter = flags.model_name_or_path, flags.adapter_name_or_path
+    if model_path is None and adapter is None:
+        run = newest_run()
+        merged = merged_folder(run)
+        model_path, adapter = (str(merged), None) if merged.is_dir() else (None, str(run))
+    print(f"model: {model_path or 'the base of'} {adapter or ''}".rstrip(), file=sys.stderr, flush=True)
+    logging.getLogger("transformers").setLevel(logging.ERROR)  # it warns of positions beyond the unstretched length
+    set_seed(flags.seed)
+    return load_for_inference(model_path, adapter, context_size=flags.context_size, load_in_4bit=flags.load_in_4bit)
+
+
+def prompts(banner: str):
+    """Lines typed at a terminal after `banner`; until the end of input or /exit."""
+    while True:
+        try:
+            line = input(banner)
+        except (EOFError, KeyboardInterrupt):
+            print(file=sys.stderr)
+            return
+        if line.strip() == "/exit":
+            return
+        if line.strip():
+            yield line
+
+
+def stream_continuation(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], flags: argparse.Namespace
+) -> str:
+    """Print the continuation of `prompt_ids` as it is generated; returns it.
+
+    Raises:
+        UserError: the prompt leaves no room in the model's context.
+    """
+    context = context_length(model.config)
+    room = context - len(prompt_ids)
+    if room < 1:
+        raise UserError(
+            f"the prompt has {len(prompt_ids)} tokens, the model's context {context}; shorten the prompt"
+            " or use a model that was extended further"
+        )
+    sampling = {"temperature": flags.temperature, "top_p": flags.top_p} if flags.do_sample else {}
+    config = GenerationConfig(
+        max_new_tokens=min(flags.max_new_tokens, room),
+        do_sample=flags.do_sample,
+        repetition_penalty=flags.repetition_penalty,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+        **sampling,
+    )
+    input_ids = torch.tensor([prompt_ids], device=model.get_input_embeddings().weight.device)
+    output = model.generate(
+        input_ids=input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        generation_config=config,
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+    )
+    return tokenizer.decode(output[0, len(prompt_ids) :], skip_special_tokens=True)
+
+
+def describe_context(model: PreTrainedModel, used: int) -> str:
+    context = context_length(model.config)
+    return f"{used} of {context} tokens of context used ({used / context:.0%})"
+
+
+def read_prompt(path: str | None) -> str | None:
+    """A text file's contents, or all of standard input when that is not a terminal; None to ask at the terminal."""
+    if path is not None:
+        file = Path(path)
+        if not file.is_file():
+            raise UserError(f"--prompt_file: there is no file {path}")
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"--prompt_file: {path} is not UTF-8 ({error.reason})") from error
+    return None if sys.stdin.isatty() else sys.stdin.read()

@@ -1,0 +1,442 @@
+"""Rotary scaling: the tables that a stock Llama computes from an extended config, and what is written to disk."""
+
+import copy
+import json
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+from transformers import (
+    AutoConfig,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.utils import logging as transformers_logging
+
+from component.error import UserError
+from component.rope import context_length, extend_context, original_context, rope_factor
+
+LLAMA3_SCALING = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def llama2(**changes) -> LlamaConfig:
+    return LlamaConfig(**{"max_position_embeddings": 4096, **changes})
+
+
+def llama31() -> LlamaConfig:
+    return llama2(max_position_embeddings=131072, rope_parameters=dict(LLAMA3_SCALING))
+
+
+@pytest.fixture
+def log(monkeypatch):
+    """Everything that transformers warns of, also what it has already said once in this process."""
+    records = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: records.append(record.getMessage())
+    logger = transformers_logging.get_logger("transformers")
+    logging.Logger.warning_once.cache_clear()
+    logger.addHandler(handler)
+    yield records
+    logger.removeHandler(handler)
+
+
+def tables(config: LlamaConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin, (T, head_dim), as a stock Llama of that config computes them."""
+    cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1), positions[None])
+    return cos[0], sin[0]
+
+
+def expected_tables(positions: Tensor, factor: float, theta: float, head_dim: int) -> tuple[Tensor, Tensor]:
+    """cos and sin of p/factor * theta^(-2i/d), in double precision (arXiv 2306.15595, section 2.2)."""
+    frequencies = torch.tensor([theta ** (-2 * i / head_dim) for i in range(head_dim // 2)], dtype=torch.float64)
+    angles = positions.double()[:, None] / factor * frequencies
+    return torch.cat((angles.cos(),) * 2, dim=-1), torch.cat((angles.sin(),) * 2, dim=-1)
+
+
+# Linear position interpolation
+
+
+@pytest.mark.parametrize("theta", [10000.0, 500000.0])
+@pytest.mark.parametrize(
+    ("target", "factor"), [(4096, 1.0), (4097, 2.0), (6000, 2.0), (8192, 2.0), (10000, 3.0), (32768, 8.0)]
+)
+def test_linear_tables_are_those_of_the_stretched_positions(theta, target, factor):
+    config = llama2(rope_parameters={"rope_type": "default", "rope_theta": theta})
+    assert extend_context(config, target) == factor
+    positions = torch.arange(target)
+    # fp32 knows an angle of up to 4096 to about 5e-4
+    for mine, theirs in zip(tables(config, positions), expected_tables(positions, factor, theta, 128), strict=True):
+        assert_close(mine.double(), theirs, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("factor", [2, 4, 8])
+def test_linear_tables_are_those_of_the_unscaled_model_at_p_over_factor(factor):
+    config = llama2()
+    unscaled = tables(config, torch.arange(4096))
+    assert extend_context(config, 4096 * factor) == factor
+    extended = tables(config, torch.arange(0, 4096 * factor, factor))
+    assert torch.equal(extended[0], unscaled[0])
+    assert torch.equal(extended[1], unscaled[1])
+    assert not torch.equal(tables(config, torch.arange(4096))[0], unscaled[0])
+
+
+@pytest.mark.parametrize(
+    ("original", "target", "factor"),
+    [
+        (4096, 6000, 2.0),
+        (4096, 8192, 2.0),
+        (4096, 8193, 3.0),
+        (2048, 131072, 64.0),
+        (8192, 12288, 2.0),
+        (64, 100, 2.0),
+    ],
+)
+def test_factor_is_the_next_whole_number(original, target, factor):
+    config = llama2(max_position_embeddings=original)
+    result = extend_context(config, target)
+    assert result == factor
+    assert isinstance(result, float)
+    assert config.rope_parameters == {"rope_type": "linear", "rope_theta": 10000.0, "factor": factor}
+    assert config.max_position_embeddings == original
+
+
+@pytest.mark.parametrize("rope_type", ["linear", "dynamic", "yarn"])
+@pytest.mark.parametrize("target", [1, 2048, 4095, 4096])
+def test_covered_target_leaves_the_config_alone(target, rope_type):
+    config = llama2()
+    before = copy.deepcopy(config.to_dict())
+    assert extend_context(config, target, rope_type) == 1.0
+    assert config.to_dict() == before
+
+
+@pytest.mark.parametrize("rope_type", ["linear", "dynamic", "yarn"])
+@pytest.mark.parametrize("model", [llama2, llama31])
+def test_extending_twice_changes_nothing(model, rope_type):
+    config = model()
+    factor = extend_context(config, 262144, rope_type)
+    before = copy.deepcopy(config.to_dict())
+    assert extend_context(config, 262144, rope_type) == factor
+    assert config.to_dict() == before
+
+
+@pytest.mark.parametrize("first", ["linear", "dynamic", "yarn"])
+@pytest.mark.parametrize("second", ["linear", "dynamic", "yarn"])
+@pytest.mark.parametrize(("target", "factor"), [(8192, 2.0), (30000, 8.0), (65536, 16.0)])
+def test_extending_an_extended_config_is_absolute(first, second, target, factor):
+    config, fresh = llama2(), llama2()
+    assert extend_context(config, 16384, first) == 4.0
+    assert extend_context(config, target, second) == factor
+    extend_context(fresh, target, second)
+    assert config.to_dict() == fresh.to_dict()  # nothing of the first scaling is left
+
+
+@pytest.mark.parametrize("rope_type", ["linear", "dynamic", "yarn"])
+def test_target_below_the_original_leaves_an_extended_config_alone(rope_type):
+    config = llama2()
+    extend_context(config, 16384, rope_type)
+    before = copy.deepcopy(config.to_dict())
+    extend_context(config, 2048)
+    assert config.to_dict() == before
+
+
+def test_lengths_of_a_config():
+    config = llama2()
+    assert (original_context(config), rope_factor(config), context_length(config)) == (4096, 1.0, 4096)
+    extend_context(config, 10000)
+    assert (original_context(config), rope_factor(config), context_length(config)) == (4096, 3.0, 12288)
+    extend_context(config, 10000, "yarn")
+    assert (original_context(config), rope_factor(config), context_length(config)) == (4096, 3.0, 12288)
+    assert (original_context(llama31()), rope_factor(llama31()), context_length(llama31())) == (8192, 8.0, 131072)
+
+
+def test_length_of_a_llama3_scaling_is_not_its_factor():
+    """Llama 3.2 says 32 times 8192, yet covers 131072 tokens: there the factor is of the slowest frequencies only."""
+    config = llama2(max_position_embeddings=131072, rope_parameters={**LLAMA3_SCALING, "factor": 32.0})
+    assert context_length(config) == 131072
+    assert extend_context(config, 131072) == 32.0
+    assert config.rope_parameters["rope_type"] == "llama3"
+
+
+# Models that come with a base or a scaling of their own
+
+
+@pytest.mark.parametrize("target", [8192, 8193, 65536, 100000, 131072])
+def test_llama3_scaling_that_covers_the_target_stays(target):
+    config = llama31()
+    before = copy.deepcopy(config.to_dict())
+    assert extend_context(config, target) == 8.0
+    assert config.to_dict() == before
+
+
+@pytest.mark.parametrize("rope_type", ["linear", "dynamic", "yarn"])
+def test_llama3_scaling_gives_way_beyond_its_length(rope_type, log):
+    config = llama31()
+    assert extend_context(config, 262144, rope_type) == 32.0
+    parameters = {"rope_type": rope_type, "rope_theta": 500000.0, "factor": 32.0}
+    if rope_type == "yarn":
+        parameters["original_max_position_embeddings"] = 8192
+    assert config.rope_parameters == parameters
+    assert config.max_position_embeddings == 8192
+    config.validate_rope()
+    assert log == []
+
+
+def test_llama3_without_scaling_keeps_its_theta():
+    config = llama2(max_position_embeddings=8192, rope_theta=500000.0)
+    assert extend_context(config, 32768) == 4.0
+    assert config.rope_parameters == {"rope_type": "linear", "rope_theta": 500000.0, "factor": 4.0}
+
+
+@pytest.mark.parametrize("max_positions", [4096, 16384])  # both are found: as the length before and after stretching
+def test_yarn_of_a_published_config_is_read_through(max_positions):
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096, "rope_theta": 1e6}
+    config = llama2(max_position_embeddings=max_positions, rope_parameters=scaling)
+    assert extend_context(config, 30000) == 8.0
+    assert config.rope_parameters == {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0}
+    assert config.max_position_embeddings == 4096
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MistralConfig(max_position_embeddings=32768, rope_theta=1e6),
+        Qwen2Config(max_position_embeddings=32768, rope_theta=1e6),
+        Qwen3Config(max_position_embeddings=32768, rope_theta=1e6),
+        Phi3Config(max_position_embeddings=32768, original_max_position_embeddings=32768, rope_theta=1e6),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_other_models_of_the_family(config):
+    assert extend_context(config, 131072) == 4.0
+    parameters = dict(config.rope_parameters)
+    parameters.pop("partial_rotary_factor", None)  # of the architecture, where it has one
+    assert parameters == {"rope_type": "linear", "rope_theta": 1e6, "factor": 4.0}
+    assert config.max_position_embeddings == 32768
+
+
+# On disk
+
+
+def write_config(folder, **changes) -> None:
+    """config.json as transformers 4 wrote it for LLaMA2-7B; `None` leaves a key out."""
+    keys = {
+        "_name_or_path": "meta-llama/Llama-2-7b-hf",
+        "architectures": ["LlamaForCausalLM"],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "initializer_range": 0.02,
+        "intermediate_size": 11008,
+        "max_position_embeddings": 4096,
+        "model_type": "llama",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 32,
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": "null",
+        "tie_word_embeddings": False,
+        "torch_dtype": "float16",
+        "transformers_version": "4.31.0",
+        "use_cache": True,
+        "vocab_size": 32000,
+    }
+    keys |= changes
+    keys = {key: None if value == "null" else value for key, value in keys.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(keys, indent=2) + "\n")
+
+
+@pytest.mark.parametrize("theta", [None, 10000.0, 1e6])
+def test_config_of_the_original_project(tmp_path, theta):
+    """It wrote `config.rope_scaling = {"type": "linear", "factor": …}` and left max_position_embeddings alone."""
+    write_config(tmp_path, rope_scaling={"type": "linear", "factor": 2.0}, rope_theta=theta)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert (original_context(config), rope_factor(config), context_length(config)) == (4096, 2.0, 8192)
+    before = copy.deepcopy(config.to_dict())
+    assert extend_context(config, 8192) == 2.0
+    positions = torch.arange(8192)
+    for mine, theirs in zip(
+        tables(config, positions), expected_tables(positions, 2.0, theta or 10000.0, 128), strict=True
+    ):
+        assert_close(mine.double(), theirs, atol=1e-3, rtol=0)
+    after = copy.deepcopy(config.to_dict())
+    for kept in (before, after):
+        kept["rope_parameters"].pop("type", None)  # the old spelling beside the new one: neither harm nor promise
+    assert after == before
+
+    assert extend_context(config, 16384) == 4.0
+    assert config.rope_parameters == {"rope_type": "linear", "rope_theta": theta or 10000.0, "factor": 4.0}
+    assert config.max_position_embeddings == 4096
+
+
+def test_unscaled_config_of_transformers_4(tmp_path):
+    write_config(tmp_path, rope_theta=1e6)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert extend_context(config, 8192) == 2.0
+    assert config.rope_parameters == {"rope_type": "linear", "rope_theta": 1e6, "factor": 2.0}
+
+
+SCALED = {
+    "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0},
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 3.0},
+    "yarn": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 3.0,
+        "original_max_position_embeddings": 64,
+    },
+}
+
+
+@pytest.mark.parametrize("rope_type", SCALED)
+def test_saved_config_comes_back(tmp_path, tiny_llama_config, rope_type, log):
+    assert extend_context(tiny_llama_config, 180, rope_type) == 3.0
+    tiny_llama_config.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["rope_parameters"] == SCALED[rope_type]
+    assert written["max_position_embeddings"] == 64
+    assert "rope_scaling" not in written
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert type(loaded) is LlamaConfig
+    assert loaded.rope_parameters == SCALED[rope_type]
+    assert loaded.max_position_embeddings == 64
+    positions = torch.arange(192)
+    for mine, theirs in zip(tables(loaded, positions), tables(tiny_llama_config, positions), strict=True):
+        assert torch.equal(mine, theirs)
+    before = copy.deepcopy(loaded.to_dict())
+    assert extend_context(loaded, 180, rope_type) == 3.0
+    assert loaded.to_dict() == before
+    assert log == []
+
+
+@pytest.mark.parametrize("rope_type", SCALED)
+def test_model_runs_at_its_extended_length(tiny_llama_config, rope_type, log):
+    extend_context(tiny_llama_config, 180, rope_type)
+    model = LlamaForCausalLM(tiny_llama_config).eval()
+    with torch.no_grad():
+        logits = model(torch.randint(2, 384, (1, 192))).logits
+    assert logits.shape == (1, 192, 384)
+    assert logits.isfinite().all()
+    assert log == []
+
+
+def test_log_hears_what_transformers_warns_of(log):
+    """The fixture itself: its silence above is silence of transformers."""
+    llama2(rope_parameters={**SCALED["yarn"], "original_max_position_embeddings": 1000, "surplus": 1})
+    assert any("surplus" in message for message in log)
+    assert any("implicit factor" in message for message in log)
+
+
+LOAD_IN_STOCK_TRANSFORMERS = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+for folder in sys.argv[1:]:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        print(model(torch.arange(192)[None]).logits.double().abs().sum().item())
+assert "component" not in sys.modules
+"""
+
+
+def test_saved_models_load_with_nothing_of_ours(tmp_path, tiny_llama_config):
+    folders, expected = [], []
+    for rope_type in SCALED:
+        config = copy.deepcopy(tiny_llama_config)
+        extend_context(config, 180, rope_type)
+        model = LlamaForCausalLM(config).eval()
+        with torch.no_grad():
+            expected.append(model(torch.arange(192)[None]).logits.double().abs().sum().item())
+        folders.append(str(tmp_path / rope_type))
+        model.save_pretrained(folders[-1])
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    ran = subprocess.run(
+        [sys.executable, "-c", LOAD_IN_STOCK_TRANSFORMERS, *folders],
+        cwd=tmp_path,
+        env=environment | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert [float(line) for line in ran.stdout.split()] == pytest.approx(expected, rel=1e-6)
+    assert "rope" not in ran.stderr.lower()
+
+
+# The other two kinds do what their names say
+
+
+def test_dynamic_stretches_only_what_is_longer_than_the_original():
+    config, unscaled = llama2(), tables(llama2(), torch.arange(4096))
+    extend_context(config, 8192, "dynamic")
+    assert torch.equal(tables(config, torch.arange(4096))[0], unscaled[0])
+    # NTK-aware base at length L: theta * (factor * L/original - (factor - 1)) ** (d / (d - 2))
+    positions = torch.arange(8192)
+    theta = 10000.0 * (2.0 * 8192 / 4096 - 1.0) ** (128 / 126)
+    for mine, theirs in zip(tables(config, positions), expected_tables(positions, 1.0, theta, 128), strict=True):
+        assert_close(mine.double(), theirs, atol=2e-3, rtol=0)
+
+
+def test_yarn_stretches_slow_frequencies_and_keeps_fast_ones():
+    plain, config = llama2(), llama2()
+    extend_context(config, 16384, "yarn")
+    before, after = LlamaRotaryEmbedding(plain).inv_freq, LlamaRotaryEmbedding(config).inv_freq
+    ratio = before / after
+    # a frequency that turns 32 times and more in 4096 tokens is kept, one that does not turn once is divided by 4
+    turns = 4096 * before / (2 * torch.pi)
+    assert_close(ratio[turns > 35], torch.ones_like(ratio[turns > 35]))
+    assert_close(ratio[turns < 0.85], torch.full_like(ratio[turns < 0.85], 4.0))
+    assert (ratio[1:] >= ratio[:-1] - 1e-6).all()
+
+
+# What a user can get wrong
+
+
+@pytest.mark.parametrize(
+    ("rope_type", "meant"), [("liner", "linear"), ("Linear", "linear"), ("yarm", "yarn"), ("dynamics", "dynamic")]
+)
+def test_unknown_rope_type_names_the_nearest(rope_type, meant):
+    config = llama2()
+    before = copy.deepcopy(config.to_dict())
+    with pytest.raises(UserError, match=rf"rope_type.*'{rope_type}'.*did you mean {meant}\?"):
+        extend_context(config, 8192, rope_type)
+    assert config.to_dict() == before
+
+
+@pytest.mark.parametrize("rope_type", ["default", "llama3", "longrope", "", "xyz"])
+def test_rope_types_that_are_not_offered_are_refused(rope_type):
+    with pytest.raises(UserError, match=r"linear.*dynamic.*yarn"):
+        extend_context(llama2(), 8192, rope_type)
+
+
+@pytest.mark.parametrize("target", [0, -4096])
+def test_lengths_below_one_are_refused(target):
+    with pytest.raises(UserError, match=str(target)):
+        extend_context(llama2(), target)
+
+
+@pytest.mark.parametrize("config", [GPT2Config(), Gemma3TextConfig()], ids=lambda config: config.model_type)
+def test_models_without_one_rotary_embedding_are_refused(config):
+    before = copy.deepcopy(config.to_dict())
+    with pytest.raises(UserError, match=config.model_type):
+        extend_context(config, 1 << 20)
+    assert config.to_dict() == before
