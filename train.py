@@ -21,7 +21,7 @@ from component.checkpoint import claim_output, library_versions
 from component.collator import RightPadCollator
 from component.dataset import load_samples
 from component.error import exit_on_user_error
-from component.memory import limit_memory
+from component.memory import limit_memory, peak_memory
 from component.model import any_pad_id, compute_dtype, load_base, load_config, load_tokenizer
 from component.rope import extend_context, original_context
 from component.trainer import (
@@ -129,18 +129,16 @@ def plan(args: LongQLoRAArguments, training_args: TrainingArguments, trainer: Lo
         "base": f"{'NF4, double quantisation' if args.load_in_4bit else dtype}, computing in {dtype}",
         "trains": describe_trainable(trainer.model),
         "weights": f"{trainer.model.get_memory_footprint() / 2**30:.2f} GiB on {training_args.device}",
-        "optimizer": describe_optimizer(
-            training_args.optim.value, training_args.deepspeed, training_args.max_grad_norm
-        ),
+        "optimizer": optimizer,
         "step": f"{rows} samples, at most {rows * args.max_seq_length:,} tokens",
         "output": training_args.output_dir,
     }
 
 
 def train_and_save(trainer: LongQLoRATrainer, resume: str | None) -> None:
-    result = trainer.train(resume_from_checkpoint=resume)
-    trainer.log_metrics("train", result.metrics)
-    trainer.save_metrics("train", result.metrics)
+    metrics = trainer.train(resume_from_checkpoint=resume).metrics | peak_memory()
+    trainer.log_metrics("train", metrics)
+    trainer.save_metrics("train", metrics)
     if trainer.eval_dataset is not None:
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)

@@ -49,3 +49,13 @@ def next_token_losses(model: PreTrainedModel, input_ids: Tensor, chunk: int = TO
         for part, target in zip(hidden[:, :-1].split(chunk, 1), targets.split(chunk, 1), strict=True)
     ]
     return torch.cat(losses, dim=1)
+
+
+def peak_memory() -> dict[str, float]:
+    """What this process took of the GPU at most so far, in GiB: by tensors, and held by PyTorch's allocator."""
+    if not torch.cuda.is_available():
+        return {}
+    return {
+        "peak_allocated_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        "peak_reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2),
+    }

@@ -1,0 +1,34 @@
+# Needs Python 3.11 or newer, make and a C++ compiler; everything else goes into .venv, once.
+#   make demo    extend a real little model fourfold and draw the result (about 10 minutes on 2 CPU cores)
+#   make test    every CPU test
+#   make lint    style and types
+#   make clean   forget the virtual environment and all outputs
+
+PYTHON ?= python3
+VENV := .venv
+READY := $(VENV)/.ready
+# the deepspeed launcher and ninja, which compiles its operators, are looked up on the PATH
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+.PHONY: demo test lint clean
+
+demo: $(READY)
+	$(VENV)/bin/python script/demo/demo.py
+
+test: $(READY)
+	$(VENV)/bin/python -m pytest -m "not gpu and not slow"
+
+lint: $(READY)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+$(READY): requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed; name one with make PYTHON=/path/to/python3"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --requirement requirements.txt
+	@touch $@
+
+clean:
+	rm -rf $(VENV) output

@@ -1,0 +1,75 @@
+"""The demo's text: training lines and a held-out file of tokens from this machine's Python standard library.
+
+    python script/demo/data.py --output output/demo-data
+
+Files held out from pretraining are held out here too: both go by the hash of a file's path (stdlib.py).
+"""
+
+import argparse
+import json
+import random
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from script.demo.stdlib import default_library, library_name, split_library
+
+BASE = Path(__file__).resolve().parent / "base"
+LINE_CHARACTERS = 8000  # a little more than 2048 tokens of Python
+HELD_OUT_TOKENS = 100_000
+LONGEST_TOKENS = 12_288  # of one held-out file, so that no single file is most of the measure
+
+
+def pieces(text: str, characters: int) -> list[str]:
+    """`text` in pieces of at least `characters`, cut at line ends; what is left at the end goes with the last one."""
+    cuts, start = [], 0
+    while (end := text.find("\n", start + characters)) != -1 and len(text) - end > characters:
+        cuts.append(text[start:end])
+        start = end + 1
+    return [*cuts, text[start:]]
+
+
+def training_lines(files: dict[str, str], seed: int) -> list[str]:
+    """JSON lines of at least LINE_CHARACTERS each, shuffled; shorter files are left out."""
+    texts = [
+        piece for text in files.values() if len(text) > LINE_CHARACTERS for piece in pieces(text, LINE_CHARACTERS)
+    ]
+    random.Random(seed).shuffle(texts)
+    return [json.dumps({"text": text}) for text in texts]
+
+
+def held_out_tokens(files: dict[str, str], tokenizer: PreTrainedTokenizerBase, seed: int) -> np.ndarray:
+    """<s> text </s> of long held-out files one after the other, uint16, about HELD_OUT_TOKENS of them."""
+    texts = [text for text in files.values() if len(text) > LINE_CHARACTERS]
+    random.Random(seed).shuffle(texts)
+    tokens: list[int] = []
+    for text in texts:
+        tokens += [*tokenizer(text).input_ids[:LONGEST_TOKENS], tokenizer.eos_token_id]
+        if len(tokens) >= HELD_OUT_TOKENS:
+            break
+    return np.array(tokens[:HELD_OUT_TOKENS], dtype=np.uint16)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder for train.jsonl, heldout.bin, prompt.txt")
+    parser.add_argument("--seed", type=int, default=42)
+    flags = parser.parse_args()
+    library = default_library()
+    training, held_out = split_library(library)
+    flags.output.mkdir(parents=True, exist_ok=True)
+    lines = training_lines(training, flags.seed)
+    (flags.output / "train.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    tokens = held_out_tokens(held_out, AutoTokenizer.from_pretrained(BASE, model_max_length=10**9), flags.seed)
+    tokens.tofile(flags.output / "heldout.bin")
+    longest = max(held_out.values(), key=len)
+    (flags.output / "prompt.txt").write_text(longest[:LINE_CHARACTERS].rpartition("\n")[0] + "\n", encoding="utf-8")
+    print(f"{library_name(library)}: {len(lines)} training texts, {len(tokens):,} tokens of held-out files")
+
+
+if __name__ == "__main__":
+    main()

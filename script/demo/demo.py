@@ -1,0 +1,103 @@
+"""Extend a real little Llama from 512 to 2048 tokens on the CPU and show that it worked (make demo).
+
+    python script/demo/demo.py
+
+Every step is a command that you could type; each is shown before it runs. Results: output/demo/.
+"""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+BASE, DATA, RUN, MERGED = "script/demo/base", "output/demo-data", "output/demo", "output/demo-merged"
+LENGTHS = ["256", "512", "1024", "2048"]
+TRAINED_LENGTH = 512
+BIN = Path(sys.executable).parent
+
+
+def run(title: str, command: str, **options) -> None:
+    """Show and run one command from the repository's root."""
+    print(f"\n=== {title}\n$ {command}", flush=True)
+    start = time.monotonic()
+    environment = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    status = subprocess.run(shlex.split(command), cwd=ROOT, env=environment, **options).returncode
+    if status:
+        sys.exit(f"error: the command above ended with status {status}")
+    print(f"({time.monotonic() - start:.0f} s)", flush=True)
+
+
+def evaluate(title: str, name: str, options: str) -> dict[int, float]:
+    """Perplexity by window length on the held-out files."""
+    results = f"{RUN}-results/{name}.json"
+    arguments = f"{options} --data_path {DATA}/heldout.bin --seq_len {' '.join(LENGTHS)} --output_json {results}"
+    run(title, f"python script/evaluate/evaluate.py {arguments}")
+    rows = json.loads((ROOT / results).read_text(encoding="utf-8"))["results"]
+    return {row["seq_len"]: row["perplexity"] for row in rows}
+
+
+def draw(rows: dict[str, dict[int, float]], file: Path) -> None:
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for (name, row), style in zip(rows.items(), ("o--", "s--", "D-"), strict=True):
+        axes.plot(list(row), list(row.values()), style, label=name)
+    axes.axvline(TRAINED_LENGTH, color="grey", linewidth=0.8)
+    axes.annotate("pretrained at 512", (TRAINED_LENGTH, axes.get_ylim()[1]), fontsize=8, color="grey", va="top")
+    lengths = [int(length) for length in LENGTHS]
+    axes.set(xscale="log", yscale="log", xlabel="window in tokens", ylabel="perplexity on held-out files (log)")
+    axes.set_xticks(lengths, LENGTHS)
+    axes.minorticks_off()
+    ticks = [
+        tick
+        for tick in (5, 7, 10, 15, 20, 30, 50, 100, 200)
+        if tick < 1.3 * max(map(max, (r.values() for r in rows.values())))
+    ]
+    axes.set_yticks(ticks, [str(tick) for tick in ticks])
+    axes.set_title("Context extended fourfold on two CPU cores", fontsize=11)
+    axes.legend(frameon=False)
+    figure.savefig(file, dpi=130)
+
+
+def table(rows: dict[str, dict[int, float]]) -> str:
+    head = f"{'perplexity at window of':<28}" + "".join(f"{length:>9}" for length in LENGTHS)
+    return "\n".join(
+        [head, *(f"{name:<28}" + "".join(f"{v:>9.2f}" for v in row.values()) for name, row in rows.items())]
+    )
+
+
+def main() -> None:
+    start = time.monotonic()
+    for folder in (DATA, RUN, MERGED, f"{RUN}-results"):
+        shutil.rmtree(ROOT / folder, ignore_errors=True)
+    (ROOT / f"{RUN}-results").mkdir(parents=True)
+    run("text from your own Python's standard library", f"python script/demo/data.py --output {DATA}")
+    rows = {"base": evaluate("the base as it is", "base", f"--base_model {BASE}")}
+    stretched = f"--base_model {BASE} --context_size 2048"
+    rows["interpolated, untrained"] = evaluate("positions interpolated, not trained", "interpolated", stretched)
+    print("\n(the first launch of DeepSpeed on a machine compiles an operator for about a minute)", flush=True)
+    run("LongQLoRA", "deepspeed train.py --train_args_file train_args/demo.yaml")
+    run("the adapter becomes part of the model", f"python script/merge_lora.py --adapter_name_or_path {RUN}")
+    rows["LongQLoRA"] = evaluate("the extended model", "longqlora", f"--base_model {MERGED}")
+    prompt = f"--prompt_file {DATA}/prompt.txt --max_new_tokens 80 --do_sample false --repetition_penalty 1.1"
+    run(
+        "continuing a held-out file at more than 1500 tokens",
+        f"python script/inference/inference.py --model_name_or_path {MERGED} {prompt}",
+    )
+    draw(rows, ROOT / RUN / "perplexity.png")
+    (ROOT / RUN / "perplexity.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    print(f"\n{table(rows)}\n\n{RUN}/perplexity.png shows it; {time.monotonic() - start:.0f} s in all")
+
+
+if __name__ == "__main__":
+    main()
