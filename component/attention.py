@@ -13,6 +13,7 @@ Shapes: B batch, T tokens, H query heads, Hkv key/value heads, D head size, g gr
 
 from collections.abc import Callable
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -83,26 +84,18 @@ def document_spans(position_ids: Tensor) -> list[list[tuple[int, int]]] | None:
 
 def _attend_documents(query, key, value, group_size, documents, *, scale, dropout) -> Tensor:
     """Each document by itself; `documents` as from `document_spans`, one list per row or one for all rows alike."""
+    options = {"scale": scale, "dropout": dropout}
     if documents is None:
-        return _attend_document(query, key, value, group_size, scale=scale, dropout=dropout)
+        return _attend_document(query, key, value, group_size, **options)
     rows = [slice(None)] if len(documents) == 1 else [slice(row, row + 1) for row in range(len(query))]
-    return torch.cat(
-        [
-            torch.cat(
-                [
-                    _attend_document(
-                        *(tensor[row, :, start:end] for tensor in (query, key, value)),
-                        group_size,
-                        scale=scale,
-                        dropout=dropout,
-                    )
-                    for start, end in spans
-                ],
-                dim=1,
-            )
-            for row, spans in zip(rows, documents, strict=True)
-        ]
-    )
+    outputs = []
+    for row, spans in zip(rows, documents, strict=True):
+        parts = []
+        for start, end in spans:
+            q, k, v = (tensor[row, :, start:end] for tensor in (query, key, value))
+            parts.append(_attend_document(q, k, v, group_size, **options))
+        outputs.append(torch.cat(parts, dim=1))
+    return torch.cat(outputs)
 
 
 def _attend_document(query, key, value, group_size, *, scale, dropout) -> Tensor:
@@ -132,26 +125,25 @@ def _attend_groups(query, key, value, first_group, *, group_size, scale, dropout
     head = min(first_group, length) if first_group < group_size else 0
     whole = (length - head) // group_size
     tail = head + whole * group_size
-    parts = []
-    if head:
-        parts.append(_causal(*(t[:, :, :head] for t in (query, key, value)), scale, dropout).transpose(1, 2))
-    if whole:
-        # whole groups as a batch of their own: (B, h, n*g, D) -> (B*n, h, g, D), a view for B = 1
-        groups = (
-            t[:, :, head:tail].unflatten(2, (whole, group_size)).transpose(1, 2).flatten(0, 1)
-            for t in (query, key, value)
+
+    def attend(start: int, end: int, groups: int) -> Tensor:
+        # groups of equal length as a batch of their own: (B, h, n*g, D) -> (B*n, h, g, D), a view for B = 1
+        q, k, v = (
+            tensor[:, :, start:end].unflatten(2, (groups, -1)).transpose(1, 2).flatten(0, 1)
+            for tensor in (query, key, value)
         )
-        out = _causal(*groups, scale, dropout).transpose(1, 2)
-        parts.append(out.reshape(len(query), whole * group_size, *out.shape[2:]))
-    if tail < length:
-        parts.append(_causal(*(t[:, :, tail:] for t in (query, key, value)), scale, dropout).transpose(1, 2))
+        out = _causal(q, k, v, scale, dropout).transpose(1, 2)
+        return out.reshape(len(query), end - start, *out.shape[2:])
+
+    spans = [(0, head, 1), (head, tail, whole), (tail, length, 1)]
+    parts = [attend(start, end, groups) for start, end, groups in spans if start < end]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float | None, dropout: float) -> Tensor:
     """Causal attention on PyTorch's kernels, (b, h, t, D): grouped heads without repeating keys and values."""
     attend = F.scaled_dot_product_attention
-    options = {"is_causal": True, "scale": scale, "dropout_p": dropout}
+    options: dict[str, Any] = {"is_causal": True, "scale": scale, "dropout_p": dropout}
     per_kv = query.shape[1] // key.shape[1]
     if per_kv == 1 or _kernels_know_grouped_heads(query):
         return attend(query, key, value, enable_gqa=per_kv > 1, **options)
