@@ -22,7 +22,7 @@ from component.collator import RightPadCollator
 from component.dataset import load_samples
 from component.error import exit_on_user_error
 from component.memory import limit_memory, peak_memory
-from component.model import any_pad_id, compute_dtype, load_base, load_config, load_tokenizer
+from component.model import any_pad_id, check_targets_early, compute_dtype, load_base, load_config, load_tokenizer
 from component.rope import extend_context, original_context
 from component.trainer import (
     LongQLoRATrainer,
@@ -42,15 +42,15 @@ def main() -> None:
     limit_memory(args.memory_budget_gib)
     limit_kernels(args.use_flash_attn)
 
-    tokenizer = load_tokenizer(args.model_name_or_path, args.model_max_length)
     extended = load_config(args.model_name_or_path)
+    tokenizer = load_tokenizer(args.model_name_or_path, args.model_max_length)
+    check_targets_early(extended, args.target_names)
     factor = extend_context(extended, args.model_max_length, args.rope_type)
-    config = training_config(args, extended)
     train_set, eval_set, data_lines = load_data(args, training_args, tokenizer)
 
     model = load_base(
         args.model_name_or_path,
-        config,
+        training_config(args, extended),
         dtype=compute_dtype(training_args.fp16, training_args.bf16),
         load_in_4bit=args.load_in_4bit,
         device=None if is_deepspeed_zero3_enabled() else training_args.device,

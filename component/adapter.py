@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from component.error import UserError, nearest
+from component.error import UserError, first_line, nearest
 
 LEGACY_EXTRAS = "trainable_params.bin"  # LongLoRA's file of trained embeddings and norms, beside the LoRA weights
 
@@ -103,6 +103,12 @@ def add_adapter(
     return adapted
 
 
+def check_adapter(source: str, field: str) -> None:
+    """Refuse what is neither a folder nor looks like a hub id."""
+    if not Path(source).is_dir() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
+        raise UserError(f"{field}: there is no adapter folder {source}; name one, or a hub id")
+
+
 def load_adapter(model: PreTrainedModel, source: str) -> PeftModel:
     """`model` with the adapter in a folder or on the hub around it, frozen, every weight of both accounted for.
 
@@ -114,23 +120,34 @@ def load_adapter(model: PreTrainedModel, source: str) -> PeftModel:
     try:
         config = PeftConfig.from_pretrained(source)
     except (ValueError, OSError, TypeError, KeyError) as error:
-        raise UserError(f"{source} is no adapter: its adapter_config.json cannot be read ({error})") from error
+        reason = first_line(error)
+        raise UserError(
+            f"{source} is no adapter: its adapter_config.json cannot be read ({reason}); "
+            "name a folder that training wrote"
+        ) from error
     config.inference_mode = True
     weights = read_weights(_fetch(source, "adapter_model.safetensors", "adapter_model.bin"))
     extras = _fetch(source, LEGACY_EXTRAS, required=False)
     if extras is not None:
         _load_extras(model, read_weights(extras), extras)
-    adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+    cure = "use the base model that it was trained on"
     try:
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
         result = set_peft_model_state_dict(adapted, weights)
-    except RuntimeError as error:  # a size mismatch, spelt over many lines
-        raise UserError(f"{source} does not fit this base model: {' '.join(str(error).split())}") from error
+    except (
+        RuntimeError,
+        ValueError,
+    ) as error:  # sizes that mismatch, spelt over many lines; targets that are not there
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{source} does not fit this base model ({reason}); {cure}") from error
+    except KeyError as error:  # PEFT looks up each of `modules_to_save` before it counts what is missing
+        raise UserError(f"{source} does not fit this base model: {error.args[0]} is missing; {cure}") from error
     missing = [key for key in result.missing_keys if _is_adapter_weight(key)]
     unknown = list(result.unexpected_keys)
     if missing or unknown:
         parts = [f"{len(missing)} weights are missing, as {missing[0]}"] if missing else []
         parts += [f"{len(unknown)} belong nowhere, as {unknown[0]}"] if unknown else []
-        raise UserError(f"{source} does not fit this base model: {' and '.join(parts)}")
+        raise UserError(f"{source} does not fit this base model: {' and '.join(parts)}; {cure}")
     return adapted.eval()
 
 
@@ -150,7 +167,9 @@ def _fetch(source: str, *names: str, required: bool = True) -> Path | None:
         except Exception:  # absent, offline or gated: the next name, then our own message
             continue
     if required:
-        raise UserError(f"{source} is no adapter: it holds neither {' nor '.join(names)}")
+        raise UserError(
+            f"{source} is no adapter: it holds neither {' nor '.join(names)}; name a folder that training wrote"
+        )
     return None
 
 
@@ -159,9 +178,14 @@ def read_weights(file: Path) -> dict[str, torch.Tensor]:
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
-        return torch.load(file, map_location="cpu", weights_only=True)
+        weights = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # safetensors, zip and pickle each have their own kinds
-        raise UserError(f"{file} is damaged or holds more than weights: {str(error).splitlines()[0]}") from error
+        is_pickle = "weights_only" in str(error)  # torch's advice to unpickle it all the same is not passed on
+        reason = "it would run code of its own" if is_pickle else first_line(error)
+        raise UserError(f"{file} is damaged or holds more than weights ({reason}); fetch or train it again") from error
+    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise UserError(f"{file} holds something else than weights by name; use the file that training has written")
+    return weights
 
 
 def _load_extras(model: PreTrainedModel, weights: dict[str, torch.Tensor], file: Path) -> None:
@@ -170,9 +194,9 @@ def _load_extras(model: PreTrainedModel, weights: dict[str, torch.Tensor], file:
     for key, value in weights.items():
         name = key.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
         if name not in own:
-            raise UserError(f"{file}: {key} is no weight of this base model")
+            raise UserError(f"{file}: {key} is no weight of this base model; use the one it was trained on")
         if own[name].shape != value.shape:
-            hint = ""
+            hint = "; use the base model that it was trained on"
             if value.shape[0] == own[name].shape[0] + 1:
                 hint = "; the extra row is a pad token that was added for training: use a base resized in the same way"
             raise UserError(f"{file}: {key} is {tuple(value.shape)}, the base has {tuple(own[name].shape)}{hint}")

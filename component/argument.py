@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import enum
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -17,12 +18,34 @@ from pathlib import Path
 import torch
 import yaml
 from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+from transformers.training_args import trainer_log_levels
 
 from component.error import UserError, nearest
 from component.rope import ROPE_TYPES
 
 DEFAULT_FILE = "./train_args/llama2-7b-pretrain.yaml"
-V100_ADVICE = "set fp16: true (V100 and Turing compute in fp16 only; README.md, 'Hardware')"
+# keys: (what a sane value fulfils, the cure)
+BOUNDS = {
+    "max_seq_length model_max_length": (lambda v: v >= 2, "at least 2 tokens"),
+    "group_size": (lambda v: v >= 2 and v % 2 == 0, "an even number of tokens >= 2"),
+    "group_size_ratio": (lambda v: 0 < v <= 1, "a share in (0, 1], 0.25 as in the paper"),
+    "rope_type": (lambda v: v in ROPE_TYPES, "one of " + ", ".join(ROPE_TYPES)),
+    "lora_rank gradient_accumulation_steps": (lambda v: v >= 1, "at least 1"),
+    "per_device_train_batch_size per_device_eval_batch_size": (lambda v: v >= 1, "at least 1"),
+    "lora_alpha memory_budget_gib num_train_epochs save_steps logging_steps": (lambda v: v > 0, "a number above 0"),
+    "lora_dropout": (lambda v: 0 <= v < 1, "a probability in [0, 1)"),
+    "learning_rate": (lambda v: 0 < v < 1, "a number in (0, 1), as 2e-4"),
+    "max_steps": (lambda v: v >= 1 or v == -1, "at least 1, or -1 for whole epochs"),
+    "warmup_steps weight_decay max_grad_norm dataloader_num_workers": (lambda v: v >= 0, "0 or more"),
+    "target_modules": (lambda v: str(v).strip(", []"), "names of linear layers, or leave the key out for all of them"),
+    "log_level log_level_replica": (lambda v: v in trainer_log_levels, "one of " + ", ".join(trainer_log_levels)),
+    "seed data_seed": (lambda v: 0 <= v < 2**32, "0 or more, below 2**32"),
+    "report_to": (
+        lambda v: {*([v] if isinstance(v, str) else v)} <= {"none", "all", *get_available_reporting_integrations()},
+        "none, tensorboard, or a tracker that is installed",
+    ),
+}
 
 
 def _key(help: str, default: typing.Any = dataclasses.MISSING):
@@ -80,14 +103,16 @@ def parse_arguments(argv: list[str]) -> tuple[LongQLoRAArguments, TrainingArgume
     file, overrides = _parse_command_line(argv)
     values = {**_read_yaml(file), **overrides}
     ours, theirs = _hints(LongQLoRAArguments), _hints(TrainingArguments)
-    problems = _unknown_keys(values, [*ours, *theirs])
+    known = ours | theirs
+    problems: list[str] = []
     typed: dict[str, typing.Any] = {}
     for key, value in values.items():
-        if key in ours or key in theirs:
-            try:
-                typed[key] = _coerce(value, (ours | theirs)[key])
-            except ValueError as error:
-                problems.append(f"{key}: {error}")
+        try:
+            typed[key] = _coerce(value, known[key])
+        except KeyError:
+            problems.append(f"{key}: unknown key{nearest(str(key), known)}")
+        except ValueError as error:
+            problems.append(f"{key}: {error}")
     for item in dataclasses.fields(LongQLoRAArguments):
         if item.default is dataclasses.MISSING and item.name not in values:
             problems.append(f"{item.name}: missing; {item.metadata['help']}")
@@ -104,9 +129,13 @@ def _training_arguments(file: str, values: dict) -> TrainingArguments:
     if values.get("gradient_checkpointing"):
         values.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": False})
     try:
-        return TrainingArguments(**values)
+        arguments = TrainingArguments(**values)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"{file}: {error}") from error
+    if arguments.deepspeed and arguments.hf_deepspeed_config.mismatches:  # what the Trainer says after loading
+        contradictions = "\n  ".join(arguments.hf_deepspeed_config.mismatches)
+        raise UserError(f'deepspeed: contradicts {file}; write "auto" in the DeepSpeed file for\n  {contradictions}')
+    return arguments
 
 
 def _parse_command_line(argv: list[str]) -> tuple[str, dict]:
@@ -128,10 +157,13 @@ def _parse_command_line(argv: list[str]) -> tuple[str, dict]:
             raise UserError(f"{word!r}: an override is spelt --key value, as in --learning_rate 1e-4")
         key, equals, value = word[2:].partition("=")
         if not equals:
-            if not rest:
+            if not rest or rest[0].startswith("--"):
                 raise UserError(f"--{key}: no value; an override is spelt --key value")
             value = rest.pop(0)
-        overrides[key] = yaml.safe_load(value) if value else None
+        try:
+            overrides[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"--{key}: {value!r} is no YAML value; put quotes around it, as in '\"a: b\"'") from error
     return known.train_args_file, overrides
 
 
@@ -141,6 +173,8 @@ class _NoDuplicates(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         seen = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(None, None, "a key must be a name", key_node.start_mark)
             if key_node.value in seen:
                 raise yaml.MarkedYAMLError(None, None, f"{key_node.value} is set twice", key_node.start_mark)
             seen.add(key_node.value)
@@ -148,11 +182,10 @@ class _NoDuplicates(yaml.SafeLoader):
 
 
 def _read_yaml(file: str) -> dict:
-    path = Path(file)
-    if not path.is_file():
-        raise UserError(f"--train_args_file: there is no file {file}")
+    if not Path(file).is_file():
+        raise UserError(f"--train_args_file: there is no file {file}; train_args/ has one for each run we ship")
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_NoDuplicates)
+        values = yaml.load(Path(file).read_text(encoding="utf-8"), Loader=_NoDuplicates)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--train_args_file: {file} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
@@ -161,55 +194,53 @@ def _read_yaml(file: str) -> dict:
 
 
 def _hints(cls: type) -> dict[str, typing.Any]:
-    hints = typing.get_type_hints(cls)
+    # `resume_from_checkpoint: true` is documented, but not in its type
+    hints = {**typing.get_type_hints(cls), "resume_from_checkpoint": str | bool | None}
     return {item.name: hints[item.name] for item in dataclasses.fields(cls) if item.init}
-
-
-def _unknown_keys(values: dict, known: list[str]) -> list[str]:
-    return [f"{key}: unknown key{nearest(str(key), known)}" for key in values if key not in known]
 
 
 def _coerce(value: typing.Any, hint: typing.Any) -> typing.Any:
     """`value` as the type that `hint` asks for ('2e-4', which YAML 1.1 reads as a string, becomes a float)."""
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        members = typing.get_args(hint)
-        for member in sorted(members, key=lambda member: member is str):  # every string is a str: try that last
+    origin, members = typing.get_origin(hint), _members(hint)
+    if len(members) > 1:
+        members = sorted(members, key=lambda member: member is str)  # every string is a str: try that last
+        if isinstance(members[0], enum.EnumMeta):  # `OptimizerNames | str` means a name of the former
+            return _coerce(value, members[0])
+        for member in members:
             try:
                 return _coerce(value, member)
             except ValueError:
                 continue
-        raise ValueError(f"{value!r} is no {_spelt(hint)}")
+        raise ValueError(f"{value!r} is not {_spelt(hint)}")
     if hint is typing.Any or (hint is type(None) and value is None):
         return value
-    if hint is bool and isinstance(value, bool):
+    if hint in (bool, str) and isinstance(value, hint):
         return value
     if hint in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         return _number(value, hint)
-    if hint is str and isinstance(value, str):
-        return value
-    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+    if isinstance(hint, enum.EnumMeta):
         names = [member.value for member in hint]
+        value = "no" if value is False else value  # YAML 1.1 reads `save_strategy: no` as false
         if value in names:
             return value
         raise ValueError(f"{value!r} is none of {', '.join(names)}{nearest(str(value), names)}")
     if (origin or hint) in (dict, list) and isinstance(value, origin or hint):
         return value
-    raise ValueError(f"{value!r} is no {_spelt(hint)}")
+    raise ValueError(f"{value!r} is not {_spelt(hint)}")
 
 
 def _number(value: int | float | str, kind: type) -> int | float:
     try:
         number = float(value)
     except ValueError:
-        raise ValueError(f"{value!r} is no {_spelt(kind)}") from None
-    if number != number or (kind is int and not number.is_integer()):
-        raise ValueError(f"{value!r} is no {_spelt(kind)}")
+        raise ValueError(f"{value!r} is not {_spelt(kind)}") from None
+    if not math.isfinite(number) or (kind is int and not number.is_integer()):
+        raise ValueError(f"{value!r} is not {_spelt(kind)}")
     return kind(number)
 
 
 def _spelt(hint: typing.Any) -> str:
-    names = {bool: "true or false", int: "whole number", float: "number", str: "text", type(None): "nothing"}
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "empty"}
     return " or ".join(names.get(member, getattr(member, "__name__", str(member))) for member in _members(hint))
 
 
@@ -219,42 +250,22 @@ def _members(hint: typing.Any) -> tuple:
 
 def _insane(values: dict) -> list[str]:
     """Values of the right type that make no sense, one sentence each."""
-    bounds = {
-        "max_seq_length": (lambda v: v >= 2, "at least 2 tokens"),
-        "group_size": (lambda v: v >= 2 and v % 2 == 0, "an even number of tokens >= 2"),
-        "group_size_ratio": (lambda v: 0 < v <= 1, "a share in (0, 1], 0.25 as in the paper"),
-        "rope_type": (lambda v: v in ROPE_TYPES, "one of " + ", ".join(ROPE_TYPES)),
-        "lora_rank": (lambda v: v >= 1, "at least 1"),
-        "lora_alpha": (lambda v: v > 0, "above 0"),
-        "lora_dropout": (lambda v: 0 <= v < 1, "a probability in [0, 1)"),
-        "memory_budget_gib": (lambda v: v > 0, "above 0 GiB"),
-        "learning_rate": (lambda v: 0 < v < 1, "in (0, 1), as 2e-4"),
-        "per_device_train_batch_size": (lambda v: v >= 1, "at least 1"),
-        "per_device_eval_batch_size": (lambda v: v >= 1, "at least 1"),
-        "gradient_accumulation_steps": (lambda v: v >= 1, "at least 1"),
-        "num_train_epochs": (lambda v: v > 0, "above 0"),
-        "max_steps": (lambda v: v >= 1 or v == -1, "at least 1, or -1 for whole epochs"),
-        "save_steps": (lambda v: v > 0, "above 0"),
-        "logging_steps": (lambda v: v > 0, "above 0"),
-        "warmup_steps": (lambda v: v >= 0, "0 or more"),
-        "weight_decay": (lambda v: v >= 0, "0 or more"),
-        "max_grad_norm": (lambda v: v >= 0, "0 or more"),
-    }
     problems = [
         f"{key}: {values[key]!r}; use {cure}"
-        for key, (is_sane, cure) in bounds.items()
+        for keys, (is_sane, cure) in BOUNDS.items()
+        for key in keys.split()
         if values.get(key) is not None and not is_sane(values[key])
     ]
     longest, target = values.get("max_seq_length"), values.get("model_max_length")
     if longest and target and longest > target:
-        problems.append(
-            f"max_seq_length: {longest} tokens are more than model_max_length, {target}; samples would reach beyond "
-            "the stretched positions: raise model_max_length or shorten the samples"
-        )
-    if values.get("target_modules") is not None and not str(values["target_modules"]).strip(", []"):
-        problems.append("target_modules: empty; leave the key out for all linear layers")
+        reach = f"{longest} tokens reach beyond model_max_length, {target}"
+        problems.append(f"max_seq_length: {reach}; raise model_max_length or shorten the samples")
     if not values.get("output_dir"):
         problems.append("output_dir: missing; where checkpoints and the adapter go")
+    if values.get("eval_strategy", "no") != "no" and not values.get("eval_file"):
+        problems.append(f"eval_strategy: {values['eval_strategy']}, but no eval_file says on what; add one")
+    if (values.get("memory_budget_gib") or 0) > 0 and not torch.cuda.is_available():
+        problems.append(f"memory_budget_gib: {values['memory_budget_gib']:g}, but there is no GPU; leave it out")
     return problems + _impossible_precision(values) + _bad_deepspeed(values.get("deepspeed"))
 
 
@@ -263,29 +274,26 @@ def _impossible_precision(values: dict) -> list[str]:
     if fp16 and bf16:
         return ["fp16, bf16: both are true; keep one"]
     on_gpu = torch.cuda.is_available() and not values.get("use_cpu")
-    if fp16 and not on_gpu:
-        return ["fp16: true, but there is no GPU here; leave it out (fp32) or set bf16: true"]
-    if on_gpu and torch.cuda.get_device_capability() < (8, 0):
-        name = torch.cuda.get_device_name()
-        if bf16:
-            return [f"bf16: true, but {name} has no bf16; {V100_ADVICE}"]
-        if values.get("use_flash_attn"):
-            return [f"use_flash_attn: true, but {name} runs no flash kernel; leave it out"]
-    if values.get("use_flash_attn") and (not on_gpu or not (fp16 or bf16)):
-        return [
-            "use_flash_attn: true needs a GPU and fp16: true or bf16: true; leave it out for the fastest that runs"
-        ]
+    if not on_gpu and (fp16 or (bf16 and not values.get("use_cpu"))):
+        cure = "leave it out (fp32), or set bf16: true and use_cpu: true"
+        return [f"{'fp16' if fp16 else 'bf16'}: true, but there is no GPU here; {cure}"]
+    name = torch.cuda.get_device_name() if on_gpu else "no GPU"
+    is_old = on_gpu and torch.cuda.get_device_capability() < (8, 0)  # V100, Turing
+    if bf16 and is_old:
+        return [f"bf16: true, but {name} has no bf16; set fp16: true (README.md, 'Hardware')"]
+    if values.get("use_flash_attn") and (is_old or not on_gpu or not (fp16 or bf16)):
+        need = "an Ampere or newer GPU and fp16: true or bf16: true"
+        return [f"use_flash_attn: true needs {need}, here is {name}; leave it out for the fastest that runs"]
     return []
 
 
 def _bad_deepspeed(config: str | dict | None) -> list[str]:
     if config is None or isinstance(config, dict):
         return []
-    path = Path(config)
-    if not path.is_file():
+    if not Path(config).is_file():
         return [f"deepspeed: there is no file {config}; train_args/deepspeed/ has three"]
     try:
-        json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(Path(config).read_text(encoding="utf-8"))
     except ValueError as error:
         return [f"deepspeed: {config} is not JSON: {error}"]
-    return []
+    return [] if isinstance(content, dict) else [f"deepspeed: {config} holds no JSON object, as {{...}}"]

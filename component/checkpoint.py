@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from peft import PeftModel
@@ -30,11 +30,28 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        folder.chmod(0o755)  # mkdtemp makes private folders
         yield folder
+        _open_to_readers(folder)
         folder.rename(target)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _open_to_readers(folder: Path) -> None:
+    """The modes that the umask gives: mkdtemp and safetensors (0.8) keep what they make to its owner."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in (folder, *folder.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+
+
+def check_target(target: Path, field: str) -> None:
+    """Refuse a folder that exists already, or that cannot be made."""
+    if target.exists():
+        raise UserError(f"{field}: {target} exists; name another folder or remove it")
+    for parent in target.absolute().parents:
+        if parent.exists() and not parent.is_dir():
+            raise UserError(f"{field}: {parent} is a file, so {target} cannot be made; name another folder")
 
 
 def library_versions() -> dict[str, str]:
@@ -54,42 +71,45 @@ def write_adapter(
     tokenizer: PreTrainedTokenizerBase,
     config: PretrainedConfig,
     state_dict: dict | None = None,
-) -> None:
-    """PEFT's files, the tokenizer and the extended config into `folder`, each whole or not at all.
+) -> list[str]:
+    """PEFT's files, the tokenizer and the extended config into `folder`, each whole or not at all; their names.
 
     Args:
         config: of the extended base, without anything of ours in it.
         state_dict: the model's weights where the model itself holds only shards of them (ZeRO-3).
     """
     folder.mkdir(parents=True, exist_ok=True)
+    for left_over in folder.glob(".writing-*"):  # by a run that was killed here
+        shutil.rmtree(left_over)
     with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as temporary:
         # save_embedding_layers: trained embeddings are in modules_to_save; "auto" would ask the hub for the base
         model.save_pretrained(temporary, state_dict=state_dict, save_embedding_layers=False)
+        if tokenizer.is_fast:
+            tokenizer.backend_tokenizer.no_truncation()  # of the last call, which its file would keep
         tokenizer.save_pretrained(temporary)
         config.save_pretrained(temporary)
-        for file in Path(temporary).iterdir():
-            if file.name != "README.md":  # PEFT's empty model card
-                file.replace(folder / file.name)
+        _open_to_readers(Path(temporary))
+        # README.md is PEFT's empty model card
+        files = [file for file in sorted(Path(temporary).iterdir()) if file.name != "README.md"]
+        (folder / RECORD_FILE).unlink(missing_ok=True)  # written before: not whole again until its record is
+        for file in files:
+            file.replace(folder / file.name)
+    return [file.name for file in files]
 
 
-def write_record(folder: Path, record: dict) -> None:
-    """`longqlora.json`, with every file of the folder (checkpoints inside it left out) and its size in bytes."""
-    files = {
-        str(file.relative_to(folder)): file.stat().st_size
-        for file in sorted(folder.rglob("*"))
-        if file.is_file() and not _is_passing(file.relative_to(folder))
-    }
+def write_record(folder: Path, record: dict, names: Iterable[str] | None = None) -> None:
+    """`longqlora.json`, with the size in bytes of the files that must be there.
+
+    Args:
+        names: those files; None for all that the folder holds.
+    """
+    if names is None:
+        found = (file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
+        names = [str(file) for file in found if not file.parts[0].startswith(".") and str(file) != RECORD_FILE]
+    files = {name: (folder / name).stat().st_size for name in sorted(names)}
     temporary = folder / f".{RECORD_FILE}.tmp"
     temporary.write_text(json.dumps({**record, "files": files}, indent=2) + "\n", encoding="utf-8")
     temporary.replace(folder / RECORD_FILE)
-
-
-def _is_passing(file: Path) -> bool:
-    """Files of a run that are not part of its adapter: checkpoints, curves, logs, half-written things."""
-    first = file.parts[0]
-    return (
-        first in (RECORD_FILE, "runs") or first.startswith((".", "checkpoint-")) or first.endswith((".log", ".yaml"))
-    )
 
 
 def read_record(folder: str | Path) -> dict | None:
@@ -130,6 +150,17 @@ def newest_whole_checkpoint(output_dir: str | Path) -> Path | None:
             if read_record(folder) is not None:
                 return folder
     return None
+
+
+def remove_old_checkpoints(output_dir: str | Path, limit: int | None, keep: Iterable[Path]) -> None:
+    """The oldest go until `limit` are left (None or 0: no limit), but never those in `keep`.
+
+    transformers' own rotation keeps the one with the highest step, which may be one that a killed run has cut off.
+    """
+    found, kept = checkpoints(output_dir), [folder.resolve() for folder in keep]
+    excess = max(len(found) - limit, 0) if limit and limit > 0 else 0
+    for folder in [folder for folder in found if folder.resolve() not in kept][:excess]:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def checkpoint_to_resume(output_dir: str, resume: str | None) -> str | None:
@@ -178,8 +209,9 @@ def claim_output(output_dir: str, resume: str | None, overwrite: bool) -> str | 
         if int(os.environ.get("RANK", "0")) == 0:
             for old in checkpoints(folder):
                 shutil.rmtree(old)
-            for name in (RECORD_FILE, "adapter_config.json"):
-                (folder / name).unlink(missing_ok=True)
+            for pattern in (RECORD_FILE, "adapter_*", "trainer_state.json", "*_results.json"):
+                for old in folder.glob(pattern):
+                    old.unlink()
         return None
     start = checkpoint_to_resume(output_dir, resume)
     is_finished = (folder / "adapter_config.json").is_file()

@@ -60,13 +60,11 @@ def load_samples(
     lines = sum(check_lines(file, keys) for file in files)
     # the cache is keyed by these arguments: a changed file must not be served from yesterday's tokens
     stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    dataset = Dataset.from_generator(
-        generate_samples,
-        features=FEATURES,
-        gen_kwargs={"stamps": stamps, "tokenizer": tokenizer, "max_seq_length": max_seq_length, "sft": sft},
-    )
-    if len(dataset) == 0:
-        raise UserError(f"{field}: {source} has {lines} lines and none that holds anything to learn")
+    arguments = {"stamps": stamps, "tokenizer": tokenizer, "max_seq_length": max_seq_length, "sft": sft}
+    if next(generate_samples(**arguments), None) is None:
+        need = "answers, and prompts that leave room for them in max_seq_length" if sft else "texts"
+        raise UserError(f"{field}: nothing to learn in {source} (lines: {lines}); it needs {need}")
+    dataset = Dataset.from_generator(generate_samples, features=FEATURES, gen_kwargs=arguments)
     tokens = sum(len(ids) for batch in dataset.iter(1000) for ids in batch["input_ids"])
     cut = sum(sum(batch["cut"]) for batch in dataset.select_columns("cut").iter(1000))
     report = DataReport([str(file) for file in files], lines, len(dataset), tokens, cut, lines - len(dataset))
@@ -81,11 +79,13 @@ def resolve_files(source: str, field: str) -> list[Path]:
     if path.is_dir():
         files = sorted(path.glob("*.jsonl"))
         if not files:
-            raise UserError(f"{field}: the folder {source} holds no .jsonl file")
+            raise UserError(f"{field}: the folder {source} holds no .jsonl file; rename the files, or name one")
         return files
     parts = source.split("/")
     if len(parts) < 2 or source.startswith((".", "/", "~")):
-        raise UserError(f"{field}: there is no file or folder {source}")
+        raise UserError(
+            f"{field}: there is no file or folder {source}; name one, or owner/dataset/file.jsonl on the hub"
+        )
     repository, name = "/".join(parts[:2]), "/".join(parts[2:])
     try:
         if not name:
@@ -103,25 +103,30 @@ def resolve_files(source: str, field: str) -> list[Path]:
 
 
 def read_lines(file: Path) -> Iterator[tuple[int, str]]:
-    """(line number from 1, line) of the lines that are not blank."""
-    with file.open(encoding="utf-8") as lines:
+    """(line number from 1, line) of the lines that are not blank.
+
+    Raises:
+        UserError: a line that is not UTF-8.
+    """
+    with file.open("rb") as lines:  # read as text, the file would be decoded, and refused, thousands of lines ahead
         for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield number, line
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(f"{file}:{number}: not UTF-8 ({error.reason}); convert the file") from error
+            if text.strip():
+                yield number, text
 
 
 def check_lines(file: Path, keys: tuple[str, ...]) -> int:
     """Count the lines; refuse the file if one is no JSON object with a text under each of `keys`."""
     bad: list[str] = []
-    count = number = 0
-    try:
-        for number, line in read_lines(file):
-            count += 1
-            problem = _problem(line, keys)
-            if problem:
-                bad.append(f"{file}:{number}: {problem}")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}:{number + 1}: not UTF-8 ({error.reason}); convert the file") from error
+    count = 0
+    for number, line in read_lines(file):
+        count += 1
+        problem = _problem(line, keys)
+        if problem:
+            bad.append(f"{file}:{number}: {problem}")
     if bad:
         more = f"\n  and {len(bad) - MAX_REPORTED:,} more" if len(bad) > MAX_REPORTED else ""
         wanted = " and ".join(f'"{key}"' for key in keys)
@@ -135,15 +140,19 @@ def check_lines(file: Path, keys: tuple[str, ...]) -> int:
 def _problem(line: str, keys: tuple[str, ...]) -> str | None:
     try:
         record = json.loads(line)
-    except ValueError as error:
-        return f"not JSON ({error})"
+    except (ValueError, RecursionError) as error:
+        return f"not JSON ({getattr(error, 'msg', error)}, column {getattr(error, 'colno', 1)})"
     if not isinstance(record, dict):
-        return f"a {type(record).__name__}, not an object"
+        return f"{json.dumps(record)[:40]} is no object"
     for key in keys:
         if key not in record:
             return f'no "{key}" (its keys: {", ".join(map(str, record)) or "none"})'
         if not isinstance(record[key], str):
-            return f'"{key}" is a {type(record[key]).__name__}, not a text'
+            return f'"{key}" is {json.dumps(record[key])[:40]}, not a text'
+        try:
+            record[key].encode()
+        except UnicodeEncodeError as error:
+            return f'"{key}" holds half a character, {record[key][error.start]!r}, at {error.start}; remove it'
     return None
 
 

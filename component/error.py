@@ -21,6 +21,14 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {match[0]}?)" if match else ""
 
 
+def first_line(error: BaseException) -> str:
+    """A library's complaint without the pages that follow, and without its advice to run foreign code."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if "trust_remote_code" in str(error):
+        return "it brings code of its own, which is never run here"
+    return lines[0]
+
+
 def exit_on_user_error(main: Callable[[], None]) -> Callable[[], None]:
     """Let a program end with status 1 and the message alone when its user made a mistake."""
 

@@ -1,14 +1,16 @@
 """How is text continued? Flags, the choice of model, and one streamed generation, shared by inference and chat."""
 
 import argparse
+import contextlib
 import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
 
-from component.checkpoint import merged_folder, newest_run
+from component.checkpoint import RECORD_FILE, merged_folder, newest_run
 from component.error import UserError
 from component.model import load_for_inference
 from component.rope import context_length
@@ -43,9 +45,10 @@ def generation_parser(description: str | None) -> argparse.ArgumentParser:
 def check_sampling(flags: argparse.Namespace) -> None:
     bounds = {
         "max_new_tokens": (flags.max_new_tokens >= 1, "at least 1"),
-        "temperature": (flags.temperature > 0, "above 0; for the likeliest tokens use --do_sample false"),
-        "top_p": (0 < flags.top_p <= 1, "in (0, 1]"),
-        "repetition_penalty": (flags.repetition_penalty > 0, "above 0, 1 for none"),
+        "temperature": (flags.temperature > 0, "a number above 0; for the likeliest tokens --do_sample false"),
+        "top_p": (0 < flags.top_p <= 1, "a share in (0, 1]"),
+        "repetition_penalty": (flags.repetition_penalty > 0, "a number above 0, 1 for none"),
+        "seed": (0 <= flags.seed < 2**32, "0 or more, below 2**32"),
         "context_size": (flags.context_size is None or flags.context_size >= 1, "at least 1 token"),
     }
     for name, (is_sane, cure) in bounds.items():
@@ -60,18 +63,32 @@ def load_from_flags(flags: argparse.Namespace) -> tuple[PreTrainedModel, PreTrai
     if model_path is None and adapter is None:
         run = newest_run()
         merged = merged_folder(run)
-        model_path, adapter = (str(merged), None) if merged.is_dir() else (None, str(run))
+        model_path, adapter = (str(merged), None) if _is_merged(run, merged) else (None, str(run))
     print(f"model: {model_path or 'the base of'} {adapter or ''}".rstrip(), file=sys.stderr, flush=True)
     logging.getLogger("transformers").setLevel(logging.ERROR)  # it warns of positions beyond the unstretched length
+    sys.stdin.reconfigure(errors="strict")  # under LANG=C broken bytes would pass, and end in the tokenizer
     set_seed(flags.seed)
     return load_for_inference(model_path, adapter, context_size=flags.context_size, load_in_4bit=flags.load_in_4bit)
 
 
+def _is_merged(run: Path, merged: Path) -> bool:
+    """Whether `merged` was made from `run` as it is now, not from an earlier training under the same name."""
+    record = merged / RECORD_FILE
+    if not record.is_file():
+        return merged.is_dir()
+    return record.stat().st_mtime >= (run / RECORD_FILE).stat().st_mtime
+
+
 def prompts(banner: str):
-    """Lines typed at a terminal after `banner`; until the end of input or /exit."""
+    """Lines typed at a terminal after `banner`; until the end of input or /exit.
+
+    Raises:
+        UserError: a line that is no text.
+    """
     while True:
         try:
-            line = input(banner)
+            with readable_input():
+                line = input(banner)
         except (EOFError, KeyboardInterrupt):
             print(file=sys.stderr)
             return
@@ -126,9 +143,22 @@ def read_prompt(path: str | None) -> str | None:
     if path is not None:
         file = Path(path)
         if not file.is_file():
-            raise UserError(f"--prompt_file: there is no file {path}")
+            raise UserError(f"--prompt_file: there is no file {path}; name a text file")
         try:
             return file.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise UserError(f"--prompt_file: {path} is not UTF-8 ({error.reason})") from error
-    return None if sys.stdin.isatty() else sys.stdin.read()
+            raise UserError(f"--prompt_file: {path} is not UTF-8 ({error.reason}); convert it") from error
+    if sys.stdin.isatty():
+        return None
+    with readable_input():
+        return sys.stdin.read()
+
+
+@contextlib.contextmanager
+def readable_input() -> Iterator[None]:
+    """A message for the user who sends bytes that are no text."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        spelling = error.encoding.upper()
+        raise UserError(f"standard input: no {spelling} text ({error.reason}); convert it") from error

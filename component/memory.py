@@ -43,12 +43,20 @@ def next_token_losses(model: PreTrainedModel, input_ids: Tensor, chunk: int = TO
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     hidden = base.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
-    head, targets = base.get_output_embeddings(), input_ids[:, 1:]
     losses = [
-        F.cross_entropy(head(part).float().transpose(1, 2), target, reduction="none")
-        for part, target in zip(hidden[:, :-1].split(chunk, 1), targets.split(chunk, 1), strict=True)
+        F.cross_entropy(_logits(base, part).transpose(1, 2), target, reduction="none")
+        for part, target in zip(hidden[:, :-1].split(chunk, 1), input_ids[:, 1:].split(chunk, 1), strict=True)
     ]
     return torch.cat(losses, dim=1)
+
+
+def _logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """(B, T, V) in fp32 from (B, T, hidden size), scaled and capped as some Llama relatives do."""
+    config = model.config
+    scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)  # Cohere; Granite
+    logits = model.get_output_embeddings()(hidden).float().mul_(scale)
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def peak_memory() -> dict[str, float]:

@@ -6,8 +6,10 @@ NF4 with double quantisation: QLoRA (arXiv 2305.14314, section 3). The base is n
 
 import copy
 import os
+from pickle import UnpicklingError
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -18,9 +20,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from component.adapter import load_adapter, merge_adapter
+from component.adapter import check_adapter, check_targets, load_adapter, merge_adapter
 from component.checkpoint import read_record
-from component.error import UserError
+from component.error import UserError, first_line
 from component.rope import context_length, extend_context, original_context, rope_factor
 
 
@@ -31,17 +33,22 @@ def load_config(model_name_or_path: str, field: str = "model_name_or_path") -> P
         UserError: nothing loadable there, or a model whose attention cannot be exchanged.
     """
     try:
-        config = AutoConfig.from_pretrained(model_name_or_path)
+        config = AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{field}: {model_name_or_path!r} is no model folder and no hub id: {reason}") from error
+        raise UserError(
+            f"{field}: {model_name_or_path!r} is no model folder and no hub id that can be read here "
+            f"({first_line(error)}); name a folder with config.json, or a hub id"
+        ) from error
     model_class = AutoModelForCausalLM._model_mapping.get(type(config), None)
     if not getattr(model_class, "_supports_attention_backend", False):
         raise UserError(
             f"{field}: model type {config.model_type!r} does not take its attention from transformers' interface; "
             "use a model of the Llama family (llama, mistral, qwen2, qwen3)"
         )
-    original_context(config)  # refuses models without a single rotary embedding
+    try:
+        original_context(config)
+    except UserError as error:  # no single rotary embedding
+        raise UserError(f"{field}: {model_name_or_path!r}: {error}") from error
     return config
 
 
@@ -51,14 +58,21 @@ def load_tokenizer(model_name_or_path: str, model_max_length: int | None = None)
     Raises:
         UserError: no tokenizer there, or one without an end-of-sequence token.
     """
-    options = {} if model_max_length is None else {"model_max_length": model_max_length}
+    options = {"padding_side": "right", "truncation_side": "right", "trust_remote_code": False}
+    if model_max_length is not None:
+        options["model_max_length"] = model_max_length
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, padding_side="right", **options)
+        tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, **options)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"model_name_or_path: {model_name_or_path!r} holds no usable tokenizer: {reason}") from error
+        raise UserError(
+            f"model_name_or_path: {model_name_or_path!r} holds no usable tokenizer ({first_line(error)}); "
+            "fetch the model's tokenizer files into the same folder"
+        ) from error
     if tokenizer.eos_token_id is None:
-        raise UserError(f"model_name_or_path: the tokenizer of {model_name_or_path!r} has no end-of-sequence token")
+        raise UserError(
+            f"model_name_or_path: the tokenizer of {model_name_or_path!r} has no end-of-sequence token; "
+            "give it one (eos_token in tokenizer_config.json)"
+        )
     return tokenizer
 
 
@@ -84,32 +98,65 @@ def load_base(
     Raises:
         UserError: weights that are missing or do not fit the config.
     """
-    quantization = BitsAndBytesConfig(
+    options = {"quantization_config": _nf4(dtype, is_partitioned=device is None)} if load_in_4bit else {}
+    if device is not None:
+        options["device_map"] = {"": device}
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            model_name_or_path,
+            config=copy.deepcopy(config),
+            dtype=dtype,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, in our words
+            **options,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
+        if "out of memory" in str(error):
+            raise
+        reason = " ".join(first_line(error).split())[:300]
+        raise UserError(
+            f"model_name_or_path: the weights of {model_name_or_path!r} do not load ({reason}); fetch them again"
+        ) from error
+    _check_loading(model_name_or_path, report)
+    _keep_packing(model)
+    return model
+
+
+def _check_loading(model_name_or_path: str, report: dict) -> None:
+    for name, found, wanted in sorted(report["mismatched_keys"]):
+        raise UserError(
+            f"model_name_or_path: the weights of {model_name_or_path!r} do not fit the config: {name} is {tuple(found)} "
+            f"instead of {tuple(wanted)}; use the base model that config or adapter belongs to"
+        )
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise UserError(
+            f"model_name_or_path: {model_name_or_path!r} lacks {len(missing)} weights of its config, as {missing[0]}; "
+            "fetch the model again"
+        )
+
+
+def _nf4(dtype: torch.dtype, is_partitioned: bool) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
         # 4-bit values travel in this type when ZeRO-3 partitions and gathers them
-        bnb_4bit_quant_storage=dtype if device is None else torch.uint8,
+        bnb_4bit_quant_storage=dtype if is_partitioned else torch.uint8,
     )
-    options = {"quantization_config": quantization} if load_in_4bit else {}
-    if device is not None:
-        options["device_map"] = {"": device}
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            model_name_or_path, config=copy.deepcopy(config), dtype=dtype, output_loading_info=True, **options
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "out of memory" in str(error):
-            raise
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"model_name_or_path: the weights of {model_name_or_path!r} do not load: {reason}") from error
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise UserError(
-            f"model_name_or_path: {model_name_or_path!r} lacks {len(missing)} weights of its config, as {missing[0]}"
-        )
-    return model
+
+
+def _keep_packing(model: PreTrainedModel) -> None:
+    """Leave 4-bit weights on the CPU as they were loaded.
+
+    Where a CPU has AVX-512, bitsandbytes repacks them for good when they first evaluate, with scales rounded to bf16:
+    the steps after an evaluation would differ from those of a run without it, and from those of a resumed one.
+    """
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
 
 
 def compute_dtype(fp16: bool, bf16: bool) -> torch.dtype:
@@ -137,6 +184,7 @@ def load_for_inference(
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
     field: str = "model_name_or_path",
+    adapter_field: str = "adapter_name_or_path",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A plain or merged model, or a base with an adapter around it, evaluating with full attention.
 
@@ -144,14 +192,19 @@ def load_for_inference(
         model_name_or_path: None takes the base that the adapter's record names.
         context_size: in tokens; stretches a base as training would. Our own adapters and extended models already say
             how far they are stretched, so there it is not needed, and a contradiction is an error.
+        field, adapter_field: the flags that named the two, for messages.
 
     Raises:
         UserError: nothing loadable, an adapter that does not fit, or contradictory context sizes.
     """
+    if adapter_name_or_path:
+        check_adapter(adapter_name_or_path, adapter_field)
     record = read_record(adapter_name_or_path) if adapter_name_or_path else None
     base = model_name_or_path or (record["base_model"] if record else None)
     if not base:
-        raise UserError(f"{field}: missing; {adapter_name_or_path} does not say which base model it belongs to")
+        raise UserError(
+            f"{field}: missing, and {adapter_name_or_path} does not say which base model it belongs to; name one"
+        )
     own = adapter_name_or_path if record and adapter_name_or_path else base  # our folders hold config and tokenizer
     config = stretched_config(own, context_size, is_fixed=record is not None, field=field)
     device = device or default_device()
@@ -205,3 +258,10 @@ def load_merged(
         # LLaMA2 ships sampling values with sampling switched off, which transformers refuses to save
         sampling.temperature = sampling.top_p = sampling.top_k = None
     return merged, tokenizer
+
+
+def check_targets_early(config: PretrainedConfig, target_names: list[str] | None) -> None:
+    """Refuse a target that is no linear layer of the model, before any weight is loaded."""
+    if target_names is not None:
+        with torch.device("meta"):
+            check_targets(AutoModelForCausalLM.from_config(config), target_names)

@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import EvalPrediction, PretrainedConfig, Trainer
-from transformers.trainer_utils import rotate_checkpoints
 
 from component.adapter import trainable_counts
-from component.checkpoint import write_adapter, write_record
+from component.checkpoint import remove_old_checkpoints, write_adapter, write_record
 from component.template import IGNORE_INDEX
 
 
@@ -42,10 +41,11 @@ class LongQLoRATrainer(Trainer):
         if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
             # a gathering that all processes take part in
             state_dict = self.deepspeed._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=True)
+        names = None
         if self.args.should_save:
-            write_adapter(folder, self.model, self.processing_class, self.extended_config, state_dict)
+            names = write_adapter(folder, self.model, self.processing_class, self.extended_config, state_dict)
         if not _internal_call:
-            self._write_record(folder)
+            self._write_record(folder, names)
 
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
         # old checkpoints go only after this one is whole
@@ -54,19 +54,17 @@ class LongQLoRATrainer(Trainer):
             super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
-        self._write_record(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+        written = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        self._write_record(written)
         if self.args.should_save:
-            rotate_checkpoints(
-                output_dir=self.args.output_dir,
-                save_total_limit=limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-            )
+            best = self.state.best_model_checkpoint
+            remove_old_checkpoints(self.args.output_dir, limit, keep=[written, *([Path(best)] if best else [])])
 
-    def _write_record(self, folder: Path) -> None:
+    def _write_record(self, folder: Path, names: list[str] | None = None) -> None:
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             seen = {"steps": self.state.global_step, "trained_tokens": self.state.num_input_tokens_seen}
-            write_record(folder, {**self.record, **seen})
+            write_record(folder, {**self.record, **seen}, names)
         self.accelerator.wait_for_everyone()
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):

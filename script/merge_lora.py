@@ -12,8 +12,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from component.checkpoint import atomic_folder, merged_folder, newest_run, read_record, write_record
-from component.error import UserError, exit_on_user_error
+from component.checkpoint import atomic_folder, check_target, merged_folder, newest_run, read_record, write_record
+from component.error import exit_on_user_error
 from component.model import load_merged
 
 
@@ -32,8 +32,7 @@ def main() -> None:
     flags = parse_flags()
     adapter = Path(flags.adapter_name_or_path) if flags.adapter_name_or_path else newest_run()
     target = Path(flags.save_path) if flags.save_path else merged_folder(adapter)
-    if target.exists():
-        raise UserError(f"--save_path: {target} exists; name another folder or remove it")
+    check_target(target, "--save_path")
     print(f"merging {adapter} into {target}", file=sys.stderr, flush=True)
     model, tokenizer = load_merged(
         flags.model_name_or_path, str(adapter), context_size=flags.context_size, dtype=getattr(torch, flags.dtype)

@@ -7,14 +7,27 @@ The first leaves out what is marked `slow`, and `gpu` where there is none.
 """
 
 import copy
+import io
+import logging
 import os
+import runpy
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: a test that downloads fails
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from component.adapter import add_adapter
+from component.checkpoint import library_versions, write_adapter, write_record
+from component.rope import extend_context
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog, and the dog does not mind at all.",
@@ -26,7 +39,7 @@ TEXTS = [
 
 
 def pytest_configure(config):
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # tiny tensors: a second thread halves the speed, and more on a machine with other work
 
 
 def pytest_collection_modifyitems(config, items):
@@ -110,3 +123,76 @@ def base_folder(tmp_path_factory, llama_config, trained_bpe):
     build_llama(copy.deepcopy(llama_config)).save_pretrained(folder)
     PreTrainedTokenizerFast(tokenizer_object=trained_bpe, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def adapter_folder(tmp_path_factory, base_folder) -> Path:
+    """An adapter of ours on `base_folder`, stretched to 128 tokens, that changes the output. Read only."""
+    folder = tmp_path_factory.mktemp("adapter")
+    config = AutoConfig.from_pretrained(base_folder)
+    factor = extend_context(config, 128)
+    model = add_adapter(LlamaForCausalLM.from_pretrained(base_folder), rank=4, alpha=8, dropout=0.0)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        for name, parameter in model.named_parameters():
+            if ".lora_B" in name:  # zero until trained
+                parameter.normal_(std=0.1)
+    write_adapter(folder, model, AutoTokenizer.from_pretrained(base_folder), config)
+    record = {
+        "base_model": str(base_folder),
+        "context_tokens": 128,
+        "max_seq_length": 32,
+        "rope_type": "linear",
+        "rope_factor": factor,
+        "group_size": 8,
+        "steps": 1,
+        "trained_tokens": 32,
+        "versions": library_versions(),
+    }
+    write_record(folder, record)
+    return folder
+
+
+@dataclass
+class Outcome:
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """Tokenised samples go into the test's own folder."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets-cache")
+
+
+@pytest.fixture
+def run_program(own_cache, monkeypatch, capsys):
+    """Runs one of our programs inside this process, on the CPU: its exit status and what it printed.
+
+    What is raised, other than the end of the program, passes through: to a user it would be a traceback.
+    """
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    library = logging.getLogger("transformers")
+    monkeypatch.setattr(library, "level", library.level)  # the programs quieten it: undone when the test ends
+
+    def run(program: str, *words: object, stdin: bytes = b"") -> Outcome:
+        file = Path(__file__).resolve().parents[1] / program
+        monkeypatch.setattr(sys, "argv", [str(file), *map(str, words)])
+        monkeypatch.setattr(sys, "path", [str(file.parent), *sys.path])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
+        capsys.readouterr()
+        status = 0
+        # as under a launcher, but without LOCAL_RANK: no process group is opened in this process
+        with mock.patch.dict(os.environ, {"RANK": "0"}):
+            os.environ.pop("LOCAL_RANK", None)
+            try:
+                runpy.run_path(str(file), run_name="__main__")
+            except SystemExit as end:
+                status = end.code or 0
+            finally:
+                unset_hf_deepspeed_config()
+                AcceleratorState._reset_state(reset_partial_state=True)
+        return Outcome(status, *capsys.readouterr())
+
+    return run

@@ -31,7 +31,7 @@ def parse_flags() -> argparse.Namespace:
     flag = {"type": boolean, "nargs": "?", "const": True, "default": False}
     parser.add_argument("--base_model", help="plain or merged model, or the adapter's base (default: as it says)")
     parser.add_argument("--peft_model", help="adapter folder or hub id")
-    parser.add_argument("--data_path", required=True, help=".bin file: token ids in uint16, uint32 above 65536 tokens")
+    parser.add_argument("--data_path", required=True, help=".bin file: token ids in uint16, uint32 above 65535 tokens")
     parser.add_argument("--seq_len", type=int, nargs="+", default=[8192], help="tokens per window, one or several")
     parser.add_argument("--sliding_window", type=int, help="tokens from window to window (default: seq_len)")
     parser.add_argument("--context_size", type=int, help="tokens a base is stretched to; our own folders know theirs")
@@ -42,6 +42,20 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], help="default: fp16 on GPU, else fp32")
     parser.add_argument("--output_json", help="file for the results")
     return parser.parse_args()
+
+
+def check_flags(flags: argparse.Namespace) -> None:
+    """Refuse what can be told to be wrong before a model is loaded."""
+    if not flags.base_model and not flags.peft_model:
+        raise UserError("--base_model: missing; name a model, or an adapter with --peft_model")
+    bounds = {"seq_len": (min(flags.seq_len), 2), "sliding_window": (flags.sliding_window, 1)}
+    for name, (value, least) in (bounds | {"batch_size": (flags.batch_size, 1)}).items():
+        if value is not None and value < least:
+            raise UserError(f"--{name}: {value}; use at least {least}")
+    if not Path(flags.data_path).is_file():
+        raise UserError(f"--data_path: there is no file {flags.data_path}; name a .bin file of token ids")
+    if flags.output_json and not Path(flags.output_json).absolute().parent.is_dir():
+        raise UserError(f"--output_json: there is no folder for {flags.output_json}; make it, or name another")
 
 
 def table(results: list[Perplexity]) -> str:
@@ -56,8 +70,7 @@ def table(results: list[Perplexity]) -> str:
 @exit_on_user_error
 def main() -> None:
     flags = parse_flags()
-    if not flags.base_model and not flags.peft_model:
-        raise UserError("--base_model: missing; name a model, or an adapter with --peft_model")
+    check_flags(flags)
     in_4bit = flags.load_in_4bit or flags.low_rank_training
     model, _ = load_for_inference(
         flags.base_model,
@@ -66,6 +79,7 @@ def main() -> None:
         load_in_4bit=in_4bit,
         dtype=getattr(torch, flags.dtype) if flags.dtype else None,
         field="base_model",
+        adapter_field="peft_model",
     )
     tokens = read_tokens(flags.data_path, model.config.vocab_size)
     setting = {
@@ -85,7 +99,7 @@ def main() -> None:
             model,
             tokens,
             seq_len=seq_len,
-            stride=flags.sliding_window or seq_len,
+            stride=seq_len if flags.sliding_window is None else flags.sliding_window,
             protocol=flags.protocol,
             batch_size=flags.batch_size,
         )

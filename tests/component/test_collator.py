@@ -1,0 +1,78 @@
+"""How do samples become a batch? Whole tensors, written out."""
+
+import pytest
+import torch
+from torch import tensor
+
+from component.collator import RightPadCollator
+
+LONG = {"input_ids": [1, 5, 6, 7], "labels": [-100, 5, 6, 7]}
+SHORT = {"input_ids": [1, 8], "labels": [-100, 8]}
+
+
+def assert_batch(batch, **expected):
+    assert set(batch) == set(expected)
+    for name, rows in expected.items():
+        assert batch[name].dtype == torch.int64
+        assert torch.equal(batch[name], tensor(rows)), name
+
+
+def test_padding_stands_on_the_right_and_is_masked():
+    assert_batch(
+        RightPadCollator(9)([SHORT, LONG]),
+        input_ids=[[1, 8, 9, 9], [1, 5, 6, 7]],
+        attention_mask=[[1, 1, 0, 0], [1, 1, 1, 1]],
+        labels=[[-100, 8, -100, -100], [-100, 5, 6, 7]],
+    )
+
+
+def test_a_genuine_end_is_learnt_where_pads_have_its_id():
+    eos = 2
+    ended = {"input_ids": [1, 5, eos], "labels": [-100, 5, eos]}
+    assert_batch(
+        RightPadCollator(eos)([ended, LONG]),
+        input_ids=[[1, 5, eos, eos], [1, 5, 6, 7]],
+        attention_mask=[[1, 1, 1, 0], [1, 1, 1, 1]],
+        labels=[[-100, 5, eos, -100], [-100, 5, 6, 7]],
+    )
+
+
+def test_pads_of_a_real_tokens_id_hide_no_real_token():
+    """Id 0 is <s> in some vocabularies and <unk> in LLaMA's."""
+    row = {"input_ids": [0, 0, 5], "labels": [-100, 0, 5]}
+    assert_batch(
+        RightPadCollator(0)([row, LONG]),
+        input_ids=[[0, 0, 5, 0], [1, 5, 6, 7]],
+        attention_mask=[[1, 1, 1, 0], [1, 1, 1, 1]],
+        labels=[[-100, 0, 5, -100], [-100, 5, 6, 7]],
+    )
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_equal_lengths_need_no_padding(rows):
+    assert_batch(
+        RightPadCollator(9)([LONG] * rows),
+        input_ids=[[1, 5, 6, 7]] * rows,
+        attention_mask=[[1, 1, 1, 1]] * rows,
+        labels=[[-100, 5, 6, 7]] * rows,
+    )
+
+
+def test_samples_are_not_changed():
+    sample = {"input_ids": [1, 8], "labels": [-100, 8]}
+    RightPadCollator(9)([sample, LONG])
+    assert sample == SHORT
+
+
+def test_padding_cannot_change_a_loss(tiny_llama):
+    """The same rows alone and padded, through Hugging Face's own loss."""
+    short = {"input_ids": [0, 8, 9, 1], "labels": [-100, 8, 9, 1]}
+    long = {"input_ids": [0, *range(20, 30), 1], "labels": [-100, *range(20, 30), 1]}
+    collate = RightPadCollator(1)
+
+    def summed(batch) -> float:
+        targets = int((batch["labels"][:, 1:] != -100).sum())
+        return tiny_llama(**batch).loss.item() * targets
+
+    apart = summed(collate([short])) + summed(collate([long]))
+    assert summed(collate([short, long])) == pytest.approx(apart, rel=1e-5)

@@ -1,0 +1,248 @@
+"""How surprised is the model? Against the published protocol written down plainly, and Hugging Face's own loss."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from component.adapter import add_adapter
+from component.error import UserError
+from component.memory import next_token_losses
+from component.perplexity import longlora_windows, measure_perplexity, read_tokens, sliding_windows
+from tests.reference.longlora_perplexity import longlora_perplexity
+
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.2,
+}
+
+
+@pytest.fixture
+def tokens(tiny_llama_config):
+    return np.random.default_rng(0).integers(0, tiny_llama_config.vocab_size, 211).astype(np.uint16)
+
+
+def full_logits_losses(model, ids: torch.Tensor) -> torch.Tensor:
+    """(B, T - 1) from the logits of whole windows, as every tutorial does it."""
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False).logits
+    return F.cross_entropy(logits[:, :-1].transpose(1, 2).float(), ids[:, 1:], reduction="none")
+
+
+def adapted(model):
+    """With LoRA, and trained copies of embeddings and norms, that change the output."""
+    model = add_adapter(model, rank=4, alpha=8, dropout=0.0, train_embedding=True, train_norm=True).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+class TestLongloraProtocol:
+    @pytest.mark.parametrize("batch_size", [1, 3])
+    @pytest.mark.parametrize(("seq_len", "stride"), [(32, 32), (32, 8), (20, 13), (16, 40)])
+    def test_equals_the_published_one(self, seq_len, stride, batch_size, tiny_llama, tokens):
+        ours = measure_perplexity(tiny_llama, tokens, seq_len=seq_len, stride=stride, batch_size=batch_size)
+        expected = longlora_perplexity(tiny_llama, tokens, seq_len, stride)
+        assert abs(expected - tiny_llama.config.vocab_size) > 10, "the model has an opinion"
+        assert ours.perplexity == pytest.approx(expected, rel=1e-4)
+        assert (ours.protocol, ours.seq_len, ours.stride) == ("longlora", seq_len, stride)
+        assert ours.windows == len(range(0, len(tokens) - seq_len, stride)) - 1
+        assert ours.tokens_scored == ours.windows * (seq_len - 1)
+        assert ours.loss == pytest.approx(math.log(ours.perplexity))
+
+    @pytest.mark.parametrize(
+        ("length", "spans"),
+        [
+            (16, None),  # nothing below 0 to start from
+            (17, None),  # the only window is the last one
+            (32, None),
+            (33, [(0, 16)]),
+            (48, [(0, 16)]),
+            (49, [(0, 16), (16, 32)]),
+        ],
+    )
+    def test_short_files(self, length, spans, tiny_llama, tokens):
+        """Files of seq_len, seq_len + 1, 2 seq_len, 2 seq_len + 1 ... tokens, at stride = seq_len = 16."""
+        if spans is None:
+            with pytest.raises(UserError, match=f"{length} tokens hold no window"):
+                measure_perplexity(tiny_llama, tokens[:length], seq_len=16, stride=16)
+            return
+        ours = measure_perplexity(tiny_llama, tokens[:length], seq_len=16, stride=16)
+        assert [(window.start, window.end) for window in longlora_windows(length, 16, 16)] == spans
+        losses = [full_logits_losses(tiny_llama, ids_of(tokens[start:end])).mean() for start, end in spans]
+        assert ours.loss == pytest.approx(float(sum(losses)) / len(losses), rel=1e-5)
+        assert ours.tokens_scored == 15 * len(spans)
+
+    def test_the_message_names_the_shortest_file_that_would_do(self, tiny_llama, tokens):
+        with pytest.raises(UserError, match="needs 25"):
+            measure_perplexity(tiny_llama, tokens[:24], seq_len=16, stride=8)
+        assert measure_perplexity(tiny_llama, tokens[:25], seq_len=16, stride=8).windows == 1
+
+
+def ids_of(tokens) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(tokens).astype(np.int64))[None]
+
+
+class TestSlidingProtocol:
+    @pytest.mark.parametrize("stride", [1, 7, 16, 31, 32, 33, 500])
+    @pytest.mark.parametrize("length", [2, 31, 32, 33, 34, 63, 64, 65, 211])
+    def test_each_token_but_the_first_is_scored_once(self, length, stride):
+        windows = sliding_windows(length, 32, stride)
+        scored = [token for window in windows for token in range(window.first_scored, window.end)]
+        assert scored == list(range(1, length))
+        for window in windows:
+            assert 0 <= window.start < window.first_scored < window.end <= length
+            assert window.end - window.start == min(32, length), "as much left context as the window allows"
+
+    def test_a_short_file_is_one_pass(self, tiny_llama, tokens):
+        ours = measure_perplexity(tiny_llama, tokens[:40], seq_len=64, stride=64, protocol="sliding")
+        losses = full_logits_losses(tiny_llama, ids_of(tokens[:40]))
+        assert (ours.windows, ours.tokens_scored) == (1, 39)
+        assert ours.loss == pytest.approx(float(losses.mean()), rel=1e-5)
+
+    @pytest.mark.parametrize("batch_size", [1, 3])
+    @pytest.mark.parametrize("stride", [5, 16, 32])
+    def test_each_token_sees_its_own_window(self, stride, batch_size, tiny_llama, tokens):
+        """Against one forward pass per token, over the window that scores it."""
+        ours = measure_perplexity(
+            tiny_llama, tokens[:70], seq_len=32, stride=stride, protocol="sliding", batch_size=batch_size
+        )
+        total = 0.0
+        for window in sliding_windows(70, 32, stride):
+            losses = full_logits_losses(tiny_llama, ids_of(tokens[window.start : window.end]))[0]
+            total += float(losses[window.first_scored - window.start - 1 :].sum())
+        assert ours.tokens_scored == 69
+        assert ours.loss == pytest.approx(total / 69, rel=1e-5)
+
+    def test_stride_1_is_every_token_with_a_full_window(self, tiny_llama, tokens):
+        ours = measure_perplexity(tiny_llama, tokens[:24], seq_len=8, stride=1, protocol="sliding")
+        losses = []
+        for place in range(1, 24):
+            window = tokens[max(0, place - 7) : place + 1]
+            losses.append(float(full_logits_losses(tiny_llama, ids_of(window))[0, -1]))
+        assert ours.loss == pytest.approx(sum(losses) / 23, rel=1e-5)
+
+    def test_tokens_weigh_alike_where_windows_do_not(self, tiny_llama, tokens):
+        """33 tokens: one window scores 31, the next one a single token."""
+        ours = measure_perplexity(tiny_llama, tokens[:33], seq_len=32, stride=32, protocol="sliding")
+        first = full_logits_losses(tiny_llama, ids_of(tokens[:32]))[0]
+        last = full_logits_losses(tiny_llama, ids_of(tokens[1:33]))[0, -1]
+        assert ours.windows == 2
+        assert ours.loss == pytest.approx(float((first.sum() + last) / 32), rel=1e-5)
+
+
+@pytest.mark.parametrize("protocol", ["longlora", "sliding"])
+def test_uniform_logits_give_the_vocabulary_size(protocol, tiny_llama, tokens):
+    tiny_llama.lm_head.weight.data.zero_()
+    ours = measure_perplexity(tiny_llama, tokens, seq_len=32, stride=16, protocol=protocol)
+    assert ours.perplexity == pytest.approx(tiny_llama.config.vocab_size, rel=1e-5)
+
+
+@pytest.mark.parametrize("protocol", ["longlora", "sliding"])
+def test_a_hopeless_model_is_infinitely_perplexed(protocol, tiny_llama, tokens):
+    tiny_llama.lm_head.weight.data.mul_(1e6)
+    assert measure_perplexity(tiny_llama, tokens, seq_len=32, stride=32, protocol=protocol).perplexity == math.inf
+
+
+def test_a_model_that_trains_is_told_apart(tiny_llama, tokens):
+    """Nothing is left behind: no gradient, and the model in the mode it was in."""
+    measure_perplexity(tiny_llama, tokens, seq_len=32, stride=32)
+    assert not tiny_llama.training
+    assert all(parameter.grad is None for parameter in tiny_llama.parameters())
+
+
+@pytest.mark.parametrize("wrong", [{"protocol": "rolling"}, {"seq_len": 1}, {"stride": 0}, {"batch_size": 0}])
+def test_what_makes_no_sense_is_refused(wrong, tiny_llama, tokens):
+    with pytest.raises(UserError, match=str(next(iter(wrong.values())))):
+        measure_perplexity(tiny_llama, tokens, **{"seq_len": 32, "stride": 32, **wrong})
+
+
+class TestNextTokenLosses:
+    @pytest.mark.parametrize("chunk", [1, 3, 22, 23, 24, 1024])
+    def test_equal_full_logits_for_any_chunk(self, chunk, tiny_llama):
+        ids = torch.randint(0, 384, (2, 24))
+        losses = next_token_losses(tiny_llama, ids, chunk)
+        assert losses.shape == (2, 23)
+        assert losses.dtype == torch.float32
+        torch.testing.assert_close(losses, full_logits_losses(tiny_llama, ids))
+
+    @pytest.mark.parametrize("chunk", [5, 1024])
+    def test_equal_full_logits_through_an_adapter(self, chunk, tiny_llama):
+        ids = torch.randint(0, 384, (2, 24))
+        plain = full_logits_losses(tiny_llama, ids)
+        model = adapted(tiny_llama)
+        expected = full_logits_losses(model, ids)
+        assert not torch.allclose(expected, plain, atol=1e-2), "the adapter changes the output"
+        torch.testing.assert_close(next_token_losses(model, ids, chunk), expected)
+
+    @pytest.mark.parametrize(
+        ("build", "own"),
+        [
+            (LlamaForCausalLM, LlamaConfig(**SMALL, tie_word_embeddings=True)),
+            (MistralForCausalLM, MistralConfig(**SMALL, sliding_window=8)),
+            (Qwen3ForCausalLM, Qwen3Config(**SMALL, head_dim=8)),
+            (GraniteForCausalLM, GraniteConfig(**SMALL, logits_scaling=8.0)),
+            (CohereForCausalLM, CohereConfig(**SMALL, logit_scale=0.1)),
+            (Gemma2ForCausalLM, Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=1.0)),
+        ],
+        ids=["tied llama", "mistral with a sliding window", "qwen3", "granite", "cohere", "gemma2"],
+    )
+    def test_equal_full_logits_for_the_family(self, build, own):
+        model = build(own).eval()
+        ids = torch.randint(0, 64, (2, 24))
+        torch.testing.assert_close(next_token_losses(model, ids, 7), full_logits_losses(model, ids))
+
+    def test_half_precision_sums_in_fp32(self, tiny_llama):
+        ids = torch.randint(0, 384, (1, 24))
+        model = tiny_llama.to(torch.bfloat16)
+        assert next_token_losses(model, ids).dtype == torch.float32
+
+
+class TestReadTokens:
+    def test_uint16(self, tmp_path):
+        np.array([0, 5, 31999, 2], dtype=np.uint16).tofile(tmp_path / "t.bin")
+        tokens = read_tokens(str(tmp_path / "t.bin"), 32000)
+        assert tokens.tolist() == [0, 5, 31999, 2]
+        assert isinstance(tokens, np.memmap)
+
+    def test_uint32_for_a_large_vocabulary(self, tmp_path):
+        np.array([0, 128255, 70000], dtype=np.uint32).tofile(tmp_path / "t.bin")
+        assert read_tokens(str(tmp_path / "t.bin"), 128256).tolist() == [0, 128255, 70000]
+
+    @pytest.mark.parametrize(("vocab_size", "item"), [(32000, 2), (65535, 2), (65537, 4), (128256, 4)])
+    def test_bytes_per_token(self, vocab_size, item, tmp_path):
+        (tmp_path / "t.bin").write_bytes(bytes(8))
+        assert len(read_tokens(str(tmp_path / "t.bin"), vocab_size)) == 8 // item
+
+    def test_a_file_of_uint16_for_a_large_vocabulary_is_refused(self, tmp_path):
+        np.array([5, 6, 7], dtype=np.uint16).tofile(tmp_path / "t.bin")
+        with pytest.raises(UserError, match=r"data_path: .*t\.bin has 6 bytes, no whole number of uint32"):
+            read_tokens(str(tmp_path / "t.bin"), 128256)
+
+    def test_the_first_id_beyond_the_vocabulary_is_named(self, tmp_path):
+        np.array([5, 384, 900], dtype=np.uint16).tofile(tmp_path / "t.bin")
+        with pytest.raises(UserError, match=r"token 1 of .*t\.bin is 384, but the model has 384"):
+            read_tokens(str(tmp_path / "t.bin"), 384)

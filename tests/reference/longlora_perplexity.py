@@ -1,0 +1,21 @@
+"""The published perplexity protocol, as slow and plain as it can be: LongLoRA's eval.py (arXiv 2309.12307, section 4).
+
+There, windows start every `sliding_window` tokens below `len(data) - seq_len`, the last start is popped from the list,
+each batch goes through the model with its own ids as labels, and the mean over windows of the model's loss is raised
+to the power of 2.71828. Here e is e, and the batch is always one window.
+"""
+
+import math
+
+import torch
+
+
+def longlora_perplexity(model, tokens, seq_len: int, sliding_window: int) -> float:
+    starts = list(range(0, len(tokens) - seq_len, sliding_window))
+    starts.pop()
+    losses = []
+    for start in starts:
+        ids = torch.tensor([[int(token) for token in tokens[start : start + seq_len]]])
+        with torch.no_grad():
+            losses.append(model(input_ids=ids, labels=ids, use_cache=False).loss.item())
+    return math.exp(sum(losses) / len(losses))
