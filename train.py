@@ -136,13 +136,9 @@ def plan(args: LongQLoRAArguments, training_args: TrainingArguments, trainer: Lo
 
 
 def train_and_save(trainer: LongQLoRATrainer, resume: str | None) -> None:
-    metrics = trainer.train(resume_from_checkpoint=resume).metrics | peak_memory()
-    trainer.log_metrics("train", metrics)
-    trainer.save_metrics("train", metrics)
+    trainer.report("train", trainer.train(resume_from_checkpoint=resume).metrics | peak_memory())
     if trainer.eval_dataset is not None:
-        metrics = trainer.evaluate()
-        trainer.log_metrics("eval", metrics)
-        trainer.save_metrics("eval", metrics)
+        trainer.report("eval", trainer.evaluate())
     trainer.save_state()
     trainer.save_model()
 

@@ -34,7 +34,7 @@ def load_config(model_name_or_path: str, field: str = "model_name_or_path") -> P
     """
     try:
         config = AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{field}: {model_name_or_path!r} is no model folder and no hub id that can be read here "
             f"({first_line(error)}); name a folder with config.json, or a hub id"
@@ -126,8 +126,8 @@ def load_base(
 def _check_loading(model_name_or_path: str, report: dict) -> None:
     for name, found, wanted in sorted(report["mismatched_keys"]):
         raise UserError(
-            f"model_name_or_path: the weights of {model_name_or_path!r} do not fit the config: {name} is {tuple(found)} "
-            f"instead of {tuple(wanted)}; use the base model that config or adapter belongs to"
+            f"model_name_or_path: the weights of {model_name_or_path!r} do not fit the config: {name} is "
+            f"{tuple(found)} instead of {tuple(wanted)}; use the base model that config or adapter belongs to"
         )
     missing = sorted(report["missing_keys"])
     if missing:

@@ -34,6 +34,11 @@ class LongQLoRATrainer(Trainer):
         self.extended_config = extended_config
         self.record = record
 
+    def report(self, split: str, metrics: dict[str, float]) -> None:
+        """Print `metrics`, and keep them in output_dir as `split`_results.json."""
+        self.log_metrics(split, metrics)
+        self.save_metrics(split, metrics)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter's files; the record follows when everything else in the folder is written."""
         folder = Path(output_dir or self.args.output_dir)

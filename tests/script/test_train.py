@@ -134,7 +134,7 @@ def train(tmp_path_factory):
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
         patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
-        patch.setenv("PYTHONPATH", str(ROOT))
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
         launcher = Launcher(tmp_path_factory.mktemp("runs"))
         launcher.context.set_forkserver_preload(["train", "deepspeed", "bitsandbytes", "peft", "pytest"])
         forkserver.ensure_running()
