@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from component.error import UserError
 from component.template import IGNORE_INDEX, encode_chat
 
+SAMPLE_FORMAT = 1  # raise it with every change of what a line becomes
 MAX_REPORTED = 5  # bad lines named one by one; the rest are counted
 FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), "cut": Value("bool")})
 
@@ -58,8 +59,8 @@ def load_samples(
     files = resolve_files(source, field)
     keys = ("input", "output") if sft else ("text",)
     lines = sum(check_lines(file, keys) for file in files)
-    # the cache is keyed by these arguments: a changed file must not be served from yesterday's tokens
-    stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    # the cache is keyed by these arguments: neither a changed file nor changed code may be served yesterday's tokens
+    stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns, SAMPLE_FORMAT) for file in files]
     arguments = {"stamps": stamps, "tokenizer": tokenizer, "max_seq_length": max_seq_length, "sft": sft}
     if next(generate_samples(**arguments), None) is None:
         need = "answers, and prompts that leave room for them in max_seq_length" if sft else "texts"
@@ -157,10 +158,10 @@ def _problem(line: str, keys: tuple[str, ...]) -> str | None:
 
 
 def generate_samples(
-    stamps: list[tuple[str, int, int]], tokenizer: PreTrainedTokenizerBase, max_seq_length: int, sft: bool
+    stamps: list[tuple[str, int, int, int]], tokenizer: PreTrainedTokenizerBase, max_seq_length: int, sft: bool
 ) -> Iterator[dict]:
     """The samples of checked files, in order; lines without anything to learn are left out."""
-    for file, _, _ in stamps:
+    for file, *_ in stamps:
         for _, line in read_lines(Path(file)):
             record = json.loads(line)
             input_ids, labels = (encode_answer if sft else encode_text)(record, tokenizer, max_seq_length)

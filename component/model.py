@@ -5,6 +5,7 @@ NF4 with double quantisation: QLoRA (arXiv 2305.14314, section 3). The base is n
 """
 
 import copy
+import math
 import os
 from pickle import UnpicklingError
 
@@ -23,7 +24,7 @@ from transformers import (
 from component.adapter import check_adapter, check_targets, load_adapter, merge_adapter
 from component.checkpoint import read_record
 from component.error import UserError, first_line
-from component.rope import context_length, extend_context, original_context, rope_factor
+from component.rope import context_length, extend_context, is_trained_scaling, original_context, rope_factor
 
 
 def load_config(model_name_or_path: str, field: str = "model_name_or_path") -> PretrainedConfig:
@@ -223,18 +224,19 @@ def stretched_config(
         is_fixed: the config is that of an adapter of ours and must not be changed.
 
     Raises:
-        UserError: `context_size` asks for more than an extended config was made for.
+        UserError: `context_size` asks for another factor than an extended config was made for.
     """
     config = load_config(source, field)
     if not context_size or context_size < 0:
         return config
-    wanted = copy.deepcopy(config)
-    factor, made_for = extend_context(wanted, context_size), rope_factor(config)
+    made_for = rope_factor(config)
     if made_for == 1.0 and not is_fixed:
-        return wanted
-    if factor > made_for:
+        extend_context(config, context_size)
+        return config
+    factor = math.ceil(context_size / original_context(config))
+    if factor != made_for and not (is_trained_scaling(config) and context_size <= context_length(config)):
         raise UserError(
-            f"context_size: {context_size} tokens need factor {factor:g}, but {source} was made for "
+            f"context_size: {context_size} tokens need factor {factor}, but {source} was made for "
             f"{context_length(config)} tokens (factor {made_for:g}); leave context_size out"
         )
     return config

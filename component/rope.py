@@ -42,12 +42,12 @@ def rope_factor(config: PretrainedConfig) -> float:
 
 def context_length(config: PretrainedConfig) -> int:
     """The length in tokens that the config covers, its scaling included."""
-    if _is_trained_scaling(config):
+    if is_trained_scaling(config):
         return config.max_position_embeddings
     return max(int(original_context(config) * rope_factor(config)), config.max_position_embeddings)
 
 
-def _is_trained_scaling(config: PretrainedConfig) -> bool:
+def is_trained_scaling(config: PretrainedConfig) -> bool:
     """A frequency-wise scaling that the model was trained with; `max_position_embeddings` counts it in already."""
     return rope_parameters(config).get("rope_type") in ("llama3", "longrope")
 
@@ -76,7 +76,7 @@ def extend_context(config: PretrainedConfig, target_tokens: int, rope_type: str 
     if target_tokens < 1:
         raise UserError(f"model_max_length: {target_tokens} tokens; a context has at least 1")
     parameters, original = rope_parameters(config), original_context(config)
-    if target_tokens <= (context_length(config) if _is_trained_scaling(config) else original):
+    if target_tokens <= (context_length(config) if is_trained_scaling(config) else original):
         return rope_factor(config)
     factor = float(math.ceil(target_tokens / original))
     # partial_rotary_factor belongs to the architecture, everything else about the old scaling goes

@@ -21,6 +21,7 @@ from script.demo.stdlib import default_library, library_name, split_library
 BASE = Path(__file__).resolve().parent / "base"
 LINE_CHARACTERS = 8000  # a little more than 2048 tokens of Python
 HELD_OUT_TOKENS = 70_000
+PROMPT_TOKENS = 1_700  # of the file that inference continues
 LONGEST_TOKENS = 12_288  # of one held-out file, so that no single file is most of the measure
 
 
@@ -64,10 +65,11 @@ def main() -> None:
     flags.output.mkdir(parents=True, exist_ok=True)
     lines = training_lines(training, flags.seed)
     (flags.output / "train.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    tokens = held_out_tokens(held_out, AutoTokenizer.from_pretrained(BASE, model_max_length=10**9), flags.seed)
+    tokenizer = AutoTokenizer.from_pretrained(BASE, model_max_length=10**9)
+    tokens = held_out_tokens(held_out, tokenizer, flags.seed)
     tokens.tofile(flags.output / "heldout.bin")
-    longest = max(held_out.values(), key=len)
-    (flags.output / "prompt.txt").write_text(longest[:LINE_CHARACTERS].rpartition("\n")[0] + "\n", encoding="utf-8")
+    prompt_ids = tokenizer(max(held_out.values(), key=len), add_special_tokens=False).input_ids[:PROMPT_TOKENS]
+    (flags.output / "prompt.txt").write_text(tokenizer.decode(prompt_ids).rpartition("\n")[0] + "\n", encoding="utf-8")
     print(f"{library_name(library)}: {len(lines)} training texts, {len(tokens):,} tokens of held-out files")
 
 

@@ -284,12 +284,14 @@ def test_an_extended_model_says_how_far(base_folder, tmp_path, rope_type):
     config = load_config(str(base_folder))
     extend_context(config, 256, rope_type)
     config.save_pretrained(tmp_path)
-    for size in (None, -1, 256, 250, 100):
+    for size in (None, -1, 256, 250, 193):
         found = stretched_config(str(tmp_path), size)
         assert found.rope_parameters["rope_type"] == rope_type
         assert found.rope_parameters["factor"] == 4.0
     with pytest.raises(UserError, match=r"context_size: 257.*factor 5.*256 tokens.*factor 4"):
         stretched_config(str(tmp_path), 257)
+    with pytest.raises(UserError, match=r"context_size: 100.*factor 2.*256 tokens.*factor 4"):
+        stretched_config(str(tmp_path), 100)
 
 
 @pytest.mark.parametrize("target", [64, 128])
