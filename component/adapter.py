@@ -126,8 +126,11 @@ def load_adapter(model: PreTrainedModel, source: str) -> PeftModel:
             "name a folder that training wrote"
         ) from error
     config.inference_mode = True
-    weights = read_weights(_fetch(source, "adapter_model.safetensors", "adapter_model.bin"))
-    extras = _fetch(source, LEGACY_EXTRAS, required=False)
+    names = ("adapter_model.safetensors", "adapter_model.bin")
+    file, extras = _fetch(source, *names), _fetch(source, LEGACY_EXTRAS)
+    if file is None:
+        raise UserError(f"{source} is no adapter: it holds neither {' nor '.join(names)}; name a folder of a run")
+    weights = read_weights(file)
     if extras is not None:
         _load_extras(model, read_weights(extras), extras)
     cure = "use the base model that it was trained on"
@@ -155,8 +158,8 @@ def _is_adapter_weight(name: str) -> bool:
     return ".lora_" in name or ".modules_to_save." in name
 
 
-def _fetch(source: str, *names: str, required: bool = True) -> Path | None:
-    """The first of the files `names` in a folder or hub repository."""
+def _fetch(source: str, *names: str) -> Path | None:
+    """The first of the files `names` in a folder or hub repository; None if it holds none of them."""
     for name in names:
         if Path(source).is_dir():
             if (Path(source) / name).is_file():
@@ -164,12 +167,8 @@ def _fetch(source: str, *names: str, required: bool = True) -> Path | None:
             continue
         try:
             return Path(hf_hub_download(source, name))
-        except Exception:  # absent, offline or gated: the next name, then our own message
+        except Exception:  # absent, offline or gated: the next name
             continue
-    if required:
-        raise UserError(
-            f"{source} is no adapter: it holds neither {' nor '.join(names)}; name a folder that training wrote"
-        )
     return None
 
 

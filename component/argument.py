@@ -125,7 +125,7 @@ def parse_arguments(argv: list[str]) -> tuple[LongQLoRAArguments, TrainingArgume
 
 def _training_arguments(file: str, values: dict) -> TrainingArguments:
     # ours, because a run's record counts tokens; and the recomputation that needs no gradient at the embedding
-    values = {"include_num_input_tokens_seen": "non_padding", **values}
+    values = {"include_num_input_tokens_seen": "non_padding", "ddp_find_unused_parameters": False, **values}
     if values.get("gradient_checkpointing"):
         values.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": False})
     try:
@@ -201,9 +201,9 @@ def _hints(cls: type) -> dict[str, typing.Any]:
 
 def _coerce(value: typing.Any, hint: typing.Any) -> typing.Any:
     """`value` as the type that `hint` asks for ('2e-4', which YAML 1.1 reads as a string, becomes a float)."""
-    origin, members = typing.get_origin(hint), _members(hint)
+    origin = typing.get_origin(hint)
+    members = sorted(_members(hint), key=lambda member: member is str)  # every string is a str: try that last
     if len(members) > 1:
-        members = sorted(members, key=lambda member: member is str)  # every string is a str: try that last
         if isinstance(members[0], enum.EnumMeta):  # `OptimizerNames | str` means a name of the former
             return _coerce(value, members[0])
         for member in members:
@@ -219,7 +219,8 @@ def _coerce(value: typing.Any, hint: typing.Any) -> typing.Any:
     if hint in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         return _number(value, hint)
     if isinstance(hint, enum.EnumMeta):
-        names = [member.value for member in hint]
+        choices: list[enum.Enum] = list(hint)
+        names = [str(choice.value) for choice in choices]
         value = "no" if value is False else value  # YAML 1.1 reads `save_strategy: no` as false
         if value in names:
             return value

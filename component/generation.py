@@ -2,10 +2,12 @@
 
 import argparse
 import contextlib
+import io
 import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
@@ -30,7 +32,7 @@ def generation_parser(description: str | None) -> argparse.ArgumentParser:
         "--model_name_or_path", help=f"plain or merged model, or the adapter's base ({newest}, merged)"
     )
     parser.add_argument("--adapter_name_or_path", help=f"adapter folder or hub id ({newest}, if it is not merged)")
-    flag = {"type": boolean, "nargs": "?", "const": True}
+    flag: dict[str, Any] = {"type": boolean, "nargs": "?", "const": True}
     parser.add_argument("--load_in_4bit", **flag, default=False, help="NF4 weights: a quarter of the memory")
     parser.add_argument("--context_size", type=int, help="tokens a base is stretched to; our own folders know theirs")
     parser.add_argument("--max_new_tokens", type=int, default=500, help="tokens to generate at most (500)")
@@ -66,7 +68,8 @@ def load_from_flags(flags: argparse.Namespace) -> tuple[PreTrainedModel, PreTrai
         model_path, adapter = (str(merged), None) if _is_merged(run, merged) else (None, str(run))
     print(f"model: {model_path or 'the base of'} {adapter or ''}".rstrip(), file=sys.stderr, flush=True)
     logging.getLogger("transformers").setLevel(logging.ERROR)  # it warns of positions beyond the unstretched length
-    sys.stdin.reconfigure(errors="strict")  # under LANG=C broken bytes would pass, and end in the tokenizer
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="strict")  # under LANG=C broken bytes would pass, and end in the tokenizer
     set_seed(flags.seed)
     return load_for_inference(model_path, adapter, context_size=flags.context_size, load_in_4bit=flags.load_in_4bit)
 

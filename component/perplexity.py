@@ -79,7 +79,8 @@ def longlora_windows(tokens: int, seq_len: int, stride: int) -> list[Window]:
 
 def sliding_windows(tokens: int, seq_len: int, stride: int) -> list[Window]:
     stride = min(stride, seq_len - 1)  # the first token of a window has nothing before it to be predicted from
-    windows, scored = [], 1
+    windows: list[Window] = []
+    scored = 1
     while scored < tokens:
         # the first window scores all it holds, each later one `stride` new tokens
         end = min(seq_len if not windows else scored + stride, tokens)
