@@ -7,11 +7,13 @@ Every step is a command that you could type; each is shown before it runs. Resul
 
 import json
 import os
+import platform
 import shlex
 import shutil
 import subprocess
 import sys
 import time
+from datetime import date
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,6 +23,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+from component.checkpoint import library_versions
 
 BASE, DATA, RUN, MERGED = "script/demo/base", "output/demo-data", "output/demo", "output/demo-merged"
 LENGTHS = ["256", "512", "1024", "2048"]
@@ -53,7 +57,7 @@ def draw(rows: dict[str, dict[int, float]], file: Path) -> None:
     for (name, row), style in zip(rows.items(), ("o--", "s--", "D-"), strict=True):
         axes.plot(list(row), list(row.values()), style, label=name)
     axes.axvline(TRAINED_LENGTH, color="grey", linewidth=0.8)
-    axes.annotate("pretrained at 512", (TRAINED_LENGTH, axes.get_ylim()[1]), fontsize=8, color="grey", va="top")
+    axes.annotate(" pretrained at 512", (TRAINED_LENGTH, axes.get_ylim()[1]), fontsize=8, color="grey", va="top")
     lengths = [int(length) for length in LENGTHS]
     axes.set(xscale="log", yscale="log", xlabel="window in tokens", ylabel="perplexity on held-out files (log)")
     axes.set_xticks(lengths, LENGTHS)
@@ -95,7 +99,14 @@ def main() -> None:
         f"python script/inference/inference.py --model_name_or_path {MERGED} {prompt}",
     )
     draw(rows, ROOT / RUN / "perplexity.png")
-    (ROOT / RUN / "perplexity.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    origin = {
+        "command": "make demo",
+        "date": str(date.today()),
+        "cores": os.cpu_count(),
+        "versions": library_versions(),
+    }
+    record = {**origin, "python": platform.python_version(), "protocol": "longlora", "perplexity": rows}
+    (ROOT / RUN / "perplexity.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print(f"\n{table(rows)}\n\n{RUN}/perplexity.png shows it; {time.monotonic() - start:.0f} s in all")
 
 
