@@ -21,7 +21,8 @@ from component.checkpoint import claim_output, library_versions
 from component.collator import RightPadCollator
 from component.dataset import load_samples
 from component.error import exit_on_user_error
-from component.memory import limit_memory, peak_memory
+from component.memory import liger_runs, limit_memory, peak_memory, use_liger_kernels, use_memory_plan
+from component.plan import MemoryPlan
 from component.model import any_pad_id, check_targets_early, compute_dtype, load_base, load_config, load_tokenizer
 from component.rope import extend_context, original_context
 from component.trainer import (
@@ -64,6 +65,18 @@ def main() -> None:
         train_embedding=args.train_embedding,
         train_norm=args.train_norm,
     )
+    if args.memory_plan == "auto":
+        use_memory_plan(model, MemoryPlan(
+            keep_layers=args.keep_layers or 0,
+            keep_attention_layers=args.keep_attention_layers or 0,
+            keep_attention_output=bool(args.keep_attention_output),
+            offload_activations=bool(args.offload_activations),
+            mlp_tile_tokens=8192 if args.mlp_tile_tokens is None else args.mlp_tile_tokens,
+            loss_chunk_tokens=args.loss_chunk_tokens or 1024,
+        ))
+        training_args.gradient_checkpointing = False
+        if args.use_liger_kernel is not False and liger_runs():
+            use_liger_kernels(model.get_base_model())
     trainer = LongQLoRATrainer(
         model=model,
         args=training_args,

@@ -7,10 +7,7 @@ collected and reported in one message, before any weight is loaded.
 
 import argparse
 import dataclasses
-import enum
 import json
-import math
-import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +18,7 @@ from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.training_args import trainer_log_levels
 
+from component.coercion import coerce
 from component.error import UserError, nearest
 from component.rope import ROPE_TYPES
 
@@ -34,6 +32,9 @@ BOUNDS = {
     "lora_rank gradient_accumulation_steps": (lambda v: v >= 1, "at least 1"),
     "per_device_train_batch_size per_device_eval_batch_size": (lambda v: v >= 1, "at least 1"),
     "lora_alpha memory_budget_gib num_train_epochs save_steps logging_steps": (lambda v: v > 0, "a number above 0"),
+    "memory_plan": (lambda v: v in ("auto", "off"), "auto or off"),
+    "keep_layers keep_attention_layers mlp_tile_tokens": (lambda v: v >= 0, "0 or more"),
+    "loss_chunk_tokens": (lambda v: v >= 1, "at least 1"),
     "lora_dropout": (lambda v: 0 <= v < 1, "a probability in [0, 1)"),
     "learning_rate": (lambda v: 0 < v < 1, "a number in (0, 1), as 2e-4"),
     "max_steps": (lambda v: v >= 1 or v == -1, "at least 1, or -1 for whole epochs"),
@@ -78,7 +79,15 @@ class LongQLoRAArguments:
     lora_dropout: float = _key("dropout in front of LoRA", 0.05)
     train_embedding: bool = _key("train the token embedding and lm_head too", False)
     train_norm: bool = _key("train the normalisation weights too", False)
+    memory_plan: str = _key("auto: the fastest use of memory that fits; off: Hugging Face's own layers and loss", "auto")
     memory_budget_gib: float | None = _key("GPU memory in GiB that this run may take; empty: the whole card", None)
+    keep_layers: int | None = _key("decoder layers that are not computed again; empty: the plan decides", None)
+    keep_attention_layers: int | None = _key("further layers whose MLP alone is computed again; empty: the plan", None)
+    keep_attention_output: bool | None = _key("recomputed layers run attention's kernel once; empty: the plan", None)
+    offload_activations: bool | None = _key("inputs of recomputed layers wait in host memory; empty: the plan", None)
+    mlp_tile_tokens: int | None = _key("tokens per tile of an MLP, 0 for no tiles; empty: the plan decides", None)
+    use_liger_kernel: bool | None = _key("Liger's norms, rope and SwiGLU; empty: where they run (Ampere or newer)", None)
+    loss_chunk_tokens: int | None = _key("tokens whose logits exist at a time; empty: the plan decides", None)
     overwrite_output_dir: bool = _key("start afresh in an output_dir that already holds a run", False)
 
     @property
@@ -103,12 +112,12 @@ def parse_arguments(argv: list[str]) -> tuple[LongQLoRAArguments, TrainingArgume
     file, overrides = _parse_command_line(argv)
     values = {**_read_yaml(file), **overrides}
     ours, theirs = _hints(LongQLoRAArguments), _hints(TrainingArguments)
-    known = ours | theirs
+    known = theirs | ours
     problems: list[str] = []
     typed: dict[str, typing.Any] = {}
     for key, value in values.items():
         try:
-            typed[key] = _coerce(value, known[key])
+            typed[key] = coerce(value, known[key])
         except KeyError:
             problems.append(f"{key}: unknown key{nearest(str(key), known)}")
         except ValueError as error:
@@ -197,56 +206,6 @@ def _hints(cls: type) -> dict[str, typing.Any]:
     # `resume_from_checkpoint: true` is documented, but not in its type
     hints = {**typing.get_type_hints(cls), "resume_from_checkpoint": str | bool | None}
     return {item.name: hints[item.name] for item in dataclasses.fields(cls) if item.init}
-
-
-def _coerce(value: typing.Any, hint: typing.Any) -> typing.Any:
-    """`value` as the type that `hint` asks for ('2e-4', which YAML 1.1 reads as a string, becomes a float)."""
-    origin = typing.get_origin(hint)
-    members = sorted(_members(hint), key=lambda member: member is str)  # every string is a str: try that last
-    if len(members) > 1:
-        if isinstance(members[0], enum.EnumMeta):  # `OptimizerNames | str` means a name of the former
-            return _coerce(value, members[0])
-        for member in members:
-            try:
-                return _coerce(value, member)
-            except ValueError:
-                continue
-        raise ValueError(f"{value!r} is not {_spelt(hint)}")
-    if hint is typing.Any or (hint is type(None) and value is None):
-        return value
-    if hint in (bool, str) and isinstance(value, hint):
-        return value
-    if hint in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        return _number(value, hint)
-    if isinstance(hint, enum.EnumMeta):
-        choices: list[enum.Enum] = list(hint)
-        names = [str(choice.value) for choice in choices]
-        value = "no" if value is False else value  # YAML 1.1 reads `save_strategy: no` as false
-        if value in names:
-            return value
-        raise ValueError(f"{value!r} is none of {', '.join(names)}{nearest(str(value), names)}")
-    if (origin or hint) in (dict, list) and isinstance(value, origin or hint):
-        return value
-    raise ValueError(f"{value!r} is not {_spelt(hint)}")
-
-
-def _number(value: int | float | str, kind: type) -> int | float:
-    try:
-        number = float(value)
-    except ValueError:
-        raise ValueError(f"{value!r} is not {_spelt(kind)}") from None
-    if not math.isfinite(number) or (kind is int and not number.is_integer()):
-        raise ValueError(f"{value!r} is not {_spelt(kind)}")
-    return kind(number)
-
-
-def _spelt(hint: typing.Any) -> str:
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "empty"}
-    return " or ".join(names.get(member, getattr(member, "__name__", str(member))) for member in _members(hint))
-
-
-def _members(hint: typing.Any) -> tuple:
-    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
 def _insane(values: dict) -> list[str]:

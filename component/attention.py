@@ -11,7 +11,7 @@ only: evaluating modules call stock SDPA with the mask that stock SDPA would hav
 Shapes: B batch, T tokens, H query heads, Hkv key/value heads, D head size, g group size in tokens.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -22,7 +22,11 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from component import kernel
 from component.error import UserError
+from component.fused import AttentionMemo, FusedAttention, Run, with_kernels
+from component.kernel import describe_kernels as describe_kernels
+from component.kernel import limit_kernels as limit_kernels
 
 NAME = "shift_short"
 
@@ -36,6 +40,7 @@ def shift_short_attention(
     *,
     scale: float | None = None,
     dropout: float = 0.0,
+    attention_memo: AttentionMemo | None = None,
 ) -> Tensor:
     """Causal attention inside groups, the second half of the heads in groups moved by half a group.
 
@@ -51,6 +56,7 @@ def shift_short_attention(
             start there too, and no token sees another document. None: each row is one document.
         scale: of the scores before the softmax; D ** -0.5 if None.
         dropout: probability of dropping an attention weight.
+        attention_memo: filled, or, where an earlier call with the same inputs has filled it, used in place of kernels.
 
     Returns:
         (B, T, H, D).
@@ -60,7 +66,7 @@ def shift_short_attention(
     """
     check_group_size(group_size)
     documents = document_spans(position_ids) if position_ids is not None else None
-    return _attend_documents(query, key, value, group_size, documents, scale=scale, dropout=dropout)
+    return _attend(query, key, value, group_size, documents, scale, dropout, attention_memo)
 
 
 def check_group_size(group_size: int) -> None:
@@ -82,106 +88,64 @@ def document_spans(position_ids: Tensor) -> list[list[tuple[int, int]]] | None:
     return [list(zip(row, [*row[1:], length], strict=True)) for row in starts]
 
 
-def _attend_documents(query, key, value, group_size, documents, *, scale, dropout) -> Tensor:
-    """Each document by itself; `documents` as from `document_spans`, one list per row or one for all rows alike."""
-    options = {"scale": scale, "dropout": dropout}
-    if documents is None:
-        return _attend_document(query, key, value, group_size, **options)
-    rows = [slice(None)] if len(documents) == 1 else [slice(row, row + 1) for row in range(len(query))]
-    outputs = []
-    for row, spans in zip(rows, documents, strict=True):
-        parts = []
-        for start, end in spans:
-            q, k, v = (tensor[row, :, start:end] for tensor in (query, key, value))
-            parts.append(_attend_document(q, k, v, group_size, **options))
-        outputs.append(torch.cat(parts, dim=1))
-    return torch.cat(outputs)
+def _attend(query, key, value, group_size, documents, scale, dropout, memo) -> Tensor:
+    """(B, T, H, D); `documents` as from `document_spans`, one list per row or one for all rows alike."""
+    if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:  # as it does for SDPA
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
+    if memo is not None and memo.out is not None:
+        return FusedAttention.apply(query, key, value, memo.runs, scale, memo)
+    documents = documents or [[(0, query.shape[2])]]
+    documents = documents * len(query) if len(documents) == 1 else documents
+    plan = [_halves(row, query.shape[1], key.shape[1], spans, group_size) for row, spans in enumerate(documents)]
+    if dropout == 0:
+        runs = [run for row in plan for half in row for run in with_kernels(half, query, key, value)]
+        if all(run.kernel for run in runs):
+            return FusedAttention.apply(query, key, value, runs, scale, memo)
+
+    def attend(run: Run) -> Tensor:  # (t, h, D)
+        return _causal(*run.inputs(query, key, value), scale, dropout).transpose(1, 2).flatten(0, 1)
+
+    return torch.stack([torch.cat([torch.cat(list(map(attend, half))) for half in row], dim=1) for row in plan])
 
 
-def _attend_document(query, key, value, group_size, *, scale, dropout) -> Tensor:
-    """(B, T, H, D): both halves of the heads over rows that are one document each."""
-    heads, kv_heads = query.shape[1], key.shape[1]
+def _halves(row: int, heads: int, kv_heads: int, spans, group_size: int) -> list[list[Run]]:
+    """The runs of the unshifted and of the shifted heads in a row whose documents are `spans`."""
     plain_kv = kv_heads // 2
     plain = plain_kv * (heads // kv_heads) if kv_heads > 1 else heads // 2
-    options = {"group_size": group_size, "scale": scale, "dropout": dropout}
-    if plain == 0:  # a single query head: it is of the shifted half
-        return _attend_groups(query, key, value, group_size // 2, **options)
-    if kv_heads == 1:
-        first_kv = last_kv = slice(0, 1)
-    else:
-        first_kv, last_kv = slice(0, plain_kv), slice(plain_kv, kv_heads)
-    return torch.cat(
-        [
-            _attend_groups(query[:, :plain], key[:, first_kv], value[:, first_kv], group_size, **options),
-            _attend_groups(query[:, plain:], key[:, last_kv], value[:, last_kv], group_size // 2, **options),
-        ],
-        dim=2,
-    )
+    half = group_size // 2
+    halves = [(slice(0, plain), slice(0, plain_kv or 1), 0), (slice(plain, heads), slice(plain_kv, kv_heads), half)]
+    if plain == 0:  # a single query head is of the shifted half
+        del halves[0]
+    if all(end - start <= half for start, end in spans):
+        halves = [(slice(0, heads), slice(0, kv_heads), 0)]  # no group ends before its document: no need to split
+    return [
+        [Run(row, q, kv, start, lengths) for start, lengths in _groups(spans, first_group, group_size)]
+        for q, kv, first_group in halves
+    ]
 
 
-def _attend_groups(query, key, value, first_group, *, group_size, scale, dropout) -> Tensor:
-    """(B, T, h, D): causal attention inside [0, first_group), then groups of `group_size`, then what is left."""
-    length = query.shape[2]
-    head = min(first_group, length) if first_group < group_size else 0
-    whole = (length - head) // group_size
-    tail = head + whole * group_size
-
-    def attend(start: int, end: int, groups: int) -> Tensor:
-        # groups of equal length as a batch of their own: (B, h, n*g, D) -> (B*n, h, g, D), a view for B = 1
-        q, k, v = (
-            tensor[:, :, start:end].unflatten(2, (groups, -1)).transpose(1, 2).flatten(0, 1)
-            for tensor in (query, key, value)
-        )
-        out = _causal(q, k, v, scale, dropout).transpose(1, 2)
-        return out.reshape(len(query), end - start, *out.shape[2:])
-
-    spans = [(0, head, 1), (head, tail, whole), (tail, length, 1)]
-    parts = [attend(start, end, groups) for start, end, groups in spans if start < end]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+def _groups(spans, first_group: int, group_size: int) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """Start and lengths: of each document's first group, if that is another length, its whole groups, and the rest."""
+    for start, end in spans:
+        head = min(first_group, end - start)
+        whole, tail = divmod(end - start - head, group_size)
+        for lengths in ((head,), (group_size,) * whole, (tail,)):
+            if sum(lengths):
+                yield start, lengths
+                start += sum(lengths)
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float | None, dropout: float) -> Tensor:
-    """Causal attention on PyTorch's kernels, (b, h, t, D): grouped heads without repeating keys and values."""
+    """Causal attention by SDPA, (b, h, t, D): grouped heads without repeating keys and values where it can."""
     attend = F.scaled_dot_product_attention
     options: dict[str, Any] = {"is_causal": True, "scale": scale, "dropout_p": dropout}
     per_kv = query.shape[1] // key.shape[1]
-    if per_kv == 1 or _kernels_know_grouped_heads(query):
+    if per_kv == 1 or kernel.choose(query, key, value) != kernel.EFFICIENT:
         return attend(query, key, value, enable_gqa=per_kv > 1, **options)
     # The memory-efficient kernel knows no grouped heads: one call for each member of a group
     members = query.unflatten(1, (key.shape[1], per_kv)).unbind(2)
     return torch.stack([attend(member, key, value, **options) for member in members], dim=2).flatten(1, 2)
-
-
-def _kernels_know_grouped_heads(query: Tensor) -> bool:
-    """Whether SDPA's choice for this tensor is flash or cuDNN (or the CPU's flash), which take grouped heads."""
-    if not query.is_cuda:
-        return query.device.type == "cpu"
-    flash = torch.backends.cuda.flash_sdp_enabled() or torch.backends.cuda.cudnn_sdp_enabled()
-    return flash and query.dtype != torch.float32 and torch.cuda.get_device_capability(query.device) >= (8, 0)
-
-
-def limit_kernels(use_flash_attn: bool | None) -> None:
-    """Let SDPA choose among all kernels (None), flash and cuDNN alone (True), or all but those (False: a V100)."""
-    if use_flash_attn is not None:
-        torch.backends.cuda.enable_flash_sdp(use_flash_attn)
-        torch.backends.cuda.enable_cudnn_sdp(use_flash_attn)
-        torch.backends.cuda.enable_mem_efficient_sdp(not use_flash_attn)
-        torch.backends.cuda.enable_math_sdp(not use_flash_attn)
-
-
-def describe_kernels(device: torch.device, dtype: torch.dtype) -> str:
-    """The SDPA kernels that may run on `device` for `dtype`, in the order in which PyTorch prefers them."""
-    if device.type != "cuda":
-        return "SDPA: CPU flash"
-    half, backends = dtype != torch.float32, torch.backends.cuda
-    fast = half and torch.cuda.get_device_capability(device) >= (8, 0)
-    kernels = {
-        "cuDNN": fast and backends.cudnn_sdp_enabled(),
-        "flash": fast and backends.flash_sdp_enabled(),
-        "memory-efficient": backends.mem_efficient_sdp_enabled(),
-        "math": backends.math_sdp_enabled(),
-    }
-    return "SDPA: " + ", ".join(name for name, runs in kernels.items() if runs)
 
 
 class TrainingMask:
@@ -238,6 +202,7 @@ def shift_short_attention_forward(
     scaling: float | None = None,
     dropout: float = 0.0,
     position_ids: Tensor | None = None,
+    attention_memo: AttentionMemo | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: S2 while `module` trains, stock SDPA otherwise.
@@ -268,7 +233,7 @@ def shift_short_attention_forward(
                 "shift short attention needs right padding (padding_side='right')"
             )
         documents = attention_mask.documents(position_ids)
-    out = _attend_documents(query, key, value, module.config.group_size, documents, scale=scaling, dropout=dropout)
+    out = _attend(query, key, value, module.config.group_size, documents, scaling, dropout, attention_memo)
     return out, None
 
 

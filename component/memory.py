@@ -1,17 +1,69 @@
 """What is kept, recomputed or moved to the host?
 
-Activations between decoder layers are recomputed by Hugging Face's gradient checkpointing (`gradient_checkpointing:
-true`). Here: the cap on GPU memory, and next-token losses without the logits of a whole window.
+A `MemoryPlan` (component/plan.py) put into a model: LoRA in few passes, decoder layers that keep what the plan says,
+the loss in chunks, fused kernels. And the cap on GPU memory, and losses of whole windows for evaluation.
 """
+
+import resource
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from component.error import UserError
+from component.layer import lean_layers
+from component.linear import fuse_lora
+from component.loss import TOKENS_PER_CHUNK, lean_loss
+from component.offload import HostStack
+from component.plan import MemoryPlan
 
-TOKENS_PER_CHUNK = 1024  # 32000 logits in fp32 for each: 125 MiB at a time instead of 1 GiB for 8192 tokens
+
+def use_memory_plan(model: nn.Module, plan: MemoryPlan) -> str | None:
+    """Make `model`, PEFT's wrapper around a causal language model, train as `plan` says; evaluation stays as it is.
+
+    Returns:
+        None, or why Hugging Face's own layers stay: then LoRA is still fused, and the caller may checkpoint.
+    """
+    base = model.get_base_model()
+    if any(hasattr(parameter, "ds_id") for parameter in base.parameters()):
+        return "ZeRO-3 gathers each weight through its module's own forward"
+    fuse_lora(model)
+    lean_loss(base, plan.loss_chunk_tokens)
+    layers = lean_layers(base)
+    if not layers:
+        return f"{type(base).__name__} has decoder layers that no plan is written for"
+    stack = HostStack() if plan.offload_activations else None
+    for layer, level in zip(layers, plan.levels(len(layers)), strict=True):
+        layer.level, layer.stack, layer.tile = level, stack, plan.mlp_tile_tokens
+        layer.keeps_attention_output = plan.keep_attention_output
+    if stack is not None:
+        base.get_decoder().register_forward_pre_hook(lambda *_: stack.clear())
+    return None
+
+
+def liger_runs() -> bool:
+    """Whether Liger's kernels can be used: they are written in Triton, which wants Ampere or newer."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
+        return False
+    try:
+        import liger_kernel.transformers  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def use_liger_kernels(base: PreTrainedModel) -> None:
+    """Liger's norms and rotary embedding in place of the model's own, and SwiGLU for layers under a memory plan."""
+    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+    from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
+
+    _apply_liger_kernel_to_instance(
+        base, rope=True, rms_norm=True, swiglu=False, cross_entropy=False, fused_linear_cross_entropy=False
+    )
+    for module in base.modules():
+        if isinstance(getattr(module, "act_fn", None), nn.SiLU) and hasattr(module, "gate_proj"):
+            module.fused_product = LigerSiLUMulFunction.apply
 
 
 def limit_memory(budget_gib: float | None) -> None:
@@ -59,11 +111,29 @@ def _logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
+_most_in_use = 0  # bytes of the whole card, the highest that note_device_memory saw
+
+
+def note_device_memory() -> None:
+    """Look at how much of the card is in use now, for `peak_memory`."""
+    global _most_in_use
+    free, total = torch.cuda.mem_get_info()
+    _most_in_use = max(_most_in_use, total - free)
+
+
 def peak_memory() -> dict[str, float]:
-    """What this process took of the GPU at most so far, in GiB: by tensors, and held by PyTorch's allocator."""
-    if not torch.cuda.is_available():
-        return {}
-    return {
-        "peak_allocated_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
-        "peak_reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2),
-    }
+    """The most that this process took so far, in GiB: of the host's memory, and of the GPU's where there is one.
+
+    Of the GPU: by tensors, held by PyTorch's allocator, and in use on the card, as far as `note_device_memory` was
+    called. The last has all that no allocator of PyTorch's knows of: the CUDA context, libraries' own workspaces,
+    bitsandbytes' paged optimizer states while they are on the card, and other processes.
+    """
+    peaks = {"host_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}  # KiB on Linux
+    if torch.cuda.is_available():
+        note_device_memory()
+        peaks |= {
+            "peak_allocated_gib": torch.cuda.max_memory_allocated() / 2**30,
+            "peak_reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
+            "device_in_use_gib": _most_in_use / 2**30,
+        }
+    return {name: round(gib, 2) for name, gib in peaks.items()}

@@ -9,15 +9,18 @@ import json
 import math
 import os
 import socket
+import time
+from collections import deque
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import EvalPrediction, PretrainedConfig, Trainer
+from transformers import EvalPrediction, PretrainedConfig, Trainer, TrainerCallback
 
 from component.adapter import trainable_counts
 from component.checkpoint import remove_old_checkpoints, write_adapter, write_record
+from component.memory import note_device_memory
 from component.template import IGNORE_INDEX
 
 
@@ -33,11 +36,18 @@ class LongQLoRATrainer(Trainer):
         super().__init__(*args, compute_metrics=token_weighted_loss, **kwargs)
         self.extended_config = extended_config
         self.record = record
+        self.speed = SpeedCallback()
+        self.add_callback(self.speed)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        # here, since the Trainer's history and earlier callbacks have their copies before our callback would be asked
+        super().log({**logs, **self.speed.since_last_time()} if "loss" in logs else logs, start_time)
 
     def report(self, split: str, metrics: dict[str, float]) -> None:
-        """Print `metrics`, and keep them in output_dir as `split`_results.json."""
+        """Print `metrics`, and keep them in output_dir as `split`_results.json, that of "train" with step_seconds."""
         self.log_metrics(split, metrics)
-        self.save_metrics(split, metrics)
+        steps = {"step_seconds": [round(seconds, 4) for seconds in self.speed.step_seconds]}
+        self.save_metrics(split, {**metrics, **steps} if split == "train" else metrics)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter's files; the record follows when everything else in the folder is written."""
@@ -79,6 +89,37 @@ class LongQLoRATrainer(Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             logits = model(**inputs, use_cache=False).logits
         return None, row_losses(logits, labels), (labels[:, 1:] != IGNORE_INDEX).sum(1)
+
+
+class SpeedCallback(TrainerCallback):
+    """Seconds and tokens of each optimizer step: its passes and its update, nothing between steps.
+
+    Tokens are the Trainer's num_input_tokens_seen, of all processes, without padding.
+    """
+
+    def __init__(self) -> None:
+        self.step_seconds: deque[float] = deque(maxlen=100)
+        self._seconds, self._tokens = 0.0, 0  # since the last log
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._began, self._seen = time.perf_counter(), state.num_input_tokens_seen
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.step_seconds.append(time.perf_counter() - self._began)
+        if args.device.type == "cuda":
+            note_device_memory()
+        self._seconds += self.step_seconds[-1]
+        self._tokens += state.num_input_tokens_seen - self._seen
+
+    def since_last_time(self) -> dict[str, float]:
+        """`tokens_per_second` of the steps since this was last asked, and on a GPU `reserved_gib`, the most so far."""
+        rates = {"tokens_per_second": round(self._tokens / self._seconds, 1)} if self._tokens else {}
+        self._seconds, self._tokens = 0.0, 0
+        if torch.cuda.is_initialized():
+            rates["reserved_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
+        return rates
 
 
 def row_losses(logits: Tensor, labels: Tensor, rows_at_once: int = 1024) -> Tensor:

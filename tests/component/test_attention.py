@@ -5,16 +5,18 @@ Shapes: B batch, T tokens, H query heads, Hkv key/value heads, D head size, g gr
 
 import copy
 import json
+from itertools import pairwise
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
 
-from component import attention
-from component.attention import shift_short_attention, use_shift_short_attention
+from component import attention, kernel
+from component.attention import AttentionMemo, describe_kernels, shift_short_attention, use_shift_short_attention
 from component.error import UserError
 from tests.reference.shift_short import LOOP, ROLLED, keys_seen, seen, shift_short_loop, shift_short_rolled
 
@@ -219,22 +221,232 @@ def test_positions_of_one_document_change_nothing(position_ids):
     assert torch.equal(position_ids, before)
 
 
-@pytest.mark.parametrize("position_ids", [None, positions([5, 18], [23])])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (9, 3), (4, 1)])
+FUSED = "FusedAttentionBackward"
+PATHS = pytest.mark.parametrize("position_ids", [None, positions([5, 18], [23])], ids=["whole", "packed"])
+
+
+def path_taken(inputs, *args, **kwargs) -> str:
+    return shift_short_attention(*inputs, *args, **kwargs).grad_fn.name()
+
+
+@PATHS
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
+def test_fused_kernels_are_taken(heads, kv_heads, dtype, position_ids):
+    inputs = [tensor.to(dtype) for tensor in random_inputs(2, heads, kv_heads, 23)]
+    assert path_taken(inputs, 6, position_ids) == FUSED
+
+
+@PATHS
+@pytest.mark.parametrize("length", [23, 3])
+@pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
+def test_without_a_fused_kernel_it_is_the_same(heads, kv_heads, length, position_ids):
+    inputs = random_inputs(2, heads, kv_heads, length)
+    position_ids = position_ids[:, :length] if position_ids is not None else None
+    with sdpa_kernel(SDPBackend.MATH):
+        assert path_taken(inputs, 6, position_ids) != FUSED
+        assert_equals_loop(inputs, 6, position_ids)
+
+
+@PATHS
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (9, 3), (4, 1), (6, 1)])
 def test_kernels_without_grouped_heads_give_the_same(monkeypatch, heads, kv_heads, position_ids):
+    inputs, calls = random_inputs(2, heads, kv_heads, 23), []
+    forward = kernel._forward
+
+    def knows_none(name, query, key, value, scale):
+        assert query.shape[1] == key.shape[1]
+        calls.append(key.untyped_storage().data_ptr())
+        return forward(name, query, key, value, scale)
+
+    monkeypatch.setattr(kernel, "GROUPED", set())
+    monkeypatch.setattr(kernel, "_forward", knows_none)
+    assert_equals_loop(inputs, 6, position_ids)
+    assert set(calls) == {inputs[1].untyped_storage().data_ptr()}  # the keys themselves, not a copy
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (9, 3), (4, 1)])
+def test_sdpa_without_grouped_heads_gives_the_same(monkeypatch, heads, kv_heads):
     inputs = random_inputs(2, heads, kv_heads, 23)
-    grouped = with_gradients(shift_short_attention, inputs, 6, position_ids)
-    asked = []
 
-    def knows(query):
-        asked.append(query.shape)
-        return False
+    def plain(query, key, value):
+        return attention._causal(query, key, value, None, 0.0)
 
-    monkeypatch.setattr(attention, "_kernels_know_grouped_heads", knows)
-    one_by_one = with_gradients(shift_short_attention, inputs, 6, position_ids)
-    assert asked
-    for mine, theirs in zip(one_by_one, grouped, strict=True):
+    grouped = with_gradients(plain, inputs)
+    monkeypatch.setattr(kernel, "choose", lambda *_: kernel.EFFICIENT)
+    for mine, theirs in zip(with_gradients(plain, inputs), grouped, strict=True):
         assert_close(mine, theirs, atol=1e-6, rtol=1e-5)
+
+
+def varied_forward(query, key, value, ends, longest, scale):
+    """What the GPU's variable-length kernel promises, one sequence at a time."""
+    assert len(query) == 1
+    assert longest == max(ends.diff())
+    parts = [
+        kernel._forward(kernel.CPU_FLASH, *(tensor[:, :, start:end] for tensor in (query, key, value)), scale)
+        for start, end in pairwise(ends.tolist())
+    ]
+    log_sum_exp = torch.cat([lse for _, (lse, _, _) in parts], dim=2)
+    tensors = (log_sum_exp, None, None, ends)
+    return torch.cat([out for out, _ in parts], dim=2), kernel.Residue(kernel.VARIED, tensors, longest)
+
+
+def varied_backward(grad_out, query, key, value, out, residue, scale):
+    log_sum_exp, _, _, ends = residue.tensors
+    parts = []
+    for start, end in pairwise(ends.tolist()):
+        grad, q, k, v, o, lse = (x[:, :, start:end] for x in (grad_out, query, key, value, out, log_sum_exp))
+        parts.append(kernel._backward(kernel.CPU_FLASH, grad, q, k, v, o, (lse, None, None), scale))
+    return tuple(torch.cat(grads, dim=2) for grads in zip(*parts, strict=True))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
+@pytest.mark.parametrize("group_size", [4, 16])
+def test_many_short_documents_in_one_call(monkeypatch, heads, kv_heads, group_size):
+    calls = []
+    monkeypatch.setattr(kernel, "takes_varied_lengths", lambda *_: True)
+    monkeypatch.setattr(kernel, "_varied_forward", lambda *args: calls.append(args) or varied_forward(*args))
+    monkeypatch.setattr(kernel, "_varied_backward", varied_backward)
+    inputs = random_inputs(2, heads, kv_heads, 40)
+    documents = [5, 1, 7, 2, 2, 3, 9, 4, 1, 6], [20, 20]
+    assert_equals_loop(inputs, group_size, positions(*documents), scale=0.3)
+    assert calls
+    assert all({0, 5, 6, 13, 15, 17, 20, 29, 33, 34, 40} <= set(call[3].tolist()) for call in calls)
+    with monkeypatch.context() as patch:  # which nothing but the fused path understands
+        patch.setattr(kernel, "choose", lambda *_: None)
+        assert path_taken(inputs, group_size, positions(*documents)) != FUSED
+        assert_equals_loop(inputs, group_size, positions(*documents), scale=0.3)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (4, 1)])
+def test_gradients_are_laid_out_as_the_inputs(heads, kv_heads):
+    """(B, T, H, D) memory, as projections give it, and slices of one projection."""
+    hidden = torch.randn(2, 23, 20)
+    sizes = [heads * D, kv_heads * D, kv_heads * D]
+    projection = torch.nn.Linear(20, sum(sizes))
+    together = projection(hidden).detach().split(sizes, dim=-1)
+    apart = [tensor.contiguous() for tensor in together]
+    for projected in (apart, together):
+        inputs = [tensor.view(2, 23, -1, D).transpose(1, 2).requires_grad_() for tensor in projected]
+        output = shift_short_attention(*inputs, 6)
+        assert output.is_contiguous()
+        for tensor, gradient in zip(inputs, torch.autograd.grad(output.sum(), inputs), strict=True):
+            assert gradient.transpose(1, 2).is_contiguous(), gradient.stride()
+            assert gradient.shape == tensor.shape
+        assert_equals_loop(inputs, 6)
+
+
+@PATHS
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 3), (4, 1), (1, 1)])
+def test_gradients_by_finite_differences(heads, kv_heads, position_ids):
+    inputs = [tensor.detach()[..., :4].double().requires_grad_() for tensor in random_inputs(1, heads, kv_heads, 9)]
+    position_ids = position_ids[:1, :9] if position_ids is not None else None
+    assert path_taken(inputs, 4, position_ids) == FUSED
+    assert torch.autograd.gradcheck(lambda *args: shift_short_attention(*args, 4, position_ids), inputs)
+
+
+def test_dropout_is_left_to_sdpa():
+    inputs, memo = random_inputs(2, 4, 2, 23), AttentionMemo()
+    assert path_taken(inputs, 6, dropout=0.5, attention_memo=memo) != FUSED
+    assert memo.out is None
+    with_dropout = [shift_short_attention(*inputs, 6, dropout=0.5) for _ in range(2)]
+    assert not torch.equal(*with_dropout)
+
+
+def test_autocast_casts_as_it_does_for_sdpa():
+    inputs = random_inputs(2, 4, 2, 23)
+    mixed = [inputs[0], inputs[1], inputs[2].detach().bfloat16().requires_grad_()]
+    with torch.autocast("cpu", torch.bfloat16):
+        for given in (inputs, mixed):
+            output = shift_short_attention(*given, 6)
+            assert output.dtype == torch.bfloat16
+            assert output.grad_fn.name() == FUSED
+            gradients = torch.autograd.grad(output.sum(), given)
+            assert [gradient.dtype for gradient in gradients] == [tensor.dtype for tensor in given]
+    assert torch.equal(output, shift_short_attention(*(tensor.bfloat16() for tensor in inputs), 6))
+
+
+def test_gradients_of_any_layout():
+    """A sum's gradient is one number, expanded."""
+    inputs = random_inputs(2, 4, 2, 23)
+    ones = with_gradients(shift_short_attention, inputs, 6, weight=torch.ones(2, 23, 4, D))
+    gradients = torch.autograd.grad(shift_short_attention(*inputs, 6).sum(), inputs)
+    for mine, theirs in zip(gradients, ones[1:], strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_kernels_are_described():
+    assert describe_kernels(torch.device("cpu"), torch.float32) == "SDPA: CPU flash, math"
+    with sdpa_kernel(SDPBackend.MATH):
+        assert describe_kernels(torch.device("cpu"), torch.float32) == "SDPA: math"
+
+
+def test_layout_of_another_tensor():
+    like = torch.randn(2, 6, 5, 8).transpose(1, 2)[:, :3]
+    tensor = torch.randn(2, 3, 6, 8)
+    moved = kernel._laid_out_like(like, tensor)
+    assert moved.stride() == like.stride()
+    assert torch.equal(moved, tensor)
+    assert kernel._laid_out_like(like, moved) is moved
+
+
+# What is kept for recomputation
+
+
+@pytest.fixture
+def kernel_calls(monkeypatch) -> list:
+    calls: list = []
+    forward = kernel.causal_forward
+
+    def counted(*args, **kwargs):
+        calls.append(args[0].shape)
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(kernel, "causal_forward", counted)
+    return calls
+
+
+@PATHS
+@pytest.mark.parametrize("length", [23, 3])
+@pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
+def test_recomputing_with_a_memo_runs_no_kernel(kernel_calls, heads, kv_heads, length, position_ids):
+    inputs, memo = random_inputs(2, heads, kv_heads, length), AttentionMemo()
+    position_ids = position_ids[:, :length] if position_ids is not None else None
+    expected = with_gradients(shift_short_attention, inputs, 6, position_ids)
+    with torch.no_grad():
+        first = shift_short_attention(*inputs, 6, position_ids, attention_memo=memo)
+    assert torch.equal(first, expected[0])
+    assert memo.out.shape == (2, length, heads, D)
+    assert len(memo.residues) == len(memo.runs) > 0
+    assert kernel_calls
+    kernel_calls.clear()
+    for move in (lambda out: out, torch.clone, lambda out: out.transpose(1, 2).contiguous().transpose(1, 2)):
+        memo.out = move(memo.out)
+        again = with_gradients(shift_short_attention, inputs, 6, position_ids, attention_memo=memo)
+        assert not kernel_calls
+        for mine, theirs in zip(again, expected, strict=True):
+            assert torch.equal(mine, theirs)
+    assert memo.out.grad_fn is None
+
+
+def test_memo_is_filled_where_gradients_are_wanted_too(kernel_calls):
+    inputs, memo = random_inputs(1, 4, 2, 23), AttentionMemo()
+    first = with_gradients(shift_short_attention, inputs, 6, attention_memo=memo)
+    assert not memo.out.requires_grad
+    kernel_calls.clear()
+    again = with_gradients(shift_short_attention, inputs, 6, attention_memo=memo)
+    assert not kernel_calls
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(first, again, strict=True))
+
+
+def test_memo_stays_empty_without_a_fused_kernel():
+    inputs, memo = random_inputs(2, 4, 2, 23), AttentionMemo()
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = with_gradients(shift_short_attention, inputs, 6)
+        for _ in range(2):
+            result = with_gradients(shift_short_attention, inputs, 6, attention_memo=memo)
+            assert all(torch.equal(mine, theirs) for mine, theirs in zip(result, expected, strict=True))
+            assert memo.out is None
 
 
 @pytest.mark.parametrize("group_size", [-2, 0, 1, 3, 129])
@@ -260,6 +472,123 @@ def test_kernels_of_every_precision_equal_loop(device, heads, kv_heads, dtype, t
     for mine, theirs in zip(ours, loop, strict=True):
         assert mine.dtype == dtype
         assert_close(mine.double(), theirs, atol=tolerance, rtol=tolerance)
+
+
+# Each of the GPU's kernels
+
+ON_GPU = {
+    kernel.CUDNN: [SDPBackend.CUDNN_ATTENTION],
+    kernel.FLASH: [SDPBackend.FLASH_ATTENTION],
+    kernel.EFFICIENT: [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],  # as on a V100
+}
+HALVES = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 1e-2), (torch.bfloat16, 5e-2)])
+
+
+def gpu_inputs(rows, heads, kv_heads, length, dtype, head_size=64) -> list[Tensor]:
+    """(B, T, H, D) memory seen as (B, H, T, D)."""
+    shapes = [(rows, length, n, head_size) for n in (heads, kv_heads, kv_heads)]
+    return [torch.randn(shape, device="cuda").to(dtype).transpose(1, 2) for shape in shapes]
+
+
+def assert_equals_loop_on_gpu(inputs, group_size, tolerance, position_ids=None, **kwargs) -> None:
+    heads, length, head_size = inputs[0].shape[1:]
+    weight = torch.randn(len(inputs[0]), length, heads, head_size, device="cuda").to(inputs[0].dtype)
+    options = {"position_ids": position_ids, "weight": weight}
+    ours = with_gradients(shift_short_attention, inputs, group_size, **options, **kwargs)
+    options["weight"] = weight.double()
+    loop = with_gradients(shift_short_loop, [tensor.double() for tensor in inputs], group_size, **options)
+    for name, mine, theirs in zip(("output", "query", "key", "value"), ours, loop, strict=True):
+        assert mine.dtype == inputs[0].dtype
+        message = lambda text, name=name: f"{name}: {text}"  # noqa: E731
+        assert_close(mine.double(), theirs, atol=tolerance, rtol=tolerance, msg=message)
+
+
+@pytest.fixture
+def kernels_run(monkeypatch) -> set:
+    names: set = set()
+    forward = kernel.causal_forward
+
+    def noted(*args, **kwargs):
+        out, residue = forward(*args, **kwargs)
+        names.add(residue.kernel)
+        return out, residue
+
+    monkeypatch.setattr(kernel, "causal_forward", noted)
+    return names
+
+
+@pytest.mark.gpu
+@HALVES
+@pytest.mark.parametrize("name", ON_GPU)
+@pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
+@pytest.mark.parametrize(
+    ("length", "rows"), [(512, None), (448, None), (451, None), (60, None), (448, [[200, 248], [448]])]
+)
+def test_each_gpu_kernel_equals_loop(kernels_run, name, heads, kv_heads, dtype, tolerance, length, rows):
+    inputs = gpu_inputs(2, heads, kv_heads, length, dtype)
+    position_ids = positions(*rows).cuda() if rows else None
+    with sdpa_kernel(ON_GPU[name]):
+        assert_equals_loop_on_gpu(inputs, 128, tolerance, position_ids)
+        contiguous = [tensor.contiguous() for tensor in inputs]  # other strides of the same shapes, right after
+        assert_equals_loop_on_gpu(contiguous, 128, tolerance, position_ids)
+    assert kernels_run == {name}
+
+
+@pytest.mark.gpu
+@HALVES
+@pytest.mark.parametrize("head_size", [32, 80, 96, 128])
+@pytest.mark.parametrize("name", ON_GPU)
+def test_each_gpu_kernel_at_other_head_sizes(kernels_run, name, dtype, tolerance, head_size):
+    with sdpa_kernel(ON_GPU[name]):
+        assert_equals_loop_on_gpu(gpu_inputs(1, 8, 4, 384, dtype, head_size), 256, tolerance)
+    assert kernels_run == {name}
+
+
+@pytest.mark.gpu
+@HALVES
+@pytest.mark.parametrize("length", [512, 451, 1])
+def test_gpu_kernels_of_pytorchs_choice(kernels_run, dtype, tolerance, length):
+    assert_equals_loop_on_gpu(gpu_inputs(2, 8, 2, length, dtype), 256, tolerance)
+    assert kernels_run
+    assert all(name in describe_kernels(torch.device("cuda"), dtype) for name in kernels_run)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ON_GPU)
+def test_layers_of_other_widths_do_not_share_a_layout(name):
+    """Halves of equal shape and strides, out of models with other numbers of heads."""
+    with sdpa_kernel(ON_GPU[name]):
+        for _ in range(2):
+            for heads, kv_heads in ((4, 2), (6, 3), (4, 4)):
+                inputs = [tensor.contiguous() for tensor in gpu_inputs(1, heads, kv_heads, 512, torch.bfloat16)]
+                assert_equals_loop_on_gpu(inputs, 256, 5e-2)
+
+
+@pytest.mark.gpu
+@HALVES
+@pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
+def test_gpu_kernel_of_varied_lengths_equals_loop(kernels_run, heads, kv_heads, dtype, tolerance):
+    lengths = [70, 1, 130, 5, 33, 64, 20, 3, 9, 66, 50]
+    inputs = gpu_inputs(2, heads, kv_heads, sum(lengths), dtype)
+    assert_equals_loop_on_gpu(inputs, 64, tolerance, positions(lengths, lengths[::-1]).cuda())
+    assert kernels_run == {kernel.VARIED}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ON_GPU)
+@pytest.mark.parametrize("rows", [None, [[9] * 50]])
+def test_gpu_memo_survives_the_host(kernel_calls, name, rows):
+    inputs, memo = gpu_inputs(1, 8, 2, 450, torch.bfloat16), AttentionMemo()
+    position_ids = positions(*rows).cuda() if rows else None
+    with sdpa_kernel(ON_GPU[name]):
+        with torch.no_grad():
+            first = shift_short_attention(*inputs, 64, position_ids, attention_memo=memo)
+        memo.out = memo.out.cpu()
+        kernel_calls.clear()
+        memo.out = memo.out.cuda()
+        assert_equals_loop_on_gpu(inputs, 64, 5e-2, position_ids, attention_memo=memo)
+        assert torch.equal(shift_short_attention(*inputs, 64, position_ids, attention_memo=memo), first)
+    assert not kernel_calls
 
 
 # The original's roll, and what is wrong with it
@@ -499,6 +828,32 @@ def test_attention_dropout_acts_in_training_only(tiny_llama_config):
         # the first token sees itself alone: its weight of 1 is dropped, or kept and doubled
         first = torch.stack([model(**inputs).logits[0, 0] for _ in range(40)])
         assert len(first.unique(dim=0)) > 1
+
+
+def test_a_decoder_layer_hands_the_memo_to_its_attention(tiny_llama_config, kernel_calls):
+    model = build_model(tiny_llama_config, attention.NAME).model.train()
+    layer, hidden = model.layers[0], torch.randn(2, 27, model.config.hidden_size, requires_grad=True)
+    position_ids = positions(*PACKED[:2])
+    options = {
+        "attention_mask": attention.TrainingMask(None, lambda: None),
+        "position_ids": position_ids,
+        "position_embeddings": model.rotary_emb(hidden, position_ids),
+    }
+
+    def run(**more):
+        layer.zero_grad()
+        output = layer(hidden, **options, **more)
+        output.square().sum().backward()
+        return [output.detach(), *(parameter.grad.clone() for parameter in layer.parameters())]
+
+    expected, memo = run(), AttentionMemo()
+    with torch.no_grad():
+        layer(hidden, **options, attention_memo=memo)
+    assert memo.out.shape[:2] == (2, 27)
+    kernel_calls.clear()
+    again = run(attention_memo=memo)
+    assert not kernel_calls
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(again, expected, strict=True))
 
 
 # Outside training it is stock attention

@@ -1,0 +1,58 @@
+"""Is a value of a YAML file of the type that a key wants, or close enough to be read as one?"""
+
+import enum
+import math
+import types
+import typing
+
+from component.error import nearest
+
+
+def coerce(value: typing.Any, hint: typing.Any) -> typing.Any:
+    """`value` as the type that `hint` asks for ('2e-4', which YAML 1.1 reads as a string, becomes a float)."""
+    origin = typing.get_origin(hint)
+    members = sorted(_members(hint), key=lambda member: member is str)  # every string is a str: try that last
+    if len(members) > 1:
+        if isinstance(members[0], enum.EnumMeta):  # `OptimizerNames | str` means a name of the former
+            return coerce(value, members[0])
+        for member in members:
+            try:
+                return coerce(value, member)
+            except ValueError:
+                continue
+        raise ValueError(f"{value!r} is not {_spelt(hint)}")
+    if hint is typing.Any or (hint is type(None) and value is None):
+        return value
+    if hint in (bool, str) and isinstance(value, hint):
+        return value
+    if hint in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        return _number(value, hint)
+    if isinstance(hint, enum.EnumMeta):
+        choices: list[enum.Enum] = list(hint)
+        names = [str(choice.value) for choice in choices]
+        value = "no" if value is False else value  # YAML 1.1 reads `save_strategy: no` as false
+        if value in names:
+            return value
+        raise ValueError(f"{value!r} is none of {', '.join(names)}{nearest(str(value), names)}")
+    if (origin or hint) in (dict, list) and isinstance(value, origin or hint):
+        return value
+    raise ValueError(f"{value!r} is not {_spelt(hint)}")
+
+
+def _number(value: int | float | str, kind: type) -> int | float:
+    try:
+        number = float(value)
+    except ValueError:
+        raise ValueError(f"{value!r} is not {_spelt(kind)}") from None
+    if not math.isfinite(number) or (kind is int and not number.is_integer()):
+        raise ValueError(f"{value!r} is not {_spelt(kind)}")
+    return kind(number)
+
+
+def _spelt(hint: typing.Any) -> str:
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "empty"}
+    return " or ".join(names.get(member, getattr(member, "__name__", str(member))) for member in _members(hint))
+
+
+def _members(hint: typing.Any) -> tuple:
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)

@@ -1,0 +1,187 @@
+"""How is a frozen linear layer with LoRA computed? y = W x + b + (alpha / rank) B A dropout(x), in few passes.
+
+PEFT clones the layer's output, scales LoRA's and adds the two: three more passes over (tokens, out) in forward and as
+many in backward. Here the matrix products add to what is there (BLAS' beta = 1), W is dequantised when it is needed and
+dropped at once, and the dropout mask is drawn again from a number instead of being kept.
+
+Shapes: N tokens of all rows, I and O the layer's inputs and outputs, r the rank of LoRA.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+Gradients = dict[nn.Parameter, Tensor]  # summed over tiles of tokens in fp32
+
+
+class Projection:
+    """One linear layer as a pair of functions on plain tensors: `forward`, and `backward` that needs no graph.
+
+    The layer's weight and bias are frozen; LoRA's matrices, if it has them, are what trains.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+        self.base = module.get_base_layer() if isinstance(module, LoraLayer) else module
+        self._held: Tensor | None = None
+
+    @staticmethod
+    def fits(module: nn.Module) -> bool:
+        """Whether this class computes what `module` computes: a frozen linear layer, plain LoRA around it or none."""
+        base: Any = module
+        if isinstance(module, LoraLayer):
+            names = module.active_adapters
+            plain = not module.disable_adapters and not module.merged and not getattr(module, "lora_variant", None)
+            if not plain or len(names) != 1 or names[0] not in module.lora_A or module.lora_bias[names[0]]:
+                return False
+            base = module.get_base_layer()
+        is_frozen = isinstance(base, nn.Linear) and not any(p.requires_grad for p in base.parameters())
+        return is_frozen and not hasattr(base.weight, "ds_id")  # ZeRO-3 gathers weights by module hooks only
+
+    @property
+    def adapter(self) -> str | None:
+        return self.module.active_adapters[0] if isinstance(self.module, LoraLayer) else None
+
+    @property
+    def factors(self) -> tuple[nn.Parameter, nn.Parameter] | None:
+        """A (r, I) and B (O, r)."""
+        name = self.adapter
+        return name and (self.module.lora_A[name].weight, self.module.lora_B[name].weight)
+
+    @property
+    def scaling(self) -> float:
+        return self.module.scaling[self.adapter]
+
+    @property
+    def dropout(self) -> float:
+        if self.adapter is None or not self.module.training:
+            return 0.0
+        return getattr(self.module.lora_dropout[self.adapter], "p", 0.0)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for p in self.factors or () if p.requires_grad]
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """(O, I) in `dtype`, dequantised if the base is in 4 bits."""
+        if self._held is not None:
+            return self._held
+        weight = self.base.weight
+        if isinstance(weight, bnb.nn.Params4bit):
+            weight = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+        return weight.to(dtype)
+
+    @contextmanager
+    def holding_weight(self, dtype: torch.dtype) -> Iterator[None]:
+        """Dequantise once for all that is computed inside: 90 MiB for a 7B's gate, against 0.06 ms each time."""
+        self._held = self.weight(dtype)
+        try:
+            yield
+        finally:
+            self._held = None
+
+    def draw(self) -> int | None:
+        """What the dropout mask of one call grows from: a number of torch's own CPU generator."""
+        return int(torch.randint(2**62, ())) if self.dropout else None
+
+    def forward(self, x: Tensor, seed: int | None = None) -> tuple[Tensor, Tensor | None]:
+        """(N, I) -> (N, O) and A dropout(x), (N, r), which `backward` wants again."""
+        bias = None if self.base.bias is None else self.base.bias.to(x.dtype)
+        y = F.linear(x, self.weight(x.dtype), bias)
+        low = self.low(x, seed)
+        return y if low is None else y.addmm_(low, self.factors[1].to(x.dtype).t(), alpha=self.scaling), low
+
+    def low(self, x: Tensor, seed: int | None) -> Tensor | None:
+        """A dropout(x), (N, r)."""
+        return None if self.factors is None else _drop(x, self.dropout, seed) @ self.factors[0].to(x.dtype).t()
+
+    def backward(
+        self, grad: Tensor, x: Tensor, low: Tensor | None, seed: int | None, sums: Gradients, need_x: bool = True
+    ) -> Tensor | None:
+        """dL/dx (N, I) from dL/dy (N, O); the gradients of A and B are added to `sums`."""
+        dx = grad @ self.weight(grad.dtype) if need_x else None
+        if self.factors is None:
+            return dx
+        a, b = self.factors
+        grad_low = (grad @ b.to(grad.dtype)).mul_(self.scaling)
+        dropped = _drop(x, self.dropout, seed)
+        _add(sums, b, grad.t() @ low, self.scaling)
+        _add(sums, a, grad_low.t() @ dropped, 1.0)
+        if dx is None:
+            return None
+        if self.dropout:
+            return dx.add_(_drop(grad_low @ a.to(grad.dtype), self.dropout, seed))
+        return dx.addmm_(grad_low, a.to(grad.dtype))
+
+
+def _add(sums: Gradients, parameter: nn.Parameter, value: Tensor, scale: float) -> None:
+    if not parameter.requires_grad:
+        return
+    if parameter in sums:
+        sums[parameter].add_(value, alpha=scale)
+    else:
+        sums[parameter] = value.float().mul_(scale)
+
+
+def in_order(sums: Gradients, parameters: list[nn.Parameter]) -> list[Tensor]:
+    """The gradients as an autograd function returns them."""
+    return [sums[parameter].to(parameter.dtype) for parameter in parameters]
+
+
+def _drop(x: Tensor, probability: float, seed: int | None) -> Tensor:
+    """Dropout whose mask depends on `seed` and the shape alone: linear in x, so that it is its own backward too."""
+    if seed is None or not probability:
+        return x
+    generator = torch.Generator(x.device).manual_seed(seed)
+    keep = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - probability, generator=generator)
+    return (x * keep).div_(1 - probability)
+
+
+class _LoRALinear(torch.autograd.Function):
+    """`Projection` as a function that autograd knows, for layers that Hugging Face's code calls."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, projection: Projection, *trained: nn.Parameter) -> Tensor:
+        ctx.seed, ctx.projection, ctx.shape, ctx.trained = projection.draw(), projection, x.shape, trained
+        flat = x.reshape(-1, x.shape[-1])
+        y, low = projection.forward(flat, ctx.seed)
+        ctx.save_for_backward(x, low)
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, low = ctx.saved_tensors
+        sums: Gradients = {}
+        grad, x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        dx = ctx.projection.backward(grad, x, low, ctx.seed, sums, ctx.needs_input_grad[0])
+        return None if dx is None else dx.view(ctx.shape), None, *in_order(sums, ctx.trained)
+
+
+def compute_in(x: Tensor) -> Tensor:
+    """`x` in the type that autocast computes in, where autocast is on."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
+class FusedLoRA:
+    """Mixed into the class of a PEFT layer: training goes through `_LoRALinear`, all else as PEFT does it."""
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        if not self.training or not torch.is_grad_enabled() or args or kwargs or not Projection.fits(self):
+            return super().forward(x, *args, **kwargs)
+        projection = Projection(self)
+        return _LoRALinear.apply(compute_in(x), projection, *projection.parameters)
+
+
+def fuse_lora(model: nn.Module) -> int:
+    """Let every LoRA layer of `model` that `Projection` can compute do so while it trains; how many those are."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer) and Projection.fits(module)]
+    for layer in layers:
+        layer.__class__ = type(f"Fused{type(layer).__name__}", (FusedLoRA, type(layer)), {})
+    return len(layers)

@@ -1,0 +1,109 @@
+"""What is the loss? Cross-entropy of the next token, a chunk of tokens at a time: the logits never exist as a whole.
+
+32000 logits in fp32 for each of 8192 tokens are 1 GiB, and their gradient is another. Here a chunk's gradient is
+computed right after its loss, while its logits are there, and what is left of it is the gradient of the hidden states.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from component.template import IGNORE_INDEX
+
+TOKENS_PER_CHUNK = 1024
+
+
+class LeanLoss:
+    """Mixed into the class of a causal language model: with labels it gives the loss in training, and no logits."""
+
+    loss_chunk: int = TOKENS_PER_CHUNK
+
+    def forward(self, input_ids: Tensor | None = None, labels: Tensor | None = None, **kwargs):
+        if labels is None or not self.training or not torch.is_grad_enabled():
+            return super().forward(input_ids=input_ids, labels=labels, **kwargs)
+        items = kwargs.pop("num_items_in_batch", None)
+        hidden = self.get_decoder()(input_ids=input_ids, **kwargs).last_hidden_state
+        head = _inner(self.get_output_embeddings())
+        return CausalLMOutputWithPast(loss=next_token_loss(hidden, labels, head, items, self.loss_chunk))
+
+
+def lean_loss(model: PreTrainedModel, chunk: int) -> bool:
+    """Mix `LeanLoss` into `model`; False if its logits are more than one plain linear layer of the hidden states."""
+    config = model.config
+    is_scaled = any(getattr(config, name, None) for name in ("logit_scale", "logits_scaling", "final_logit_softcapping"))
+    if is_scaled or not isinstance(_inner(model.get_output_embeddings()), nn.Linear):
+        return False
+    model.__class__ = type(f"Lean{type(model).__name__}", (LeanLoss, type(model)), {})
+    model.loss_chunk = chunk
+    return True
+
+
+def next_token_loss(hidden: Tensor, labels: Tensor, head: nn.Linear, items: Tensor | int | None, chunk: int) -> Tensor:
+    """Mean loss in nats of the labelled tokens, each predicted from the hidden state before it.
+
+    Args:
+        hidden: (B, T, H), what `head` makes logits of.
+        labels: (B, T); `IGNORE_INDEX` where nothing is learnt.
+        items: labels in all micro-batches of the step, to divide the sum by; None for the mean of this batch.
+        chunk: tokens whose logits exist at a time.
+    """
+    target = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).reshape(-1)
+    count = (target != IGNORE_INDEX).sum() if items is None else items
+    total = _SummedLoss.apply(hidden.reshape(-1, hidden.shape[-1]), target, head.weight, head.bias, chunk)
+    return total / count
+
+
+class _SummedLoss(torch.autograd.Function):
+    """Sum over tokens of -log softmax(W h + b)[target], and its gradients, in one pass over chunks of tokens."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, target: Tensor, weight: Tensor, bias: Tensor | None, chunk: int) -> Tensor:
+        need_weight, need_bias = ctx.needs_input_grad[2], bias is not None and ctx.needs_input_grad[3]
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias else None
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        w, b = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+        for start in range(0, len(hidden), chunk):
+            part = slice(start, start + chunk)
+            loss, grad = _chunk(F.linear(hidden[part], w, b), target[part])
+            total += loss
+            # not yet divided by the number of tokens: quotients would vanish in fp16 before the loss scale reaches them
+            grad = grad.to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad, w, out=grad_hidden[part])
+            if grad_weight is not None:
+                grad_weight += grad.t() @ hidden[part]
+            if grad_bias is not None:
+                grad_bias += grad.sum(0, dtype=torch.float32)
+        ctx.gradients = (grad_hidden, grad_weight, grad_bias)
+        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        scaled = [
+            None if gradient is None else gradient.mul_(grad).to(dtype)
+            for gradient, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)
+        ]
+        ctx.gradients = None
+        return scaled[0], None, scaled[1], scaled[2], None
+
+
+def _chunk(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed loss, and d loss / d logits in fp32, of (n, V) logits; ignored rows count nothing."""
+    logits = logits.float()
+    counts = (target != IGNORE_INDEX).unsqueeze(1)
+    index = target.clamp(min=0).unsqueeze(1)
+    log_sum = logits.logsumexp(1, keepdim=True)
+    loss = ((log_sum - logits.gather(1, index)) * counts).sum()
+    grad = logits.sub_(log_sum).exp_()
+    grad.scatter_add_(1, index, torch.full_like(log_sum, -1.0)).mul_(counts)
+    return loss, grad
+
+
+def _inner(module: nn.Module) -> nn.Module:
+    """The module that trains inside PEFT's wrapper of a fully trained one."""
+    return module.modules_to_save[module.active_adapters[0]] if hasattr(module, "modules_to_save") else module

@@ -1,0 +1,308 @@
+"""Speed and memory of this project and of what could be used in its place, the same work for all, on one card.
+
+    python script/benchmark.py --work /tmp/work --tokenizer LLAMA2_TOKENIZER --sizes 7b --lengths 8192 32768 \\
+        --kinds ours_fastest ours_leanest unsloth hf original --output_json figure/benchmark.json
+    python script/benchmark.py ... --row 7b:131072:ours_fastest --row 7b:131072:unsloth:3 --time_limit_s 500 --resume
+    python script/benchmark.py ... --plan rows.json     # [{"size", "length", "kind", "steps", "overrides"}, ...]
+
+Every row (size, length, kind) is a process of its own on a model of random weights, and the results are rewritten
+after each. ours_* is `deepspeed train.py` with the settings in OURS, ours_python_* is `python train.py` without
+DeepSpeed; the others are in script/peers.py. `overrides` are keys of train.py's YAML (of a peer: memory_budget_gib).
+All: batch 1, one step per sequence, rank 64 on all linears, NF4 with double quantisation, no dropout, clipping.
+"""
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field, fields
+from datetime import date
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch
+import yaml
+
+from component.error import UserError, exit_on_user_error, nearest
+from script.benchmark_result import (
+    commit,
+    describe_card,
+    read_results,
+    speed,
+    step_flop,
+    table,
+    versions,
+    write_json,
+)
+from script.demo.stdlib import default_library, split_library
+from script.peers import PEERS
+from script.real_shape import SHAPES, make_model
+
+RECIPE = {
+    "sft": False,
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 1e-4,
+    "lr_scheduler_type": "constant",
+    "lora_rank": 64,
+    "lora_alpha": 16,
+    "lora_dropout": 0.0,
+    "optim": "paged_adamw_32bit",
+    "weight_decay": 0.0,
+    "max_grad_norm": 0.3,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "overwrite_output_dir": True,
+}
+ON_CARD = "./train_args/deepspeed/deepspeed_config_s2_no_offload.json"
+ON_HOST = "./train_args/deepspeed/deepspeed_config_s2.json"
+LEANEST = {
+    "keep_layers": 0,
+    "keep_attention_layers": 0,
+    "keep_attention_output": False,
+    "offload_activations": True,
+    "mlp_tile_tokens": 2048,
+    "loss_chunk_tokens": 1024,
+}
+OURS = {
+    "fastest": {"bf16": True, "memory_budget_gib": 32, "deepspeed": ON_CARD},
+    "leanest": {"bf16": True, "memory_budget_gib": 32, "deepspeed": ON_HOST, **LEANEST},
+    "v100": {
+        "fp16": True,
+        "use_flash_attn": False,
+        "use_liger_kernel": False,
+        "memory_budget_gib": 10,
+        "deepspeed": ON_CARD,
+    },
+    "off": {"bf16": True, "memory_plan": "off", "gradient_checkpointing": True, "deepspeed": ON_CARD},
+}
+KINDS = [*(f"ours_{name}" for name in OURS), *(f"ours_python_{name}" for name in OURS), *PEERS]
+GPU_ONLY = {"bf16", "fp16", "memory_budget_gib", "use_flash_attn", "use_liger_kernel"}
+ERROR = re.compile(r"^(?:\[rank\d+\]: ?)?((?:[\w.]*(?:Error|Exception)|error): .*(?:\n +- .*)*)", re.MULTILINE)
+
+
+@dataclass
+class Row:
+    size: str
+    length: int  # tokens
+    kind: str
+    steps: int = 0  # the first is warm-up; 0: enough for a median
+    overrides: dict = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("size", self.size, SHAPES), ("kind", self.kind, KINDS)):
+            if value not in known:
+                raise UserError(f"{name}: {value!r} is none of {', '.join(known)}{nearest(str(value), known)}")
+        self.length = int(self.length)
+        self.steps = int(self.steps) or (4 if self.length <= 65536 else 3)
+        if self.kind in PEERS and set(self.overrides) - {"memory_budget_gib"}:
+            raise UserError(f"overrides: {self.overrides}, but {self.kind} takes memory_budget_gib alone")
+
+    @property
+    def group(self) -> int | None:
+        """Tokens in a group of S2-Attn, None with full attention."""
+        has_groups = self.kind == "original" or self.kind.startswith("ours")
+        if not (has_groups and self.overrides.get("use_shift_short_attention", True)):
+            return None
+        return self.overrides.get("group_size") or self.length // 4
+
+    @property
+    def name(self) -> str:
+        """Of files; what is measured under one name is the same measurement."""
+        words = [self.size, self.length, self.kind, *(f"{k}={v}" for k, v in sorted(self.overrides.items()))]
+        return re.sub(r"[^\w.=-]+", "_", "-".join(map(str, words)))
+
+
+@exit_on_user_error
+def main() -> None:
+    flags, start = parse_flags(), time.monotonic()
+    rows, work = asked_rows(flags), flags.work.resolve()
+    old, card = read_results(flags.output_json, flags.resume), in_a_process(describe_card)
+    if old.get("hardware", card["hardware"]) != card["hardware"]:
+        raise UserError(f"--resume: {flags.output_json} was measured on {old['hardware']}, not {card['hardware']}")
+    command = shlex.join(["python", "script/benchmark.py", *sys.argv[1:]])
+    results = {"command": command, "date": str(date.today()), **card, "versions": versions(), "rows": old["rows"]}
+    for row in rows:
+        if is_done(row, results["rows"]):
+            continue
+        if flags.time_limit_s is not None and time.monotonic() - start > flags.time_limit_s:
+            print(f"--time_limit_s {flags.time_limit_s:g} is spent: {row.name} and what follows is left out")
+            break
+        print(f"{row.name} ...", flush=True)
+        found = asdict(row) | measure(row, work, flags.tokenizer, flags.row_limit_s, card["matrix_tflops"])
+        print(f"  {found.get('error') or found['tokens_per_second']}", flush=True)
+        results["rows"] = [old for old in results["rows"] if Row(**key(old)).name != row.name] + [found]
+        write_json(flags.output_json, results)
+    print(table(results["rows"]))
+
+
+def parse_flags() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder for models, data and logs; reused if there")
+    parser.add_argument("--tokenizer", required=True, help="folder of LLaMA2's tokenizer")
+    parser.add_argument("--sizes", nargs="+", default=[])
+    parser.add_argument("--lengths", nargs="+", type=int, default=[], help="tokens")
+    parser.add_argument("--kinds", nargs="+", default=[], help=", ".join(KINDS))
+    parser.add_argument("--row", action="append", default=[], help="size:length:kind or size:length:kind:steps")
+    parser.add_argument("--plan", type=Path, help="JSON or YAML list of rows")
+    parser.add_argument("--time_limit_s", type=float, help="start no row after this")
+    parser.add_argument("--row_limit_s", type=float, default=1200, help="end a row after this")
+    parser.add_argument("--output_json", type=Path, required=True)
+    parser.add_argument("--resume", action="store_true", help="keep what --output_json has, and measure the rest")
+    return parser.parse_args()
+
+
+def asked_rows(flags: argparse.Namespace) -> list[Row]:
+    """The rows of --sizes x --lengths x --kinds, then those of --row, then those of --plan."""
+    rows = [Row(*names) for names in ((s, n, k) for s in flags.sizes for n in flags.lengths for k in flags.kinds)]
+    for text in flags.row:
+        if not re.fullmatch(r"\w+:\d+:\w+(:\d+)?", text):
+            raise UserError(f"--row: {text!r} is not size:length:kind or size:length:kind:steps")
+        rows.append(Row(*text.split(":")))
+    if flags.plan and not flags.plan.is_file():
+        raise UserError(f"--plan: there is no file {flags.plan}")
+    if flags.plan:
+        known = {item.name for item in fields(Row)}
+        for entry in yaml.safe_load(flags.plan.read_text(encoding="utf-8")):
+            if not {"size", "length", "kind"} <= set(entry) <= known:
+                raise UserError(f"--plan: {entry} needs size, length and kind, and may have steps and overrides")
+            rows.append(Row(**entry))
+    if not rows:
+        raise UserError("no rows: give --sizes, --lengths and --kinds, or --row, or --plan")
+    return rows
+
+
+def measure(row: Row, work: Path, tokenizer: str, limit_s: float, matrix_tflops: float | None) -> dict:
+    """Run `row` in a process of its own: its speed and memory, or the first line of what went wrong."""
+    model = work / row.size
+    if not model.exists():
+        in_a_process(make_model, row.size, tokenizer, work / f"{row.size}.part")
+        (work / f"{row.size}.part").rename(model)  # a killed run leaves no half model
+    data = make_rows(work / "data", row.length, row.steps)
+    output, log = work / "runs" / row.name, work / "logs" / f"{row.name}.log"
+    shutil.rmtree(output, ignore_errors=True)
+    for folder in (output, log.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    settings, command = command_of(row, model, data, output)
+    shown = shlex.join(command).replace(sys.executable, "python").replace(f"{ROOT}/", "")
+    base = {"settings": settings, "command": shown, "date": str(date.today()), "commit": commit()}
+    start = time.monotonic()
+    status = run(command, log, limit_s, cwd=ROOT if row.kind.startswith("ours") else output)
+    base["wall_seconds"] = round(time.monotonic() - start, 1)
+    if status != 0:
+        return base | {"error": failure(log.read_text(encoding="utf-8", errors="replace"), status, limit_s)}
+    found = read_ours(output) if row.kind.startswith("ours") else json.loads((output / "one.json").read_text())
+    shutil.rmtree(output)
+    flop = step_flop(row.size, row.length, row.group)
+    return base | speed(row.length, row.steps, found, flop, matrix_tflops)
+
+
+def make_rows(folder: Path, length: int, count: int) -> Path:
+    """`count` lines {"text"} of at least `length` tokens: the standard library's source, again and again."""
+    file, size = folder / f"{length}x{count}.jsonl", 5 * length  # LLaMA2 makes a token of about three characters
+    if not file.exists():
+        text = "\n".join(split_library(default_library())[0].values())
+        text *= size * count // len(text) + 1
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps({"text": text[i * size : (i + 1) * size]}) + "\n" for i in range(count)]
+        file.write_text("".join(lines), encoding="utf-8")
+    return file
+
+
+def command_of(row: Row, model: Path, data: Path, output: Path) -> tuple[dict, list[str]]:
+    """(what sets this kind apart, the command); of ours, the YAML is written too."""
+    if not row.kind.startswith("ours"):
+        command = [sys.executable, str(ROOT / "script/peers.py"), row.kind, "--model", str(model)]
+        for name, value in {"data": data, "length": row.length, "output_json": output / "one.json"}.items():
+            command += [f"--{name}", str(value)]
+        for name, value in row.overrides.items():
+            command += [f"--{name}", str(value)]
+        return dict(row.overrides), command
+    plain = row.kind.startswith("ours_python_")
+    left_out = {"deepspeed"} if plain else set()
+    recipe = RECIPE
+    if not torch.cuda.is_available():  # to try this script out
+        recipe, left_out = RECIPE | {"optim": "adamw_torch"}, left_out | GPU_ONLY
+    settings = OURS[row.kind.removeprefix("ours_").removeprefix("python_")]
+    settings = {name: value for name, value in settings.items() if name not in left_out} | row.overrides
+    values = recipe | settings
+    values |= {"model_name_or_path": str(model), "train_file": str(data), "output_dir": str(output)}
+    values |= {"max_seq_length": row.length, "model_max_length": max(row.length, 8192), "max_steps": row.steps}
+    file = output.parent / f"{row.name}.yaml"
+    file.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    launcher = [sys.executable] if plain else ["deepspeed"]
+    return settings, [*launcher, "train.py", "--train_args_file", str(file)]
+
+
+def run(command: list[str], log: Path, limit_s: float, cwd: Path) -> int | None:
+    """The command's status, None if it was ended after `limit_s` seconds; what it prints goes to `log`."""
+    path = f"{os.environ['PATH']}{os.pathsep}{Path(sys.executable).parent}"  # where pip puts deepspeed and ninja
+    environment = {"HF_HUB_OFFLINE": "1", **os.environ, "PATH": path}
+    executable = shutil.which(command[0], path=path) or command[0]
+    with log.open("w", encoding="utf-8") as file:
+        process = subprocess.Popen(
+            [executable, *command[1:]],
+            cwd=cwd,
+            env=environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # DeepSpeed's launcher has children, which are ended with it
+        )
+        try:
+            return process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def failure(log: str, status: int | None, limit_s: float) -> str:
+    """What went wrong, in one line."""
+    if status is None:
+        return f"not done after {limit_s:g} s"
+    errors = [" ".join(error.split())[:300] for error in ERROR.findall(log)]
+    out_of_memory = [error for error in errors if "out of memory" in error.lower()]
+    return [*out_of_memory[:1], *errors[-1:], f"ended with status {status}"][0]
+
+
+def read_ours(output: Path) -> dict:
+    metrics = json.loads((output / "train_results.json").read_text(encoding="utf-8"))
+    history = json.loads((output / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    return metrics | {"losses": [entry["loss"] for entry in history if "loss" in entry]}
+
+
+def in_a_process(function: Callable, *arguments):
+    """`function`'s result. This process itself never touches the GPU: its own part of it would be measured too."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def key(found: dict) -> dict:
+    return {name: found[name] for name in ("size", "length", "kind", "overrides")}
+
+
+def is_done(row: Row, found: list[dict]) -> bool:
+    """Measured, or known not to fit: other failures are tried again."""
+    return any(
+        Row(**key(old)).name == row.name and ("error" not in old or "out of memory" in old["error"].lower())
+        for old in found
+    )
+
+
+if __name__ == "__main__":
+    main()
