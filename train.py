@@ -7,9 +7,7 @@ The same with `python` or `torchrun` in place of `deepspeed`. Any key of the YAM
 """
 
 import copy
-import dataclasses
 import sys
-from pathlib import Path
 
 from transformers import PretrainedConfig, TrainingArguments, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -21,17 +19,12 @@ from component.checkpoint import claim_output, library_versions
 from component.collator import RightPadCollator
 from component.dataset import load_samples
 from component.error import exit_on_user_error
-from component.memory import liger_runs, limit_memory, peak_memory, use_liger_kernels, use_memory_plan
-from component.plan import MemoryPlan
+from component.memory import explaining_out_of_memory, liger_runs, limit_memory, peak_memory, room, use_memory_plan
 from component.model import any_pad_id, check_targets_early, compute_dtype, load_base, load_config, load_tokenizer
+from component.plan import choose, describe_estimate, workload
+from component.report import describe_optimizer, describe_trainable, summary, zero_settings
 from component.rope import extend_context, original_context
-from component.trainer import (
-    LongQLoRATrainer,
-    describe_optimizer,
-    describe_trainable,
-    stand_alone_environment,
-    summary,
-)
+from component.trainer import LongQLoRATrainer, stand_alone_environment
 
 
 @exit_on_user_error
@@ -47,11 +40,16 @@ def main() -> None:
     tokenizer = load_tokenizer(args.model_name_or_path, args.model_max_length)
     check_targets_early(extended, args.target_names)
     factor = extend_context(extended, args.model_max_length, args.rope_type)
+    work, memory, expected = plan_memory(args, training_args, extended)
     train_set, eval_set, data_lines = load_data(args, training_args, tokenizer)
 
+    config = copy.deepcopy(extended)
+    config.use_cache = False  # only generation needs it
+    if args.use_shift_short_attention:
+        use_shift_short_attention(config, args.group_tokens)
     model = load_base(
         args.model_name_or_path,
-        training_config(args, extended),
+        config,
         dtype=compute_dtype(training_args.fp16, training_args.bf16),
         load_in_4bit=args.load_in_4bit,
         device=None if is_deepspeed_zero3_enabled() else training_args.device,
@@ -65,18 +63,11 @@ def main() -> None:
         train_embedding=args.train_embedding,
         train_norm=args.train_norm,
     )
+    no_plan = "memory_plan: off"
     if args.memory_plan == "auto":
-        use_memory_plan(model, MemoryPlan(
-            keep_layers=args.keep_layers or 0,
-            keep_attention_layers=args.keep_attention_layers or 0,
-            keep_attention_output=bool(args.keep_attention_output),
-            offload_activations=bool(args.offload_activations),
-            mlp_tile_tokens=8192 if args.mlp_tile_tokens is None else args.mlp_tile_tokens,
-            loss_chunk_tokens=args.loss_chunk_tokens or 1024,
-        ))
-        training_args.gradient_checkpointing = False
-        if args.use_liger_kernel is not False and liger_runs():
-            use_liger_kernels(model.get_base_model())
+        no_plan = use_memory_plan(model, memory, fused=work.fused)
+        # the plan computes again what it must; where it knows no way, Hugging Face's checkpointing does
+        training_args.gradient_checkpointing = no_plan is not None and memory.keep_layers < work.layers
     trainer = LongQLoRATrainer(
         model=model,
         args=training_args,
@@ -85,46 +76,52 @@ def main() -> None:
         data_collator=RightPadCollator(any_pad_id(tokenizer)),
         processing_class=tokenizer,
         extended_config=extended,
-        record=run_record(args, extended, factor),
+        record=args.record(extended, factor) | {"versions": library_versions()},
     )
     if trainer.is_world_process_zero():
-        print(f"\n{summary(plan(args, training_args, trainer, extended, factor) | data_lines)}\n", flush=True)
-    train_and_save(trainer, resume)
+        lines = plan(args, training_args, trainer, extended, factor) | data_lines
+        print(f"\n{summary(lines | {'memory': f'no plan, {no_plan}' if no_plan else expected})}\n", flush=True)
+    with explaining_out_of_memory(work, memory):
+        trainer.report("train", trainer.train(resume_from_checkpoint=resume).metrics | peak_memory())
+    if trainer.eval_dataset is not None:
+        trainer.report("eval", trainer.evaluate())
+    trainer.save_state()
+    trainer.save_model()
 
 
-def training_config(args: LongQLoRAArguments, extended: PretrainedConfig) -> PretrainedConfig:
-    """The extended config, with S2-Attn selected and without the cache that only generation needs."""
-    config = copy.deepcopy(extended)
-    config.use_cache = False
-    if args.use_shift_short_attention:
-        use_shift_short_attention(config, args.group_tokens)
-    return config
+def plan_memory(args: LongQLoRAArguments, training_args: TrainingArguments, extended: PretrainedConfig):
+    """What memory and time depend on, the memory plan, and a line for the summary."""
+    stage, is_offloaded = zero_settings(training_args.deepspeed)
+    work = workload(
+        extended,
+        target_names=args.target_names,
+        rank=args.lora_rank,
+        train_embedding=args.train_embedding,
+        train_norm=args.train_norm,
+        tokens=training_args.per_device_train_batch_size * args.max_seq_length,
+        group=args.group_tokens if args.use_shift_short_attention else args.max_seq_length,
+        value_bytes=compute_dtype(training_args.fp16, training_args.bf16).itemsize,
+        in_4bit=args.load_in_4bit,
+        fused=liger_runs() if args.use_liger_kernel is None else args.use_liger_kernel,
+        optimizer=training_args.optim.value,
+        zero=stage is not None,
+        offload_optimizer=is_offloaded,
+    )
+    gpu_gib, host_gib = room(args.memory_budget_gib, training_args.device)
+    plan, expected = choose(work, gpu_gib, host_gib, **args.levers)
+    return work, plan, describe_estimate(work, plan, expected, gpu_gib)
 
 
 def load_data(args: LongQLoRAArguments, training_args: TrainingArguments, tokenizer):
     """Training samples, evaluation samples or None, and lines for the summary."""
     sets, lines = {}, {}
+    files = {"train_file": args.train_file, "eval_file": args.eval_file}
     with training_args.main_process_first(desc="tokenising"):
-        for field, source in (("train_file", args.train_file), ("eval_file", args.eval_file)):
+        for field, source in files.items():
             if source is not None:
                 sets[field], report = load_samples(source, tokenizer, args.max_seq_length, sft=args.sft, field=field)
                 lines[field] = str(report)
     return sets["train_file"], sets.get("eval_file"), lines
-
-
-def run_record(args: LongQLoRAArguments, extended: PretrainedConfig, factor: float) -> dict:
-    """What `longqlora.json` says of this run."""
-    base = Path(args.model_name_or_path)
-    return {
-        "base_model": str(base.resolve()) if base.is_dir() else args.model_name_or_path,
-        "context_tokens": args.model_max_length,
-        "max_seq_length": args.max_seq_length,
-        "rope_type": extended.rope_parameters.get("rope_type", "default"),
-        "rope_factor": factor,
-        "group_size": args.group_tokens if args.use_shift_short_attention else None,
-        "arguments": dataclasses.asdict(args),
-        "versions": library_versions(),
-    }
 
 
 def plan(args: LongQLoRAArguments, training_args: TrainingArguments, trainer: LongQLoRATrainer, extended, factor):
@@ -146,14 +143,6 @@ def plan(args: LongQLoRAArguments, training_args: TrainingArguments, trainer: Lo
         "step": f"{rows} samples, at most {rows * args.max_seq_length:,} tokens",
         "output": training_args.output_dir,
     }
-
-
-def train_and_save(trainer: LongQLoRATrainer, resume: str | None) -> None:
-    trainer.report("train", trainer.train(resume_from_checkpoint=resume).metrics | peak_memory())
-    if trainer.eval_dataset is not None:
-        trainer.report("eval", trainer.evaluate())
-    trainer.save_state()
-    trainer.save_model()
 
 
 if __name__ == "__main__":

@@ -32,16 +32,21 @@ def _is_linear(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Linear)  # bitsandbytes' Linear4bit is one too
 
 
+def target_layers(model: PreTrainedModel, names: list[str]) -> list[tuple[str, nn.Module]]:
+    """The linear layers, with their paths, that one of `names` is or ends the path of."""
+    layers = [(path, layer) for path, layer in model.named_modules() if _is_linear(layer)]
+    return [(path, layer) for path, layer in layers if any(f".{path}".endswith(f".{name}") for name in names)]
+
+
 def check_targets(model: PreTrainedModel, names: list[str]) -> None:
     """Every name must be, or end the path of, a linear layer.
 
     Raises:
         UserError: a name matches nothing, even if the others match.
     """
-    paths = [name for name, layer in model.named_modules() if _is_linear(layer)]
     for wanted in names:
-        if not any(path == wanted or path.endswith(f".{wanted}") for path in paths):
-            known = sorted({path.rpartition(".")[2] for path in paths})
+        if not target_layers(model, [wanted]):
+            known = sorted({path.rpartition(".")[2] for path, layer in model.named_modules() if _is_linear(layer)})
             raise UserError(
                 f"target_modules: {wanted!r} is no linear layer of this model{nearest(wanted, known)}; "
                 f"it has {', '.join(known)}"

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import torch
 import yaml
-from transformers import TrainingArguments
+from transformers import PretrainedConfig, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.training_args import trainer_log_levels
 
 from component.coercion import coerce
 from component.error import UserError, nearest
+from component.plan import LEVERS
 from component.rope import ROPE_TYPES
 
 DEFAULT_FILE = "./train_args/llama2-7b-pretrain.yaml"
@@ -79,14 +80,18 @@ class LongQLoRAArguments:
     lora_dropout: float = _key("dropout in front of LoRA", 0.05)
     train_embedding: bool = _key("train the token embedding and lm_head too", False)
     train_norm: bool = _key("train the normalisation weights too", False)
-    memory_plan: str = _key("auto: the fastest use of memory that fits; off: Hugging Face's own layers and loss", "auto")
+    memory_plan: str = _key(
+        "auto: the fastest use of memory that fits; off: Hugging Face's own layers and loss", "auto"
+    )
     memory_budget_gib: float | None = _key("GPU memory in GiB that this run may take; empty: the whole card", None)
     keep_layers: int | None = _key("decoder layers that are not computed again; empty: the plan decides", None)
     keep_attention_layers: int | None = _key("further layers whose MLP alone is computed again; empty: the plan", None)
     keep_attention_output: bool | None = _key("recomputed layers run attention's kernel once; empty: the plan", None)
     offload_activations: bool | None = _key("inputs of recomputed layers wait in host memory; empty: the plan", None)
     mlp_tile_tokens: int | None = _key("tokens per tile of an MLP, 0 for no tiles; empty: the plan decides", None)
-    use_liger_kernel: bool | None = _key("Liger's norms, rope and SwiGLU; empty: where they run (Ampere or newer)", None)
+    use_liger_kernel: bool | None = _key(
+        "Liger's norms, rope and SwiGLU; empty: where they run (Ampere or newer)", None
+    )
     loss_chunk_tokens: int | None = _key("tokens whose logits exist at a time; empty: the plan decides", None)
     overwrite_output_dir: bool = _key("start afresh in an output_dir that already holds a run", False)
 
@@ -94,6 +99,24 @@ class LongQLoRAArguments:
     def group_tokens(self) -> int:
         """Tokens per attention group: `group_size`, or the ratio's share of `max_seq_length`, made even."""
         return self.group_size or max(2, int(self.group_size_ratio * self.max_seq_length) // 2 * 2)
+
+    def record(self, extended: PretrainedConfig, factor: float) -> dict[str, typing.Any]:
+        """What `longqlora.json` says of a run with these arguments, on a model stretched to `extended` by `factor`."""
+        base = Path(self.model_name_or_path)
+        return {
+            "base_model": str(base.resolve()) if base.is_dir() else self.model_name_or_path,
+            "context_tokens": self.model_max_length,
+            "max_seq_length": self.max_seq_length,
+            "rope_type": extended.rope_parameters.get("rope_type", "default"),
+            "rope_factor": factor,
+            "group_size": self.group_tokens if self.use_shift_short_attention else None,
+            "arguments": dataclasses.asdict(self),
+        }
+
+    @property
+    def levers(self) -> dict[str, typing.Any]:
+        """The parts of a memory plan that are set by hand, the others None."""
+        return {name: getattr(self, name) for name in LEVERS}
 
     @property
     def target_names(self) -> list[str] | None:
@@ -135,8 +158,7 @@ def parse_arguments(argv: list[str]) -> tuple[LongQLoRAArguments, TrainingArgume
 def _training_arguments(file: str, values: dict) -> TrainingArguments:
     # ours, because a run's record counts tokens; and the recomputation that needs no gradient at the embedding
     values = {"include_num_input_tokens_seen": "non_padding", "ddp_find_unused_parameters": False, **values}
-    if values.get("gradient_checkpointing"):
-        values.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": False})
+    values.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": False})
     try:
         arguments = TrainingArguments(**values)
     except (ValueError, TypeError, ImportError) as error:

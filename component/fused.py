@@ -32,9 +32,16 @@ class Run(NamedTuple):
 
     def view(self, tensor: Tensor, heads: slice) -> Tensor:
         """(B, n, T, D) -> (groups, heads, length of a group, D); groups of varied lengths are left as one."""
+        # one call in place of four that would say the same: there are dozens of views per layer
+        by_row, by_head, by_token, by_number = tensor.stride()
         groups = 1 if self.kernel == kernel.VARIED else len(self.lengths)
-        tokens = slice(self.start, self.start + sum(self.lengths))
-        return tensor[self.row, heads, tokens].unflatten(1, (groups, -1)).transpose(0, 1)
+        length = sum(self.lengths) // groups
+        start = tensor.storage_offset() + self.row * by_row + heads.start * by_head + self.start * by_token
+        return tensor.as_strided(
+            (groups, heads.stop - heads.start, length, tensor.shape[3]),
+            (length * by_token, by_head, by_token, by_number),
+            start,
+        )
 
     def inputs(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.view(query, self.heads), self.view(key, self.kv_heads), self.view(value, self.kv_heads)

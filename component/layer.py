@@ -6,8 +6,8 @@ Three levels, each a row of the memory plan:
     attention    what attention needs; the MLP is computed again from its input
     everything   what attention needs, and the MLP's gate and up; only norms and activations are computed again
 
-Whatever the level, the MLP runs in tiles of tokens, the product of its last matrix is never computed twice (nobody
-needs it), and the gradient of each weight leaves the layer once per backward pass, as the hooks of ZeRO and DDP expect.
+Whatever the level, the MLP runs in tiles of tokens, its last product is never computed twice, because nobody needs it,
+and the gradient of each weight leaves the layer once per backward pass, as the hooks of ZeRO and DDP expect.
 
 Shapes: B batch, T tokens, N = B T, H hidden size.
 """
@@ -28,7 +28,7 @@ LEVELS = ("nothing", "attention", "everything")
 LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 
 
-class LeanLayer:
+class LeanLayer(nn.Module):
     """Mixed into the class of a decoder layer: training as its `level` says, all else as Hugging Face does it."""
 
     level: str = "everything"
@@ -36,14 +36,20 @@ class LeanLayer:
     keeps_attention_output: bool = False  # of a layer that keeps nothing else: attention's kernel runs once
     stack: HostStack | None = None  # where the input of a layer that keeps nothing waits; None: on the GPU
 
+    def prepare(self) -> None:
+        """Look up once what every forward pass needs; the adapter must be in place."""
+        self.second_half = FusedMLP(self)
+        self.first_parameters = [*_trained(self.input_layernorm), *_trained(self.self_attn)]
+
     def forward(self, hidden_states: Tensor, **call) -> Tensor:
         if not self.training or not torch.is_grad_enabled():
             return super().forward(hidden_states, **call)
+        mlp, tile = self.second_half, self.tile or hidden_states.shape[:-1].numel()
         if self.level == "nothing":
-            return _RecomputedLayer.apply(hidden_states, self, call, *_trained(self))
+            trained = [*self.first_parameters, *mlp.parameters]
+            return _RecomputedLayer.apply(hidden_states, self, call, tile, *trained)
         hidden = self.attend(hidden_states, call)
-        mlp = FusedMLP(self, self.tile)
-        return _MLP.apply(hidden, mlp, self.level == "everything", *mlp.parameters)
+        return _MLP.apply(hidden, mlp, tile, self.level == "everything", *mlp.parameters)
 
     def attend(self, hidden: Tensor, call: dict[str, Any]) -> Tensor:
         """The first half of the layer, (B, T, H): x + attention(norm(x))."""
@@ -61,6 +67,7 @@ def lean_layers(model: nn.Module) -> list[LeanLayer]:
         return []
     for layer in layers:
         layer.__class__ = type(f"Lean{type(layer).__name__}", (LeanLayer, type(layer)), {})
+        layer.prepare()
     return layers
 
 
@@ -73,9 +80,10 @@ def _fits(layer: nn.Module) -> bool:
 class FusedMLP:
     """The second half of a layer, h + down(act(gate(n)) * up(n)) with n = norm(h), forward and backward by tiles."""
 
-    def __init__(self, layer: nn.Module, tile: int):
+    def __init__(self, layer: nn.Module):
         mlp = layer.mlp
-        self.norm, self.activate, self.tile = layer.post_attention_layernorm, gated(mlp), tile
+        self.norm = layer.post_attention_layernorm
+        self.activate = lambda gate, up: mlp.act_fn(gate) * up  # Liger's one kernel takes its place where it runs
         self.gate, self.up, self.down = (Projection(p) for p in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
         self.norm_parameters = _trained(self.norm)
         self.parameters = [
@@ -85,13 +93,15 @@ class FusedMLP:
             *self.down.parameters,
         ]
 
-    def forward(self, hidden: Tensor, keep: bool) -> tuple[Tensor, list[dict]]:
+    def forward(self, hidden: Tensor, tile: int, keep: bool) -> tuple[Tensor, list[dict]]:
         """(B, T, H) -> the same shape, and for each tile what `backward` wants to know."""
         flat = hidden.reshape(-1, hidden.shape[-1])
-        out, kept, tiles = torch.empty_like(flat), [], self._tiles(len(flat))
+        out, kept, tiles = torch.empty_like(flat), [], _tiles(len(flat), tile)
         with self._holding_weights(compute_in(flat[:0]).dtype, times=len(tiles)):
             for start, end in tiles:
-                saved: dict[str, Any] = {"seeds": {name: getattr(self, name).draw() for name in ("gate", "up", "down")}}
+                saved: dict[str, Any] = {
+                    "seeds": {name: getattr(self, name).draw() for name in ("gate", "up", "down")}
+                }
                 normed = compute_in(self.norm(flat[start:end]))
                 saved["dtype"] = normed.dtype  # autocast is off while going backward
                 gate, up = self._gate_and_up(normed, saved)
@@ -102,10 +112,12 @@ class FusedMLP:
                 kept.append(saved)
         return out.view(hidden.shape), kept
 
-    def backward(self, hidden: Tensor, grad: Tensor, kept: list[dict], sums: Gradients, in_place: bool) -> Tensor:
+    def backward(
+        self, hidden: Tensor, grad: Tensor, tile: int, kept: list[dict], sums: Gradients, in_place: bool
+    ) -> Tensor:
         """dL/dh (B, T, H) from dL/dy, where that was if `in_place`; the weights' gradients are added to `sums`."""
         flat, grad_flat = hidden.reshape(-1, hidden.shape[-1]), grad.reshape(-1, grad.shape[-1])
-        out, tiles = grad_flat if in_place else torch.empty_like(flat), self._tiles(len(flat))
+        out, tiles = grad_flat if in_place else torch.empty_like(flat), _tiles(len(flat), tile)
         with self._holding_weights(kept[0]["dtype"], times=len(tiles) if "gate" in kept[0] else 2 * len(tiles)):
             for (start, end), saved in zip(tiles, kept, strict=True):
                 self._tile_backward(flat[start:end], grad_flat[start:end], saved, sums, out[start:end])
@@ -147,23 +159,18 @@ class FusedMLP:
                 stack.enter_context(projection.holding_weight(dtype))
             yield
 
-    def _tiles(self, tokens: int) -> list[tuple[int, int]]:
-        size = self.tile or tokens
-        return [(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
-
-def gated(mlp: nn.Module):
-    """(gate, up) -> act(gate) * up, in Liger's one kernel where `mlp.fused_product` holds it."""
-    return getattr(mlp, "fused_product", None) or (lambda gate, up: mlp.act_fn(gate) * up)
+def _tiles(tokens: int, size: int) -> list[tuple[int, int]]:
+    return [(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
 
 class _MLP(torch.autograd.Function):
     """`FusedMLP` for a layer that keeps its attention: h is kept; gate and up are too, or are computed again."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, mlp: FusedMLP, keep: bool, *trained: nn.Parameter) -> Tensor:
-        out, ctx.kept = mlp.forward(hidden, keep)
-        ctx.mlp, ctx.trained = mlp, trained
+    def forward(ctx, hidden: Tensor, mlp: FusedMLP, tile: int, keep: bool, *trained: nn.Parameter) -> Tensor:
+        out, ctx.kept = mlp.forward(hidden, tile, keep)
+        ctx.mlp, ctx.tile, ctx.trained = mlp, tile, trained
         ctx.save_for_backward(hidden)
         return out
 
@@ -171,21 +178,22 @@ class _MLP(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         sums: Gradients = {}
         (hidden,) = ctx.saved_tensors
-        dx = ctx.mlp.backward(hidden, grad, ctx.kept, sums, in_place=False)
-        return dx, None, None, *in_order(sums, ctx.trained)
+        dx = ctx.mlp.backward(hidden, grad, ctx.tile, ctx.kept, sums, in_place=False)
+        return dx, None, None, None, *in_order(sums, ctx.trained)
 
 
 class _RecomputedLayer(torch.autograd.Function):
     """A whole layer that keeps its input alone, here or on the host, and attention's output if asked."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, layer: LeanLayer, call: dict, *trained: nn.Parameter) -> Tensor:
-        ctx.layer, ctx.call, ctx.trained, ctx.ambience = layer, call, trained, Ambience(hidden.device)
+    def forward(ctx, hidden: Tensor, layer: LeanLayer, call: dict, tile: int, *trained: nn.Parameter) -> Tensor:
+        ctx.layer, ctx.call, ctx.tile, ctx.trained = layer, call, tile, trained
+        ctx.ambience = Ambience(hidden.device)
         ctx.memo = AttentionMemo() if layer.keeps_attention_output else None
         if ctx.memo is not None:
             ctx.call = call = {**call, "attention_memo": ctx.memo}
         middle = layer.attend(hidden, call)
-        out, ctx.kept = FusedMLP(layer, layer.tile).forward(middle, keep=False)
+        out, ctx.kept = layer.second_half.forward(middle, tile, keep=False)
         waiting = [hidden] + ([ctx.memo.out] if ctx.memo is not None and ctx.memo.out is not None else [])
         if layer.stack is None:
             ctx.take = lambda: waiting
@@ -197,24 +205,27 @@ class _RecomputedLayer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        hidden, *kept = ctx.take()
+        (hidden, *kept), ctx.take = ctx.take(), None
         if kept:
-            ctx.memo.out = kept[0]
-        layer, sums = ctx.layer, {}
-        first = [p for part in (layer.input_layernorm, layer.self_attn) for p in _trained(part)]
+            ctx.memo.out = kept.pop()
+        layer, first = ctx.layer, ctx.layer.first_parameters
+        sums: Gradients = {}
         with ctx.ambience.again(), torch.enable_grad():
             leaf = hidden.detach().requires_grad_(ctx.needs_input_grad[0])
             middle = layer.attend(leaf, ctx.call)
         # The layer above made this gradient and nobody else reads it. One tensor less at the moment of most memory,
         # as is `middle`: only its place in the graph is needed once the MLP is through.
         in_place = grad.is_contiguous() and grad.dtype == middle.dtype
-        grad = FusedMLP(layer, layer.tile).backward(middle.detach(), grad, ctx.kept, sums, in_place)
+        grad = layer.second_half.backward(middle.detach(), grad, ctx.tile, ctx.kept, sums, in_place)
         root = get_gradient_edge(middle) if middle.requires_grad else None
         del middle, hidden
         wanted = [leaf, *first] if leaf.requires_grad else first
         found = torch.autograd.grad(root, wanted, grad) if root is not None else ()
+        if ctx.memo is not None:
+            ctx.memo.out = None  # `ctx` lives until the whole backward pass is over
         sums |= dict(zip(first, found[len(found) - len(first) :], strict=True))
-        return found[0] if leaf.requires_grad else None, None, None, *in_order(sums, ctx.trained)
+        dx = found[0] if leaf.requires_grad else None  # type: ignore[misc]
+        return dx, None, None, None, *in_order(sums, ctx.trained)
 
 
 class Ambience:

@@ -1,7 +1,7 @@
 """How is a frozen linear layer with LoRA computed? y = W x + b + (alpha / rank) B A dropout(x), in few passes.
 
 PEFT clones the layer's output, scales LoRA's and adds the two: three more passes over (tokens, out) in forward and as
-many in backward. Here the matrix products add to what is there (BLAS' beta = 1), W is dequantised when it is needed and
+many in backward. Here the matrix products add to what is there (BLAS' beta = 1), W is dequantised when needed and
 dropped at once, and the dropout mask is drawn again from a number instead of being kept.
 
 Shapes: N tokens of all rows, I and O the layer's inputs and outputs, r the rank of LoRA.
@@ -27,8 +27,14 @@ class Projection:
     """
 
     def __init__(self, module: nn.Module):
-        self.module = module
         self.base = module.get_base_layer() if isinstance(module, LoraLayer) else module
+        self.factors: tuple[nn.Parameter, nn.Parameter] | None = None  # A (r, I) and B (O, r)
+        self.scaling, self.dropout = 1.0, 0.0
+        if isinstance(module, LoraLayer):
+            name = module.active_adapters[0]
+            self.factors = module.lora_A[name].weight, module.lora_B[name].weight
+            self.scaling, self.dropout = module.scaling[name], getattr(module.lora_dropout[name], "p", 0.0)
+        self.parameters = [p for p in self.factors or () if p.requires_grad]
         self._held: Tensor | None = None
 
     @staticmethod
@@ -37,36 +43,12 @@ class Projection:
         base: Any = module
         if isinstance(module, LoraLayer):
             names = module.active_adapters
-            plain = not module.disable_adapters and not module.merged and not getattr(module, "lora_variant", None)
+            plain = not module.disable_adapters and not module.merged and not module.lora_variant
             if not plain or len(names) != 1 or names[0] not in module.lora_A or module.lora_bias[names[0]]:
                 return False
             base = module.get_base_layer()
         is_frozen = isinstance(base, nn.Linear) and not any(p.requires_grad for p in base.parameters())
         return is_frozen and not hasattr(base.weight, "ds_id")  # ZeRO-3 gathers weights by module hooks only
-
-    @property
-    def adapter(self) -> str | None:
-        return self.module.active_adapters[0] if isinstance(self.module, LoraLayer) else None
-
-    @property
-    def factors(self) -> tuple[nn.Parameter, nn.Parameter] | None:
-        """A (r, I) and B (O, r)."""
-        name = self.adapter
-        return name and (self.module.lora_A[name].weight, self.module.lora_B[name].weight)
-
-    @property
-    def scaling(self) -> float:
-        return self.module.scaling[self.adapter]
-
-    @property
-    def dropout(self) -> float:
-        if self.adapter is None or not self.module.training:
-            return 0.0
-        return getattr(self.module.lora_dropout[self.adapter], "p", 0.0)
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        return [p for p in self.factors or () if p.requires_grad]
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """(O, I) in `dtype`, dequantised if the base is in 4 bits."""
@@ -95,7 +77,9 @@ class Projection:
         bias = None if self.base.bias is None else self.base.bias.to(x.dtype)
         y = F.linear(x, self.weight(x.dtype), bias)
         low = self.low(x, seed)
-        return y if low is None else y.addmm_(low, self.factors[1].to(x.dtype).t(), alpha=self.scaling), low
+        if low is not None and self.factors is not None:
+            y.addmm_(low, self.factors[1].to(x.dtype).t(), alpha=self.scaling)
+        return y, low
 
     def low(self, x: Tensor, seed: int | None) -> Tensor | None:
         """A dropout(x), (N, r)."""
@@ -103,8 +87,8 @@ class Projection:
 
     def backward(
         self, grad: Tensor, x: Tensor, low: Tensor | None, seed: int | None, sums: Gradients, need_x: bool = True
-    ) -> Tensor | None:
-        """dL/dx (N, I) from dL/dy (N, O); the gradients of A and B are added to `sums`."""
+    ) -> Any:
+        """dL/dx (N, I), or None, from dL/dy (N, O); the gradients of A and B are added to `sums`."""
         dx = grad @ self.weight(grad.dtype) if need_x else None
         if self.factors is None:
             return dx
@@ -169,19 +153,19 @@ def compute_in(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
-class FusedLoRA:
+class FusedLoRA(nn.Module):
     """Mixed into the class of a PEFT layer: training goes through `_LoRALinear`, all else as PEFT does it."""
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        if not self.training or not torch.is_grad_enabled() or args or kwargs or not Projection.fits(self):
+        trains = self.training and torch.is_grad_enabled() and not self.disable_adapters and not self.merged
+        if not trains or args or kwargs:
             return super().forward(x, *args, **kwargs)
-        projection = Projection(self)
-        return _LoRALinear.apply(compute_in(x), projection, *projection.parameters)
+        return _LoRALinear.apply(compute_in(x), self.projection, *self.projection.parameters)
 
 
-def fuse_lora(model: nn.Module) -> int:
-    """Let every LoRA layer of `model` that `Projection` can compute do so while it trains; how many those are."""
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer) and Projection.fits(module)]
-    for layer in layers:
-        layer.__class__ = type(f"Fused{type(layer).__name__}", (FusedLoRA, type(layer)), {})
-    return len(layers)
+def fuse_lora(model: nn.Module) -> None:
+    """Let every LoRA layer of `model` that `Projection` can compute do so while it trains."""
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer) and Projection.fits(layer):
+            layer.__class__ = type(f"Fused{type(layer).__name__}", (FusedLoRA, type(layer)), {})
+            layer.projection = Projection(layer)

@@ -15,7 +15,7 @@ from component.template import IGNORE_INDEX
 TOKENS_PER_CHUNK = 1024
 
 
-class LeanLoss:
+class LeanLoss(nn.Module):
     """Mixed into the class of a causal language model: with labels it gives the loss in training, and no logits."""
 
     loss_chunk: int = TOKENS_PER_CHUNK
@@ -32,7 +32,9 @@ class LeanLoss:
 def lean_loss(model: PreTrainedModel, chunk: int) -> bool:
     """Mix `LeanLoss` into `model`; False if its logits are more than one plain linear layer of the hidden states."""
     config = model.config
-    is_scaled = any(getattr(config, name, None) for name in ("logit_scale", "logits_scaling", "final_logit_softcapping"))
+    is_scaled = any(
+        getattr(config, name, None) for name in ("logit_scale", "logits_scaling", "final_logit_softcapping")
+    )
     if is_scaled or not isinstance(_inner(model.get_output_embeddings()), nn.Linear):
         return False
     model.__class__ = type(f"Lean{type(model).__name__}", (LeanLoss, type(model)), {})
@@ -70,7 +72,7 @@ class _SummedLoss(torch.autograd.Function):
             part = slice(start, start + chunk)
             loss, grad = _chunk(F.linear(hidden[part], w, b), target[part])
             total += loss
-            # not yet divided by the number of tokens: quotients would vanish in fp16 before the loss scale reaches them
+            # not yet divided by the number of tokens: in fp16 it would vanish before the loss scale reaches it
             grad = grad.to(hidden.dtype)
             if grad_hidden is not None:
                 torch.mm(grad, w, out=grad_hidden[part])

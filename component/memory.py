@@ -4,26 +4,36 @@ A `MemoryPlan` (component/plan.py) put into a model: LoRA in few passes, decoder
 the loss in chunks, fused kernels. And the cap on GPU memory, and losses of whole windows for evaluation.
 """
 
+import math
 import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from component.error import UserError
-from component.layer import lean_layers
+from component.error import UserError, first_line
+from component.layer import LeanLayer, lean_layers
 from component.linear import fuse_lora
 from component.loss import TOKENS_PER_CHUNK, lean_loss
 from component.offload import HostStack
-from component.plan import MemoryPlan
+from component.plan import MemoryPlan, Workload, estimate, next_lever
+
+LIBRARIES_GIB = 0.5  # cuBLAS' and cuDNN's workspaces, Triton's kernels: outside of PyTorch's allocator
+HOST_SHARE = 0.8  # of the host memory that is free: pinned memory cannot be swapped out
 
 
-def use_memory_plan(model: nn.Module, plan: MemoryPlan) -> str | None:
+def use_memory_plan(model: nn.Module, plan: MemoryPlan, *, fused: bool) -> str | None:
     """Make `model`, PEFT's wrapper around a causal language model, train as `plan` says; evaluation stays as it is.
 
+    Args:
+        fused: use Liger's kernels; see `liger_runs`.
+
     Returns:
-        None, or why Hugging Face's own layers stay: then LoRA is still fused, and the caller may checkpoint.
+        None, or why Hugging Face's own layers stay: the caller may checkpoint those.
     """
     base = model.get_base_model()
     if any(hasattr(parameter, "ds_id") for parameter in base.parameters()):
@@ -31,9 +41,11 @@ def use_memory_plan(model: nn.Module, plan: MemoryPlan) -> str | None:
     fuse_lora(model)
     lean_loss(base, plan.loss_chunk_tokens)
     layers = lean_layers(base)
+    if fused:
+        _use_liger_kernels(base, layers)
     if not layers:
-        return f"{type(base).__name__} has decoder layers that no plan is written for"
-    stack = HostStack() if plan.offload_activations else None
+        return f"the decoder layers of {type(base).__name__} are not among those that a plan is written for"
+    stack = HostStack(plan.fetch_ahead) if plan.offload_activations else None
     for layer, level in zip(layers, plan.levels(len(layers)), strict=True):
         layer.level, layer.stack, layer.tile = level, stack, plan.mlp_tile_tokens
         layer.keeps_attention_output = plan.keep_attention_output
@@ -53,7 +65,7 @@ def liger_runs() -> bool:
     return True
 
 
-def use_liger_kernels(base: PreTrainedModel) -> None:
+def _use_liger_kernels(base: PreTrainedModel, layers: list[LeanLayer]) -> None:
     """Liger's norms and rotary embedding in place of the model's own, and SwiGLU for layers under a memory plan."""
     from liger_kernel.ops.swiglu import LigerSiLUMulFunction
     from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
@@ -61,9 +73,31 @@ def use_liger_kernels(base: PreTrainedModel) -> None:
     _apply_liger_kernel_to_instance(
         base, rope=True, rms_norm=True, swiglu=False, cross_entropy=False, fused_linear_cross_entropy=False
     )
-    for module in base.modules():
-        if isinstance(getattr(module, "act_fn", None), nn.SiLU) and hasattr(module, "gate_proj"):
-            module.fused_product = LigerSiLUMulFunction.apply
+    if base.config.hidden_act in ("silu", "swish"):
+        for layer in layers:
+            layer.second_half.activate = LigerSiLUMulFunction.apply
+
+
+def room(budget_gib: float | None, device: torch.device) -> tuple[float, float]:
+    """GiB that a plan may take of the GPU and of the host; infinite where there is no GPU to run out of."""
+    if device.type != "cuda":
+        return math.inf, math.inf
+    gpu = torch.cuda.mem_get_info(device)[0] / 2**30 - LIBRARIES_GIB
+    host = psutil.virtual_memory().available / 2**30
+    return min(gpu, budget_gib or math.inf), HOST_SHARE * host
+
+
+@contextmanager
+def explaining_out_of_memory(work: Workload, plan: MemoryPlan) -> Iterator[None]:
+    """Say what to change when the GPU's memory does not suffice after all."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        peak = estimate(work, plan).peak_gib
+        raise UserError(
+            f"the GPU is out of memory ({first_line(error)}); the plan was estimated at {peak:.1f} GiB. "
+            f"Next: {next_lever(work, plan)}"
+        ) from error
 
 
 def limit_memory(budget_gib: float | None) -> None:
@@ -83,18 +117,21 @@ def limit_memory(budget_gib: float | None) -> None:
 
 
 @torch.no_grad()
-def next_token_losses(model: PreTrainedModel, input_ids: Tensor, chunk: int = TOKENS_PER_CHUNK) -> Tensor:
+def next_token_losses(
+    model: PreTrainedModel, input_ids: Tensor, chunk: int = TOKENS_PER_CHUNK, **inputs: Tensor
+) -> Tensor:
     """Loss in nats of each token but the first, given those before it; logits exist for `chunk` tokens at a time.
 
     Args:
         model: a causal language model, PEFT's wrapper around it or not.
-        input_ids: (B, T), T at least 2, without padding.
+        input_ids: (B, T), T at least 2.
+        inputs: attention_mask or position_ids, (B, T); the losses of padding mean nothing.
 
     Returns:
         (B, T - 1) in fp32; entry t is the loss of token t + 1.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    hidden = base.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+    hidden = base.get_decoder()(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
     losses = [
         F.cross_entropy(_logits(base, part).transpose(1, 2), target, reduction="none")
         for part, target in zip(hidden[:, :-1].split(chunk, 1), input_ids[:, 1:].split(chunk, 1), strict=True)

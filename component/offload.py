@@ -4,10 +4,13 @@ A stack: what the forward pass puts last, the backward pass takes first. Copies 
 computation: going out, while the next layer computes; coming back, one layer ahead of need.
 """
 
+import weakref
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from component.error import UserError
 
 
 class HostStack:
@@ -16,6 +19,8 @@ class HostStack:
     def __init__(self, fetches_ahead: bool = True) -> None:
         self.fetches_ahead = fetches_ahead  # what a layer will need comes while the one above it computes
         self._buffers: list[Tensor] = []  # bytes, pinned; the n-th belongs to the n-th entry of the stack
+        finalizer = weakref.finalize(self, _unpin, self._buffers)  # memory given back pinned cannot be pinned again
+        finalizer.atexit = False
         self._entries: list[_Entry] = []
         self._leaving: tuple[list[Tensor], torch.cuda.Event] | None = None
         self._stream: torch.cuda.Stream | None = None
@@ -94,7 +99,7 @@ class HostStack:
         if len(self._buffers[depth]) < sum(sizes):
             if self._stream is not None:
                 self._stream.synchronize()  # nothing may still be read from the buffer that goes
-            _unpin(self._buffers[depth])
+            _unpin(self._buffers[depth : depth + 1])
             self._buffers[depth] = _pin(torch.empty(sum(sizes), dtype=torch.uint8), tensors[0].is_cuda)
         parts = self._buffers[depth][: sum(sizes)].split(sizes)
         return [
@@ -121,10 +126,14 @@ def _pin(buffer: Tensor, is_needed: bool) -> Tensor:
     if is_needed:
         result = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), len(buffer), 0)
         if int(result) != 0:
-            raise RuntimeError(f"host memory of {len(buffer) / 2**20:.0f} MiB could not be pinned (CUDA {result})")
+            raise UserError(
+                f"offload_activations: {len(buffer) / 2**20:.0f} MiB of host memory could not be pinned (CUDA error "
+                f"{int(result)}); free host memory, set offload_activations: false, or shorten max_seq_length"
+            )
     return buffer
 
 
-def _unpin(buffer: Tensor) -> None:
-    if len(buffer) and torch.cuda.is_available():
-        torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())
+def _unpin(buffers: list[Tensor]) -> None:
+    for buffer in buffers:
+        if len(buffer) and torch.cuda.is_available():
+            torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())

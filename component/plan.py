@@ -8,6 +8,7 @@ Shapes in the comments: N tokens of a micro-batch, H hidden size, I MLP size, A 
 D numbers each, L layers, r rank.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
@@ -17,10 +18,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from component.error import UserError
+from component.adapter import full_copies, linear_names, target_layers
 
 GIB = 2**30
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # of a weight: its value, its share of a block's scale, and of that's scale
+ROUNDED_UP = 1.02  # the allocator's blocks and what lies idle between them
 TILES = (0, 32768, 16384, 8192, 4096, 2048, 1024)  # tokens per MLP tile; 0: all at once
 CHUNKS = (4096, 1024, 256)  # tokens whose logits exist at a time
 
@@ -37,8 +39,9 @@ class MemoryPlan:
     keep_attention_layers: int
     keep_attention_output: bool
     offload_activations: bool
-    mlp_tile_tokens: int
+    mlp_tile_tokens: int  # 0: no tiles
     loss_chunk_tokens: int
+    fetch_ahead: bool = True  # what a layer needs comes from the host while the one above it computes
 
     def levels(self, layers: int) -> list[str]:
         """Of each of `layers` layers, in order."""
@@ -46,6 +49,20 @@ class MemoryPlan:
         attention = min(self.keep_attention_layers, layers - everything)
         nothing = layers - everything - attention
         return ["nothing"] * nothing + ["attention"] * attention + ["everything"] * everything
+
+    def describe(self, layers: int) -> str:
+        """One line for people: what the layers keep, and the portions."""
+        counts = {level: self.levels(layers).count(level) for level in ("nothing", "attention", "everything")}
+        place = "on the host" if self.offload_activations else "on the GPU"
+        inputs = "inputs and attention's outputs" if self.keep_attention_output else "inputs"
+        parts = {
+            "nothing": f"computed again from their {inputs} {place}",
+            "attention": "with the MLP computed again",
+            "everything": "kept whole",
+        }
+        lines = [f"{count} layers {parts[level]}" for level, count in counts.items() if count]
+        tile = f"MLP in tiles of {self.mlp_tile_tokens} tokens" if self.mlp_tile_tokens else "MLP in one piece"
+        return f"{', '.join(lines)}; {tile}, logits of {self.loss_chunk_tokens}"
 
 
 @dataclass(frozen=True)
@@ -71,7 +88,6 @@ class Workload:
     optimizer: str = "paged_adamw_32bit"
     zero: bool = True  # DeepSpeed's ZeRO-2: trained parameters in half precision with fp32 masters
     offload_optimizer: bool = False
-    accumulation: int = 1
 
 
 @dataclass(frozen=True)
@@ -82,19 +98,25 @@ class Estimate:
     moment: str  # when the peak comes
 
 
-def workload(config: PretrainedConfig, *, target_names: list[str] | None, rank: int, full_names: list[str], **rest) -> Workload:
-    """The workload of training a model of `config`; `rest` are the fields that the config does not know."""
+def workload(
+    config: PretrainedConfig,
+    *,
+    target_names: list[str] | None,
+    rank: int,
+    train_embedding: bool = False,
+    train_norm: bool = False,
+    **rest: Any,
+) -> Workload:
+    """The workload of training a model of `config`; `rest` are the fields that config and adapter do not tell."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
-    linears = {n: m for n, m in decoder.named_modules() if isinstance(m, nn.Linear)}
-    wanted = [
-        m for n, m in {**linears, "lm_head": head}.items()
-        if (n != "lm_head" if target_names is None else any(n == t or n.endswith(f".{t}") for t in target_names))
-    ]  # fmt: skip
-    lora = sum(rank * (m.in_features + m.out_features) for m in wanted)
-    copies = sum(m.weight.numel() for n, m in model.named_modules() if n.rpartition(".")[2] in full_names)
-    embeddings = {id(m.weight): m.weight.numel() for m in (model.get_input_embeddings(), head)}
+    linears = [m for m in model.get_decoder().modules() if isinstance(m, nn.Linear)]
+    targets = [m for _, m in target_layers(model, target_names or linear_names(model))]
+    copies = full_copies(model, train_embedding, train_norm)
+    copied = sum(m.weight.numel() for name, m in model.named_modules() if name.rpartition(".")[2] in copies)
+    embeddings = {
+        id(m.weight): m.weight.numel() for m in (model.get_input_embeddings(), model.get_output_embeddings())
+    }
     return Workload(
         hidden=config.hidden_size,
         mlp=config.intermediate_size,
@@ -103,10 +125,10 @@ def workload(config: PretrainedConfig, *, target_names: list[str] | None, rank: 
         kv_heads=config.num_key_value_heads,
         head_size=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         vocabulary=config.vocab_size,
-        weights=sum(m.weight.numel() for m in linears.values()),
+        weights=sum(m.weight.numel() for m in linears),
         embeddings=sum(embeddings.values()),
         rank=rank,
-        trained=lora + copies,
+        trained=copied + sum(rank * (m.in_features + m.out_features) for m in targets),
         **rest,
     )
 
@@ -124,9 +146,9 @@ class Sizes:
         self.log_sum = n * work.heads * 4
         # the eager norm of Hugging Face keeps its input in fp32, Liger's the input as it came
         self.norm = 0 if work.fused else n * work.hidden * 4
-        self.attention = (  # what attention keeps: normed, q, k, v, output, and the MLP's input
-            2 * self.hidden + 2 * self.query + 2 * self.key + self.log_sum + self.norm + 4 * self.low
-        )
+        # in the graph of a layer's attention: normed, q, k, v, what of attention's output, log-sum-exp, A x of LoRA
+        self.graph = self.hidden + 2 * self.query + 2 * self.key + self.log_sum + self.norm + 4 * self.low
+        self.attention = self.graph + 2 * self.hidden  # and the layer's and the MLP's input
         self.gate_and_up = 2 * self.mlp + 3 * self.low
         self.mlp_weights = 3 * work.hidden * work.mlp * value if work.in_4bit else 0
 
@@ -154,35 +176,41 @@ def estimate(work: Workload, plan: MemoryPlan) -> Estimate:
     """Peak memory, host memory and cost of one step of `work` under `plan`."""
     size, levels = Sizes(work), plan.levels(work.layers)
     nothing, attention, everything = (levels.count(name) for name in ("nothing", "attention", "everything"))
-    waiting = size.hidden + (size.query if plan.keep_attention_output else 0)
+    output = size.query if plan.keep_attention_output else 0
     log_sums = size.log_sum * nothing if plan.keep_attention_output else 0
-    inputs = 0 if plan.offload_activations else waiting * nothing
-    if plan.offload_activations and nothing:
-        inputs = min(2, nothing) * waiting  # one on its way out, or coming back ahead of need
-    kept = inputs + log_sums + attention * size.attention + everything * (size.attention + size.gate_and_up)
+    on_gpu = min(1 + plan.fetch_ahead, nothing) if plan.offload_activations else nothing
+    inputs = on_gpu * (size.hidden + output) + log_sums
+    kept = inputs + attention * size.attention + everything * (size.attention + size.gate_and_up)
     chunk = min(plan.loss_chunk_tokens, work.tokens) * work.vocabulary * (2 * work.value_bytes + 8)
-    moments = {"loss": kept + 3 * size.hidden + chunk, "optimizer": step_bytes(work)}
-    top = "everything" if everything else "attention" if attention else "nothing"
-    for level in {top, "nothing" if nothing else top}:
-        here = kept if level == top else inputs + log_sums
-        working = size.attention if level == "nothing" else 0
-        moments[f"MLP of a layer that keeps {level}"] = here + working + _mlp_backward(work, plan, size, level)
-        moments[f"attention of a layer that keeps {level}"] = here + working + _attention_backward(size)
+    moments = {"the loss": kept + 3 * size.hidden + chunk, "the optimizer's step": step_bytes(work)}
+    if attention + everything:
+        level = "everything" if everything else "attention"
+        own = size.gate_and_up if everything else 0
+        moments[f"the MLP of a layer that keeps {level}"] = kept + 2 * size.hidden + _tile(work, plan, size) - own
+        moments[f"attention of a layer that keeps {level}"] = (
+            kept - own + size.hidden + _attention_backward(work, size)
+        )
+    if nothing:
+        graph = inputs + size.graph - output
+        moments["the MLP of a layer that keeps nothing"] = graph + 2 * size.hidden + _tile(work, plan, size)
+        moments["attention of a layer that keeps nothing"] = graph + size.hidden + _attention_backward(work, size)
     moment = max(moments, key=moments.__getitem__)
-    host = waiting * nothing if plan.offload_activations else 0
-    return Estimate((fixed_bytes(work) + moments[moment]) / GIB, host / GIB, _cost(work, plan, size, levels), moment)
+    peak = (fixed_bytes(work) + moments[moment]) * ROUNDED_UP / GIB
+    host = (size.hidden + output) * nothing if plan.offload_activations else 0
+    return Estimate(peak, host / GIB, _cost(work, plan, size, levels), moment)
 
 
-def _mlp_backward(work: Workload, plan: MemoryPlan, size: Sizes, level: str) -> float:
+def _tile(work: Workload, plan: MemoryPlan, size: Sizes) -> float:
+    """What an MLP going backward needs: gate, up, their product and its gradient, for a tile of tokens."""
     share = min(1.0, plan.mlp_tile_tokens / work.tokens) if plan.mlp_tile_tokens else 1.0
-    buffers = 4 if work.fused else 8  # gate, up, their product and its gradient; eager functions write new ones
-    if level == "everything":
-        buffers -= 2
-    return 2 * size.hidden + share * (buffers * size.mlp + 4 * size.hidden + size.norm) + size.mlp_weights
+    buffers = 4 if work.fused else 8  # eager functions write new tensors where Liger's overwrite
+    return share * (buffers * size.mlp + 4 * size.hidden + size.norm) + size.mlp_weights
 
 
-def _attention_backward(size: Sizes) -> float:
-    return 3 * size.hidden + 2 * size.query + 2 * size.key + 2 * size.query
+def _attention_backward(work: Workload, size: Sizes) -> float:
+    """Gradients of the output and of q, k, v; for half of the heads once more, and the kernel's own sums in fp32."""
+    gradients = size.query + 2 * size.key
+    return size.query + gradients + gradients / 2 + size.query * 2 / work.value_bytes
 
 
 def _cost(work: Workload, plan: MemoryPlan, size: Sizes, levels: list[str]) -> float:
@@ -200,11 +228,13 @@ def _cost(work: Workload, plan: MemoryPlan, size: Sizes, levels: list[str]) -> f
     if plan.offload_activations:  # copies cost nothing beside a layer that computes for longer; a little all the same
         moved = size.hidden + (size.query if plan.keep_attention_output else 0)
         late = max(0.0, moved * 25e3 - (products + pairs))
-        cost += levels.count("nothing") * (2 * late + moved * 1e3)
+        cost += levels.count("nothing") * (2 * late + moved * (1e3 if plan.fetch_ahead else 25e3))
     return cost
 
 
-def choose(work: Workload, budget_gib: float, host_gib: float, **by_hand: Any) -> tuple[MemoryPlan, Estimate]:
+def choose(
+    work: Workload, budget_gib: float = math.inf, host_gib: float = math.inf, **by_hand: Any
+) -> tuple[MemoryPlan, Estimate]:
     """The fastest plan within `budget_gib` of the GPU and `host_gib` of the host; of those equally fast the leanest.
 
     Args:
@@ -220,6 +250,48 @@ def choose(work: Workload, budget_gib: float, host_gib: float, **by_hand: Any) -
     return min(plans, key=lambda pair: (pair[1].peak_gib, pair[1].cost))
 
 
+LEVERS = {  # what to change in a YAML when memory does not suffice, the cheapest first: (from, to, words)
+    "keep_layers": "keep_layers: 0 (every layer is computed again)",
+    "keep_attention_layers": "keep_attention_layers: 0 (every layer is computed again)",
+    "keep_attention_output": "keep_attention_output: false (attention's kernel runs twice)",
+    "offload_activations": "offload_activations: true (layers' inputs wait in host memory)",
+    "mlp_tile_tokens": "mlp_tile_tokens: 2048 (the MLP in smaller tiles)",
+    "loss_chunk_tokens": "loss_chunk_tokens: 256 (fewer logits at a time)",
+}
+LEANEST: dict[str, Any] = {
+    "keep_layers": 0,
+    "keep_attention_layers": 0,
+    "keep_attention_output": False,
+    "offload_activations": True,
+    "mlp_tile_tokens": 2048,
+    "loss_chunk_tokens": 256,
+}
+
+
+def next_lever(work: Workload, plan: MemoryPlan) -> str:
+    """The setting of a YAML that saves memory next, at the least cost."""
+    for name, words in LEVERS.items():
+        leaner = replace(plan, **{name: LEANEST[name]})
+        if estimate(work, leaner).peak_gib < 0.99 * estimate(work, plan).peak_gib:
+            return words
+    if work.zero and not work.offload_optimizer:
+        return "deepspeed: ./train_args/deepspeed/deepspeed_config_s2.json (optimizer states in host memory)"
+    return "a smaller max_seq_length or lora_rank"
+
+
+def describe_estimate(work: Workload, plan: MemoryPlan, expected: Estimate, budget_gib: float) -> str:
+    """One line for the summary of a run."""
+    line = plan.describe(work.layers)
+    if math.isinf(budget_gib):
+        return line
+    line += f"; about {expected.peak_gib:.1f} of {budget_gib:.1f} GiB at {expected.moment}"
+    if expected.host_gib:
+        line += f", {expected.host_gib:.1f} GiB of the host pinned"
+    if expected.peak_gib > budget_gib:
+        line += f". It will hardly fit; next: {next_lever(work, plan)}"
+    return line
+
+
 def _candidates(work: Workload, by_hand: dict[str, Any]) -> Iterator[MemoryPlan]:
     def choices(name: str, free) -> list:
         return list(free) if by_hand.get(name) is None else [by_hand[name]]
@@ -230,8 +302,11 @@ def _candidates(work: Workload, by_hand: dict[str, Any]) -> Iterator[MemoryPlan]
         choices("offload_activations", (False, True)),
         choices("mlp_tile_tokens", tiles),
         choices("loss_chunk_tokens", [c for c in CHUNKS if c <= work.tokens] or [work.tokens]),
+        (True, False),
     )
-    for output, offload, tile, chunk in rest:
+    for output, offload, tile, chunk, ahead in rest:
+        if not (offload or ahead):
+            continue
         for keep in choices("keep_layers", range(work.layers + 1)):
             for attention in choices("keep_attention_layers", range(work.layers - min(keep, work.layers) + 1)):
-                yield MemoryPlan(keep, attention, output, offload, tile, chunk)
+                yield MemoryPlan(keep, attention, output, offload, tile, chunk, ahead)

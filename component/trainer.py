@@ -5,22 +5,16 @@ weighs tokens alike whatever batch they fall in, with full attention, since modu
 run says what it is about to do before its first step.
 """
 
-import json
 import math
 import os
 import socket
-import time
-from collections import deque
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import EvalPrediction, PretrainedConfig, Trainer, TrainerCallback
+from torch import nn
+from transformers import EvalPrediction, PretrainedConfig, Trainer
 
-from component.adapter import trainable_counts
 from component.checkpoint import remove_old_checkpoints, write_adapter, write_record
-from component.memory import note_device_memory
+from component.memory import next_token_losses
 from component.template import IGNORE_INDEX
 
 
@@ -85,56 +79,10 @@ class LongQLoRATrainer(Trainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """(None, summed loss of each row, its number of labels): `token_weighted_loss` puts them together."""
         inputs = self._prepare_inputs(inputs)
-        labels = inputs.pop("labels")
-        with torch.no_grad(), self.compute_loss_context_manager():
-            logits = model(**inputs, use_cache=False).logits
-        return None, row_losses(logits, labels), (labels[:, 1:] != IGNORE_INDEX).sum(1)
-
-
-class SpeedCallback(TrainerCallback):
-    """Seconds and tokens of each optimizer step: its passes and its update, nothing between steps.
-
-    Tokens are the Trainer's num_input_tokens_seen, of all processes, without padding.
-    """
-
-    def __init__(self) -> None:
-        self.step_seconds: deque[float] = deque(maxlen=100)
-        self._seconds, self._tokens = 0.0, 0  # since the last log
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self._began, self._seen = time.perf_counter(), state.num_input_tokens_seen
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if args.device.type == "cuda":
-            torch.cuda.synchronize()
-        self.step_seconds.append(time.perf_counter() - self._began)
-        if args.device.type == "cuda":
-            note_device_memory()
-        self._seconds += self.step_seconds[-1]
-        self._tokens += state.num_input_tokens_seen - self._seen
-
-    def since_last_time(self) -> dict[str, float]:
-        """`tokens_per_second` of the steps since this was last asked, and on a GPU `reserved_gib`, the most so far."""
-        rates = {"tokens_per_second": round(self._tokens / self._seconds, 1)} if self._tokens else {}
-        self._seconds, self._tokens = 0.0, 0
-        if torch.cuda.is_initialized():
-            rates["reserved_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
-        return rates
-
-
-def row_losses(logits: Tensor, labels: Tensor, rows_at_once: int = 1024) -> Tensor:
-    """Summed next-token loss in nats of each row, (B,), in fp32 from logits (B, T, V), a slice of tokens at a time."""
-    total = torch.zeros(len(labels), device=logits.device)
-    for start in range(0, labels.shape[1] - 1, rows_at_once):
-        end = min(start + rows_at_once, labels.shape[1] - 1)
-        losses = F.cross_entropy(
-            logits[:, start:end].transpose(1, 2).float(),
-            labels[:, start + 1 : end + 1],
-            ignore_index=IGNORE_INDEX,
-            reduction="none",
-        )
-        total += losses.sum(1)
-    return total
+        is_learnt = inputs.pop("labels")[:, 1:] != IGNORE_INDEX
+        with self.compute_loss_context_manager():
+            losses = next_token_losses(self.accelerator.unwrap_model(model), **inputs)
+        return None, (losses * is_learnt).sum(1), is_learnt.sum(1)
 
 
 def token_weighted_loss(prediction: EvalPrediction) -> dict[str, float]:
@@ -155,29 +103,3 @@ def stand_alone_environment() -> None:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-
-
-def summary(rows: dict[str, str]) -> str:
-    """The lines shown before the first step, aligned."""
-    width = max(len(name) for name in rows)
-    return "\n".join(f"  {name:<{width}}  {text}" for name, text in rows.items())
-
-
-def describe_trainable(model: nn.Module) -> str:
-    counts = trainable_counts(model)
-    parts = ", ".join(f"{kind} {count:,}" for kind, count in counts.items())
-    return f"{sum(counts.values()):,} parameters ({parts})"
-
-
-def describe_optimizer(optim: str, deepspeed: str | dict | None, max_grad_norm: float) -> str:
-    """The optimizer that will really run: DeepSpeed's configuration changes it behind the YAML's back."""
-    if not deepspeed:
-        return optim
-    config = deepspeed if isinstance(deepspeed, dict) else json.loads(Path(deepspeed).read_text(encoding="utf-8"))
-    zero = config.get("zero_optimization", {})
-    notes = [f"ZeRO-{zero.get('stage', 0)}"]
-    if zero.get("offload_optimizer", {}).get("device", "none") != "none":
-        notes.append(f"DeepSpeed's CPU Adam in place of {optim}, because the optimizer is offloaded")
-    if "gradient_clipping" not in config and max_grad_norm:
-        notes.append(f"max_grad_norm {max_grad_norm} is ignored: the DeepSpeed file lacks gradient_clipping")
-    return f"{optim} ({'; '.join(notes)})"

@@ -6,56 +6,13 @@ import os
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch.testing import assert_close
 from transformers import EvalPrediction
 
 from component.adapter import add_adapter
-from component.trainer import (
-    describe_optimizer,
-    describe_trainable,
-    row_losses,
-    stand_alone_environment,
-    summary,
-    token_weighted_loss,
-)
+from component.report import describe_optimizer, describe_trainable, summary
+from component.trainer import stand_alone_environment, token_weighted_loss
 
 TRAIN_ARGS = "train_args/deepspeed"
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rows_at_once", [1, 4, 7, 1000])
-@pytest.mark.parametrize("length", [2, 8, 13])
-def test_row_losses_equal_cross_entropy(dtype, rows_at_once, length):
-    """In fp32 whatever the logits come in, however they are cut, with prompts and padding left out."""
-    logits = (3 * torch.randn(3, length, 50)).to(dtype)
-    labels = torch.randint(50, (3, length))
-    labels[0, : length // 2] = -100
-    labels[1, -(length // 3) - 1 :] = -100
-    expected = torch.stack(
-        [
-            F.cross_entropy(logits[row, :-1].float(), labels[row, 1:], reduction="sum", ignore_index=-100)
-            for row in range(3)
-        ]
-    )
-    found = row_losses(logits, labels, rows_at_once=rows_at_once)
-    assert found.shape == (3,)
-    assert found.dtype == torch.float32
-    assert_close(found, expected, atol=1e-4, rtol=1e-5)
-
-
-def test_row_losses_of_rows_without_labels():
-    losses = row_losses(torch.randn(2, 6, 50), torch.full((2, 6), -100))
-    assert losses.tolist() == [0.0, 0.0]
-    assert row_losses(torch.randn(2, 1, 50), torch.zeros(2, 1, dtype=torch.long)).tolist() == [0.0, 0.0]
-
-
-def test_the_first_label_is_of_no_token_before_it():
-    """Nothing predicts it."""
-    logits, labels = torch.randn(1, 6, 50), torch.randint(50, (1, 6))
-    masked = labels.clone()
-    masked[0, 0] = -100
-    assert_close(row_losses(logits, labels), row_losses(logits, masked))
 
 
 def test_tokens_weigh_alike():
