@@ -63,7 +63,7 @@ def main() -> None:
         train_embedding=args.train_embedding,
         train_norm=args.train_norm,
     )
-    no_plan = "memory_plan: off"
+    no_plan: str | None = "memory_plan: off"
     if args.memory_plan == "auto":
         no_plan = use_memory_plan(model, memory, fused=work.fused)
         # the plan computes again what it must; where it knows no way, Hugging Face's checkpointing does

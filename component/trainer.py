@@ -8,13 +8,16 @@ run says what it is about to do before its first step.
 import math
 import os
 import socket
+import time
+from collections import deque
 from pathlib import Path
 
+import torch
 from torch import nn
-from transformers import EvalPrediction, PretrainedConfig, Trainer
+from transformers import EvalPrediction, PretrainedConfig, Trainer, TrainerCallback
 
 from component.checkpoint import remove_old_checkpoints, write_adapter, write_record
-from component.memory import next_token_losses
+from component.memory import next_token_losses, note_device_memory
 from component.template import IGNORE_INDEX
 
 
@@ -83,6 +86,37 @@ class LongQLoRATrainer(Trainer):
         with self.compute_loss_context_manager():
             losses = next_token_losses(self.accelerator.unwrap_model(model), **inputs)
         return None, (losses * is_learnt).sum(1), is_learnt.sum(1)
+
+
+class SpeedCallback(TrainerCallback):
+    """Seconds and tokens of each optimizer step: its passes and its update, nothing between steps.
+
+    Tokens are the Trainer's num_input_tokens_seen, of all processes, without padding.
+    """
+
+    def __init__(self) -> None:
+        self.step_seconds: deque[float] = deque(maxlen=100)
+        self._seconds, self._tokens = 0.0, 0  # since the last log
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._began, self._seen = time.perf_counter(), state.num_input_tokens_seen
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.step_seconds.append(time.perf_counter() - self._began)
+        if args.device.type == "cuda":
+            note_device_memory()
+        self._seconds += self.step_seconds[-1]
+        self._tokens += state.num_input_tokens_seen - self._seen
+
+    def since_last_time(self) -> dict[str, float]:
+        """`tokens_per_second` of the steps since this was last asked, and on a GPU `reserved_gib`, the most so far."""
+        rates = {"tokens_per_second": round(self._tokens / self._seconds, 1)} if self._tokens else {}
+        self._seconds, self._tokens = 0.0, 0
+        if torch.cuda.is_initialized():
+            rates["reserved_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
+        return rates
 
 
 def token_weighted_loss(prediction: EvalPrediction) -> dict[str, float]:
