@@ -63,8 +63,8 @@ def main() -> None:
         train_embedding=args.train_embedding,
         train_norm=args.train_norm,
     )
-    no_plan: str | None = "memory_plan: off"
-    if args.memory_plan == "auto":
+    no_plan: str | None = "memory_plan: false"
+    if args.memory_plan:
         no_plan = use_memory_plan(model, memory, fused=work.fused)
         # the plan computes again what it must; where it knows no way, Hugging Face's checkpointing does
         training_args.gradient_checkpointing = no_plan is not None and memory.keep_layers < work.layers

@@ -33,7 +33,6 @@ BOUNDS = {
     "lora_rank gradient_accumulation_steps": (lambda v: v >= 1, "at least 1"),
     "per_device_train_batch_size per_device_eval_batch_size": (lambda v: v >= 1, "at least 1"),
     "lora_alpha memory_budget_gib num_train_epochs save_steps logging_steps": (lambda v: v > 0, "a number above 0"),
-    "memory_plan": (lambda v: v in ("auto", "off"), "auto or off"),
     "keep_layers keep_attention_layers mlp_tile_tokens": (lambda v: v >= 0, "0 or more"),
     "loss_chunk_tokens": (lambda v: v >= 1, "at least 1"),
     "lora_dropout": (lambda v: 0 <= v < 1, "a probability in [0, 1)"),

@@ -29,6 +29,7 @@ from component.kernel import describe_kernels as describe_kernels
 from component.kernel import limit_kernels as limit_kernels
 
 NAME = "shift_short"
+HEAD_TOKENS = 2**20  # query heads x tokens of one kernel call: its own sums, in fp32 while going backward, stay small
 
 
 def shift_short_attention(
@@ -119,10 +120,22 @@ def _halves(row: int, heads: int, kv_heads: int, spans, group_size: int) -> list
         del halves[0]
     if all(end - start <= half for start, end in spans):
         halves = [(slice(0, heads), slice(0, kv_heads), 0)]  # no group ends before its document: no need to split
+    at_once = max(1, HEAD_TOKENS // spans[-1][1] // (heads // kv_heads))  # key/value heads in one kernel call
     return [
         [Run(row, q, kv, start, lengths) for start, lengths in _groups(spans, first_group, group_size)]
-        for q, kv, first_group in halves
+        for all_q, all_kv, first_group in halves
+        for q, kv in _portions(all_q, all_kv, at_once)
     ]
+
+
+def _portions(heads: slice, kv_heads: slice, at_once: int) -> Iterator[tuple[slice, slice]]:
+    """Query heads and their key/value heads, `at_once` of the latter at a time."""
+    count = kv_heads.stop - kv_heads.start
+    per_kv = (heads.stop - heads.start) // count
+    for first in range(0, count, at_once):
+        last = min(first + at_once, count)
+        q = slice(heads.start + first * per_kv, heads.start + last * per_kv)
+        yield q, slice(kv_heads.start + first, kv_heads.start + last)
 
 
 def _groups(spans, first_group: int, group_size: int) -> Iterator[tuple[int, tuple[int, ...]]]:

@@ -140,7 +140,7 @@ class FusedMLP:
         grad_gate, grad_up = torch.autograd.grad(active, leaves, grad_active)
         del active, plain, grad_active
         grad_normed = self.gate.backward(grad_gate, normed, gate[1], seeds["gate"], sums)
-        grad_normed.add_(self.up.backward(grad_up, normed, up[1], seeds["up"], sums))
+        self.up.backward(grad_up, normed, up[1], seeds["up"], sums, add_to=grad_normed)
         through_norm, *norm_gradients = torch.autograd.grad(
             normed_graph, [leaf, *self.norm_parameters], grad_normed.to(normed_graph.dtype)
         )

@@ -86,31 +86,43 @@ class Projection:
         return None if self.factors is None else _drop(x, self.dropout, seed) @ self.factors[0].to(x.dtype).t()
 
     def backward(
-        self, grad: Tensor, x: Tensor, low: Tensor | None, seed: int | None, sums: Gradients, need_x: bool = True
+        self,
+        grad: Tensor,
+        x: Tensor,
+        low: Tensor | None,
+        seed: int | None,
+        sums: Gradients,
+        *,
+        need_x: bool = True,
+        add_to: Tensor | None = None,
     ) -> Any:
-        """dL/dx (N, I), or None, from dL/dy (N, O); the gradients of A and B are added to `sums`."""
-        dx = grad @ self.weight(grad.dtype) if need_x else None
+        """dL/dx (N, I) from dL/dy (N, O), added to `add_to` if that is given; None if nobody needs it.
+
+        The gradients of A and B are added to `sums`.
+        """
+        dx = None
+        if need_x:
+            weight = self.weight(grad.dtype)
+            dx = grad @ weight if add_to is None else add_to.addmm_(grad, weight)
         if self.factors is None:
             return dx
         a, b = self.factors
-        grad_low = (grad @ b.to(grad.dtype)).mul_(self.scaling)
-        dropped = _drop(x, self.dropout, seed)
-        _add(sums, b, grad.t() @ low, self.scaling)
-        _add(sums, a, grad_low.t() @ dropped, 1.0)
+        grad_low = grad @ b.to(grad.dtype)
+        _add(sums, b, grad.t(), low, self.scaling)
+        _add(sums, a, grad_low.t(), _drop(x, self.dropout, seed), self.scaling)
         if dx is None:
             return None
         if self.dropout:
-            return dx.add_(_drop(grad_low @ a.to(grad.dtype), self.dropout, seed))
-        return dx.addmm_(grad_low, a.to(grad.dtype))
+            return dx.add_(_drop(grad_low @ a.to(grad.dtype), self.dropout, seed), alpha=self.scaling)
+        return dx.addmm_(grad_low, a.to(grad.dtype), alpha=self.scaling)
 
 
-def _add(sums: Gradients, parameter: nn.Parameter, value: Tensor, scale: float) -> None:
+def _add(sums: Gradients, parameter: nn.Parameter, left: Tensor, right: Any, scale: float) -> None:
+    """sums[parameter] += scale * left @ right, in fp32 as soon as there is more than one tile to sum."""
     if not parameter.requires_grad:
         return
-    if parameter in sums:
-        sums[parameter].add_(value, alpha=scale)
-    else:
-        sums[parameter] = value.float().mul_(scale)
+    value = torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scale)
+    sums[parameter] = sums[parameter].float().add_(value) if parameter in sums else value
 
 
 def in_order(sums: Gradients, parameters: list[nn.Parameter]) -> list[Tensor]:
@@ -143,7 +155,7 @@ class _LoRALinear(torch.autograd.Function):
         x, low = ctx.saved_tensors
         sums: Gradients = {}
         grad, x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-        dx = ctx.projection.backward(grad, x, low, ctx.seed, sums, ctx.needs_input_grad[0])
+        dx = ctx.projection.backward(grad, x, low, ctx.seed, sums, need_x=ctx.needs_input_grad[0])
         return None if dx is None else dx.view(ctx.shape), None, *in_order(sums, ctx.trained)
 
 

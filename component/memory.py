@@ -23,6 +23,7 @@ from component.offload import HostStack
 from component.plan import MemoryPlan, Workload, estimate, next_lever
 
 LIBRARIES_GIB = 0.5  # cuBLAS' and cuDNN's workspaces, Triton's kernels: outside of PyTorch's allocator
+USABLE = 0.97  # of a budget: estimates are that good
 HOST_SHARE = 0.8  # of the host memory that is free: pinned memory cannot be swapped out
 
 
@@ -84,7 +85,7 @@ def room(budget_gib: float | None, device: torch.device) -> tuple[float, float]:
         return math.inf, math.inf
     gpu = torch.cuda.mem_get_info(device)[0] / 2**30 - LIBRARIES_GIB
     host = psutil.virtual_memory().available / 2**30
-    return min(gpu, budget_gib or math.inf), HOST_SHARE * host
+    return USABLE * min(gpu, budget_gib or math.inf), HOST_SHARE * host
 
 
 @contextmanager

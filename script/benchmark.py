@@ -87,7 +87,7 @@ OURS = {
         "memory_budget_gib": 10,
         "deepspeed": ON_CARD,
     },
-    "off": {"bf16": True, "memory_plan": "off", "gradient_checkpointing": True, "deepspeed": ON_CARD},
+    "off": {"bf16": True, "memory_plan": False, "gradient_checkpointing": True, "deepspeed": ON_CARD},
 }
 KINDS = [*(f"ours_{name}" for name in OURS), *(f"ours_python_{name}" for name in OURS), *PEERS]
 GPU_ONLY = {"bf16", "fp16", "memory_budget_gib", "use_flash_attn", "use_liger_kernel"}

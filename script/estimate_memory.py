@@ -1,0 +1,114 @@
+"""What will fit on a card, how, and how long may the samples be? From the model's config alone: no weights, no GPU.
+
+python script/estimate_memory.py --model_name_or_path NousResearch/Llama-2-7b-hf --max_seq_length 32768
+python script/estimate_memory.py --model_name_or_path M --max_seq_length 8192 --lora_rank 16 --memory_budget_gib 16
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from component.argument import BOUNDS
+from component.error import UserError, exit_on_user_error
+from component.memory import USABLE
+from component.model import check_targets_early, load_config
+from component.plan import Workload, choose, estimate, leanest, next_lever, workload
+from component.report import zero_settings
+
+STEP = 1024  # tokens between the lengths that are tried
+
+
+def parse_flags() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name_or_path", required=True, help="folder with a config.json, or a hub id")
+    parser.add_argument("--max_seq_length", type=int, required=True, help="tokens per sample")
+    parser.add_argument("--memory_budget_gib", type=float, default=32, help="of the GPU (default 32)")
+    parser.add_argument("--host_gib", type=float, default=64, help="host memory that may be pinned (default 64)")
+    parser.add_argument("--per_device_train_batch_size", type=int, default=1)
+    parser.add_argument("--lora_rank", type=int, default=64)
+    parser.add_argument("--target_modules", help="names with commas between (default: all linear layers but lm_head)")
+    parser.add_argument("--train_embedding", action="store_true")
+    parser.add_argument("--train_norm", action="store_true")
+    parser.add_argument("--group_size_ratio", type=float, default=0.25, help="of S2-Attn; 1 for full attention")
+    parser.add_argument("--no_4bit", action="store_true", help="the base in 16 bits")
+    parser.add_argument("--no_liger", action="store_true", help="as on a V100, where Liger's kernels do not run")
+    parser.add_argument("--optim", default="paged_adamw_32bit")
+    parser.add_argument(
+        "--deepspeed", default="./train_args/deepspeed/deepspeed_config_s2.json", help="DeepSpeed's file, or none"
+    )
+    parser.add_argument("--output_json", type=Path, help="also write the estimate here")
+    return parser.parse_args()
+
+
+def read_workload(flags: argparse.Namespace) -> Workload:
+    for keys, (is_sane, cure) in BOUNDS.items():
+        for key in keys.split():
+            if getattr(flags, key, None) is not None and not is_sane(getattr(flags, key)):
+                raise UserError(f"--{key}: {getattr(flags, key)!r}; use {cure}")
+    config = load_config(flags.model_name_or_path)
+    targets = flags.target_modules.split(",") if flags.target_modules else None
+    check_targets_early(config, targets)
+    if flags.deepspeed not in (None, "none") and not Path(flags.deepspeed).is_file():
+        raise UserError(
+            f"--deepspeed: there is no file {flags.deepspeed}; train_args/deepspeed/ has three, or say none"
+        )
+    stage, is_offloaded = zero_settings(None if flags.deepspeed == "none" else flags.deepspeed)
+    return workload(
+        config,
+        target_names=targets,
+        rank=flags.lora_rank,
+        train_embedding=flags.train_embedding,
+        train_norm=flags.train_norm,
+        tokens=flags.per_device_train_batch_size * flags.max_seq_length,
+        group=int(flags.group_size_ratio * flags.max_seq_length),
+        in_4bit=not flags.no_4bit,
+        fused=not flags.no_liger,
+        optimizer=flags.optim,
+        zero=stage is not None,
+        offload_optimizer=is_offloaded,
+    )
+
+
+def longest(work: Workload, budget_gib: float, host_gib: float) -> int:
+    """The longest sample, in tokens, for which the leanest plan fits."""
+
+    def fits(tokens: int) -> bool:
+        found = estimate(replace(work, tokens=tokens), leanest())
+        return found.peak_gib <= budget_gib and found.host_gib <= host_gib
+
+    low, high = 0, STEP
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > STEP:
+        middle = (low + high) // 2 // STEP * STEP
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+@exit_on_user_error
+def main() -> None:
+    flags = parse_flags()
+    work = read_workload(flags)
+    budget = USABLE * flags.memory_budget_gib
+    rows = []
+    for name, limit in (("fastest", budget), ("leanest", 0.0)):
+        plan, found = choose(work, limit, flags.host_gib)
+        rows.append({"name": name, "plan": asdict(plan), **asdict(found)})
+        fit = "fits" if found.peak_gib <= budget else f"does NOT fit; next: {next_lever(work, plan)}"
+        print(f"{name}: {found.peak_gib:.1f} GiB of {flags.memory_budget_gib:g} at {found.moment}: {fit}")
+        print(f"  {plan.describe(work.layers)}")
+        if found.host_gib:
+            print(f"  {found.host_gib:.1f} GiB of the host pinned")
+    tokens = longest(work, budget, flags.host_gib) // flags.per_device_train_batch_size
+    print(f"longest sample on this card: about {tokens} tokens, with {flags.host_gib:g} GiB of the host")
+    if flags.output_json:
+        result = {"workload": asdict(work), "plans": rows, "longest_tokens": tokens}
+        flags.output_json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
