@@ -79,9 +79,7 @@ class LongQLoRAArguments:
     lora_dropout: float = _key("dropout in front of LoRA", 0.05)
     train_embedding: bool = _key("train the token embedding and lm_head too", False)
     train_norm: bool = _key("train the normalisation weights too", False)
-    memory_plan: str = _key(
-        "auto: the fastest use of memory that fits; off: Hugging Face's own layers and loss", "auto"
-    )
+    memory_plan: bool = _key("train by the fastest memory plan that fits; false: Hugging Face's own layers", True)
     memory_budget_gib: float | None = _key("GPU memory in GiB that this run may take; empty: the whole card", None)
     keep_layers: int | None = _key("decoder layers that are not computed again; empty: the plan decides", None)
     keep_attention_layers: int | None = _key("further layers whose MLP alone is computed again; empty: the plan", None)
