@@ -66,8 +66,9 @@ def main() -> None:
     no_plan: str | None = "memory_plan: false"
     if args.memory_plan:
         no_plan = use_memory_plan(model, memory, fused=work.fused)
-        # the plan computes again what it must; where it knows no way, Hugging Face's checkpointing does
-        training_args.gradient_checkpointing = no_plan is not None and memory.keep_layers < work.layers
+        # a plan computes again what it must; without one, transformers does it (from 5.23 on: activation_checkpointing)
+        is_checkpointed = no_plan is not None and memory.keep_layers < work.layers
+        training_args.gradient_checkpointing = training_args.activation_checkpointing = is_checkpointed
     trainer = LongQLoRATrainer(
         model=model,
         args=training_args,
@@ -115,9 +116,8 @@ def plan_memory(args: LongQLoRAArguments, training_args: TrainingArguments, exte
 def load_data(args: LongQLoRAArguments, training_args: TrainingArguments, tokenizer):
     """Training samples, evaluation samples or None, and lines for the summary."""
     sets, lines = {}, {}
-    files = {"train_file": args.train_file, "eval_file": args.eval_file}
     with training_args.main_process_first(desc="tokenising"):
-        for field, source in files.items():
+        for field, source in (("train_file", args.train_file), ("eval_file", args.eval_file)):
             if source is not None:
                 sets[field], report = load_samples(source, tokenizer, args.max_seq_length, sft=args.sft, field=field)
                 lines[field] = str(report)

@@ -46,6 +46,7 @@ class LeanLayer(nn.Module):
             return super().forward(hidden_states, **call)
         mlp, tile = self.second_half, self.tile or hidden_states.shape[:-1].numel()
         if self.level == "nothing":
+            call |= {"past_key_values": None, "use_cache": False}  # computing again would add to a cache again
             trained = [*self.first_parameters, *mlp.parameters]
             return _RecomputedLayer.apply(hidden_states, self, call, tile, *trained)
         hidden = self.attend(hidden_states, call)

@@ -169,7 +169,8 @@ class FusedLoRA(nn.Module):
     """Mixed into the class of a PEFT layer: training goes through `_LoRALinear`, all else as PEFT does it."""
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        trains = self.training and torch.is_grad_enabled() and not self.disable_adapters and not self.merged
+        # without gradients too: a layer that is computed again must draw the same dropout mask both times
+        trains = self.training and not self.disable_adapters and not self.merged
         if not trains or args or kwargs:
             return super().forward(x, *args, **kwargs)
         return _LoRALinear.apply(compute_in(x), self.projection, *self.projection.parameters)

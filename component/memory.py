@@ -51,8 +51,12 @@ def use_memory_plan(model: nn.Module, plan: MemoryPlan, *, fused: bool) -> str |
         layer.level, layer.stack, layer.tile = level, stack, plan.mlp_tile_tokens
         layer.keeps_attention_output = plan.keep_attention_output
     if stack is not None:
-        base.get_decoder().register_forward_pre_hook(lambda *_: stack.clear())
+        base.get_decoder().register_forward_pre_hook(_clear_stack)
     return None
+
+
+def _clear_stack(decoder: nn.Module, *_) -> None:
+    decoder.layers[0].stack.clear()  # all layers have the same
 
 
 def liger_runs() -> bool:

@@ -25,6 +25,10 @@ class HostStack:
         self._leaving: tuple[list[Tensor], torch.cuda.Event] | None = None
         self._stream: torch.cuda.Stream | None = None
 
+    def __deepcopy__(self, memo: dict) -> "HostStack":
+        """A copied model gets a stack of its own, with nothing on it."""
+        return HostStack(self.fetches_ahead)
+
     @property
     def nbytes(self) -> int:
         """Host memory that the buffers hold."""
@@ -50,12 +54,14 @@ class HostStack:
         else:
             for part, tensor in zip(parts, tensors, strict=True):
                 part.copy_(tensor)
-        self._entries.append(_Entry(parts, tensors[0].device))
+        entry = _Entry(parts, tensors[0].device)
+        self._entries.append(entry)
 
         def take() -> list[Tensor]:
-            assert depth == len(self._entries) - 1, "layers go back in another order than they came"
+            is_last = bool(self._entries) and self._entries[-1] is entry
+            assert is_last, "layers go back in another order than they came, or after another forward pass"
             self._settle()
-            entry = self._entries.pop()
+            self._entries.pop()
             self._fetch(entry)
             if self._entries and self.fetches_ahead:
                 self._fetch(self._entries[-1])
