@@ -40,7 +40,7 @@ def main() -> None:
     tokenizer = load_tokenizer(args.model_name_or_path, args.model_max_length)
     check_targets_early(extended, args.target_names)
     factor = extend_context(extended, args.model_max_length, args.rope_type)
-    work, memory, expected = plan_memory(args, training_args, extended)
+    work, memory, expected, memory_line = plan_memory(args, training_args, extended)
     train_set, eval_set, data_lines = load_data(args, training_args, tokenizer)
 
     config = copy.deepcopy(extended)
@@ -66,7 +66,7 @@ def main() -> None:
     no_plan: str | None = "memory_plan: false"
     if args.memory_plan:
         no_plan = use_memory_plan(model, memory, fused=work.fused)
-        # a plan computes again what it must; without one, transformers does it (from 5.23 on: activation_checkpointing)
+        # a plan computes again what it must; without one, transformers does it (5.23: activation_checkpointing)
         is_checkpointed = no_plan is not None and memory.keep_layers < work.layers
         training_args.gradient_checkpointing = training_args.activation_checkpointing = is_checkpointed
     trainer = LongQLoRATrainer(
@@ -81,9 +81,10 @@ def main() -> None:
     )
     if trainer.is_world_process_zero():
         lines = plan(args, training_args, trainer, extended, factor) | data_lines
-        print(f"\n{summary(lines | {'memory': f'no plan, {no_plan}' if no_plan else expected})}\n", flush=True)
+        print(f"\n{summary(lines | {'memory': f'no plan, {no_plan}' if no_plan else memory_line})}\n", flush=True)
     with explaining_out_of_memory(work, memory):
-        trainer.report("train", trainer.train(resume_from_checkpoint=resume).metrics | peak_memory())
+        metrics = trainer.train(resume_from_checkpoint=resume).metrics | peak_memory()
+        trainer.report("train", metrics if no_plan else metrics | expected.metrics)
     if trainer.eval_dataset is not None:
         trainer.report("eval", trainer.evaluate())
     trainer.save_state()
@@ -91,8 +92,9 @@ def main() -> None:
 
 
 def plan_memory(args: LongQLoRAArguments, training_args: TrainingArguments, extended: PretrainedConfig):
-    """What memory and time depend on, the memory plan, and a line for the summary."""
+    """What memory and time depend on, the memory plan, its estimate, and a line for the summary."""
     stage, is_offloaded = zero_settings(training_args.deepspeed)
+    gpu_gib, host_gib = room(args.memory_budget_gib, training_args.device)
     work = workload(
         extended,
         target_names=args.target_names,
@@ -108,9 +110,8 @@ def plan_memory(args: LongQLoRAArguments, training_args: TrainingArguments, exte
         zero=stage is not None,
         offload_optimizer=is_offloaded,
     )
-    gpu_gib, host_gib = room(args.memory_budget_gib, training_args.device)
     plan, expected = choose(work, gpu_gib, host_gib, **args.levers)
-    return work, plan, describe_estimate(work, plan, expected, gpu_gib)
+    return work, plan, expected, describe_estimate(work, plan, expected, gpu_gib)
 
 
 def load_data(args: LongQLoRAArguments, training_args: TrainingArguments, tokenizer):
@@ -128,12 +129,11 @@ def plan(args: LongQLoRAArguments, training_args: TrainingArguments, trainer: Lo
     """What is about to happen, name and text."""
     dtype = compute_dtype(training_args.fp16, training_args.bf16)
     rows = training_args.train_batch_size * training_args.gradient_accumulation_steps * training_args.world_size
-    reach = f"{original_context(extended)} -> {args.model_max_length} tokens"
     optimizer = describe_optimizer(training_args.optim.value, training_args.deepspeed, training_args.max_grad_norm)
     attention = f"S2-Attn in groups of {args.group_tokens} tokens, full attention when evaluating"
     return {
         "model": args.model_name_or_path,
-        "context": f"{reach} ({args.rope_type} positions, factor {factor:g})",
+        "context": f"{original_context(extended)} -> {args.model_max_length} tokens ({args.rope_type} x {factor:g})",
         "attention": attention if args.use_shift_short_attention else "full",
         "kernel": describe_kernels(training_args.device, dtype),
         "base": f"{'NF4, double quantisation' if args.load_in_4bit else dtype}, computing in {dtype}",

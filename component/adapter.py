@@ -5,6 +5,7 @@ adapters on *all* linear layers to match full fine-tuning. Embeddings and norms 
 `modules_to_save`), as LongLoRA (2309.12307, section 3.3) does for low ranks.
 """
 
+import copy
 from pathlib import Path
 
 import torch
@@ -13,11 +14,17 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from component.error import UserError, first_line, nearest
 
 LEGACY_EXTRAS = "trainable_params.bin"  # LongLoRA's file of trained embeddings and norms, beside the LoRA weights
+
+
+def without_weights(config: PretrainedConfig) -> PreTrainedModel:
+    """The model of `config` on the meta device, whole under ZeRO-3 too: `from_config` would partition it."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM._model_mapping[type(config)](copy.deepcopy(config))
 
 
 def linear_names(model: PreTrainedModel) -> list[str]:

@@ -23,7 +23,7 @@ from component.offload import HostStack
 from component.plan import MemoryPlan, Workload, estimate, next_lever
 
 LIBRARIES_GIB = 0.5  # cuBLAS' and cuDNN's workspaces, Triton's kernels: outside of PyTorch's allocator
-USABLE = 0.97  # of a budget: estimates are that good
+USABLE = 0.98  # of a budget: estimates are that good
 HOST_SHARE = 0.8  # of the host memory that is free: pinned memory cannot be swapped out
 
 

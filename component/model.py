@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from component.adapter import check_adapter, check_targets, load_adapter, merge_adapter
+from component.adapter import check_adapter, check_targets, load_adapter, merge_adapter, without_weights
 from component.checkpoint import read_record
 from component.error import UserError, first_line
 from component.rope import context_length, extend_context, is_trained_scaling, original_context, rope_factor
@@ -265,5 +265,4 @@ def load_merged(
 def check_targets_early(config: PretrainedConfig, target_names: list[str] | None) -> None:
     """Refuse a target that is no linear layer of the model, before any weight is loaded."""
     if target_names is not None:
-        with torch.device("meta"):
-            check_targets(AutoModelForCausalLM.from_config(config), target_names)
+        check_targets(without_weights(config), target_names)

@@ -14,16 +14,15 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
-from component.adapter import full_copies, linear_names, target_layers
+from component.adapter import full_copies, linear_names, target_layers, without_weights
 from component.attention import HEAD_TOKENS
 
 GIB = 2**30
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # of a weight: its value, its share of a block's scale, and of that's scale
-ROUNDED_UP = 1.02  # the allocator's blocks and what lies idle between them
+IDLE_GIB, ENGINE_GIB = 0.15, 0.3  # what PyTorch's allocator holds beside tensors; DeepSpeed's buckets and copies
 TILES = (0, 32768, 16384, 8192, 4096, 2048, 1024)  # tokens per MLP tile; 0: all at once
 CHUNKS = (4096, 1024, 256)  # tokens whose logits exist at a time
 
@@ -98,6 +97,10 @@ class Estimate:
     cost: float  # of a step's products and transfers, in units of no meaning but to compare plans
     moment: str  # when the peak comes
 
+    @property
+    def metrics(self) -> dict[str, float]:
+        return {"estimated_gib": round(self.peak_gib, 2)}
+
 
 def workload(
     config: PretrainedConfig,
@@ -109,8 +112,7 @@ def workload(
     **rest: Any,
 ) -> Workload:
     """The workload of training a model of `config`; `rest` are the fields that config and adapter do not tell."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model = without_weights(config)
     linears = [m for m in model.get_decoder().modules() if isinstance(m, nn.Linear)]
     targets = [m for _, m in target_layers(model, target_names or linear_names(model))]
     copies = full_copies(model, train_embedding, train_norm)
@@ -181,31 +183,34 @@ def estimate(work: Workload, plan: MemoryPlan) -> Estimate:
     log_sums = size.log_sum * nothing if plan.keep_attention_output else 0
     on_gpu = min(1 + plan.fetch_ahead, nothing) if plan.offload_activations else nothing
     inputs = on_gpu * (size.hidden + output) + log_sums
-    kept = inputs + attention * size.attention + everything * (size.attention + size.gate_and_up)
+    leaving = (size.hidden + output if nothing else 0) + log_sums if plan.offload_activations else inputs
+    kept = leaving + attention * size.attention + everything * (size.attention + size.gate_and_up)
     chunk = min(plan.loss_chunk_tokens, work.tokens) * work.vocabulary * (2 * work.value_bytes + 8)
     moments = {"the loss": kept + 3 * size.hidden + chunk, "the optimizer's step": step_bytes(work)}
     if attention + everything:
         level = "everything" if everything else "attention"
-        own = size.gate_and_up if everything else 0
-        moments[f"the MLP of a layer that keeps {level}"] = kept + 2 * size.hidden + _tile(work, plan, size) - own
-        moments[f"attention of a layer that keeps {level}"] = (
-            kept - own + size.hidden + _attention_backward(work, size)
-        )
+        rest = kept - (size.gate_and_up if everything else 0)
+        tile = _tile(work, plan, size, is_kept=bool(everything))
+        moments[f"the MLP of a layer that keeps {level}"] = rest + 2 * size.hidden + tile
+        moments[f"attention of a layer that keeps {level}"] = rest + size.hidden + _attention_backward(work, size)
     if nothing:
         graph = inputs + size.graph - output
-        moments["the MLP of a layer that keeps nothing"] = graph + 2 * size.hidden + _tile(work, plan, size)
+        moments["the MLP of a layer that keeps nothing"] = (
+            graph + 2 * size.hidden + _tile(work, plan, size, is_kept=False)
+        )
         moments["attention of a layer that keeps nothing"] = graph + size.hidden + _attention_backward(work, size)
     moment = max(moments, key=moments.__getitem__)
-    peak = (fixed_bytes(work) + moments[moment]) * ROUNDED_UP / GIB
+    peak = (fixed_bytes(work) + moments[moment]) / GIB + IDLE_GIB + (ENGINE_GIB if work.zero else 0)
     host = (size.hidden + output) * nothing if plan.offload_activations else 0
     return Estimate(peak, host / GIB, _cost(work, plan, size, levels), moment)
 
 
-def _tile(work: Workload, plan: MemoryPlan, size: Sizes) -> float:
+def _tile(work: Workload, plan: MemoryPlan, size: Sizes, is_kept: bool) -> float:
     """What an MLP going backward needs: gate, up, their product and its gradient, for a tile of tokens."""
     share = min(1.0, plan.mlp_tile_tokens / work.tokens) if plan.mlp_tile_tokens else 1.0
     buffers = 4 if work.fused else 8  # eager functions write new tensors where Liger's overwrite
-    return share * (buffers * size.mlp + 4 * size.hidden + size.norm) + size.mlp_weights
+    weights = size.mlp_weights / 3 if is_kept and share == 1 else size.mlp_weights  # held while used more than once
+    return share * (buffers * size.mlp + 2 * size.hidden + size.norm) + weights
 
 
 def _attention_backward(work: Workload, size: Sizes) -> float:

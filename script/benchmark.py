@@ -129,6 +129,7 @@ class Row:
 @exit_on_user_error
 def main() -> None:
     flags, start = parse_flags(), time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # so that `run` ends what it started
     rows, work = asked_rows(flags), flags.work.resolve()
     old, card = read_results(flags.output_json, flags.resume), in_a_process(describe_card)
     if old.get("hardware", card["hardware"]) != card["hardware"]:
@@ -142,7 +143,10 @@ def main() -> None:
             print(f"--time_limit_s {flags.time_limit_s:g} is spent: {row.name} and what follows is left out")
             break
         print(f"{row.name} ...", flush=True)
-        found = asdict(row) | measure(row, work, flags.tokenizer, flags.row_limit_s, card["matrix_tflops"])
+        limit = flags.row_limit_s
+        if flags.time_limit_s is not None:
+            limit = min(limit, flags.time_limit_s + start - time.monotonic())
+        found = asdict(row) | measure(row, work, flags.tokenizer, limit, card["matrix_tflops"])
         print(f"  {found.get('error') or found['tokens_per_second']}", flush=True)
         results["rows"] = [old for old in results["rows"] if Row(**key(old)).name != row.name] + [found]
         write_json(flags.output_json, results)
@@ -158,7 +162,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--kinds", nargs="+", default=[], help=", ".join(KINDS))
     parser.add_argument("--row", action="append", default=[], help="size:length:kind or size:length:kind:steps")
     parser.add_argument("--plan", type=Path, help="JSON or YAML list of rows")
-    parser.add_argument("--time_limit_s", type=float, help="start no row after this")
+    parser.add_argument("--time_limit_s", type=float, help="end the last row after this and start no other")
     parser.add_argument("--row_limit_s", type=float, default=1200, help="end a row after this")
     parser.add_argument("--output_json", type=Path, required=True)
     parser.add_argument("--resume", action="store_true", help="keep what --output_json has, and measure the rest")

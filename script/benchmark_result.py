@@ -24,7 +24,7 @@ from component.error import UserError
 from script.real_shape import SHAPES
 
 VOCABULARY = 32000
-PEAKS = ("peak_allocated_gib", "peak_reserved_gib", "device_in_use_gib", "host_peak_gib")
+PEAKS = ("estimated_gib", "peak_allocated_gib", "peak_reserved_gib", "device_in_use_gib", "host_peak_gib")
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def table(rows: list[dict]) -> str:
         for row in rows
         if row["kind"] == "unsloth" and not row["overrides"] and "error" not in row
     }
-    heads = ("tokens/s", "/ unsloth", "of matrix", "peak GiB", "reserved", "in use", "host GiB")
+    heads = ("tokens/s", "/ unsloth", "of matrix", "estimate", "peak GiB", "reserved", "in use", "host GiB")
     lines = [f"{'size':<6}{'tokens':>8}  {'kind':<24}" + "".join(f"{head:>11}" for head in heads)]
     for row in rows:
         label = " ".join([row["kind"], *(f"{name}={value}" for name, value in row["overrides"].items())])
@@ -48,7 +48,12 @@ def table(rows: list[dict]) -> str:
             continue
         base = unsloth.get((row["size"], row["length"]))
         ratio = f"{row['tokens_per_second'] / base:.2f}" if base else "-"
-        cells = [f"{row['tokens_per_second']:.0f}", ratio, row["share_of_matrix_rate"], *(row[name] for name in PEAKS)]
+        cells = [
+            f"{row['tokens_per_second']:.0f}",
+            ratio,
+            row["share_of_matrix_rate"],
+            *(row.get(name) for name in PEAKS),
+        ]
         lines.append(line + "".join(f"{'-' if cell is None else cell:>11}" for cell in cells))
     return "\n".join(lines)
 

@@ -156,7 +156,7 @@ def test_table_sets_speeds_against_unsloth_of_the_same_length():
             measured("ours_fastest", tokens_per_second=12000.0, overrides={"keep_layers": 3}),
         ]
     ).splitlines()
-    assert lines[1].split() == ["7b", "8192", "ours_fastest", "15000", "1.50", "-", "6.7", "7.1", "-", "3.0"]
+    assert lines[1].split() == ["7b", "8192", "ours_fastest", "15000", "1.50", "-", "-", "6.7", "7.1", "-", "3.0"]
     assert lines[2].split()[3:5] == ["10000", "1.00"]
     assert lines[3].split()[3:5] == ["15000", "-"]
     assert lines[4].split()[3:] == ["torch.OutOfMemoryError:", "CUDA", "out", "of", "memory."]

@@ -1,0 +1,274 @@
+"""Layers that keep little: their random numbers, their tiles, their hooks, and what they hold on to."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from component import linear
+from component.layer import Ambience, LeanLayer, lean_layers
+from tests.reference.plain_path import (
+    LAYERS,
+    TOKENS,
+    assert_same,
+    differs,
+    gradients,
+    random_batch,
+    tiny_model,
+    train_pass,
+    under_plan,
+)
+
+ALL = {
+    "keep_layers": 1,
+    "keep_attention_layers": 1,
+    "keep_attention_output": True,
+    "offload_activations": True,
+    "mlp_tile_tokens": 7,
+    "loss_chunk_tokens": 11,
+}
+LEVELS = {
+    "nothing": {},
+    "nothing, on the host": {"offload_activations": True},
+    "attention's output": {"keep_attention_output": True, "offload_activations": True},
+    "attention": {"keep_attention_layers": LAYERS},
+    "everything": {"keep_layers": LAYERS},
+    "mixed": {"keep_layers": 1, "keep_attention_layers": 1},
+}
+levels = pytest.mark.parametrize("levers", LEVELS.values(), ids=LEVELS)
+
+
+# ---- dropout
+
+
+@pytest.mark.parametrize("tile", [0, 17])
+def test_computing_again_draws_the_same_dropout(tile):
+    """... as where all is kept: there PEFT's formula runs once, with the masks of one pass."""
+    model = tiny_model(dropout=0.3)
+    lean = under_plan(model, keep_layers=LAYERS, mlp_tile_tokens=tile)
+    kept = train_pass(lean, random_batch(2))
+    assert differs(kept, train_pass(lean, random_batch(2), seed=5))
+    for levers in LEVELS.values():
+        assert_same(train_pass(under_plan(model, mlp_tile_tokens=tile, **levers), random_batch(2)), kept)
+
+
+def formula(self, x, *args, **kwargs):
+    """Stands for a fused layer's forward: y = W x + b + s B A (mask * x) in plain operations that autograd knows."""
+    projection = self.projection
+    seed = projection.draw()
+    flat = x.reshape(-1, x.shape[-1])
+    mask = linear._drop(torch.ones_like(flat.detach()), projection.dropout, seed)
+    a, b = projection.factors
+    y = projection.base(flat) + projection.scaling * (flat * mask) @ a.t() @ b.t()
+    return y.view(*x.shape[:-1], -1)
+
+
+@levels
+def test_dropout_in_a_whole_model_by_the_formula(levers, monkeypatch):
+    """Hugging Face's own layers with the formula in place of PEFT's layers draw in the same order: q k v o gate up."""
+    model = tiny_model(dropout=0.3, target_names=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"])
+    plain = copy.deepcopy(model)
+    linear.fuse_lora(plain)
+    found = train_pass(under_plan(model, **levers), random_batch(2))
+    monkeypatch.setattr(linear.FusedLoRA, "forward", formula)
+    assert_same(found, train_pass(plain, random_batch(2)))
+
+
+@pytest.mark.parametrize("s2", [True, False], ids=["S2", "full"])
+def test_dropout_of_attention_weights(s2):
+    model = tiny_model(s2=s2, changes={"attention_dropout": 0.2}, dropout=0.1)
+    kept = train_pass(under_plan(model, keep_layers=LAYERS), random_batch(2))
+    for levers in LEVELS.values():
+        assert_same(train_pass(under_plan(model, **levers), random_batch(2)), kept)
+    without = tiny_model(s2=s2, dropout=0.1)
+    assert differs(train_pass(under_plan(without, keep_layers=LAYERS), random_batch(2)), kept)
+
+
+@pytest.mark.parametrize("levers", [{}, {"mlp_tile_tokens": 17}, {"keep_layers": LAYERS}, ALL], ids=str)
+def test_each_call_has_its_own_mask_and_keeps_it(monkeypatch, levers):
+    """Seeds differ between layers, projections, tiles and calls; going backward uses those of going forward alone."""
+    seeds = []
+    drop = linear._drop
+    monkeypatch.setattr(linear, "_drop", lambda x, p, seed: seeds.append((seed, *x.shape)) or drop(x, p, seed))
+    lean = under_plan(tiny_model(dropout=0.3), **levers).train()
+    seen = set()
+    for _ in range(2):
+        seeds.clear()
+        loss = lean(**random_batch()).loss
+        forward = list(seeds)
+        seeds.clear()
+        loss.backward()
+        tile = levers.get("mlp_tile_tokens") or TOKENS
+        assert len(forward) == len({seed for seed, *_ in forward}) == LAYERS * (4 + 3 * -(-TOKENS // tile))
+        assert None not in {seed for seed, *_ in forward}
+        assert set(seeds) == set(forward)
+        assert not seen & set(forward)
+        seen |= set(forward)
+
+
+def test_a_state_of_the_random_numbers_repeats_a_pass():
+    """As a resumed run does; and a backward pass leaves the state as the forward pass did."""
+    lean = under_plan(tiny_model(dropout=0.3), **ALL).train()
+    first = train_pass(lean, random_batch(), random_batch(seed=8), seed=12)
+    torch.manual_seed(12)
+    lean.zero_grad(set_to_none=True)
+    loss = lean(**random_batch()).loss
+    state = torch.get_rng_state()
+    loss.backward()
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(99)
+    torch.rand(5)
+    torch.set_rng_state(state)
+    second = lean(**random_batch(seed=8)).loss
+    second.backward()
+    assert_same(([loss.item(), second.item()], gradients(lean)), first, tolerance=0)
+
+
+def test_the_plan_does_not_change_what_is_drawn():
+    """The same run under another plan sees the same masks, but for tiles."""
+    model = tiny_model(dropout=0.3)
+    states = []
+    for levers in LEVELS.values():
+        train_pass(under_plan(model, **levers), random_batch())
+        states.append(torch.get_rng_state())
+    assert all(torch.equal(state, states[0]) for state in states)
+
+
+# ---- hooks: what DDP and ZeRO rely on
+
+
+@levels
+def test_each_gradient_arrives_once(levers):
+    model = tiny_model("qwen3", train_norm=True, train_embedding=True)
+    lean = under_plan(model, mlp_tile_tokens=7, **levers)
+    arrived: list[str] = []
+    for name, parameter in lean.named_parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda _, name=name: arrived.append(name))
+    names = sorted(name for name, parameter in lean.named_parameters() if parameter.requires_grad)
+    train_pass(lean, random_batch())
+    assert sorted(arrived) == names
+    train_pass(lean, random_batch(), random_batch(seed=8))
+    assert sorted(arrived) == sorted(3 * names)
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@levels
+def test_ddp(process_group, levers):
+    model = tiny_model(train_norm=True)
+    batches = random_batch(), random_batch(seed=8)
+    plain = train_pass(model, *batches)
+    wrapped = DistributedDataParallel(under_plan(model, mlp_tile_tokens=7, **levers))
+    losses, found = train_pass(wrapped, *batches)
+    assert_same((losses, {name.removeprefix("module."): gradient for name, gradient in found.items()}), plain)
+
+
+# ---- what they hold on to
+
+
+def hidden_states(model) -> list[weakref.ref]:
+    """Of the inputs of all decoder layers but the first, once the model has run forward."""
+    found: list[weakref.ref] = []
+    for layer in model.get_base_model().model.layers[1:]:
+        layer.register_forward_pre_hook(lambda _, args: found.append(weakref.ref(args[0])))
+    return found
+
+
+def test_inputs_on_the_host_leave_the_device():
+    for offload in (True, False):
+        lean = under_plan(tiny_model(), offload_activations=offload, keep_attention_output=True).train()
+        found = hidden_states(lean)
+        loss = lean(**random_batch()).loss
+        assert [reference() is None for reference in found] == [offload] * (LAYERS - 1)
+        loss.backward()
+        assert all(reference() is None for reference in found)
+
+
+def bytes_in_tensors() -> int:
+    """Of floats: states of random numbers are on the host, and small."""
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor) and thing.is_floating_point()]
+    return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+
+
+@pytest.mark.parametrize("name", ["attention's output", "mixed"])
+def test_nothing_is_left_after_the_backward_pass(name):
+    """While the loss, and with it the graph, is still there: all that layers kept is gone, but for trifles."""
+    lean = under_plan(tiny_model(), mlp_tile_tokens=17, **LEVELS[name])
+    train_pass(lean, random_batch())
+    lean.zero_grad(set_to_none=False)
+    before = bytes_in_tensors()
+    loss = lean(**random_batch()).loss
+    assert (bytes_in_tensors() - before > 200_000) == (name == "mixed")
+    loss.backward()
+    assert bytes_in_tensors() - before < TOKENS * 64 * 4  # one layer's hidden states: cos, sin and log-sum-exp
+
+
+def test_tile_by_tile_is_all_at_once():
+    """The values of a forward pass do not depend on tiles; and an in-place gradient is not one that others read."""
+    model = tiny_model(train_norm=True)
+    expected = train_pass(model, random_batch(2))
+    for tile in (2, TOKENS, 2 * TOKENS - 1, 2 * TOKENS):
+        assert_same(train_pass(under_plan(model, mlp_tile_tokens=tile), random_batch(2)), expected)
+
+
+@levels
+def test_a_loss_of_several_layers(levers):
+    """Hidden states that others read as well: their gradients add up."""
+
+    def all_layers(model):
+        model.train().zero_grad(set_to_none=True)
+        outputs = model(input_ids=random_batch()["input_ids"], output_hidden_states=True)
+        for state in outputs.hidden_states:
+            if state.requires_grad:
+                state.retain_grad()
+        loss = sum((state * (number + 1)).tanh().sum() for number, state in enumerate(outputs.hidden_states))
+        loss.backward()
+        return [loss.item()], gradients(model)
+
+    model = tiny_model()
+    assert_same(all_layers(under_plan(model, **levers)), all_layers(model))
+
+
+# ---- which layers
+
+
+def test_levels_are_classes_of_the_models_own():
+    model = tiny_model().get_base_model()
+    linear.fuse_lora(model)
+    own = type(model.model.layers[0])
+    layers = lean_layers(model)
+    assert len(layers) == LAYERS
+    assert all(isinstance(layer, LeanLayer) and isinstance(layer, own) for layer in layers)
+    assert layers == list(model.model.layers)
+
+
+def test_a_trained_mlp_is_left_alone():
+    model = tiny_model().get_base_model()
+    model.model.layers[1].mlp.up_proj.base_layer.weight.requires_grad_(True)
+    assert lean_layers(model) == []
+    assert not any(isinstance(module, LeanLayer) for module in model.modules())
+
+
+def test_ambience_restores_what_was_and_then_what_is():
+    torch.manual_seed(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        ambience = Ambience(torch.device("cpu"))
+    drawn = torch.rand(3)
+    state = torch.get_rng_state()
+    with ambience.again():
+        assert torch.is_autocast_enabled("cpu")
+        assert torch.get_autocast_dtype("cpu") == torch.bfloat16
+        assert torch.equal(torch.rand(3), drawn)
+    assert not torch.is_autocast_enabled("cpu")
+    assert torch.equal(torch.get_rng_state(), state)

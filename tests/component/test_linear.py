@@ -1,0 +1,270 @@
+"""The fused LoRA layer against PEFT's own, and with dropout against the formula with the mask that was drawn."""
+
+import copy
+
+import bitsandbytes as bnb
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from component import linear
+from component.linear import FusedLoRA, Projection, fuse_lora
+from component.model import _keep_packing
+
+INPUTS, OUTPUTS, RANK, ALPHA = 64, 112, 5, 8
+TOKENS = 37
+
+
+class Base(nn.Module):
+    """A linear layer to put LoRA around."""
+
+    def __init__(self, bias: bool):
+        super().__init__()
+        self.proj = nn.Linear(INPUTS, OUTPUTS, bias=bias)
+
+    def forward(self, x):
+        return self.proj(x)
+
+
+def lora(bias: bool = True, kind: str = "fp32", dropout: float = 0.0, **options):
+    """PEFT's layer, B not zero, in training mode, and its copy that is fused."""
+    model = Base(bias)
+    if bias:
+        nn.init.normal_(model.proj.bias)
+    if kind == "nf4":
+        weight, own_bias = model.proj.weight.data, model.proj.bias
+        model.proj = bnb.nn.Linear4bit(INPUTS, OUTPUTS, bias=bias, compute_dtype=torch.float32, quant_type="nf4")
+        model.proj.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
+        model.proj.bias = own_bias
+        model.to("cpu")
+        _keep_packing(model)
+    if kind == "bf16":
+        model.to(torch.bfloat16)
+    config = LoraConfig(target_modules=["proj"], r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, **options)
+    theirs = get_peft_model(model, config).base_model.model.proj.train()
+    nn.init.normal_(theirs.lora_B["default"].weight, std=0.2)
+    ours = copy.deepcopy(theirs)
+    holder = nn.ModuleList([ours])
+    fuse_lora(holder)
+    return theirs, ours
+
+
+def run(layer, x, grad):
+    """Output, and gradients of the input, A and B."""
+    x = x.detach().clone().requires_grad_()
+    layer.zero_grad(set_to_none=True)
+    y = layer(x)
+    y.backward(grad)
+    return y.detach(), x.grad, layer.lora_A["default"].weight.grad, layer.lora_B["default"].weight.grad
+
+
+def assert_close(ours, theirs, tolerance: float = 1e-5):
+    for found, expected in zip(ours, theirs, strict=True):
+        assert found.dtype == expected.dtype
+        assert found.shape == expected.shape
+        assert float(expected.abs().max()) > 0
+        assert float((found - expected).abs().max()) <= tolerance * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("shape", [(TOKENS,), (3, TOKENS), (1, 1), (2, 3, 4)])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", ["fp32", "nf4"])
+def test_equals_peft(kind, bias, shape):
+    theirs, ours = lora(bias, kind)
+    assert isinstance(ours, FusedLoRA)
+    x, grad = torch.randn(*shape, INPUTS), torch.randn(*shape, OUTPUTS)
+    assert_close(run(ours, x, grad), run(theirs, x, grad))
+
+
+def test_strided_inputs_and_gradients():
+    theirs, ours = lora()
+    x = torch.randn(INPUTS, TOKENS, 2).permute(2, 1, 0)
+    grad = torch.randn(2, OUTPUTS, TOKENS).transpose(1, 2)
+    assert_close(run(ours, x, grad), run(theirs, x, grad))
+    one = torch.ones(()).expand(2, TOKENS, OUTPUTS)  # as of a sum: every stride is zero
+    assert_close(run(ours, x, one), run(theirs, x, one))
+
+
+def test_scaling_of_the_adapter():
+    for options in ({"use_rslora": True}, {"rank_pattern": {"proj": 3}}, {"alpha_pattern": {"proj": 3.0}}):
+        theirs, ours = lora(**options)
+        x, grad = torch.randn(TOKENS, INPUTS), torch.randn(TOKENS, OUTPUTS)
+        assert_close(run(ours, x, grad), run(theirs, x, grad))
+    assert ours.projection.scaling == 3.0 / RANK
+
+
+@pytest.mark.parametrize("frozen", ["lora_A", "lora_B"])
+def test_half_of_lora_frozen(frozen):
+    theirs, ours = lora()
+    for layer in (theirs, ours):
+        getattr(layer, frozen)["default"].weight.requires_grad_(False)
+    holder = nn.ModuleList([ours])
+    ours.projection = Projection(ours)
+    assert len(holder[0].projection.parameters) == 1
+    x, grad = torch.randn(TOKENS, INPUTS, requires_grad=True), torch.randn(TOKENS, OUTPUTS)
+    trained = "lora_B" if frozen == "lora_A" else "lora_A"
+    for layer in (theirs, ours):
+        layer(x).backward(grad)
+        assert getattr(layer, frozen)["default"].weight.grad is None
+    assert_close([getattr(ours, trained)["default"].weight.grad], [getattr(theirs, trained)["default"].weight.grad])
+
+
+def test_input_without_gradient():
+    theirs, ours = lora()
+    x, grad = torch.randn(TOKENS, INPUTS), torch.randn(TOKENS, OUTPUTS)
+    expected = run(theirs, x, grad)[2:]
+    ours(x).backward(grad)
+    assert_close([ours.lora_A["default"].weight.grad, ours.lora_B["default"].weight.grad], expected)
+
+
+def test_autocast_and_half_precision():
+    """fp32 LoRA around a bf16 base under autocast: fp32 gradients of LoRA, the input's in its own type."""
+    theirs, ours = lora(kind="bf16")
+    x, grad = torch.randn(TOKENS, INPUTS), torch.randn(TOKENS, OUTPUTS)
+    exact = copy.deepcopy(theirs).float()
+    expected = run(exact, x, grad)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = ours(x.requires_grad_())
+        assert y.dtype == theirs(x).dtype == torch.bfloat16
+    y.backward(grad.bfloat16())
+    found = y.float().detach(), x.grad, ours.lora_A["default"].weight.grad, ours.lora_B["default"].weight.grad
+    assert_close(found, expected, tolerance=2e-2)
+
+
+def test_weight_is_held_inside_alone():
+    _, ours = lora(kind="nf4")
+    projection = ours.projection
+    with projection.holding_weight(torch.float32):
+        assert projection.weight(torch.float32) is projection.weight(torch.float32)
+    assert projection._held is None
+    assert projection.weight(torch.float32) is not projection.weight(torch.float32)
+    with pytest.raises(ZeroDivisionError), projection.holding_weight(torch.float32):
+        raise ZeroDivisionError
+    assert projection._held is None
+
+
+def test_backward_adds_to_what_is_there():
+    """Sums of gradients over tiles of tokens, and an input's gradient on top of another."""
+    _, ours = lora()
+    projection, x, grad = ours.projection, torch.randn(TOKENS, INPUTS), torch.randn(TOKENS, OUTPUTS)
+    low = projection.low(x, None)
+    whole, tiled, there = {}, {}, torch.randn(TOKENS, INPUTS)
+    expected = there + projection.backward(grad, x, low, None, whole)
+    found = there.clone()
+    for start in range(0, TOKENS, 7):
+        part = slice(start, start + 7)
+        assert projection.backward(grad[part], x[part], low[part], None, tiled, add_to=found[part]) is not None
+    assert_close([found, *tiled.values()], [expected, *whole.values()])
+    assert list(tiled) == list(whole)
+    assert projection.backward(grad, x, low, None, {}, need_x=False) is None
+
+
+# ---- dropout
+
+
+@pytest.mark.parametrize("kind", ["fp32", "nf4"])
+@pytest.mark.parametrize("probability", [0.05, 0.5])
+def test_dropout_by_the_formula(probability, kind):
+    """y = W x + b + s B A (mask * x) and its gradients by autograd, with the mask that the call drew."""
+    _, ours = lora(kind=kind, dropout=probability)
+    x, grad = torch.randn(2, TOKENS, INPUTS), torch.randn(2, TOKENS, OUTPUTS)
+    torch.manual_seed(11)
+    found = run(ours, x, grad)
+    torch.manual_seed(11)
+    mask = linear._drop(torch.ones(2 * TOKENS, INPUTS), probability, ours.projection.draw())
+    assert mask.unique().tolist() == pytest.approx([0, 1 / (1 - probability)])
+    a, b = (getattr(ours, name)["default"].weight.detach().requires_grad_() for name in ("lora_A", "lora_B"))
+    x = x.detach().clone().requires_grad_()
+    weight = ours.projection.weight(torch.float32).detach()
+    y = F.linear(x, weight, ours.projection.base.bias) + ALPHA / RANK * (x * mask.view(x.shape)) @ a.t() @ b.t()
+    y.backward(grad)
+    assert_close(found, (y.detach(), x.grad, a.grad, b.grad))
+    assert not torch.equal(found[1], run(lora(kind=kind)[1], x, grad)[1])
+
+
+def test_dropout_keeps_the_expectation():
+    x = torch.ones(400, 500)
+    for probability in (0.1, 0.6):
+        dropped = linear._drop(x, probability, 3)
+        share = float((dropped == 0).float().mean())
+        assert share == pytest.approx(probability, abs=0.005)  # ten standard deviations
+        assert float(dropped.mean()) == pytest.approx(1, abs=0.01)
+        columns = dropped.mean(0)
+        assert float(columns.std()) < 0.1
+    assert linear._drop(x, 0.5, None) is x
+    assert linear._drop(x, 0.0, 3) is x
+
+
+def test_the_mask_is_linear_and_its_own_backward():
+    x, z = torch.randn(TOKENS, INPUTS), torch.randn(TOKENS, INPUTS)
+    drop = lambda tensor: linear._drop(tensor, 0.3, 7)  # noqa: E731
+    torch.testing.assert_close(drop(x + 2 * z), drop(x) + 2 * drop(z))
+    torch.testing.assert_close((drop(x) * z).sum(), (x * drop(z)).sum())
+    assert torch.equal(drop(x) == 0, drop(x.bfloat16()) == 0)  # whatever the type
+
+
+def test_masks_differ_between_calls_and_repeat_from_a_state():
+    _, ours = lora(dropout=0.5)
+    x = torch.randn(TOKENS, INPUTS)
+    state = torch.get_rng_state()
+    outputs = [ours(x).detach() for _ in range(3)]
+    assert not torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[1], outputs[2])
+    torch.set_rng_state(state)
+    assert all(torch.equal(ours(x), output) for output in outputs)
+
+
+def test_the_mask_is_the_same_without_gradients():
+    """A layer that is computed again first runs without: its masks must be those of the second time."""
+    _, ours = lora(dropout=0.5)
+    x = torch.randn(TOKENS, INPUTS)
+    state = torch.get_rng_state()
+    with torch.no_grad():
+        first = ours(x)
+    torch.set_rng_state(state)
+    assert torch.equal(ours(x), first)
+
+
+def test_evaluation_is_pefts_own_and_draws_nothing():
+    theirs, ours = lora(dropout=0.5)
+    x, state = torch.randn(TOKENS, INPUTS), torch.get_rng_state()
+    assert torch.equal(ours.eval()(x), theirs.eval()(x))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# ---- which layers
+
+
+def test_a_disabled_or_merged_adapter():
+    theirs, ours = lora()
+    x = torch.randn(TOKENS, INPUTS)
+    for layer in (theirs, ours):
+        layer.enable_adapters(False)
+    assert torch.equal(ours(x), theirs.base_layer(x))
+    for layer in (theirs, ours):
+        layer.enable_adapters(True)
+    expected = theirs(x)
+    ours.merge()
+    torch.testing.assert_close(ours(x), expected, rtol=1e-5, atol=1e-5)
+    ours.unmerge()
+    torch.testing.assert_close(ours(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_fits():
+    assert Projection.fits(lora()[0])
+    frozen = nn.Linear(3, 4).requires_grad_(False)
+    assert Projection.fits(frozen)
+    assert not Projection.fits(nn.Linear(3, 4))
+    assert not Projection.fits(nn.Conv1d(3, 4, 1).requires_grad_(False))
+    frozen.weight.ds_id = 1
+    assert not Projection.fits(frozen)
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}], ids=str)
+def test_other_adapters_stay_pefts(options):
+    theirs, ours = lora(**options)
+    assert not isinstance(ours, FusedLoRA)
+    x, grad = torch.randn(TOKENS, INPUTS), torch.randn(TOKENS, OUTPUTS)
+    assert_close(run(ours, x, grad), run(theirs, x, grad))

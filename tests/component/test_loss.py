@@ -1,0 +1,255 @@
+"""The loss in chunks of tokens against cross_entropy on whole logits, and losses that nobody may chunk."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import CohereConfig, Gemma2Config, GraniteConfig, TrainingArguments
+
+from component.loss import LeanLoss, lean_loss, next_token_loss
+from component.template import IGNORE_INDEX
+from component.trainer import LongQLoRATrainer
+from tests.reference.plain_path import (
+    SIZES,
+    assert_same,
+    random_batch,
+    tiny_base,
+    tiny_config,
+    tiny_model,
+    train_pass,
+    under_plan,
+)
+
+HIDDEN, VOCABULARY = 24, 50
+
+
+def problem(rows=2, tokens=37, *, bias=False, dtype=torch.float32, ignored=5):
+    """Hidden states, labels and a head, all of which train; a quarter of the labels and the first are ignored."""
+    hidden = torch.randn(rows, tokens, HIDDEN, dtype=dtype, requires_grad=True)
+    labels = torch.randint(VOCABULARY, (rows, tokens))
+    labels[:, :ignored] = IGNORE_INDEX
+    if ignored:
+        labels[torch.rand(rows, tokens) < 0.25] = IGNORE_INDEX
+    head = nn.Linear(HIDDEN, VOCABULARY, bias=bias).to(dtype)
+    return hidden, labels, head
+
+
+def plain_loss(hidden, labels, head, items=None):
+    logits = head(hidden).float()[:, :-1].flatten(0, 1)
+    target = labels[:, 1:].flatten()
+    if items is None:
+        return F.cross_entropy(logits, target, ignore_index=IGNORE_INDEX)
+    return F.cross_entropy(logits, target, ignore_index=IGNORE_INDEX, reduction="sum") / items
+
+
+def with_gradients(function, hidden, labels, head, *rest, scale=1.0):
+    leaves = [hidden, *head.parameters()]
+    loss = function(hidden, labels, head, *rest)
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    return loss.detach(), *torch.autograd.grad(loss * scale, wanted)
+
+
+def assert_close(ours, theirs, tolerance=1e-5):
+    assert len(ours) == len(theirs)
+    for found, expected in zip(ours, theirs, strict=True):
+        assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+        largest = float(expected.abs().max())
+        assert largest > 0
+        assert float((found.double() - expected.double()).abs().max()) <= tolerance * largest
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 36, 37, 74, 1000])
+@pytest.mark.parametrize("bias", [False, True])
+def test_equals_cross_entropy(chunk, bias):
+    for shape in ((2, 37), (1, 2), (3, 5)):
+        hidden, labels, head = problem(*shape, bias=bias, ignored=0)
+        assert_close(
+            with_gradients(next_token_loss, hidden, labels, head, None, chunk),
+            with_gradients(plain_loss, hidden, labels, head),
+        )
+    hidden, labels, head = problem(bias=bias)
+    for items in (None, 11, torch.tensor(200)):
+        assert_close(
+            with_gradients(next_token_loss, hidden, labels, head, items, chunk),
+            with_gradients(plain_loss, hidden, labels, head, items),
+        )
+
+
+@pytest.mark.parametrize("frozen", ["head", "hidden"])
+def test_what_is_frozen_gets_no_gradient(frozen):
+    hidden, labels, head = problem(bias=True)
+    if frozen == "head":
+        head.requires_grad_(False)
+    else:
+        hidden = hidden.detach()
+    assert_close(
+        with_gradients(next_token_loss, hidden, labels, head, None, 7),
+        with_gradients(plain_loss, hidden, labels, head),
+    )
+    with torch.no_grad():
+        assert float(next_token_loss(hidden, labels, head, None, 7)) == pytest.approx(
+            float(plain_loss(hidden, labels, head))
+        )
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.125, 3.0, -1.0])
+def test_gradients_are_scaled(scale):
+    """backward gets something else than one: a loss scale, a share of accumulated micro-batches."""
+    hidden, labels, head = problem(bias=True)
+    found = with_gradients(next_token_loss, hidden, labels, head, None, 7, scale=scale)
+    expected = with_gradients(plain_loss, hidden, labels, head, scale=scale)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_rows_without_labels():
+    """One such row changes nothing; if all are, there is nothing to learn: no loss, and gradients that are zero."""
+    hidden, labels, head = problem()
+    labels[0] = IGNORE_INDEX
+    expected = with_gradients(plain_loss, hidden, labels, head)
+    found = with_gradients(next_token_loss, hidden, labels, head, None, 7)
+    assert_close(found, expected)
+    assert not found[1][0].any()
+    labels[:] = IGNORE_INDEX
+    for items in (None, 9):
+        loss, *gradients = with_gradients(next_token_loss, hidden, labels, head, items, 7)
+        assert float(loss) == 0
+        assert not any(gradient.any() for gradient in gradients)
+
+
+def test_a_single_token_predicts_nothing():
+    hidden, labels, head = problem(1, 1, ignored=0)
+    loss, *gradients = with_gradients(next_token_loss, hidden, labels, head, None, 7)
+    assert float(loss) == 0
+    assert not any(gradient.any() for gradient in gradients)
+
+
+def test_the_last_hidden_state_and_the_first_label_do_not_count():
+    hidden, labels, head = problem(ignored=0)
+    loss, gradient, _ = with_gradients(next_token_loss, hidden, labels, head, None, 7)
+    assert not gradient[:, -1].any()
+    assert gradient[:, :-1].any(dim=2).all()
+    labels[:, 0] = IGNORE_INDEX
+    assert torch.equal(next_token_loss(hidden, labels, head, None, 7), loss)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 4e-3), (torch.bfloat16, 3e-2)])
+def test_half_precision(dtype, tolerance):
+    """Against fp32 on the same rounded numbers; chunks are summed in fp32, so that their number does not matter."""
+    hidden, labels, head = problem(2, 200, dtype=dtype, bias=True)
+    exact = nn.Linear(HIDDEN, VOCABULARY)
+    exact.load_state_dict(head.state_dict())
+    expected = with_gradients(plain_loss, hidden.detach().float().requires_grad_(), labels, exact)
+    for chunk in (3, 1000):
+        found = with_gradients(next_token_loss, hidden, labels, head, None, chunk)
+        assert found[0].dtype == torch.float32
+        assert all(gradient.dtype == dtype for gradient in found[1:])
+        assert_close([tensor.float() for tensor in found], expected, tolerance)
+
+
+def test_a_scaled_loss_does_not_underflow():
+    """fp16 has nothing below 6e-8: divided by 8192 labels too early, most of the gradient would be gone."""
+    hidden, labels, head = problem(2, 40, dtype=torch.float16, ignored=0)
+    with torch.no_grad():
+        head.weight.mul_(1e-3)  # gradients of 1e-3 / 8192
+    items, scale = 8192, 65536.0
+    exact = nn.Linear(HIDDEN, VOCABULARY, bias=False)
+    exact.load_state_dict(head.state_dict())
+    expected = with_gradients(plain_loss, hidden.detach().float().requires_grad_(), labels, exact, items, scale=scale)
+    found = with_gradients(next_token_loss, hidden, labels, head, items, 7, scale=scale)
+    assert_close([tensor.float() for tensor in found], expected, 1e-2)
+    assert float(expected[1].abs().max()) / scale < 6e-8
+
+
+def test_fp32_head_under_autocast():
+    """A trained head is fp32 while the hidden states are bf16."""
+    hidden, labels, head = problem()
+    expected = with_gradients(plain_loss, hidden, labels, head)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = with_gradients(next_token_loss, hidden.bfloat16().detach().requires_grad_(), labels, head, None, 7)
+    assert [tensor.dtype for tensor in found] == [torch.float32, torch.bfloat16, torch.float32]
+    assert_close([tensor.float() for tensor in found], expected, 3e-2)
+
+
+def test_large_logits():
+    """exp of none of them overflows, and the loss of a certain token is zero."""
+    hidden, labels, head = problem(ignored=0)
+    hidden = (hidden * 1e4).detach().requires_grad_()
+    found = with_gradients(next_token_loss, hidden, labels, head, None, 7)
+    assert all(bool(tensor.isfinite().all()) for tensor in found)
+    assert_close(found, with_gradients(plain_loss, hidden, labels, head))
+
+
+# ---- in a model
+
+
+def test_no_logits_while_training_alone():
+    lean = under_plan(tiny_model(), loss_chunk_tokens=11)
+    batch = random_batch(2)
+    assert lean.train()(**batch).logits is None
+    assert lean(input_ids=batch["input_ids"]).logits is not None
+    with torch.no_grad():
+        assert lean(**batch).logits is not None
+    evaluated = lean.eval()(**batch)
+    assert evaluated.logits.shape == (*batch["input_ids"].shape, 96)
+    assert lean.get_base_model().loss_chunk == 11
+
+
+def test_chunks_hold_no_more_logits_than_asked_for(monkeypatch):
+    sizes = []
+    linear = F.linear
+    monkeypatch.setattr(F, "linear", lambda x, w, b=None: sizes.append((len(x), len(w))) or linear(x, w, b))
+    hidden, labels, head = problem(2, 37)
+    next_token_loss(hidden, labels, head, None, 11)
+    assert sizes == [(11, VOCABULARY)] * 6 + [(8, VOCABULARY)]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        CohereConfig(**{**SIZES, "pad_token_id": 0}, logit_scale=0.5),
+        GraniteConfig(**{**SIZES, "pad_token_id": 0}, logits_scaling=3.0),
+        Gemma2Config(**SIZES, final_logit_softcapping=5.0),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_scaled_and_capped_logits_are_left_alone(config):
+    model = tiny_base(config)
+    own = type(model)
+    assert not lean_loss(model, 7)
+    assert type(model) is own
+
+
+def test_a_model_keeps_its_name():
+    """The Trainer asks it whether labels are to be shifted, and a saved config tells it."""
+    model = tiny_base(tiny_config())
+    assert lean_loss(model, 7)
+    assert isinstance(model, LeanLoss)
+    assert type(model).__name__ == "LlamaForCausalLM"
+
+
+def test_label_smoothing_shifts_labels(tmp_path):
+    """The Trainer makes that loss from logits, and shifts labels for models whose name it knows."""
+    model = tiny_model()
+    losses = []
+    for trained in (model, under_plan(model)):
+        arguments = TrainingArguments(tmp_path, label_smoothing_factor=0.1, use_cpu=True, report_to="none")
+        trainer = LongQLoRATrainer(model=trained, args=arguments, extended_config=None, record={})
+        losses.append(trainer.compute_loss(trained.train(), random_batch(2)).item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    ids = random_batch(2)["input_ids"][:, 5:]
+    log_p = model(input_ids=random_batch(2)["input_ids"]).logits[:, 4:-1].log_softmax(-1)
+    expected = -0.9 * log_p.gather(2, ids.unsqueeze(2)).mean() - 0.1 * log_p.mean()
+    assert losses[1] == pytest.approx(float(expected), rel=1e-5)
+    assert math.isfinite(losses[1])
+
+
+def test_embeddings_as_inputs():
+    model = tiny_model()
+    lean = under_plan(model, loss_chunk_tokens=11)
+    batch = random_batch(2)
+    embedded = model.get_input_embeddings()(batch.pop("input_ids")).detach()
+    inputs = {**batch, "inputs_embeds": embedded}
+    assert_same(train_pass(lean, inputs), train_pass(model, inputs))
