@@ -94,7 +94,6 @@ def main() -> None:
 def plan_memory(args: LongQLoRAArguments, training_args: TrainingArguments, extended: PretrainedConfig):
     """What memory and time depend on, the memory plan, its estimate, and a line for the summary."""
     stage, is_offloaded = zero_settings(training_args.deepspeed)
-    gpu_gib, host_gib = room(args.memory_budget_gib, training_args.device)
     work = workload(
         extended,
         target_names=args.target_names,
@@ -110,6 +109,7 @@ def plan_memory(args: LongQLoRAArguments, training_args: TrainingArguments, exte
         zero=stage is not None,
         offload_optimizer=is_offloaded,
     )
+    gpu_gib, host_gib = room(work, args.memory_budget_gib, training_args.device)
     plan, expected = choose(work, gpu_gib, host_gib, **args.levers)
     return work, plan, expected, describe_estimate(work, plan, expected, gpu_gib)
 

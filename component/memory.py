@@ -20,9 +20,10 @@ from component.layer import LeanLayer, lean_layers
 from component.linear import fuse_lora
 from component.loss import TOKENS_PER_CHUNK, lean_loss
 from component.offload import HostStack
-from component.plan import MemoryPlan, Workload, estimate, next_lever
+from component.plan import MemoryPlan, Workload, estimate, next_lever, paged_bytes
 
-LIBRARIES_GIB = 0.5  # cuBLAS' and cuDNN's workspaces, Triton's kernels: outside of PyTorch's allocator
+CONTEXT_GIB = 0.6  # CUDA's own, which `mem_get_info` already leaves out
+LIBRARIES_GIB = 1.2  # NCCL's buffers, cuDNN's and Triton's kernels: outside of PyTorch's allocator
 USABLE = 0.98  # of a budget: estimates are that good
 HOST_SHARE = 0.8  # of the host memory that is free: pinned memory cannot be swapped out
 
@@ -83,11 +84,15 @@ def _use_liger_kernels(base: PreTrainedModel, layers: list[LeanLayer]) -> None:
             layer.second_half.activate = LigerSiLUMulFunction.apply
 
 
-def room(budget_gib: float | None, device: torch.device) -> tuple[float, float]:
-    """GiB that a plan may take of the GPU and of the host; infinite where there is no GPU to run out of."""
+def room(work: Workload, budget_gib: float | None, device: torch.device) -> tuple[float, float]:
+    """GiB that a plan may take of the GPU and of the host; infinite where there is no GPU to run out of.
+
+    `budget_gib` caps PyTorch's allocator; what lies outside of it must find room on the card too.
+    """
     if device.type != "cuda":
         return math.inf, math.inf
-    gpu = torch.cuda.mem_get_info(device)[0] / 2**30 - LIBRARIES_GIB
+    outside = LIBRARIES_GIB + paged_bytes(work) / 2**30
+    gpu = torch.cuda.mem_get_info(device)[0] / 2**30 - outside
     host = psutil.virtual_memory().available / 2**30
     return USABLE * min(gpu, budget_gib or math.inf), HOST_SHARE * host
 

@@ -170,6 +170,11 @@ def fixed_bytes(work: Workload) -> float:
     return weights + work.embeddings * work.value_bytes + work.trained * per_trained
 
 
+def paged_bytes(work: Workload) -> float:
+    """Optimizer states in managed memory: on the card while there is room, but not in PyTorch's allocator."""
+    return 8.0 * work.trained if "paged" in work.optimizer and not work.offload_optimizer else 0.0
+
+
 def step_bytes(work: Workload) -> float:
     """What the optimizer's step needs on top of `fixed_bytes`, when no activation is left."""
     return 4.0 * work.trained if work.zero and not work.offload_optimizer else 0.0

@@ -14,9 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from component.argument import BOUNDS
 from component.error import UserError, exit_on_user_error
-from component.memory import USABLE
+from component.memory import CONTEXT_GIB, LIBRARIES_GIB, USABLE
 from component.model import check_targets_early, load_config
-from component.plan import Workload, choose, estimate, leanest, next_lever, workload
+from component.plan import GIB, Workload, choose, estimate, leanest, next_lever, paged_bytes, workload
 from component.report import zero_settings
 
 STEP = 1024  # tokens between the lengths that are tried
@@ -26,7 +26,9 @@ def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", required=True, help="folder with a config.json, or a hub id")
     parser.add_argument("--max_seq_length", type=int, required=True, help="tokens per sample")
-    parser.add_argument("--memory_budget_gib", type=float, default=32, help="of the GPU (default 32)")
+    parser.add_argument(
+        "--memory_budget_gib", type=float, default=32, help="what tensors may take of the GPU (default 32)"
+    )
     parser.add_argument("--host_gib", type=float, default=64, help="host memory that may be pinned (default 64)")
     parser.add_argument("--per_device_train_batch_size", type=int, default=1)
     parser.add_argument("--lora_rank", type=int, default=64)
@@ -103,8 +105,12 @@ def main() -> None:
         print(f"  {plan.describe(work.layers)}")
         if found.host_gib:
             print(f"  {found.host_gib:.1f} GiB of the host pinned")
+    outside = LIBRARIES_GIB + CONTEXT_GIB + paged_bytes(work) / GIB
+    print(f"beside that, a card holds about {outside:.1f} GiB: CUDA's context, libraries, paged optimizer states")
     tokens = longest(work, budget, flags.host_gib) // flags.per_device_train_batch_size
-    print(f"longest sample on this card: about {tokens} tokens, with {flags.host_gib:g} GiB of the host")
+    print(
+        f"longest sample in {flags.memory_budget_gib:g} GiB: about {tokens} tokens, with {flags.host_gib:g} GiB of the host"
+    )
     if flags.output_json:
         result = {"workload": asdict(work), "plans": rows, "longest_tokens": tokens}
         flags.output_json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -389,7 +389,7 @@ def test_limits_without_a_gpu(monkeypatch):
 
 
 def test_out_of_memory_says_what_to_change():
-    work = Workload(64, 112, LAYERS, 4, 2, 16, VOCABULARY, 10**5, 10**4, 4, 10**4, tokens=TOKENS, group=GROUP)
+    work = Workload(4096, 11008, LAYERS, 32, 32, 128, 32000, 10**8, 10**8, 64, 10**7, tokens=8192, group=2048)
     with (
         pytest.raises(UserError, match=r"out of memory.*keep_layers: 0"),
         explaining_out_of_memory(work, plan_of(keep_layers=LAYERS)),

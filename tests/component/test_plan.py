@@ -210,9 +210,11 @@ def test_each_lever_saves_memory_or_time():
     assert peak(SMALL, host) < peak(SMALL, again)
     assert estimate(SMALL, host).host_gib * GIB == 6 * 8192 * HIDDEN * 2
     assert estimate(SMALL, again).host_gib == 0
-    late = plan_of(offload_activations=True, fetch_ahead=False)
-    assert peak(SMALL, late) < peak(SMALL, host)
-    assert estimate(SMALL, late).cost > estimate(SMALL, host).cost
+    early, late = (
+        plan_of(offload_activations=True, fetch_ahead=ahead, loss_chunk_tokens=256) for ahead in (True, False)
+    )
+    assert peak(SMALL, late) < peak(SMALL, early)
+    assert estimate(SMALL, late).cost > estimate(SMALL, early).cost
     whole, tiles = plan_of(loss_chunk_tokens=256), plan_of(loss_chunk_tokens=256, mlp_tile_tokens=1024)
     assert peak(SMALL, tiles) < peak(SMALL, whole) < peak(SMALL, again)
     assert estimate(SMALL, tiles).cost > estimate(SMALL, whole).cost > estimate(SMALL, again).cost
@@ -225,10 +227,10 @@ def test_what_layers_keep_is_counted_by_hand():
     estimates = [estimate(wide, plan) for plan in plans]
     assert {found.moment for found in estimates} == {"the loss"}
     inputs = (6 - 1) * 8192 * HIDDEN * 2
-    assert (estimates[0].peak_gib - estimates[1].peak_gib) * GIB == pytest.approx(1.02 * inputs)
+    assert (estimates[0].peak_gib - estimates[1].peak_gib) * GIB == pytest.approx(inputs, rel=0.03)
     chunks = [peak(wide, plan_of(loss_chunk_tokens=tokens)) for tokens in (4096, 2048)]
     logits = 2048 * 50 * VOCABULARY * (2 + 2 + 4 + 4)  # and their gradient, in both types
-    assert (chunks[0] - chunks[1]) * GIB == pytest.approx(1.02 * logits)
+    assert (chunks[0] - chunks[1]) * GIB == pytest.approx(logits, rel=0.03)
 
 
 # ---- what is chosen
