@@ -40,6 +40,8 @@ class LeanLayer(nn.Module):
         """Look up once what every forward pass needs; the adapter must be in place."""
         self.second_half = FusedMLP(self)
         self.first_parameters = [*_trained(self.input_layernorm), *_trained(self.self_attn)]
+        dropouts = [m.p for m in self.modules() if isinstance(m, nn.Dropout)]
+        self.draws = any(dropouts) or bool(getattr(self.self_attn, "attention_dropout", 0.0))
 
     def forward(self, hidden_states: Tensor, **call) -> Tensor:
         if not self.training or not torch.is_grad_enabled():
@@ -189,7 +191,7 @@ class _RecomputedLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, layer: LeanLayer, call: dict, tile: int, *trained: nn.Parameter) -> Tensor:
         ctx.layer, ctx.call, ctx.tile, ctx.trained = layer, call, tile, trained
-        ctx.ambience = Ambience(hidden.device)
+        ctx.ambience = Ambience(hidden.device, layer.draws)
         ctx.memo = AttentionMemo() if layer.keeps_attention_output else None
         if ctx.memo is not None:
             ctx.call = call = {**call, "attention_memo": ctx.memo}
@@ -230,12 +232,12 @@ class _RecomputedLayer(torch.autograd.Function):
 
 
 class Ambience:
-    """Random numbers and autocast as they were in the forward pass, for computing a part of it again."""
+    """Random numbers, if any are drawn, and autocast as they were in the forward pass, for computing it again."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, draws: bool = True):
         self.device = device
-        self.random = torch.get_rng_state()
-        self.random_on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        self.random = torch.get_rng_state() if draws else None
+        self.random_on_device = torch.cuda.get_rng_state(device) if draws and device.type == "cuda" else None
         self.autocast = {
             "device_type": device.type,
             "enabled": torch.is_autocast_enabled(device.type),
@@ -245,9 +247,10 @@ class Ambience:
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        with torch.random.fork_rng([self.device] if self.random_on_device is not None else []):
-            torch.set_rng_state(self.random)
+        devices = [self.device] if self.random_on_device is not None else []
+        with torch.random.fork_rng(devices, enabled=self.random is not None), torch.autocast(**self.autocast):
+            if self.random is not None:
+                torch.set_rng_state(self.random)
             if self.random_on_device is not None:
                 torch.cuda.set_rng_state(self.random_on_device, self.device)
-            with torch.autocast(**self.autocast):
-                yield
+            yield

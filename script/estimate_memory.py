@@ -109,7 +109,7 @@ def main() -> None:
     print(f"beside that, a card holds about {outside:.1f} GiB: CUDA's context, libraries, paged optimizer states")
     tokens = longest(work, budget, flags.host_gib) // flags.per_device_train_batch_size
     print(
-        f"longest sample in {flags.memory_budget_gib:g} GiB: about {tokens} tokens, with {flags.host_gib:g} GiB of the host"
+        f"longest sample in {flags.memory_budget_gib:g} GiB: about {tokens} tokens, {flags.host_gib:g} GiB on the host"
     )
     if flags.output_json:
         result = {"workload": asdict(work), "plans": rows, "longest_tokens": tokens}

@@ -382,7 +382,7 @@ def test_losses_of_padded_rows():
 
 def test_limits_without_a_gpu(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert room(None, torch.device("cpu")) == (math.inf, math.inf)
+    assert room(None, None, torch.device("cpu")) == (math.inf, math.inf)
     limit_memory(None)
     with pytest.raises(UserError, match="memory_budget_gib"):
         limit_memory(4.0)

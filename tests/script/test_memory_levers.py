@@ -132,10 +132,9 @@ def test_same_curve(run, changes):
     assert "no plan, memory_plan: false" in plain
 
 
-@pytest.mark.parametrize("load_in_4bit", [False, True])
-def test_bf16(run, load_in_4bit):
+def test_bf16(run):
     """Plain `python train.py` computes under autocast, and evaluates under it too: what trains is fp32."""
-    changes = {"bf16": True, "load_in_4bit": load_in_4bit, "train_embedding": True, "train_norm": True, "max_steps": 4}
+    changes = {"bf16": True, "load_in_4bit": True, "train_embedding": True, "train_norm": True, "max_steps": 4}
     ours, theirs = (run(**changes, learning_rate=2e-3, **levers)[0] for levers in (LEVERS, OFF))
     for key in ("loss", "eval_loss"):
         assert curve(ours, key) == pytest.approx(curve(theirs, key), abs=0.03)
@@ -172,13 +171,11 @@ def checkpointed(monkeypatch) -> list[bool]:
 def test_who_computes_again(run, checkpointed, monkeypatch):
     """The plan, not transformers, even if asked for; transformers, where the plan falls back."""
     short = {"max_steps": 2, "eval_steps": 1, "lora_dropout": 0.2}
-    once, _ = run(**short, **LEVERS)
-    again, _ = run(**short, **LEVERS, gradient_checkpointing=True)
-    assert checkpointed == [False, False]
-    assert curve(again) == curve(once)
+    run(**short, **LEVERS, gradient_checkpointing=True)
+    assert checkpointed == [False]
     monkeypatch.setattr("component.memory.use_memory_plan", lambda *args, **kwargs: "a reason")
     fallen, printed = run(**short, **LEVERS)
-    assert checkpointed[2:] == [True]
+    assert checkpointed == [False, True]
     assert "no plan, a reason" in printed
     assert len(curve(fallen)) == 2
 

@@ -1,0 +1,83 @@
+"""script/estimate_memory.py: what people read and what programs read."""
+
+import json
+
+import pytest
+from transformers import LlamaConfig
+
+from script.estimate_memory import main
+
+SEVEN = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+
+
+@pytest.fixture
+def estimate(tmp_path, monkeypatch, capsys):
+    LlamaConfig(**SEVEN, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path / "7b")
+
+    def run(*flags: str) -> tuple[dict, str]:
+        file = tmp_path / "estimate.json"
+        argv = ["estimate_memory.py", "--model_name_or_path", str(tmp_path / "7b"), "--output_json", str(file), *flags]
+        monkeypatch.setattr("sys.argv", argv)
+        main()
+        return json.loads(file.read_text()), capsys.readouterr().out
+
+    return run
+
+
+def test_7b_at_8192_tokens_near_what_an_h200_measured(estimate):
+    """5.39 GiB leanest and 30.6 GiB fastest of 32, see figure/benchmark.json."""
+    found, printed = estimate("--max_seq_length", "8192")
+    fastest, leanest = found["plans"]
+    assert 28 < fastest["peak_gib"] < 32
+    assert 4.5 < leanest["peak_gib"] < 5.6
+    assert found["workload"]["trained"] == 32 * 64 * (4 * 2 * 4096 + 3 * (4096 + 11008))
+    assert found["workload"]["weights"] == 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    assert "fits" in printed
+    assert f"about {found['longest_tokens']} tokens" in printed
+
+
+def test_the_longest_sample_fits_and_a_longer_one_does_not(estimate):
+    found, _ = estimate("--max_seq_length", "8192", "--memory_budget_gib", "16", "--host_gib", "1000")
+    tokens = found["longest_tokens"]
+    assert 65536 < tokens < 262144
+    for length, fits in ((tokens, True), (tokens + 4096, False)):
+        again, printed = estimate(
+            "--max_seq_length",
+            str(length),
+            "--memory_budget_gib",
+            "16",
+            "--host_gib",
+            "1000",
+            "--group_size_ratio",
+            "1",
+        )
+        assert (again["plans"][1]["peak_gib"] <= 0.98 * 16) is fits
+        assert ("does NOT fit" in printed) is not fits
+
+
+def test_host_memory_is_a_limit_too(estimate):
+    small, _ = estimate("--max_seq_length", "8192", "--host_gib", "8")
+    large, _ = estimate("--max_seq_length", "8192", "--host_gib", "64")
+    assert small["longest_tokens"] == 32768  # 32 layers of 4096 numbers in 2 bytes: 256 KiB a token
+    assert large["longest_tokens"] > small["longest_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--max_seq_length", "1"), "max_seq_length"),
+        (("--max_seq_length", "8192", "--target_modules", "q_prj"), "q_proj"),
+        (("--max_seq_length", "8192", "--deepspeed", "nowhere.json"), "nowhere.json"),
+        (("--max_seq_length", "8192", "--lora_rank", "0"), "lora_rank"),
+    ],
+)
+def test_wrong_flags_are_named(estimate, capsys, flags, message):
+    with pytest.raises(SystemExit):
+        estimate(*flags)
+    assert message in capsys.readouterr().err
+
+
+def test_longest_is_nothing_where_weights_alone_do_not_fit(estimate):
+    found, printed = estimate("--max_seq_length", "8192", "--memory_budget_gib", "3")
+    assert found["longest_tokens"] == 0
+    assert "does NOT fit" in printed
