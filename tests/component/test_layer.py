@@ -80,11 +80,11 @@ def test_dropout_in_a_whole_model_by_the_formula(levers, monkeypatch):
 
 @pytest.mark.parametrize("s2", [True, False], ids=["S2", "full"])
 def test_dropout_of_attention_weights(s2):
-    model = tiny_model(s2=s2, changes={"attention_dropout": 0.2}, dropout=0.1)
+    model = tiny_model(s2=s2, changes={"attention_dropout": 0.2})
     kept = train_pass(under_plan(model, keep_layers=LAYERS), random_batch(2))
     for levers in LEVELS.values():
         assert_same(train_pass(under_plan(model, **levers), random_batch(2)), kept)
-    without = tiny_model(s2=s2, dropout=0.1)
+    without = tiny_model(s2=s2)
     assert differs(train_pass(under_plan(without, keep_layers=LAYERS), random_batch(2)), kept)
 
 

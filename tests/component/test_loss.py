@@ -246,6 +246,19 @@ def test_label_smoothing_shifts_labels(tmp_path):
     assert math.isfinite(losses[1])
 
 
+def test_positional_arguments():
+    """The second is the mask, as in the model's own forward."""
+    model = tiny_model(s2=False).get_base_model().train()
+    lean = under_plan(tiny_model(s2=False)).get_base_model().train()
+    batch = random_batch(2)
+    mask = torch.ones_like(batch["input_ids"])
+    mask[1, 30:], batch["labels"][1, 30:] = 0, -100
+    mask[0, :20] = 0  # no right padding: the loss shows whether the mask was seen
+    losses = [m(batch["input_ids"], mask, labels=batch["labels"]).loss.item() for m in (model, lean)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert losses[0] != pytest.approx(model(**batch).loss.item(), rel=1e-4)
+
+
 def test_embeddings_as_inputs():
     model = tiny_model()
     lean = under_plan(model, loss_chunk_tokens=11)
