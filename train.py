@@ -21,10 +21,11 @@ from component.dataset import load_samples
 from component.error import exit_on_user_error
 from component.memory import explaining_out_of_memory, liger_runs, limit_memory, peak_memory, room, use_memory_plan
 from component.model import any_pad_id, check_targets_early, compute_dtype, load_base, load_config, load_tokenizer
-from component.plan import choose, describe_estimate, workload
+from component.plan import choose, describe_estimate
 from component.report import describe_optimizer, describe_trainable, summary, zero_settings
 from component.rope import extend_context, original_context
 from component.trainer import LongQLoRATrainer, stand_alone_environment
+from component.workload import workload
 
 
 @exit_on_user_error
@@ -42,7 +43,6 @@ def main() -> None:
     factor = extend_context(extended, args.model_max_length, args.rope_type)
     work, memory, expected, memory_line = plan_memory(args, training_args, extended)
     train_set, eval_set, data_lines = load_data(args, training_args, tokenizer)
-
     config = copy.deepcopy(extended)
     config.use_cache = False  # only generation needs it
     if args.use_shift_short_attention:

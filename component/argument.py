@@ -113,7 +113,9 @@ class LongQLoRAArguments:
     @property
     def levers(self) -> dict[str, typing.Any]:
         """The parts of a memory plan that are set by hand, the others None."""
-        return {name: getattr(self, name) for name in LEVERS}
+        levers = {name: getattr(self, name) for name in LEVERS}
+        # full attention is SDPA's, which hands out nothing that could be kept
+        return levers if self.use_shift_short_attention else levers | {"keep_attention_output": False}
 
     @property
     def target_names(self) -> list[str] | None:

@@ -20,7 +20,8 @@ from component.layer import LeanLayer, lean_layers
 from component.linear import fuse_lora
 from component.loss import TOKENS_PER_CHUNK, lean_loss
 from component.offload import HostStack
-from component.plan import MemoryPlan, Workload, estimate, next_lever, paged_bytes
+from component.plan import MemoryPlan, estimate, next_lever
+from component.workload import Workload, paged_bytes
 
 CONTEXT_GIB = 0.6  # CUDA's own, which `mem_get_info` already leaves out
 LIBRARIES_GIB = 1.2  # NCCL's buffers, cuDNN's and Triton's kernels: outside of PyTorch's allocator

@@ -3,9 +3,6 @@
 Memory is counted tensor by tensor at the three moments where it can peak: while the loss is computed, while a layer's
 MLP goes backward, and while its attention does. Time is counted in products and in bytes to the host, only to compare
 plans with each other.
-
-Shapes in the comments: N tokens of a micro-batch, H hidden size, I MLP size, A query heads and K key/value heads of
-D numbers each, L layers, r rank.
 """
 
 import math
@@ -14,14 +11,9 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from torch import nn
-from transformers import PretrainedConfig
-
-from component.adapter import full_copies, linear_names, target_layers, without_weights
 from component.attention import HEAD_TOKENS
+from component.workload import GIB, Sizes, Workload, sizes, step_bytes
 
-GIB = 2**30
-NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # of a weight: its value, its share of a block's scale, and of that's scale
 IDLE_GIB, ENGINE_GIB = 0.15, 0.3  # what PyTorch's allocator holds beside tensors; DeepSpeed's buckets and copies
 TILES = (0, 32768, 16384, 8192, 4096, 2048, 1024)  # tokens per MLP tile; 0: all at once
 CHUNKS = (4096, 1024, 256)  # tokens whose logits exist at a time
@@ -43,16 +35,20 @@ class MemoryPlan:
     loss_chunk_tokens: int
     fetch_ahead: bool = True  # what a layer needs comes from the host while the one above it computes
 
-    def levels(self, layers: int) -> list[str]:
-        """Of each of `layers` layers, in order."""
+    def counts(self, layers: int) -> tuple[int, int, int]:
+        """How many of `layers` layers keep nothing, attention, everything."""
         everything = min(self.keep_layers, layers)
         attention = min(self.keep_attention_layers, layers - everything)
-        nothing = layers - everything - attention
+        return layers - everything - attention, attention, everything
+
+    def levels(self, layers: int) -> list[str]:
+        """Of each of `layers` layers, in order."""
+        nothing, attention, everything = self.counts(layers)
         return ["nothing"] * nothing + ["attention"] * attention + ["everything"] * everything
 
     def describe(self, layers: int) -> str:
         """One line for people: what the layers keep, and the portions."""
-        counts = {level: self.levels(layers).count(level) for level in ("nothing", "attention", "everything")}
+        counts = dict(zip(("nothing", "attention", "everything"), self.counts(layers), strict=True))
         place = "on the host" if self.offload_activations else "on the GPU"
         inputs = "inputs and attention's outputs" if self.keep_attention_output else "inputs"
         parts = {
@@ -63,31 +59,6 @@ class MemoryPlan:
         lines = [f"{count} layers {parts[level]}" for level, count in counts.items() if count]
         tile = f"MLP in tiles of {self.mlp_tile_tokens} tokens" if self.mlp_tile_tokens else "MLP in one piece"
         return f"{', '.join(lines)}; {tile}, logits of {self.loss_chunk_tokens}"
-
-
-@dataclass(frozen=True)
-class Workload:
-    """All that memory and time depend on, beside the plan."""
-
-    hidden: int
-    mlp: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_size: int
-    vocabulary: int
-    weights: int  # in the linear layers of all decoder layers
-    embeddings: int  # numbers in the token embedding and lm_head
-    rank: int
-    trained: int  # parameters that train
-    tokens: int  # N, of one micro-batch
-    group: int  # tokens that attention reaches over: a group of S2-Attn, or the whole row
-    value_bytes: int = 2  # of what is computed in
-    in_4bit: bool = True
-    fused: bool = True  # Liger's norms, rope and SwiGLU
-    optimizer: str = "paged_adamw_32bit"
-    zero: bool = True  # DeepSpeed's ZeRO-2: trained parameters in half precision with fp32 masters
-    offload_optimizer: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,88 +73,10 @@ class Estimate:
         return {"estimated_gib": round(self.peak_gib, 2)}
 
 
-def workload(
-    config: PretrainedConfig,
-    *,
-    target_names: list[str] | None,
-    rank: int,
-    train_embedding: bool = False,
-    train_norm: bool = False,
-    **rest: Any,
-) -> Workload:
-    """The workload of training a model of `config`; `rest` are the fields that config and adapter do not tell."""
-    model = without_weights(config)
-    linears = [m for m in model.get_decoder().modules() if isinstance(m, nn.Linear)]
-    targets = [m for _, m in target_layers(model, target_names or linear_names(model))]
-    copies = full_copies(model, train_embedding, train_norm)
-    copied = sum(m.weight.numel() for name, m in model.named_modules() if name.rpartition(".")[2] in copies)
-    embeddings = {
-        id(m.weight): m.weight.numel() for m in (model.get_input_embeddings(), model.get_output_embeddings())
-    }
-    return Workload(
-        hidden=config.hidden_size,
-        mlp=config.intermediate_size,
-        layers=config.num_hidden_layers,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_size=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        vocabulary=config.vocab_size,
-        weights=sum(m.weight.numel() for m in linears),
-        embeddings=sum(embeddings.values()),
-        rank=rank,
-        trained=copied + sum(rank * (m.in_features + m.out_features) for m in targets),
-        **rest,
-    )
-
-
-class Sizes:
-    """Bytes of the tensors of one layer for all N tokens."""
-
-    def __init__(self, work: Workload):
-        n, value = work.tokens, work.value_bytes
-        self.hidden = n * work.hidden * value
-        self.query = n * work.heads * work.head_size * value
-        self.key = n * work.kv_heads * work.head_size * value
-        self.mlp = n * work.mlp * value
-        self.low = n * work.rank * value
-        self.log_sum = n * work.heads * 4
-        # the eager norm of Hugging Face keeps its input in fp32, Liger's the input as it came
-        self.norm = 0 if work.fused else n * work.hidden * 4
-        # in the graph of a layer's attention: normed, q, k, v, what of attention's output, log-sum-exp, A x of LoRA
-        self.graph = self.hidden + 2 * self.query + 2 * self.key + self.log_sum + self.norm + 4 * self.low
-        self.attention = self.graph + 2 * self.hidden  # and the layer's and the MLP's input
-        self.gate_and_up = 2 * self.mlp + 3 * self.low
-        self.mlp_weights = 3 * work.hidden * work.mlp * value if work.in_4bit else 0
-
-
-def fixed_bytes(work: Workload) -> float:
-    """Weights, trained parameters, their gradients and optimizer states that are there while activations are."""
-    weights = work.weights * (NF4_BYTES if work.in_4bit else work.value_bytes)
-    per_trained = 2.0 if work.zero else 4.0
-    if not work.zero:
-        per_trained += 4  # gradients
-    elif not work.offload_optimizer:
-        per_trained += 4 + 2  # fp32 masters, half gradients
-    if not work.offload_optimizer:
-        name = work.optimizer
-        per_trained += 0 if "paged" in name or "sgd" in name else 2 if "8bit" in name else 8
-    return weights + work.embeddings * work.value_bytes + work.trained * per_trained
-
-
-def paged_bytes(work: Workload) -> float:
-    """Optimizer states in managed memory: on the card while there is room, but not in PyTorch's allocator."""
-    return 8.0 * work.trained if "paged" in work.optimizer and not work.offload_optimizer else 0.0
-
-
-def step_bytes(work: Workload) -> float:
-    """What the optimizer's step needs on top of `fixed_bytes`, when no activation is left."""
-    return 4.0 * work.trained if work.zero and not work.offload_optimizer else 0.0
-
-
 def estimate(work: Workload, plan: MemoryPlan) -> Estimate:
     """Peak memory, host memory and cost of one step of `work` under `plan`."""
-    size, levels = Sizes(work), plan.levels(work.layers)
-    nothing, attention, everything = (levels.count(name) for name in ("nothing", "attention", "everything"))
+    size, counts = sizes(work), plan.counts(work.layers)
+    nothing, attention, everything = counts
     output = size.query if plan.keep_attention_output else 0
     log_sums = size.log_sum * nothing if plan.keep_attention_output else 0
     on_gpu = min(1 + plan.fetch_ahead, nothing) if plan.offload_activations else nothing
@@ -191,7 +84,8 @@ def estimate(work: Workload, plan: MemoryPlan) -> Estimate:
     leaving = (size.hidden + output if nothing else 0) + log_sums if plan.offload_activations else inputs
     kept = leaving + attention * size.attention + everything * (size.attention + size.gate_and_up)
     chunk = min(plan.loss_chunk_tokens, work.tokens) * work.vocabulary * (2 * work.value_bytes + 8)
-    moments = {"the loss": kept + 3 * size.hidden + chunk, "the optimizer's step": step_bytes(work)}
+    head = work.head * (4 + work.value_bytes)  # its gradient, and a chunk's share of that
+    moments = {"the loss": kept + 3 * size.hidden + chunk + head, "the optimizer's step": step_bytes(work)}
     if attention + everything:
         level = "everything" if everything else "attention"
         rest = kept - (size.gate_and_up if everything else 0)
@@ -205,9 +99,9 @@ def estimate(work: Workload, plan: MemoryPlan) -> Estimate:
         )
         moments["attention of a layer that keeps nothing"] = graph + size.hidden + _attention_backward(work, size)
     moment = max(moments, key=moments.__getitem__)
-    peak = (fixed_bytes(work) + moments[moment]) / GIB + IDLE_GIB + (ENGINE_GIB if work.zero else 0)
+    peak = (size.fixed + moments[moment]) / GIB + IDLE_GIB + (ENGINE_GIB if work.zero else 0)
     host = (size.hidden + output) * nothing if plan.offload_activations else 0
-    return Estimate(peak, host / GIB, _cost(work, plan, size, levels), moment)
+    return Estimate(peak, host / GIB, _cost(work, plan, size, counts), moment)
 
 
 def _tile(work: Workload, plan: MemoryPlan, size: Sizes, is_kept: bool) -> float:
@@ -225,23 +119,23 @@ def _attention_backward(work: Workload, size: Sizes) -> float:
     return size.query + gradients + share * (gradients + size.query * 4 / work.value_bytes)
 
 
-def _cost(work: Workload, plan: MemoryPlan, size: Sizes, levels: list[str]) -> float:
+def _cost(work: Workload, plan: MemoryPlan, size: Sizes, counts: tuple[int, int, int]) -> float:
     n, per_layer = work.tokens, work.weights / work.layers
     matrix = work.hidden * work.mlp
     products, pairs = 2 * n * per_layer, 2 * n * work.group * work.heads * work.head_size * 1.7
-    again = {
-        "nothing": products - 2 * n * matrix + (0 if plan.keep_attention_output else pairs),
-        "attention": 4 * n * matrix,
-        "everything": 0.0,
-    }
+    again = (  # of a layer that keeps nothing, attention, everything
+        products - 2 * n * matrix + (0 if plan.keep_attention_output else pairs),
+        4 * n * matrix,
+        0.0,
+    )
     # small products leave a GPU idle: tiles of 2048 tokens cost 4 % of a step on an H200, 8192 hardly 1 %
     tile = min(plan.mlp_tile_tokens or n, n)
-    cost = sum(2 * products + 3.5 * pairs + again[level] for level in levels)
+    cost = sum(count * (2 * products + 3.5 * pairs + more) for count, more in zip(counts, again, strict=True))
     cost *= 1 + (80 / tile if tile < n else 0) + 4 / plan.loss_chunk_tokens
     if plan.offload_activations:  # copies cost nothing beside a layer that computes for longer; a little all the same
         moved = size.hidden + (size.query if plan.keep_attention_output else 0)
         late = max(0.0, moved * 25e3 - (products + pairs))
-        cost += levels.count("nothing") * (2 * late + moved * (1e3 if plan.fetch_ahead else 25e3))
+        cost += counts[0] * (2 * late + moved * (1e3 if plan.fetch_ahead else 25e3))
     return cost
 
 
@@ -257,7 +151,8 @@ def choose(
         The plan and its estimate; where nothing fits, the leanest plan there is.
     """
     plans = [(plan, estimate(work, plan)) for plan in _candidates(work, by_hand)]
-    fitting = [pair for pair in plans if pair[1].peak_gib <= budget_gib and pair[1].host_gib <= host_gib]
+    plans = [pair for pair in plans if pair[1].host_gib <= host_gib] or plans
+    fitting = [pair for pair in plans if pair[1].peak_gib <= budget_gib]
     if fitting:
         return min(fitting, key=lambda pair: (pair[1].cost, pair[1].peak_gib))
     return min(plans, key=lambda pair: (pair[1].peak_gib, pair[1].cost))

@@ -17,7 +17,7 @@ from component.error import UserError
 from component.layer import LeanLayer
 from component.loss import LeanLoss
 from component.memory import explaining_out_of_memory, limit_memory, next_token_losses, room, use_memory_plan
-from component.plan import Workload
+from component.workload import Workload
 from tests.reference.plain_path import (
     GROUP,
     LAYERS,

@@ -7,21 +7,8 @@ import pytest
 import torch
 
 from component.adapter import add_adapter, linear_names, target_layers
-from component.plan import (
-    GIB,
-    LEVERS,
-    Estimate,
-    MemoryPlan,
-    Workload,
-    choose,
-    describe_estimate,
-    estimate,
-    fixed_bytes,
-    leanest,
-    next_lever,
-    step_bytes,
-    workload,
-)
+from component.plan import LEVERS, Estimate, MemoryPlan, choose, describe_estimate, estimate, leanest, next_lever
+from component.workload import GIB, Workload, fixed_bytes, step_bytes, workload
 from tests.reference.plain_path import GROUP, LAYERS, TOKENS, plan_of, tiny_base, tiny_config
 
 # LLaMA2-7B, 8192 tokens, LoRA of rank 64 on all seven linear layers

@@ -224,7 +224,7 @@ def test_workload_under_zero_3(base, monkeypatch):
     from transformers.integrations import deepspeed as integration
 
     from component.model import check_targets_early, load_config
-    from component.plan import workload
+    from component.workload import workload
 
     config = load_config(str(base))
     options = {"target_names": None, "rank": 4, "train_norm": True, "tokens": 90, "group": 24}
