@@ -1005,3 +1005,25 @@ def test_models_with_a_longer_sliding_window(config, packed):
     stock = build_model(config, "sdpa", weights=ours.state_dict()).eval()
     with torch.no_grad():
         assert torch.equal(ours.eval()(**inputs).logits, stock(**inputs).logits)
+
+
+@pytest.mark.parametrize("head_tokens", [1, 29, 2 * 29, 3 * 29])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 3), (9, 3), (4, 1), (5, 1), (1, 1)])
+def test_a_share_of_the_heads_at_a_time(monkeypatch, heads, kv_heads, head_tokens):
+    """Long rows go through the kernels a few heads at a time: more calls, the same output and gradients."""
+    query, key, value = (tensor.double().requires_grad_() for tensor in random_inputs(2, heads, kv_heads, 29))
+    calls = []
+    forward = kernel.causal_forward
+    monkeypatch.setattr(kernel, "causal_forward", lambda *a, **k: calls.append(a[0].shape[1]) or forward(*a, **k))
+    whole = shift_short_attention(query, key, value, 8)
+    whole_gradients = torch.autograd.grad(whole.square().sum(), (query, key, value))
+    at_once, calls[:] = max(calls), []
+    monkeypatch.setattr(attention, "HEAD_TOKENS", head_tokens)
+    parts = shift_short_attention(query, key, value, 8)
+    assert max(calls) <= at_once
+    if kv_heads > 2 and head_tokens == 1:  # one key/value head in each call
+        assert max(calls) == heads // kv_heads < at_once
+    assert_close(parts, whole, atol=1e-12, rtol=1e-12)
+    gradients = torch.autograd.grad(parts.square().sum(), (query, key, value))
+    for found, wanted in zip(gradients, whole_gradients, strict=True):
+        assert_close(found, wanted, atol=1e-10, rtol=1e-10)
