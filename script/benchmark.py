@@ -39,6 +39,7 @@ from component.error import UserError, exit_on_user_error, nearest
 from script.benchmark_result import (
     commit,
     describe_card,
+    failure,
     read_results,
     speed,
     step_flop,
@@ -91,7 +92,6 @@ OURS = {
 }
 KINDS = [*(f"ours_{name}" for name in OURS), *(f"ours_python_{name}" for name in OURS), *PEERS]
 GPU_ONLY = {"bf16", "fp16", "memory_budget_gib", "use_flash_attn", "use_liger_kernel"}
-ERROR = re.compile(r"^(?:\[rank\d+\]: ?)?((?:[\w.]*(?:Error|Exception)|error): .*(?:\n +- .*)*)", re.MULTILINE)
 
 
 @dataclass
@@ -273,15 +273,6 @@ def run(command: list[str], log: Path, limit_s: float, cwd: Path) -> int | None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-
-
-def failure(log: str, status: int | None, limit_s: float) -> str:
-    """What went wrong, in one line."""
-    if status is None:
-        return f"not done after {limit_s:g} s"
-    errors = [" ".join(error.split())[:300] for error in ERROR.findall(log)]
-    out_of_memory = [error for error in errors if "out of memory" in error.lower()]
-    return [*out_of_memory[:1], *errors[-1:], f"ended with status {status}"][0]
 
 
 def read_ours(output: Path) -> dict:

@@ -9,6 +9,7 @@ import contextlib
 import importlib.metadata
 import json
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from component.error import UserError
 from script.real_shape import SHAPES
 
 VOCABULARY = 32000
+ERROR = re.compile(r"^(?:\[rank\d+\]: ?)?((?:[\w.]*(?:Error|Exception)|error): .*(?:\n +- .*)*)", re.MULTILINE)
 PEAKS = ("estimated_gib", "peak_allocated_gib", "peak_reserved_gib", "device_in_use_gib", "host_peak_gib")
 
 
@@ -148,3 +150,12 @@ def write_json(file: Path, results: dict) -> None:
 
 if __name__ == "__main__":
     main()
+
+
+def failure(log: str, status: int | None, limit_s: float) -> str:
+    """What went wrong, in one line."""
+    if status is None:
+        return f"not done after {limit_s:g} s"
+    errors = [" ".join(error.split())[:300] for error in ERROR.findall(log)]
+    out_of_memory = [error for error in errors if "out of memory" in error.lower()]
+    return [*out_of_memory[:1], *errors[-1:], f"ended with status {status}"][0]

@@ -64,7 +64,10 @@ def main() -> None:
             if process.poll() is None:
                 host[name].append(host_gib(psutil.Process(process.pid)))
         time.sleep(2)
-    result = {"date": str(date.today()), "commands": commands, "versions": library_versions()}
+    shown = {
+        name: line.replace(sys.executable, "python").replace(str(work), "WORK") for name, line in commands.items()
+    }
+    result = {"date": str(date.today()), "commands": shown, "versions": library_versions()}
     result["hardware"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     for name, process in running.items():
         if process.returncode:

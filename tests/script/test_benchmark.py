@@ -14,8 +14,8 @@ from transformers import TrainerState, TrainingArguments
 from component.argument import LongQLoRAArguments
 from component.error import UserError
 from component.trainer import SpeedCallback
-from script.benchmark import KINDS, OURS, Row, asked_rows, command_of, failure, is_done, make_rows
-from script.benchmark_result import median_step, read_results, speed, step_flop, table
+from script.benchmark import KINDS, OURS, Row, asked_rows, command_of, is_done, make_rows
+from script.benchmark_result import failure, median_step, read_results, speed, step_flop, table
 from script.peers import rolled_s2
 
 ROOT = Path(__file__).resolve().parents[2]
