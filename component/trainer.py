@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.utils import get_total_norm
 from transformers import EvalPrediction, PretrainedConfig, Trainer, TrainerCallback
 
 from component.checkpoint import remove_old_checkpoints, write_adapter, write_record
@@ -36,6 +37,7 @@ class LongQLoRATrainer(Trainer):
         self.record = record
         self.speed = SpeedCallback()
         self.add_callback(self.speed)
+        self.add_callback(GradientCallback)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # here, since the Trainer's history and earlier callbacks have their copies before our callback would be asked
@@ -126,6 +128,32 @@ class SpeedCallback(TrainerCallback):
         if torch.cuda.is_initialized():
             rates["reserved_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
         return rates
+
+
+class GradientCallback(TrainerCallback):
+    """Lets DeepSpeed's ZeRO-1 and 2 without offload look at all gradients at once, where it would take each by itself.
+
+    For overflows and for their norm, 71 ms of a 7B's 547 at 8192 tokens on an H200: it has 448 LoRA matrices.
+    """
+
+    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+        zero = getattr(optimizer, "optimizer", None)  # accelerate wraps it
+        if not hasattr(zero, "has_overflow_partitioned_grads_serial"):
+            return
+        zero.has_overflow_partitioned_grads_serial = lambda: any_overflow(zero.averaged_gradients)
+        norm_of = zero.get_grad_norm_direct  # it sums over processes too
+
+        def get_grad_norm_direct(gradients, params, norm_type=2):
+            total = get_total_norm([gradient.float() for gradient in gradients], norm_type)
+            return norm_of([total.reshape(1)], params[:1], norm_type)
+
+        zero.get_grad_norm_direct = get_grad_norm_direct
+
+
+def any_overflow(gradients: dict[int, list[torch.Tensor | None] | None]) -> torch.Tensor:
+    """(1,) bool: whether an infinity or NaN is in the gradients of any parameter group, as DeepSpeed keeps them."""
+    tensors = [tensor for group in gradients.values() for tensor in group or () if tensor is not None]
+    return ~get_total_norm(tensors, norm_type=math.inf).isfinite().reshape(1)
 
 
 def token_weighted_loss(prediction: EvalPrediction) -> dict[str, float]:

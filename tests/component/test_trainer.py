@@ -10,7 +10,7 @@ from transformers import EvalPrediction
 
 from component.adapter import add_adapter
 from component.report import describe_optimizer, describe_trainable, summary
-from component.trainer import stand_alone_environment, token_weighted_loss
+from component.trainer import any_overflow, stand_alone_environment, token_weighted_loss
 
 TRAIN_ARGS = "train_args/deepspeed"
 
@@ -29,6 +29,20 @@ def test_hopeless_models_have_a_perplexity_too():
     assert found["perplexity"] > 1e300
     empty = token_weighted_loss(EvalPrediction(predictions=torch.tensor([0.0]), label_ids=torch.tensor([0])))
     assert empty == {"loss": 0.0, "perplexity": 1.0}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_an_overflow_is_seen_wherever_it_is(dtype, value):
+    top = torch.finfo(dtype).max  # whose square is beyond any type: still a number
+    groups = {0: [torch.full((3, 5), top, dtype=dtype), None, torch.zeros(7, dtype=dtype)], 1: None, 2: []}
+    assert any_overflow(groups).tolist() == [False]
+    for tensor, place in ((groups[0][0], (2, 4)), (groups[0][2], (0,))):
+        kept = tensor[place].clone()
+        tensor[place] = value
+        assert any_overflow(groups).tolist() == [True]
+        tensor[place] = kept
+    assert any_overflow({0: None}).tolist() == [False]
 
 
 @pytest.fixture

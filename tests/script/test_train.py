@@ -12,6 +12,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -735,6 +736,34 @@ def test_the_command_killed_and_resumed(long_basic, train, tmp_path):
 
 
 # ---- other launchers
+
+
+def overflow_at_the_third_step() -> None:
+    """An infinity in the last gradient of the group, before DeepSpeed's step looks for one."""
+    import component.trainer
+
+    look, calls = component.trainer.any_overflow, []
+
+    def planting(gradients):
+        calls.append(len(calls))
+        if len(calls) == 3:
+            gradients[0][-1].view(-1)[-1] = torch.inf
+        print("overflow", look(gradients).tolist())
+        return look(gradients)
+
+    component.trainer.any_overflow = planting
+
+
+@pytest.mark.slow
+def test_a_step_that_overflows_is_skipped(train, basic, tmp_path):
+    """Under ZeRO-2, in bf16: three steps of which the last overflows leave what two steps do."""
+    values = {**basic, "bf16": True, "eval_strategy": "no", **DEEPSPEED}
+    printed = finish(train({**values, "max_steps": 3, "output_dir": f"{tmp_path}/three"}, overflow_at_the_third_step))
+    finish(train({**values, "max_steps": 2, "output_dir": f"{tmp_path}/two"}))
+    assert re.findall(r"overflow \[(\w+)\]", printed) == ["False", "False", "True"]
+    found, expected = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("three", "two"))
+    assert all(weight.equal(found[name]) for name, weight in expected.items())
+    assert any(bool(weight.any()) for name, weight in expected.items() if "lora_B" in name)
 
 
 def launched(launcher: list[str], values: dict, train, environment: dict | None = None) -> Path:
