@@ -2,7 +2,8 @@
 
     python script/plot_memory.py figure/benchmark.json --size 7b --output figure/memory.png
 
-A run that ended for want of memory is a cross at the top of the left panel; rows with overrides are left out.
+A run that ended for want of memory is a cross at the top of the left panel; a point of a run with a budget of its own
+says so; rows with other overrides are left out.
 """
 
 import argparse
@@ -32,7 +33,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("figure/memory.png"))
     flags = parser.parse_args()
     results = json.loads(flags.benchmark.read_text(encoding="utf-8"))
-    rows = [row for row in results["rows"] if row["size"] == flags.size and not row["overrides"]]
+    rows = [
+        row
+        for row in results["rows"]
+        if row["size"] == flags.size and row["overrides"].keys() <= {"memory_budget_gib"}
+    ]
     title = f"QLoRA of LLaMA2-{flags.size.upper()}, rank 64, one sequence a step, on one {results['hardware']}"
     draw({kind: [row for row in rows if row["kind"] == kind] for kind in KINDS}, title, flags.output)
 
@@ -46,6 +51,11 @@ def draw(rows_of: dict[str, list[dict]], title: str, file: Path) -> None:
         if done:
             memory.plot(lengths, [row["peak_reserved_gib"] for row in done], **style)
             speed.plot(lengths, [row["tokens_per_second"] for row in done], **style)
+        for row in done:
+            if row["overrides"]:
+                note = f"held to {row['overrides']['memory_budget_gib']} GiB"
+                place = (row["length"], row["peak_reserved_gib"])
+                memory.annotate(note, place, (0, -14), textcoords="offset points", fontsize=8, ha="center")
         too_long = [row["length"] for row in rows_of[kind] if "out of memory" in row.get("error", "").lower()]
         # x in tokens, y as a share of the panel's height
         memory.plot(too_long, [0.97] * len(too_long), "x", color=colour, transform=memory.get_xaxis_transform())
