@@ -5,20 +5,18 @@ is a label but the first, which nothing predicts. Instruction tuning: the chat p
 Samples are tokenised once, kept as Arrow on disk and memory-mapped, so that host memory does not grow with the data.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import Dataset, Features, List, Value
-from huggingface_hub import HfApi, hf_hub_download
 from transformers import PreTrainedTokenizerBase
 
 from component.error import UserError
+from component.source import check_lines, read_records, resolve_files
 from component.template import IGNORE_INDEX, encode_chat
 
 SAMPLE_FORMAT = 1  # raise it with every change of what a line becomes
-MAX_REPORTED = 5  # bad lines named one by one; the rest are counted
 FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), "cut": Value("bool")})
 
 
@@ -48,7 +46,7 @@ def load_samples(
     """JSON Lines -> tokenised samples.
 
     Args:
-        source: a file, a folder of .jsonl files, or `owner/dataset[/file.jsonl]` on the Hugging Face hub.
+        source: a file, a folder, or `owner/dataset[/file.jsonl]` on the Hugging Face hub: see component/source.py.
         max_seq_length: in tokens; what is longer is cut at the end.
         sft: lines are {"input", "output"}; otherwise {"text"}.
         field: the YAML key that named `source`, for messages.
@@ -72,98 +70,14 @@ def load_samples(
     return dataset.remove_columns("cut"), report
 
 
-def resolve_files(source: str, field: str) -> list[Path]:
-    """The JSON Lines files behind a path or a hub id."""
-    path = Path(source)
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        files = sorted(path.glob("*.jsonl"))
-        if not files:
-            raise UserError(f"{field}: the folder {source} holds no .jsonl file; rename the files, or name one")
-        return files
-    parts = source.split("/")
-    if len(parts) < 2 or source.startswith((".", "/", "~")):
-        raise UserError(
-            f"{field}: there is no file or folder {source}; name one, or owner/dataset/file.jsonl on the hub"
-        )
-    repository, name = "/".join(parts[:2]), "/".join(parts[2:])
-    try:
-        if not name:
-            names = [n for n in HfApi().list_repo_files(repository, repo_type="dataset") if n.endswith(".jsonl")]
-            if len(names) != 1:
-                listing = ", ".join(names) or "no .jsonl file"
-                raise UserError(f"{field}: {source} holds {listing}; name one as {repository}/FILE.jsonl")
-            name = names[0]
-        return [Path(hf_hub_download(repository, name, repo_type="dataset"))]
-    except UserError:
-        raise
-    except Exception as error:  # the hub client has a dozen kinds: offline, not found, gated
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{field}: there is no file {source}, and as a hub id it gave: {reason}") from error
-
-
-def read_lines(file: Path) -> Iterator[tuple[int, str]]:
-    """(line number from 1, line) of the lines that are not blank.
-
-    Raises:
-        UserError: a line that is not UTF-8.
-    """
-    with file.open("rb") as lines:  # read as text, the file would be decoded, and refused, thousands of lines ahead
-        for number, line in enumerate(lines, 1):
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise UserError(f"{file}:{number}: not UTF-8 ({error.reason}); convert the file") from error
-            if text.strip():
-                yield number, text
-
-
-def check_lines(file: Path, keys: tuple[str, ...]) -> int:
-    """Count the lines; refuse the file if one is no JSON object with a text under each of `keys`."""
-    bad: list[str] = []
-    count = 0
-    for number, line in read_lines(file):
-        count += 1
-        problem = _problem(line, keys)
-        if problem:
-            bad.append(f"{file}:{number}: {problem}")
-    if bad:
-        more = f"\n  and {len(bad) - MAX_REPORTED:,} more" if len(bad) > MAX_REPORTED else ""
-        wanted = " and ".join(f'"{key}"' for key in keys)
-        raise UserError(
-            f"{len(bad):,} of {count:,} lines cannot be trained on; each must be a JSON object with {wanted} texts "
-            "(sft: true takes input and output, sft: false takes text):\n  " + "\n  ".join(bad[:MAX_REPORTED]) + more
-        )
-    return count
-
-
-def _problem(line: str, keys: tuple[str, ...]) -> str | None:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return f"not JSON ({getattr(error, 'msg', error)}, column {getattr(error, 'colno', 1)})"
-    if not isinstance(record, dict):
-        return f"{json.dumps(record)[:40]} is no object"
-    for key in keys:
-        if key not in record:
-            return f'no "{key}" (its keys: {", ".join(map(str, record)) or "none"})'
-        if not isinstance(record[key], str):
-            return f'"{key}" is {json.dumps(record[key])[:40]}, not a text'
-        try:
-            record[key].encode()
-        except UnicodeEncodeError as error:
-            return f'"{key}" holds half a character, {record[key][error.start]!r}, at {error.start}; remove it'
-    return None
-
-
 def generate_samples(
     stamps: list[tuple[str, int, int, int]], tokenizer: PreTrainedTokenizerBase, max_seq_length: int, sft: bool
 ) -> Iterator[dict]:
     """The samples of checked files, in order; lines without anything to learn are left out."""
+    keys = ("input", "output") if sft else ("text",)
     for file, *_ in stamps:
-        for _, line in read_lines(Path(file)):
-            record = json.loads(line)
+        for _, record in read_records(Path(file), keys):
+            assert isinstance(record, dict), "the file was checked"
             input_ids, labels = (encode_answer if sft else encode_text)(record, tokenizer, max_seq_length)
             sample = {"input_ids": input_ids[:max_seq_length], "labels": labels[:max_seq_length]}
             if any(label != IGNORE_INDEX for label in sample["labels"]):

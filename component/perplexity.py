@@ -13,7 +13,6 @@ sliding: each token of the file is scored exactly once (the very first has nothi
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -44,33 +43,6 @@ class Perplexity:
     tokens_scored: int
     loss: float  # nats per token
     perplexity: float
-
-
-def read_tokens(path: str, vocab_size: int) -> np.ndarray:
-    """The token ids of a `.bin` file, memory-mapped: uint16, or uint32 for vocabularies above 65535.
-
-    Raises:
-        UserError: no such file, a size that is no whole number of ids, or ids beyond the vocabulary.
-    """
-    file = Path(path)
-    if not file.is_file():
-        raise UserError(f"data_path: there is no file {path}; name a .bin file of token ids")
-    dtype = np.dtype(np.uint16 if vocab_size <= 65535 else np.uint32)
-    size = file.stat().st_size
-    if size == 0 or size % dtype.itemsize:
-        raise UserError(
-            f"data_path: {path} has {size} bytes, no whole number of {dtype.name} token ids; fetch or make it again"
-        )
-    tokens = np.memmap(file, dtype=dtype, mode="r")
-    for start in range(0, len(tokens), 2**24):
-        part = tokens[start : start + 2**24]
-        if int(part.max()) >= vocab_size:
-            place = start + int((part >= vocab_size).argmax())
-            raise UserError(
-                f"data_path: token {place} of {path} is {tokens[place]}, but the model has {vocab_size} tokens; "
-                "the file belongs to another tokenizer: make one with this model's"
-            )
-    return tokens
 
 
 def longlora_windows(tokens: int, seq_len: int, stride: int) -> list[Window]:

@@ -22,8 +22,9 @@ from component.checkpoint import library_versions
 from component.error import UserError, exit_on_user_error
 from component.generation import boolean
 from component.model import load_for_inference
-from component.perplexity import PROTOCOLS, Perplexity, measure_perplexity, read_tokens
+from component.perplexity import PROTOCOLS, Perplexity, measure_perplexity
 from component.rope import rope_factor
+from component.token_file import read_tokens
 
 
 def parse_flags() -> argparse.Namespace:

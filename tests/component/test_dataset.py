@@ -246,7 +246,7 @@ def hub(monkeypatch, write):
         asked.append((repo_id, filename, repo_type))
         return files[filename]
 
-    monkeypatch.setattr("component.dataset.hf_hub_download", download)
+    monkeypatch.setattr("component.source.hf_hub_download", download)
     monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda self, repo_id, **kwargs: PUBLISHED)
     return asked
 

@@ -24,7 +24,8 @@ from transformers import (
 from component.adapter import add_adapter
 from component.error import UserError
 from component.memory import next_token_losses
-from component.perplexity import longlora_windows, measure_perplexity, read_tokens, sliding_windows
+from component.perplexity import longlora_windows, measure_perplexity, sliding_windows
+from component.token_file import read_tokens
 from tests.reference.longlora_perplexity import longlora_perplexity
 
 SMALL = {
