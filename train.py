@@ -36,7 +36,6 @@ def main() -> None:
     set_seed(training_args.seed)
     limit_memory(args.memory_budget_gib)
     limit_kernels(args.use_flash_attn)
-
     extended = load_config(args.model_name_or_path)
     tokenizer = load_tokenizer(args.model_name_or_path, args.model_max_length)
     check_targets_early(extended, args.target_names)
@@ -45,7 +44,7 @@ def main() -> None:
     train_set, eval_set, data_lines = load_data(args, training_args, tokenizer)
     config = copy.deepcopy(extended)
     config.use_cache = False  # only generation needs it
-    if args.use_shift_short_attention:
+    if args.use_shift_short_attention or args.packing:
         use_shift_short_attention(config, args.group_tokens)
     model = load_base(
         args.model_name_or_path,
@@ -116,11 +115,12 @@ def plan_memory(args: LongQLoRAArguments, training_args: TrainingArguments, exte
 
 def load_data(args: LongQLoRAArguments, training_args: TrainingArguments, tokenizer):
     """Training samples, evaluation samples or None, and lines for the summary."""
+    rows = {"packing": args.packing, "streaming": args.streaming, "seed": training_args.seed}
     sets, lines = {}, {}
     with training_args.main_process_first(desc="tokenising"):
-        for field, source in (("train_file", args.train_file), ("eval_file", args.eval_file)):
+        for field, source, how in (("train_file", args.train_file, rows), ("eval_file", args.eval_file, {})):
             if source is not None:
-                sets[field], report = load_samples(source, tokenizer, args.max_seq_length, sft=args.sft, field=field)
+                sets[field], report = load_samples(source, tokenizer, field=field, **args.data, **how)
                 lines[field] = str(report)
     return sets["train_file"], sets.get("eval_file"), lines
 

@@ -7,46 +7,19 @@ collected and reported in one message, before any weight is loaded.
 
 import argparse
 import dataclasses
-import json
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 import yaml
 from transformers import PretrainedConfig, TrainingArguments
-from transformers.integrations import get_available_reporting_integrations
-from transformers.training_args import trainer_log_levels
 
 from component.coercion import coerce
 from component.error import UserError, nearest
 from component.plan import LEVERS
-from component.rope import ROPE_TYPES
+from component.sanity import insane
 
 DEFAULT_FILE = "./train_args/llama2-7b-pretrain.yaml"
-# keys: (what a sane value fulfils, the cure)
-BOUNDS = {
-    "max_seq_length model_max_length": (lambda v: v >= 2, "at least 2 tokens"),
-    "group_size": (lambda v: v >= 2 and v % 2 == 0, "an even number of tokens >= 2"),
-    "group_size_ratio": (lambda v: 0 < v <= 1, "a share in (0, 1], 0.25 as in the paper"),
-    "rope_type": (lambda v: v in ROPE_TYPES, "one of " + ", ".join(ROPE_TYPES)),
-    "lora_rank gradient_accumulation_steps": (lambda v: v >= 1, "at least 1"),
-    "per_device_train_batch_size per_device_eval_batch_size": (lambda v: v >= 1, "at least 1"),
-    "lora_alpha memory_budget_gib num_train_epochs save_steps logging_steps": (lambda v: v > 0, "a number above 0"),
-    "keep_layers keep_attention_layers mlp_tile_tokens": (lambda v: v >= 0, "0 or more"),
-    "loss_chunk_tokens": (lambda v: v >= 1, "at least 1"),
-    "lora_dropout": (lambda v: 0 <= v < 1, "a probability in [0, 1)"),
-    "learning_rate": (lambda v: 0 < v < 1, "a number in (0, 1), as 2e-4"),
-    "max_steps": (lambda v: v >= 1 or v == -1, "at least 1, or -1 for whole epochs"),
-    "warmup_steps weight_decay max_grad_norm dataloader_num_workers": (lambda v: v >= 0, "0 or more"),
-    "target_modules": (lambda v: str(v).strip(", []"), "names of linear layers, or leave the key out for all of them"),
-    "log_level log_level_replica": (lambda v: v in trainer_log_levels, "one of " + ", ".join(trainer_log_levels)),
-    "seed data_seed": (lambda v: 0 <= v < 2**32, "0 or more, below 2**32"),
-    "report_to": (
-        lambda v: {*([v] if isinstance(v, str) else v)} <= {"none", "all", *get_available_reporting_integrations()},
-        "none, tensorboard, or a tracker that is installed",
-    ),
-}
 
 
 def _key(help: str, default: typing.Any = dataclasses.MISSING):
@@ -58,11 +31,20 @@ class LongQLoRAArguments:
     """The keys of this project. `field(default=MISSING)` marks a key that every YAML must set."""
 
     model_name_or_path: str = _key("base model: a folder or a Hugging Face hub id")
-    train_file: str = _key("training data: a .jsonl file, a folder of them, or owner/dataset/file.jsonl on the hub")
-    sft: bool = _key('true: {"input", "output"} lines, loss on the output; false: {"text"} lines, loss on all of it')
-    max_seq_length: int = _key("tokens per training sample; longer texts are cut")
+    train_file: str = _key(
+        "training data: a file (.jsonl, .parquet, .txt, .bin), a folder, or owner/dataset/file.jsonl on the hub"
+    )
+    sft: bool = _key(
+        'true: {"input", "output"} or {"messages"} lines, loss on answers; false: {"text"} lines, loss on all of it'
+    )
+    max_seq_length: int = _key("tokens per training sample")
     model_max_length: int = _key("context in tokens that positions are stretched to; at least max_seq_length")
     eval_file: str | None = _key("data like train_file, for loss and perplexity with full attention", None)
+    truncation_policy: str = _key("longer samples: truncate (cut), split (cut into several) or drop", "truncate")
+    packing: bool = _key("fill rows with whole samples; attention stays inside each", False)
+    streaming: bool = _key("make samples while training, keep none on disk; needs max_steps", False)
+    max_bad_fraction: float = _key("share of lines that may be unusable; more are refused", 0.01)
+    template: str = _key("spelling of chats: vicuna, or tokenizer (the model's own chat template)", "vicuna")
     rope_type: str = _key("how positions are stretched: linear, dynamic or yarn", "linear")
     use_shift_short_attention: bool = _key("S2-Attn while training; false trains with full attention", True)
     group_size_ratio: float = _key("tokens per attention group, as a share of max_seq_length", 0.25)
@@ -93,8 +75,16 @@ class LongQLoRAArguments:
     overwrite_output_dir: bool = _key("start afresh in an output_dir that already holds a run", False)
 
     @property
+    def data(self) -> dict[str, typing.Any]:
+        """What data becomes, by the names of `component.dataset.SampleOptions`."""
+        names = ("max_seq_length", "sft", "truncation_policy", "template", "max_bad_fraction")
+        return {name: getattr(self, name) for name in names}
+
+    @property
     def group_tokens(self) -> int:
         """Tokens per attention group: `group_size`, or the ratio's share of `max_seq_length`, made even."""
+        if not self.use_shift_short_attention:
+            return 2 * self.max_seq_length  # nobody reaches the end of a group: full attention, inside documents
         return self.group_size or max(2, int(self.group_size_ratio * self.max_seq_length) // 2 * 2)
 
     def record(self, extended: PretrainedConfig, factor: float) -> dict[str, typing.Any]:
@@ -147,7 +137,7 @@ def parse_arguments(argv: list[str]) -> tuple[LongQLoRAArguments, TrainingArgume
     for item in dataclasses.fields(LongQLoRAArguments):
         if item.default is dataclasses.MISSING and item.name not in values:
             problems.append(f"{item.name}: missing; {item.metadata['help']}")
-    problems += _insane(typed)
+    problems += insane(typed)
     if problems:
         raise UserError(f"{file} cannot be trained with:\n" + "\n".join(f"  - {problem}" for problem in problems))
     args = LongQLoRAArguments(**{key: value for key, value in typed.items() if key in ours})
@@ -227,54 +217,3 @@ def _hints(cls: type) -> dict[str, typing.Any]:
     # `resume_from_checkpoint: true` is documented, but not in its type
     hints = {**typing.get_type_hints(cls), "resume_from_checkpoint": str | bool | None}
     return {item.name: hints[item.name] for item in dataclasses.fields(cls) if item.init}
-
-
-def _insane(values: dict) -> list[str]:
-    """Values of the right type that make no sense, one sentence each."""
-    problems = [
-        f"{key}: {values[key]!r}; use {cure}"
-        for keys, (is_sane, cure) in BOUNDS.items()
-        for key in keys.split()
-        if values.get(key) is not None and not is_sane(values[key])
-    ]
-    longest, target = values.get("max_seq_length"), values.get("model_max_length")
-    if longest and target and longest > target:
-        reach = f"{longest} tokens reach beyond model_max_length, {target}"
-        problems.append(f"max_seq_length: {reach}; raise model_max_length or shorten the samples")
-    if not values.get("output_dir"):
-        problems.append("output_dir: missing; where checkpoints and the adapter go")
-    if values.get("eval_strategy", "no") != "no" and not values.get("eval_file"):
-        problems.append(f"eval_strategy: {values['eval_strategy']}, but no eval_file says on what; add one")
-    if (values.get("memory_budget_gib") or 0) > 0 and not torch.cuda.is_available():
-        problems.append(f"memory_budget_gib: {values['memory_budget_gib']:g}, but there is no GPU; leave it out")
-    return problems + _impossible_precision(values) + _bad_deepspeed(values.get("deepspeed"))
-
-
-def _impossible_precision(values: dict) -> list[str]:
-    fp16, bf16 = values.get("fp16"), values.get("bf16")
-    if fp16 and bf16:
-        return ["fp16, bf16: both are true; keep one"]
-    on_gpu = torch.cuda.is_available() and not values.get("use_cpu")
-    if not on_gpu and (fp16 or (bf16 and not values.get("use_cpu"))):
-        cure = "leave it out (fp32), or set bf16: true and use_cpu: true"
-        return [f"{'fp16' if fp16 else 'bf16'}: true, but there is no GPU here; {cure}"]
-    name = torch.cuda.get_device_name() if on_gpu else "no GPU"
-    is_old = on_gpu and torch.cuda.get_device_capability() < (8, 0)  # V100, Turing
-    if bf16 and is_old:
-        return [f"bf16: true, but {name} has no bf16; set fp16: true (README.md, 'Hardware')"]
-    if values.get("use_flash_attn") and (is_old or not on_gpu or not (fp16 or bf16)):
-        need = "an Ampere or newer GPU and fp16: true or bf16: true"
-        return [f"use_flash_attn: true needs {need}, here is {name}; leave it out for the fastest that runs"]
-    return []
-
-
-def _bad_deepspeed(config: str | dict | None) -> list[str]:
-    if config is None or isinstance(config, dict):
-        return []
-    if not Path(config).is_file():
-        return [f"deepspeed: there is no file {config}; train_args/deepspeed/ has three"]
-    try:
-        content = json.loads(Path(config).read_text(encoding="utf-8"))
-    except ValueError as error:
-        return [f"deepspeed: {config} is not JSON: {error}"]
-    return [] if isinstance(content, dict) else [f"deepspeed: {config} holds no JSON object, as {{...}}"]

@@ -11,7 +11,7 @@ from component.template import IGNORE_INDEX
 
 
 class RightPadCollator:
-    """Samples with `input_ids` and `labels` -> tensors (B, T), T the longest sample of the batch.
+    """Samples with `input_ids`, `labels`, and `position_ids` if packed -> tensors (B, T), T the longest of the batch.
 
     Args:
         pad_token_id: any id of the vocabulary; what stands in padded places is never seen by a real token.
@@ -26,8 +26,12 @@ class RightPadCollator:
         def padded(rows, fill: int) -> Tensor:
             return torch.tensor([[*row, *[fill] * (longest - len(row))] for row in rows])
 
-        return {
+        batch = {
             "input_ids": padded((sample["input_ids"] for sample in samples), self.pad_token_id),
             "attention_mask": padded(([1] * len(sample["input_ids"]) for sample in samples), 0),
             "labels": padded((sample["labels"] for sample in samples), IGNORE_INDEX),
         }
+        if "position_ids" in samples[0]:  # of packed rows: padding is one more document
+            rows = [[*row, *range(longest - len(row))] for row in (sample["position_ids"] for sample in samples)]
+            batch["position_ids"] = torch.tensor(rows)
+        return batch

@@ -1,104 +1,158 @@
 """What is one training sample? {"input_ids", "labels"}, at most `max_seq_length` tokens, with something to learn.
 
 Pretraining: the tokenizer's own beginning token, the text and, where it fits, the end-of-sequence token; every token
-is a label but the first, which nothing predicts. Instruction tuning: the chat prompt is masked, the answer is learnt.
-Samples are tokenised once, kept as Arrow on disk and memory-mapped, so that host memory does not grow with the data.
+is a label but the first, which nothing predicts. Instruction tuning: questions are masked, answers are learnt.
+Samples are tokenised once, kept as Arrow on disk and memory-mapped, so that host memory does not grow with the data;
+or they are made while they are trained on, and nothing is kept (`streaming`).
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from datasets import Dataset, Features, List, Value
+import numpy as np
+import pyarrow.compute
+from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from component.error import UserError
-from component.source import check_lines, read_records, resolve_files
-from component.template import IGNORE_INDEX, encode_chat
+from component.packing import PackedRows
+from component.sample import (
+    CUT,
+    DROPPED,
+    EMPTY,
+    PIECE,
+    SPLIT,
+    TOO_LONG,
+    SampleOptions,
+    generate_samples,
+    generate_stream,
+    open_tokens,
+    read_usable,
+)
+from component.source import RecordTally, resolve_files
 
-SAMPLE_FORMAT = 1  # raise it with every change of what a line becomes
-FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), "cut": Value("bool")})
+SAMPLE_FORMAT = 2  # raise it with every change of what a line becomes
+FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), "fate": Value("uint8")})
+SHUFFLED_SAMPLES = 256  # of a stream: one in so many is drawn next
 
 
 @dataclass
 class DataReport:
-    """What became of a file's lines."""
+    """What became of a source's lines."""
 
     files: list[str]
     lines: int
     samples: int
     tokens: int
-    cut: int  # samples that were longer than max_seq_length
-    dropped: int  # lines whose text is empty, or whose sample has no label left after cutting
+    fates: tuple[int, ...]  # documents by WHOLE, CUT, ...
+    bad: str = ""  # what was said of lines that cannot be used
+    packed: str = ""
+
+    @property
+    def cut(self) -> int:
+        return self.fates[CUT]
+
+    @property
+    def dropped(self) -> int:
+        """Documents without anything to learn, and those that are too long if such are left out."""
+        return self.fates[TOO_LONG] + self.fates[EMPTY]
 
     def __str__(self) -> str:
         text = f"{self.samples:,} samples, {self.tokens:,} tokens from {', '.join(self.files)}"
-        notes = [f"{self.cut:,} cut to max_seq_length"] if self.cut else []
-        notes += (
-            [f"{self.dropped:,} of {self.lines:,} lines dropped: nothing to learn in them"] if self.dropped else []
-        )
-        return f"{text} ({'; '.join(notes)})" if notes else text
+        fates, of = self.fates, f"of {self.lines:,} lines"
+        notes = [
+            f"{fates[CUT]:,} cut to max_seq_length" if fates[CUT] else "",
+            f"{fates[SPLIT]:,} {of} split into {fates[SPLIT] + fates[PIECE]:,} samples" if fates[SPLIT] else "",
+            f"{fates[TOO_LONG]:,} {of} dropped: longer than max_seq_length" if fates[TOO_LONG] else "",
+            f"{fates[EMPTY]:,} {of} dropped: nothing to learn in them" if fates[EMPTY] else "",
+            self.bad,
+            self.packed,
+        ]
+        shown = "; ".join(note for note in notes if note)
+        return f"{text} ({shown})" if shown else text
 
 
 def load_samples(
-    source: str, tokenizer: PreTrainedTokenizerBase, max_seq_length: int, *, sft: bool, field: str = "train_file"
-) -> tuple[Dataset, DataReport]:
-    """JSON Lines -> tokenised samples.
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    max_seq_length: int,
+    *,
+    sft: bool,
+    field: str = "train_file",
+    packing: bool = False,
+    streaming: bool = False,
+    seed: int = 42,
+    **options,
+) -> tuple[Dataset | PackedRows | IterableDataset, DataReport | str]:
+    """Texts, chats or tokens -> tokenised samples, and what became of the lines, or of a stream where they come from.
 
     Args:
-        source: a file, a folder, or `owner/dataset[/file.jsonl]` on the Hugging Face hub: see component/source.py.
-        max_seq_length: in tokens; what is longer is cut at the end.
-        sft: lines are {"input", "output"}; otherwise {"text"}.
+        source: a file, a folder, or `owner/dataset[/file.jsonl]` on the Hugging Face hub: see component/source.py; or
+            a `.bin` file of tokens: see component/token_file.py.
+        max_seq_length: in tokens.
+        sft: lines are {"input", "output"}, {"messages"} or {"conversations"}; otherwise {"text"}.
         field: the YAML key that named `source`, for messages.
+        packing: rows of whole documents, with `position_ids`, in place of samples.
+        streaming: samples are made while they are asked for, shuffled a little by `seed`.
+        options: the other fields of `SampleOptions`.
 
     Raises:
-        UserError: no such file, lines that are no JSON or lack a key (file and line named), nothing left to train on.
+        UserError: no such file, too many lines that cannot be used (file and line named), nothing left to train on.
     """
-    files = resolve_files(source, field)
-    keys = ("input", "output") if sft else ("text",)
-    lines = sum(check_lines(file, keys) for file in files)
-    # the cache is keyed by these arguments: neither a changed file nor changed code may be served yesterday's tokens
-    stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns, SAMPLE_FORMAT) for file in files]
-    arguments = {"stamps": stamps, "tokenizer": tokenizer, "max_seq_length": max_seq_length, "sft": sft}
-    if next(generate_samples(**arguments), None) is None:
-        need = "answers, and prompts that leave room for them in max_seq_length" if sft else "texts"
+    wanted = SampleOptions(max_seq_length, sft, **options)
+    if streaming:
+        files = [Path(source)] if source.endswith(".bin") else resolve_files(source, field)
+        arguments = {"files": [str(file) for file in files], "tokenizer": tokenizer, "options": asdict(wanted)}
+        stream = IterableDataset.from_generator(generate_stream, gen_kwargs=arguments | {"packing": packing})
+        return stream.shuffle(seed=seed, buffer_size=SHUFFLED_SAMPLES), f"streamed from {', '.join(map(str, files))}"
+    dataset, lengths, report = tokenise(source, tokenizer, wanted, field)
+    if not packing:
+        return dataset, report
+    rows = PackedRows(dataset, lengths, max_seq_length)
+    report.packed = f"packed into {len(rows):,} rows, {rows.fill:.1%} full"
+    return rows, report
+
+
+def tokenise(
+    source: str, tokenizer: PreTrainedTokenizerBase, options: SampleOptions, field: str
+) -> tuple[Dataset, np.ndarray, DataReport]:
+    """The samples on disk, the length of each in tokens, and what became of the lines."""
+    stamps, lines, bad = check_source(source, tokenizer, options, field)
+    files = [file for file, *_ in stamps]
+    arguments = {"files": files, "tokenizer": tokenizer, "options": asdict(options)}
+    if all(sample["fate"] in DROPPED for sample in generate_samples(**arguments)):
+        need = "answers, and prompts that leave room for them in max_seq_length" if options.sft else "texts"
         raise UserError(f"{field}: nothing to learn in {source} (lines: {lines}); it needs {need}")
-    dataset = Dataset.from_generator(generate_samples, features=FEATURES, gen_kwargs=arguments)
-    tokens = sum(len(ids) for batch in dataset.iter(1000) for ids in batch["input_ids"])
-    cut = sum(sum(batch["cut"]) for batch in dataset.select_columns("cut").iter(1000))
-    report = DataReport([str(file) for file in files], lines, len(dataset), tokens, cut, lines - len(dataset))
-    return dataset.remove_columns("cut"), report
+    dataset = Dataset.from_generator(generate_samples, features=FEATURES, gen_kwargs=arguments | {"stamps": stamps})
+    fates = dataset.data.column("fate").to_numpy()
+    lengths = pyarrow.compute.list_value_length(dataset.data.column("input_ids")).to_numpy()
+    kept = np.flatnonzero(~np.isin(fates, DROPPED))
+    if len(kept) < len(dataset):
+        dataset, lengths = dataset.select(kept), lengths[kept]
+    counts = tuple(np.bincount(fates, minlength=6).tolist())
+    report = DataReport(files, lines, len(dataset), int(lengths.sum()), counts, bad)
+    return dataset.remove_columns("fate"), lengths, report
 
 
-def generate_samples(
-    stamps: list[tuple[str, int, int, int]], tokenizer: PreTrainedTokenizerBase, max_seq_length: int, sft: bool
-) -> Iterator[dict]:
-    """The samples of checked files, in order; lines without anything to learn are left out."""
-    keys = ("input", "output") if sft else ("text",)
-    for file, *_ in stamps:
-        for _, record in read_records(Path(file), keys):
-            assert isinstance(record, dict), "the file was checked"
-            input_ids, labels = (encode_answer if sft else encode_text)(record, tokenizer, max_seq_length)
-            sample = {"input_ids": input_ids[:max_seq_length], "labels": labels[:max_seq_length]}
-            if any(label != IGNORE_INDEX for label in sample["labels"]):
-                yield {**sample, "cut": len(input_ids) > max_seq_length}
-
-
-def encode_text(record: dict, tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> tuple[list[int], list[int]]:
-    """A pretraining text: every token but the first is learnt, the end-of-sequence token included."""
-    if not record["text"].strip():
-        return [], []
-    # two tokens more than fit tell "cut" from "fits", and keep the tokenizer from walking a whole book
-    ids = tokenizer(record["text"], truncation=True, max_length=max_seq_length + 2).input_ids
-    if ids[-1] != tokenizer.eos_token_id:
-        ids = [*ids, tokenizer.eos_token_id]
-    return ids, [IGNORE_INDEX, *ids[1:]]
-
-
-def encode_answer(
-    record: dict, tokenizer: PreTrainedTokenizerBase, max_seq_length: int
-) -> tuple[list[int], list[int]]:
-    """A question and its answer: the answer and its end-of-sequence token are learnt."""
-    if not record["output"].strip():
-        return [], []
-    return encode_chat(tokenizer, [(record["input"], record["output"])])
+def check_source(
+    source: str, tokenizer: PreTrainedTokenizerBase, options: SampleOptions, field: str
+) -> tuple[list[tuple], int, str]:
+    """(file, size, time and format of each file; lines or documents; what is wrong with some, if not too many)."""
+    tally = RecordTally()
+    if source.endswith(".bin"):
+        files = [Path(source)]
+        tally.total = len(open_tokens(source, tokenizer, options, field)[1])
+    else:
+        files = resolve_files(source, field)
+        for file in files:
+            for _ in tally.good(file, read_usable(file, options)):
+                pass
+    try:
+        bad = tally.refuse_if_too_many(options.max_bad_fraction)
+    except UserError as error:
+        # the commonest reason: the other kind of file
+        need = 'sft: false takes lines of {"text"}, sft: true of {"input", "output"} or {"messages"}, JSON objects all'
+        raise UserError(f"{field}: {error}\n{need}") from error
+    # what is kept is keyed by these: neither a changed file nor changed code may be served yesterday's tokens
+    stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns, SAMPLE_FORMAT) for file in files]
+    return stamps, tally.total, bad

@@ -24,9 +24,19 @@ class LeanLoss(nn.Module):
         # the Trainer says so before every step: walking through 2600 modules each time leaves the GPU idle for 20 ms
         return self if mode == self.training else super().train(mode)
 
-    def forward(self, input_ids: Tensor | None = None, *args, labels: Tensor | None = None, **kwargs):
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,  # by name: the Trainer drops columns that no argument is called after
+        *args,
+        labels: Tensor | None = None,
+        **kwargs,
+    ):
+        kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids}
         if args or labels is None or not self.training or not torch.is_grad_enabled():
-            return super().forward(input_ids, *args, **kwargs, **({} if labels is None else {"labels": labels}))
+            inputs = (input_ids, kwargs.pop("attention_mask"), kwargs.pop("position_ids"), *args)
+            return super().forward(*inputs, **kwargs, **({} if labels is None else {"labels": labels}))
         items = kwargs.pop("num_items_in_batch", None)
         hidden = self.get_decoder()(input_ids=input_ids, **kwargs).last_hidden_state
         head = _inner(self.get_output_embeddings())

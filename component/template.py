@@ -1,25 +1,35 @@
 """How is a chat prompt spelt? The one home of the template, used by training and by chat.
 
-The spelling is the original project's: Vicuna's, with line breaks and without a beginning-of-sequence token, so that
-its published adapters see what they were trained on. An answer ends with the tokenizer's end-of-sequence token.
+`vicuna` is the original project's spelling: Vicuna's, with line breaks and without a beginning-of-sequence token, so
+that its published adapters see what they were trained on. `tokenizer` is the model's own chat template.
+Whatever the spelling, answers and their end-of-sequence tokens are learnt, and nothing else.
 """
+
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from component.error import UserError, first_line
+
+TEMPLATES = ("vicuna", "tokenizer")
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 IGNORE_INDEX = -100  # torch's cross-entropy leaves out labels of this value
+ROLES = {"system": "system", "user": "user", "human": "user"} | dict.fromkeys(
+    ("assistant", "gpt", "bot", "chatgpt", "model"), "assistant"
+)
+Turns = list[tuple[str, str | None]]  # (user, assistant) in order; None leaves the last answer to the model
 
 
 def encode_chat(
-    tokenizer: PreTrainedTokenizerBase, turns: list[tuple[str, str | None]]
+    tokenizer: PreTrainedTokenizerBase, turns: Turns, system: str | None = None
 ) -> tuple[list[int], list[int]]:
-    """Token ids of a conversation and their labels.
+    """Token ids of a conversation as Vicuna spells it, and their labels.
 
     Args:
-        turns: (user, assistant) texts in order; None as the last answer leaves the prompt open for the model.
+        system: what stands before the first turn; None for Vicuna's own.
 
     Returns:
         (input_ids, labels) of equal length; labels are the ids in the answers and their end-of-sequence tokens, and
@@ -28,7 +38,7 @@ def encode_chat(
     input_ids: list[int] = []
     labels: list[int] = []
     for turn, (user, assistant) in enumerate(turns):
-        opening = f"{SYSTEM}\n" if turn == 0 else "\n"
+        opening = f"{SYSTEM if system is None else system.strip()}\n" if turn == 0 else "\n"
         prompt_ids = tokenizer(f"{opening}USER: {user.strip()}\nASSISTANT: ", add_special_tokens=False).input_ids
         input_ids += prompt_ids
         labels += [IGNORE_INDEX] * len(prompt_ids)
@@ -37,3 +47,104 @@ def encode_chat(
             input_ids += answer_ids
             labels += answer_ids
     return input_ids, labels
+
+
+def encode_conversation(
+    tokenizer: PreTrainedTokenizerBase, turns: Turns, system: str | None, template: str
+) -> tuple[list[int], list[int]]:
+    """The same in either spelling; nothing at all for a conversation without an answer."""
+    if not turns:
+        return [], []
+    if template == "vicuna":
+        return encode_chat(tokenizer, turns, system)
+    return encode_by_tokenizer(tokenizer, turns, system)
+
+
+def encode_by_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, turns: Turns, system: str | None = None
+) -> tuple[list[int], list[int]]:
+    """(input_ids, labels) by the tokenizer's own chat template; an answer is what a longer conversation adds to it.
+
+    Raises:
+        UserError: there is no template, it refuses the conversation, or it rewrites earlier turns as it goes on.
+    """
+    check_template(tokenizer)
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    spans, text = [], ""
+    for user, assistant in turns:
+        messages.append({"role": "user", "content": user})
+        prompt = _spell(tokenizer, messages, opens_answer=True)
+        if assistant is None:
+            whole = prompt
+        else:
+            messages.append({"role": "assistant", "content": assistant})
+            whole = _spell(tokenizer, messages, opens_answer=False)
+            spans.append((len(prompt), len(whole)))
+        if not (prompt.startswith(text) and whole.startswith(prompt)):
+            raise UserError(
+                f"template: the chat template of {tokenizer.name_or_path or 'the tokenizer'} spells earlier turns "
+                "otherwise once a later one follows, so answers cannot be told from questions; use template: vicuna, "
+                "or conversations of one turn"
+            )
+        text = whole
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    labels = [
+        token if any(start <= first and last <= end for start, end in spans) and last > first else IGNORE_INDEX
+        for token, (first, last) in zip(encoded.input_ids, encoded.offset_mapping, strict=True)
+    ]
+    return encoded.input_ids, labels
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    if not tokenizer.chat_template or not tokenizer.is_fast:
+        lack = "no fast form, which knows where tokens stand" if tokenizer.chat_template else "no chat template"
+        raise UserError(f"template: tokenizer, but {tokenizer.name_or_path or 'it'} has {lack}; use template: vicuna")
+
+
+def _spell(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], opens_answer: bool) -> str:
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opens_answer)
+    except Exception as error:  # jinja's own, and whatever the template raises
+        reason = first_line(error)
+        raise UserError(f"template: the tokenizer's chat template refuses a conversation ({reason})") from error
+
+
+def turns_of(record: dict[str, Any]) -> tuple[Turns, str | None]:
+    """The answered turns of an SFT record, and its system text; a conversation ends at its first empty answer."""
+    if "messages" not in record and "conversations" not in record:
+        turns: Turns = [(record["input"], record["output"])]
+        return (turns if record["output"].strip() else []), None
+    messages = [_message(message) for message in record.get("messages") or record["conversations"]]
+    system = messages.pop(0)[1] if messages[0][0] == "system" else None
+    turns = []
+    for (_, user), (_, assistant) in zip(messages[::2], messages[1::2], strict=False):
+        if not assistant.strip():
+            break
+        turns.append((user, assistant))
+    return turns, system
+
+
+def _message(message: dict[str, Any]) -> tuple[str, str]:
+    """(role, text) of {"role", "content"}, or of {"from", "value"} as ShareGPT has it."""
+    role, content = ("role", "content") if "role" in message else ("from", "value")
+    return ROLES[message[role]], message[content]
+
+
+def conversation_problem(record: dict[str, Any]) -> str | None:
+    """What is wrong with {"messages"} or {"conversations"}: system, if any, then user and assistant in turn."""
+    name = "messages" if "messages" in record else "conversations"
+    messages = record[name]
+    if not isinstance(messages, list) or not messages:
+        return f'"{name}" is no list of messages'
+    roles = []
+    for place, message in enumerate(messages, 1):
+        try:
+            role, content = _message(message)
+            content.encode()
+        except (KeyError, TypeError, AttributeError, UnicodeEncodeError):
+            return f'"{name}": message {place} needs "role" (or "from") {", ".join(ROLES)}, and "content" (or "value")'
+        roles.append(role)
+    turns = roles[1:] if roles[0] == "system" else roles
+    if not turns or any(role != ("user", "assistant")[place % 2] for place, role in enumerate(turns)):
+        return f'"{name}": {", ".join(roles[:6])}; user and assistant must take turns, beginning with the user'
+    return None

@@ -347,7 +347,7 @@ DATA_FILES = {
     "half a surrogate pair": (TEXT + '{"text": "broken \\ud83d emoji"}\n', "data.jsonl:2", "\\ud83d"),
     "not UTF-8": ((TEXT * 3).encode() + b'{"text": "caf\xe9"}\n', "data.jsonl:4", "not UTF-8", "convert"),
     "UTF-16": (TEXT.encode("utf-16"), "data.jsonl:1", "not UTF-8", "convert"),
-    "empty": ("", "train_file", "nothing to learn", "data.jsonl", "lines: 0", "texts"),
+    "empty": ("", "train_file", "nothing to read", "data.jsonl", "no record"),
     "only empty texts": (
         '{"text": ""}\n{"text": " \\n"}\n',
         "train_file",
