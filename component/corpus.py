@@ -14,10 +14,11 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from component.error import UserError
-from component.piece import count_tokens, cut_text, has_at_most_byte_tokens, is_surely_longer
+from component.piece import cut_text
 from component.selection import first_of_each, lowest, sample_key, text_hash
 from component.source import read_records
 from component.survey import Chunk, Measured, Survey
+from component.token_count import TokenCounter
 from component.unpack import BadRecord
 
 LONG_TEXTS = ("drop", "split")
@@ -41,10 +42,10 @@ class TextMeasure:
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, min_tokens: int, max_tokens: int, long_texts: str, key: str
     ):
-        self.tokenizer, self.key, self.is_split = tokenizer, key, long_texts == "split"
+        self.count, self.key, self.is_split = TokenCounter(tokenizer), key, long_texts == "split"
         self.least, self.most = min_tokens, max_tokens
         # so few bytes are too few tokens, whatever they are: most texts of a crawl need no tokenizing
-        self.too_few_bytes = min_tokens - 4 if has_at_most_byte_tokens(tokenizer) else 0
+        self.too_few_bytes = min_tokens - 4 if self.count.has_at_most_byte_tokens else 0
 
     def __call__(self, group: int, chunk: Chunk) -> Measured:
         measured = Measured()
@@ -56,13 +57,13 @@ class TextMeasure:
             text = record[self.key]
             if not text.strip() or (len(text) < self.too_few_bytes and len(text.encode()) < self.too_few_bytes):
                 measured.noted["too_short"] += 1
-            elif not self.is_split and is_surely_longer(text, self.most, self.tokenizer):
+            elif not self.is_split and self.count.is_surely_longer(text, self.most):
                 measured.noted["too_long"] += 1
             elif self.is_split and len(text) > 4 * self.most:  # likely too long: counted piece by piece, not whole
                 self._split(number, text, measured)
             else:
                 counted.append((number, text))
-        tokens = count_tokens([text for _, text in counted], self.tokenizer)
+        tokens = self.count([text for _, text in counted])
         for (number, text), count in zip(counted, tokens, strict=True):
             if count > self.most and self.is_split:
                 self._split(number, text, measured)
@@ -78,10 +79,10 @@ class TextMeasure:
             measured.noted["too_short" if tokens < self.least else "too_long"] += 1
 
     def _split(self, number: int, text: str, measured: Measured) -> None:
-        pieces = cut_text(text, self.least, self.most, self.tokenizer)
+        pieces = cut_text(text, self.least, self.most, self.count)
         measured.noted["split"] += len(pieces) > 1
         for start, end in pieces:  # one at a time: a whole book's tokens are never in memory
-            (tokens,) = count_tokens([text[start:end]], self.tokenizer)
+            (tokens,) = self.count([text[start:end]])
             self._take(number, text, start, end, tokens, measured)
 
 
