@@ -2,11 +2,15 @@
 
 import argparse
 import os
+import sys
+from datetime import date
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from component.distribution import versions
 from component.error import UserError, first_line
+from component.token_file import describe_tokenizer
 
 
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
@@ -29,8 +33,8 @@ def check_common_flags(flags: argparse.Namespace) -> list[str]:
 
 
 def open_output(flags: argparse.Namespace) -> None:
-    """Make the output's folder; refuse to replace what is there, unless it is a killed run's own."""
-    if flags.output.exists() and not flags.overwrite and not journal_path(flags.output).exists():
+    """Make the output's folder; refuse to replace what is there. The output comes last: it tells of a whole run."""
+    if flags.output.exists() and not flags.overwrite:
         raise UserError(f"--output: {flags.output} exists; name another file, or replace it with --overwrite")
     flags.output.parent.mkdir(parents=True, exist_ok=True)
 
@@ -60,3 +64,14 @@ def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
     if tokenizer.eos_token_id is None:
         raise UserError(f"--tokenizer: {name!r} has no end-of-sequence token; give it one in tokenizer_config.json")
     return tokenizer
+
+
+def origin(flags: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> dict:
+    """How statistics came about."""
+    return {
+        "tokenizer": describe_tokenizer(tokenizer, flags.tokenizer),
+        "flags": {name: str(value) if isinstance(value, Path) else value for name, value in vars(flags).items()},
+        "command": " ".join(sys.argv),
+        "versions": versions(),
+        "date": str(date.today()),
+    }

@@ -11,18 +11,27 @@ same, byte for byte, with any --num_proc.
 import argparse
 import sys
 from collections import Counter
-from datetime import date
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from component.build import add_common_flags, check_common_flags, journal_path, open_output, open_tokenizer, side_file
+from transformers import PreTrainedTokenizerBase
+
+from component.build import (
+    add_common_flags,
+    check_common_flags,
+    journal_path,
+    open_output,
+    open_tokenizer,
+    origin,
+    side_file,
+)
 from component.corpus import LONG_TEXTS, Choice, TextMeasure, choose, write_corpus
-from component.distribution import describe_lengths, draw_lengths, versions, write_json
+from component.distribution import describe_lengths, draw_lengths, write_json
 from component.error import UserError, exit_on_user_error
 from component.source import resolve_files
 from component.survey import SourceFile, Survey, survey_files
-from component.token_file import describe_tokenizer
+from component.token_file import tokenizer_hash
 
 
 def parse_flags() -> argparse.Namespace:
@@ -73,6 +82,30 @@ def statistics(flags: argparse.Namespace, survey: Survey, choices: list[Choice],
     }
 
 
+def measure(flags: argparse.Namespace, files: list[SourceFile], tokenizer: PreTrainedTokenizerBase) -> Survey:
+    names = ("min_tokens", "max_tokens", "long_texts", "text_key")
+    settings = {"program": "build_pretrain"} | {name: getattr(flags, name) for name in names}
+    return survey_files(
+        journal_path(flags.output),
+        files,
+        settings | {"tokenizer": tokenizer_hash(tokenizer)},
+        TextMeasure(tokenizer, flags.min_tokens, flags.max_tokens, flags.long_texts, flags.text_key),
+        num_proc=flags.num_proc,
+        overwrite=flags.overwrite,
+    )
+
+
+def write(flags: argparse.Namespace, survey: Survey, choices: list[Choice], stats: dict) -> str:
+    """The three files, the corpus last; one line about it."""
+    write_json(side_file(flags.output, ".stats.json"), stats)
+    lengths = stats["lengths"]
+    title = f"{flags.output.name}: {lengths['texts']:,} texts, {lengths['tokens']:,} tokens"
+    draw_lengths({"": lengths}, side_file(flags.output, ".png"), f"{title}, median {lengths['median']:,.0f}")
+    write_corpus(flags.output, survey, choices, flags.text_key)
+    survey.journal.unlink()
+    return f"{title} -> {flags.output}"
+
+
 @exit_on_user_error
 def main() -> None:
     flags = parse_flags()
@@ -81,25 +114,13 @@ def main() -> None:
     files = [SourceFile(path, (flags.text_key,)) for path in dict.fromkeys(paths)]
     open_output(flags)
     tokenizer = open_tokenizer(flags.tokenizer)
-    told = describe_tokenizer(tokenizer, flags.tokenizer)
-    names = ("min_tokens", "max_tokens", "long_texts", "text_key")
-    settings = {"program": "build_pretrain"} | {name: getattr(flags, name) for name in names}
     megabytes = sum(file.path.stat().st_size for file in files) / 1e6
     print(
         f"{len(files)} files, {megabytes:,.1f} MB; texts of {flags.min_tokens:,} to {flags.max_tokens:,} tokens of "
         f"{flags.tokenizer}, longer ones: {flags.long_texts}; {flags.num_proc} processes",
         flush=True,
     )
-    measure = TextMeasure(tokenizer, flags.min_tokens, flags.max_tokens, flags.long_texts, flags.text_key)
-    journal = journal_path(flags.output)
-    survey = survey_files(
-        journal,
-        files,
-        settings | {"tokenizer": told["sha256"]},
-        measure,
-        num_proc=flags.num_proc,
-        overwrite=flags.overwrite,
-    )
+    survey = measure(flags, files, tokenizer)
     note = survey.tally().refuse_if_too_many(flags.max_bad_fraction)
     choices, duplicates = choose(survey, flags.num_samples, flags.seed)
     if not choices:
@@ -107,16 +128,10 @@ def main() -> None:
             f"--source: no text of {flags.min_tokens:,} to {flags.max_tokens:,} tokens in it; change --min_tokens or "
             "--max_tokens, or cut longer texts with --long_texts split"
         )
-    write_corpus(flags.output, survey, choices, flags.text_key)
-    stats = statistics(flags, survey, choices, duplicates)
-    origin = {"tokenizer": told, "flags": vars(flags) | {"output": str(flags.output)}, "versions": versions()}
-    write_json(side_file(flags.output, ".stats.json"), {**stats, **origin, "date": str(date.today())})
-    lengths = stats["lengths"]
-    title = f"{flags.output.name}: {lengths['texts']:,} texts, {lengths['tokens']:,} tokens"
-    draw_lengths({"": lengths}, side_file(flags.output, ".png"), f"{title}, median {lengths['median']:,.0f}")
-    journal.unlink()
+    stats = statistics(flags, survey, choices, duplicates) | origin(flags, tokenizer)
+    told = write(flags, survey, choices, stats)
     counts = ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in stats["counts"].items())
-    print("\n".join(filter(None, [note, counts, f"{title} -> {flags.output}"])), flush=True)
+    print("\n".join(filter(None, [note, counts, told])), flush=True)
 
 
 if __name__ == "__main__":

@@ -10,18 +10,27 @@ is) and FILE.png (the distribution of lengths, source by source). Killed runs go
 import argparse
 import sys
 from collections import Counter
-from datetime import date
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from component.build import add_common_flags, check_common_flags, journal_path, open_output, open_tokenizer, side_file
-from component.distribution import describe_lengths, draw_lengths, versions, write_json
+from transformers import PreTrainedTokenizerBase
+
+from component.build import (
+    add_common_flags,
+    check_common_flags,
+    journal_path,
+    open_output,
+    open_tokenizer,
+    origin,
+    side_file,
+)
+from component.distribution import describe_lengths, draw_lengths, write_json
 from component.error import UserError, exit_on_user_error
 from component.example import Example, ExampleMeasure, choose_examples, write_examples
 from component.mixture import Mixture, read_mixture
 from component.survey import SourceFile, Survey, survey_files
-from component.token_file import describe_tokenizer
+from component.token_file import tokenizer_hash
 
 REASONS = ("too_short", "too_long", "empty", "filtered")
 
@@ -82,42 +91,23 @@ def report(stats: dict, mixture: Mixture) -> str:
     return "\n".join(lines)
 
 
-@exit_on_user_error
-def main() -> None:
-    flags = parse_flags()
-    check_flags(flags)
-    mixture = read_mixture(flags.config)
+def measure(flags: argparse.Namespace, mixture: Mixture, tokenizer: PreTrainedTokenizerBase) -> Survey:
     files = [SourceFile(file, group=group) for group, source in enumerate(mixture.sources) for file in source.files]
-    open_output(flags)
-    tokenizer = open_tokenizer(flags.tokenizer)
-    tokenizer_told = describe_tokenizer(tokenizer, flags.tokenizer)
-    print(
-        f"{len(mixture.sources)} sources, {len(files)} files; examples of at most {flags.max_tokens:,} tokens of "
-        f"{flags.tokenizer}; {flags.num_proc} processes",
-        flush=True,
-    )
     rules = [[source.name, source.mapping, source.turns, source.filters] for source in mixture.sources]
     settings = {"program": "build_sft", "max_tokens": flags.max_tokens, "sources": rules}
-    journal = journal_path(flags.output)
-    survey = survey_files(
-        journal,
+    return survey_files(
+        journal_path(flags.output),
         files,
-        settings | {"tokenizer": tokenizer_told["sha256"]},
+        settings | {"tokenizer": tokenizer_hash(tokenizer)},
         ExampleMeasure(tokenizer, mixture, flags.max_tokens),
         num_proc=flags.num_proc,
         overwrite=flags.overwrite,
     )
-    note = survey.tally().refuse_if_too_many(flags.max_bad_fraction)
-    examples, told = choose_examples(survey, mixture, flags.seed)
-    if not examples:
-        raise UserError(
-            f"--config: no example of {flags.config} fits; raise --max_tokens, or loosen filters and shares"
-        )
-    write_examples(flags.output, survey, mixture, examples)
-    stats = statistics(survey, mixture, examples, told)
-    named = {key: str(value) if isinstance(value, Path) else value for key, value in vars(flags).items()}
-    origin = {"tokenizer": tokenizer_told, "flags": named, "versions": versions(), "date": str(date.today())}
-    write_json(side_file(flags.output, ".stats.json"), {**stats, **origin})
+
+
+def write(flags: argparse.Namespace, survey: Survey, mixture: Mixture, examples: list[Example], stats: dict) -> str:
+    """The three files, the corpus last; one line about it."""
+    write_json(side_file(flags.output, ".stats.json"), stats)
     lengths = stats["lengths"]
     title = f"{flags.output.name}: {lengths['texts']:,} examples, {lengths['tokens']:,} tokens"
     draw_lengths(
@@ -125,8 +115,33 @@ def main() -> None:
         side_file(flags.output, ".png"),
         f"{title}, median {lengths['median']:,.0f}",
     )
-    journal.unlink()
-    print("\n".join(filter(None, [note, report(stats, mixture), f"{title} -> {flags.output}"])), flush=True)
+    write_examples(flags.output, survey, mixture, examples)
+    survey.journal.unlink()
+    return f"{title} -> {flags.output}"
+
+
+@exit_on_user_error
+def main() -> None:
+    flags = parse_flags()
+    check_flags(flags)
+    mixture = read_mixture(flags.config)
+    open_output(flags)
+    tokenizer = open_tokenizer(flags.tokenizer)
+    print(
+        f"{len(mixture.sources)} sources; examples of at most {flags.max_tokens:,} tokens of {flags.tokenizer}; "
+        f"{flags.num_proc} processes",
+        flush=True,
+    )
+    survey = measure(flags, mixture, tokenizer)
+    note = survey.tally().refuse_if_too_many(flags.max_bad_fraction)
+    examples, told = choose_examples(survey, mixture, flags.seed)
+    if not examples:
+        raise UserError(
+            f"--config: no example of {flags.config} fits; raise --max_tokens, or loosen filters and shares"
+        )
+    stats = statistics(survey, mixture, examples, told) | origin(flags, tokenizer)
+    written = write(flags, survey, mixture, examples, stats)
+    print("\n".join(filter(None, [note, report(stats, mixture), written])), flush=True)
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def test_the_files(build, sources, tmp_path, word_folder):
     assert stats["tokenizer"]["vocab_size"] == 8
     assert len(stats["tokenizer"]["sha256"]) == 64
     assert stats["flags"]["seed"] == 42
-    assert set(stats) == {"counts", "sources", "lengths", "tokenizer", "flags", "versions", "date"}
+    assert set(stats) == {"counts", "sources", "lengths", "tokenizer", "flags", "command", "versions", "date"}
     with Image.open(tmp_path / "out.png") as picture:
         assert picture.format == "PNG"
     assert sorted(file.name for file in tmp_path.glob("*out*")) == ["out.jsonl", "out.png", "out.stats.json"]
@@ -129,7 +129,7 @@ def test_a_sample_does_not_depend_on_processes_or_order(build, tmp_path):
         ("4.jsonl", files, {"seed": 7}),
     ]:
         assert build(*order, output=output, num_samples=100, **flags).status == 0
-    one, two, turned, other = (read_lines(tmp_path / f"{number}.jsonl") for number in (1, 2, 3, 4))
+    one, turned, other = (read_lines(tmp_path / f"{number}.jsonl") for number in (1, 3, 4))
     assert (tmp_path / "1.jsonl").read_bytes() == (tmp_path / "2.jsonl").read_bytes()
     assert len(one) == len(other) == 100
     assert sorted(map(str, one)) == sorted(map(str, turned)), "the same texts, in the order of the input"
@@ -155,7 +155,13 @@ def test_long_texts_are_split(build, tmp_path):
     cut = ["a a a\nb b b", "c c c\nd d d", "e e e\na a a", "a b c"]
     assert [record["text"] for record in read_lines(tmp_path / "out.jsonl")] == cut, "equal pieces count once"
     counts = json.loads((tmp_path / "out.stats.json").read_text())["counts"]
-    assert (counts["read"], counts["split"], counts["too_long"], counts["duplicates"], counts["sampled"]) == (3, 2, 0, 3, 4)
+    assert (counts["read"], counts["split"], counts["too_long"], counts["duplicates"], counts["sampled"]) == (
+        3,
+        2,
+        0,
+        3,
+        4,
+    )
     build(file, output="dropped.jsonl")
     assert [record["text"] for record in read_lines(tmp_path / "dropped.jsonl")] == ["a b c"]
 
