@@ -91,11 +91,7 @@ def choose(survey: Survey, num_samples: int, seed: int) -> tuple[list[Choice], C
     kept = sum(count.kept for count in survey.counts)
     is_first = first_of_each((row[-1] for _, row in survey.rows()), kept)
     duplicates = Counter(file for (file, _), first in zip(survey.rows(), is_first, strict=True) if not first)
-    keyed = (
-        (sample_key(row[-1], seed), (file, *row))
-        for (file, row), first in zip(survey.rows(), is_first, strict=True)
-        if first
-    )
+    keyed = ((sample_key(row[-1], seed), (file, *row)) for file, row in survey.rows())  # equal texts, equal keys
     return [Choice(*place) for place in sorted(lowest(keyed, num_samples).values())], duplicates
 
 

@@ -74,7 +74,7 @@ def draw_lengths(lengths_of: dict[str, dict], file: Path, title: str) -> None:
         axes.xaxis.set_major_formatter(thousands)
         axes.xaxis.set_major_locator(MaxNLocator(6 if len(shown) <= 1 else 4))
         axes.yaxis.set_major_formatter(thousands)
-        axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
         axes.grid(axis="y", color="0.9")
         axes.set_axisbelow(True)
         axes.tick_params(labelbottom=True)

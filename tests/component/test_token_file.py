@@ -144,7 +144,7 @@ def test_a_hash_is_of_what_decides_ids(base_folder, tmp_path, tokenizer):
     assert tokenizer_hash(AutoTokenizer.from_pretrained(tmp_path)) == known, "the folder is no part of it"
     tokenizer("a", truncation=True, max_length=1)
     tokenizer.pad_token = "</s>"
-    tokenizer(["a", "b c"], padding=True)
+    tokenizer(["a", "b c"], padding=True, truncation=True, max_length=5)
     assert tokenizer_hash(tokenizer) == known, "nor are truncation and padding"
 
 

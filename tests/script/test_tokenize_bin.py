@@ -25,14 +25,15 @@ def tokenize(run_program, base_folder, tmp_path):
 
 @pytest.fixture
 def texts(tmp_path):
-    """300 of them, with an empty one, in two files; the last is longer than a chunk."""
+    """300 of them, with an empty one, in two files; the last is a long one."""
     texts = [f"{number} {TEXTS[number % 5]}\n" for number in range(299)]
     first = write_lines(tmp_path / "1.jsonl", *({"text": text} for text in texts[:100]), {"text": " \n"})
     second = write_lines(tmp_path / "2.jsonl", *({"text": text} for text in texts[100:]), {"text": TEXTS[0] * 8000})
     return [first, second], [*texts, TEXTS[0] * 8000]
 
 
-def test_a_file_read_back_is_its_documents(tokenize, texts, tokenizer, tmp_path, base_folder):
+def test_a_file_read_back_is_its_documents(tokenize, texts, tokenizer, tmp_path, base_folder, monkeypatch):
+    monkeypatch.setattr("component.documents.CHUNK_CHARACTERS", 1000)  # about 10 texts
     sources, expected = texts
     outcome = tokenize(*sources, num_proc=1)
     assert outcome.status == 0, outcome.err
