@@ -176,16 +176,10 @@ def write_tokens(
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists; name another file, or --overwrite it")
     writing, writing_index = path.with_name(f".{path.name}.writing"), path.with_name(f".{path.name}.json.writing")
-    dtype, tokens = token_dtype(len(tokenizer)), 0
-    offsets: list[int] = []
+    dtype = token_dtype(len(tokenizer))
     try:
-        with writing.open("wb") as file:
-            for ids in documents:
-                opening = before if bos == "each" or not offsets else []
-                offsets.append(tokens)
-                row = np.array([*opening, *ids, *after], dtype=dtype)
-                row.tofile(file)
-                tokens += len(row)
+        complete = ([*(before if bos == "each" or at == 0 else []), *ids, *after] for at, ids in enumerate(documents))
+        offsets, tokens = _write_ids(writing, complete, dtype)
         if not tokens:
             raise UserError(f"{path}: no document to write; name sources that hold texts")
         told = describe_tokenizer(tokenizer, name)
@@ -200,6 +194,17 @@ def write_tokens(
         writing.unlink(missing_ok=True)
         writing_index.unlink(missing_ok=True)
     return index
+
+
+def _write_ids(file: Path, documents: Iterable[list[int]], dtype: np.dtype) -> tuple[list[int], int]:
+    """The token that each document starts at, and how many there are."""
+    offsets, tokens = [], 0
+    with file.open("wb") as out:
+        for ids in documents:
+            offsets.append(tokens)
+            np.array(ids, dtype=dtype).tofile(out)
+            tokens += len(ids)
+    return offsets, tokens
 
 
 def _specials(tokenizer: PreTrainedTokenizerBase, bos: str, eos: str) -> tuple[list[int], list[int]]:

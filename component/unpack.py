@@ -48,7 +48,7 @@ def json_lines(file: Path) -> Iterator[tuple[int, object]]:
 def _parse(line: bytes) -> object:
     """What a line of JSON holds, or what is wrong with it."""
     try:
-        return json.loads(line.decode())
+        return json.loads(line.rstrip(b"\r\n").decode())
     except UnicodeDecodeError as error:
         return BadRecord(f"not UTF-8 ({error.reason}); convert the file")
     except (ValueError, RecursionError) as error:

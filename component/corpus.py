@@ -1,0 +1,130 @@
+"""What is a pretraining corpus? Texts of the right length, each once, sampled fairly, in the order of the input.
+
+Two passes: the first measures every text (component/survey.py), then the sample is drawn from the measures alone
+(component/selection.py), and the second pass reads the files again and writes what was drawn. No text is kept.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from component.error import UserError
+from component.piece import cut_text
+from component.selection import first_of_each, lowest, sample_key, text_hash
+from component.source import read_records
+from component.survey import Chunk, Measured, Survey
+from component.token_count import TokenCounter
+from component.unpack import BadRecord
+
+LONG_TEXTS = ("drop", "split")
+
+
+@dataclass
+class Choice:
+    """A text, or a piece of one, that goes into the corpus."""
+
+    file: int
+    number: int  # of the record
+    start: int  # characters
+    end: int
+    tokens: int
+    hashed: str
+
+
+class TextMeasure:
+    """Measures chunks of {key: text}: rows for the texts, or the pieces of texts, of min_tokens to max_tokens."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, min_tokens: int, max_tokens: int, long_texts: str, key: str
+    ):
+        self.count, self.key, self.is_split = TokenCounter(tokenizer), key, long_texts == "split"
+        self.least, self.most = min_tokens, max_tokens
+        # so few bytes are too few tokens, whatever they are: most texts of a crawl need no tokenizing
+        self.too_few_bytes = min_tokens - 4 if self.count.has_at_most_byte_tokens else 0
+
+    def __call__(self, group: int, chunk: Chunk) -> Measured:
+        measured = Measured()
+        counted: list[tuple[int, str]] = []
+        for number, record in chunk:
+            if isinstance(record, BadRecord):
+                measured.bad.append((number, record.problem))
+                continue
+            text = record[self.key]
+            if not text.strip() or (len(text) < self.too_few_bytes and len(text.encode()) < self.too_few_bytes):
+                measured.noted["too_short"] += 1
+            elif not self.is_split and self.count.is_surely_longer(text, self.most):
+                measured.noted["too_long"] += 1
+            elif self.is_split and len(text) > 4 * self.most:  # likely too long: counted piece by piece, not whole
+                self._split(number, text, measured)
+            else:
+                counted.append((number, text))
+        tokens = self.count([text for _, text in counted])
+        for (number, text), count in zip(counted, tokens, strict=True):
+            if count > self.most and self.is_split:
+                self._split(number, text, measured)
+            else:
+                self._take(number, text, 0, len(text), count, measured)
+        measured.rows.sort()
+        return measured
+
+    def _take(self, number: int, text: str, start: int, end: int, tokens: int, measured: Measured) -> None:
+        if self.least <= tokens <= self.most:
+            measured.rows.append((number, start, end, tokens, text_hash(text[start:end])))
+        else:
+            measured.noted["too_short" if tokens < self.least else "too_long"] += 1
+
+    def _split(self, number: int, text: str, measured: Measured) -> None:
+        pieces = cut_text(text, self.least, self.most, self.count)
+        measured.noted["split"] += len(pieces) > 1
+        for start, end in pieces:  # one at a time: a whole book's tokens are never in memory
+            (tokens,) = self.count([text[start:end]])
+            self._take(number, text, start, end, tokens, measured)
+
+
+def choose(survey: Survey, num_samples: int, seed: int) -> tuple[list[Choice], Counter]:
+    """The sample in input order, and how many duplicates each file holds of texts before them."""
+    kept = sum(count.kept for count in survey.counts)
+    is_first = first_of_each((row[-1] for _, row in survey.rows()), kept)
+    duplicates = Counter(file for (file, _), first in zip(survey.rows(), is_first, strict=True) if not first)
+    keyed = ((sample_key(row[-1], seed), (file, *row)) for file, row in survey.rows())  # equal texts, equal keys
+    return [Choice(*place) for place in sorted(lowest(keyed, num_samples).values())], duplicates
+
+
+def write_corpus(output: Path, survey: Survey, choices: list[Choice], key: str) -> None:
+    """One {"text": ...} per line, whole or not at all.
+
+    Raises:
+        UserError: a file has changed since it was measured.
+    """
+    writing = output.with_name(f".{output.name}.writing")
+    try:
+        with writing.open("w", encoding="utf-8", newline="\n") as lines:
+            for text in tqdm(_texts(survey, choices, key), total=len(choices), desc="writing", unit=" texts"):
+                lines.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+        writing.replace(output)
+    finally:
+        writing.unlink(missing_ok=True)
+
+
+def _texts(survey: Survey, choices: list[Choice], key: str) -> Iterator[str]:
+    waiting = iter(choices)
+    choice = next(waiting, None)
+    for index, file in enumerate(survey.files):
+        if choice is None or choice.file != index:
+            continue
+        for number, record in read_records(file.path, file.keys):
+            while choice is not None and (choice.file, choice.number) == (index, number):
+                text = record[key][choice.start : choice.end] if isinstance(record, dict) else ""
+                if text_hash(text) != choice.hashed:
+                    raise UserError(f"{file.path}:{number}: changed while it was read; start again with --overwrite")
+                yield text
+                choice = next(waiting, None)
+            if choice is None or choice.file != index:
+                break
+    if choice is not None:
+        raise UserError(f"{survey.files[choice.file].path}: became shorter while it was read; start again")

@@ -1,0 +1,96 @@
+"""How many tokens has a text? As many as training counts (dataset.encode_text), and told fast.
+
+That is with what the tokenizer puts around a text, and an end-of-sequence token. LLaMA-2's tokenizer has no word
+boundaries: it merges characters over a whole text, at a megabyte a second and less. But where no token of the
+vocabulary has a space mark behind another character, nothing is ever merged across the start of a word; likewise at
+line ends. A text's count is then the sum of its words' counts, and most words were counted before.
+"""
+
+import json
+import re
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+CHARACTERS_PER_TOKEN = 8  # more than any tokenizer reaches on running text
+MARGIN = 1.02  # counts of parts add up to a little more or less than the whole's
+CACHED_WORDS, CACHED_CHARACTERS = 2**17, 64  # how many words are remembered, up to which length
+SPACE_MARK = "▁"
+WORD = re.compile("\n|▁+[^▁\n]*|[^▁\n]+")
+LLAMA_STEPS = [
+    {"type": "Prepend", "prepend": SPACE_MARK},
+    {"type": "Replace", "pattern": {"String": " "}, "content": SPACE_MARK},
+]
+
+
+class TokenCounter:
+    """Counts tokens of texts as training samples; for one process, as it remembers words."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+        self.backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+        told = json.loads(self.backend.to_str()) if self.backend else {}
+        self.has_separate_words = bool(told) and _has_separate_words(told)
+        self.has_at_most_byte_tokens = bool(told) and _has_at_most_byte_tokens(told)
+        self.added = [token["content"] for token in told.get("added_tokens", [])]
+        self.words: dict[str, int] = {}
+        self.around = self._count_whole([""])[0]  # beginning and end of a text
+
+    def __call__(self, texts: list[str]) -> list[int]:
+        if not self.has_separate_words:
+            return self._count_whole(texts) if texts else []
+        return [self._count_words(text) for text in texts]
+
+    def is_surely_longer(self, text: str, tokens: int) -> bool:
+        """Whether `text` is longer by far than `tokens`, told from its beginning; False is no answer."""
+        end = CHARACTERS_PER_TOKEN * tokens
+        return len(text) > 2 * end and self([text[:end]])[0] > MARGIN * tokens + 64
+
+    def _count_whole(self, texts: list[str]) -> list[int]:
+        if self.backend is None:
+            encoded = [self.tokenizer(text).input_ids for text in texts]
+        else:
+            # straight to the library: without offsets it is half as fast again
+            self.backend.no_truncation()
+            self.backend.no_padding()
+            encoded = [encoding.ids for encoding in self.backend.encode_batch_fast(texts)]
+        return [len(ids) + (not ids or ids[-1] != self.tokenizer.eos_token_id) for ids in encoded]
+
+    def _count_words(self, text: str) -> int:
+        if any(token in text for token in self.added):  # such a token ends a word and begins another
+            return self._count_whole([text])[0]
+        normalized = SPACE_MARK + text.replace(" ", SPACE_MARK) if text else ""
+        words = WORD.findall(normalized)
+        new = {word for word in words if word not in self.words}
+        if len(self.words) + len(new) > CACHED_WORDS:
+            self.words.clear()
+            new = set(words)
+        for word in new:
+            self.words[word] = len(self.backend.model.tokenize(word))
+        tokens = self.around + sum(map(self.words.__getitem__, words))
+        for word in new:
+            if len(word) > CACHED_CHARACTERS:
+                del self.words[word]
+        return tokens
+
+
+def _has_separate_words(told: dict) -> bool:
+    model, normalizer = told["model"], told["normalizer"] or {}
+    return (
+        normalizer.get("normalizers") == LLAMA_STEPS
+        and told["pre_tokenizer"] is None
+        and model["type"] == "BPE"
+        and not any(SPACE_MARK in token.lstrip(SPACE_MARK) for token in model["vocab"])
+        and not any("\n" in token and token != "\n" for token in model["vocab"])
+    )
+
+
+def _has_at_most_byte_tokens(told: dict) -> bool:
+    """Whether a text has no more tokens than UTF-8 bytes (and a few around it): BPE that falls back to bytes.
+
+    A normaliser could make a text longer first; Llama's does not.
+    """
+    normalizer = told["normalizer"]
+    is_known = normalizer is None or normalizer.get("normalizers") == LLAMA_STEPS
+    model, before = told["model"], json.dumps(told["pre_tokenizer"])
+    return is_known and model["type"] == "BPE" and (bool(model.get("byte_fallback")) or '"ByteLevel"' in before)

@@ -1,0 +1,138 @@
+"""A pretraining corpus out of any texts: those of 4096 to 32768 tokens, each once, a fair sample of them.
+
+    python script/data/build_pretrain.py --source books.jsonl.xz articles/ --tokenizer NousResearch/Llama-2-7b-hf \\
+        --output data/pretrain.jsonl --min_tokens 4096 --max_tokens 32768 --num_samples 54212 --seed 42
+
+Beside FILE.jsonl, for train_file: FILE.stats.json (what was read, left out and taken, and how long it is) and FILE.png
+(the distribution of lengths). A run that was killed goes on where it was when it is started again; its file is the
+same, byte for byte, with any --num_proc.
+"""
+
+import argparse
+import sys
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from transformers import PreTrainedTokenizerBase
+
+from component.build import (
+    add_common_flags,
+    check_common_flags,
+    journal_path,
+    open_output,
+    open_tokenizer,
+    origin,
+    side_file,
+)
+from component.corpus import LONG_TEXTS, Choice, TextMeasure, choose, write_corpus
+from component.distribution import describe_lengths, draw_lengths, write_json
+from component.error import UserError, exit_on_user_error
+from component.source import resolve_files
+from component.survey import SourceFile, Survey, survey_files
+from component.token_file import tokenizer_hash
+
+
+def parse_flags() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--source", nargs="+", required=True, help="files, folders or hub ids; see component/source.py"
+    )
+    add_common_flags(parser)
+    parser.add_argument("--min_tokens", type=int, default=4096, help="of a text, as training counts them (4096)")
+    parser.add_argument("--max_tokens", type=int, default=32768, help="of a text, as training counts them (32768)")
+    parser.add_argument("--num_samples", type=int, default=54212, help="texts at most (54212, as the original's)")
+    parser.add_argument("--seed", type=int, default=42, help="another seed is another sample (42)")
+    parser.add_argument("--long_texts", choices=LONG_TEXTS, default="drop", help="longer ones: drop, as the original")
+    parser.add_argument("--text_key", default="text", help="of JSON Lines and parquet (text)")
+    return parser.parse_args()
+
+
+def check_flags(flags: argparse.Namespace) -> None:
+    problems = check_common_flags(flags)
+    if flags.min_tokens < 1 or flags.max_tokens < flags.min_tokens:
+        problems.append(f"--min_tokens {flags.min_tokens}, --max_tokens {flags.max_tokens}: use 1 <= min <= max")
+    if flags.num_samples < 1:
+        problems.append(f"--num_samples: {flags.num_samples}; use at least 1")
+    if problems:
+        raise UserError("\n  ".join(problems))
+
+
+def statistics(flags: argparse.Namespace, survey: Survey, choices: list[Choice], duplicates: Counter) -> dict:
+    sampled = Counter(choice.file for choice in choices)
+    sources = [
+        {
+            "file": str(file.path),
+            "bytes": file.path.stat().st_size,
+            "read": count.read,
+            "bad": count.bad,
+            **{name: count.noted[name] for name in ("too_short", "too_long", "split")},
+            "duplicates": duplicates[index],
+            "kept": count.kept - duplicates[index],
+            "sampled": sampled[index],
+        }
+        for index, (file, count) in enumerate(zip(survey.files, survey.counts, strict=True))
+    ]
+    names = list(sources[0])[1:]
+    return {
+        "counts": {name: sum(source[name] for source in sources) for name in names},
+        "sources": sources,
+        "lengths": describe_lengths([choice.tokens for choice in choices]),
+    }
+
+
+def measure(flags: argparse.Namespace, files: list[SourceFile], tokenizer: PreTrainedTokenizerBase) -> Survey:
+    names = ("min_tokens", "max_tokens", "long_texts", "text_key")
+    settings = {"program": "build_pretrain"} | {name: getattr(flags, name) for name in names}
+    return survey_files(
+        journal_path(flags.output),
+        files,
+        settings | {"tokenizer": tokenizer_hash(tokenizer)},
+        TextMeasure(tokenizer, flags.min_tokens, flags.max_tokens, flags.long_texts, flags.text_key),
+        num_proc=flags.num_proc,
+        overwrite=flags.overwrite,
+    )
+
+
+def write(flags: argparse.Namespace, survey: Survey, choices: list[Choice], stats: dict) -> str:
+    """The three files, the corpus last; one line about it."""
+    write_json(side_file(flags.output, ".stats.json"), stats)
+    lengths = stats["lengths"]
+    title = f"{flags.output.name}: {lengths['texts']:,} texts, {lengths['tokens']:,} tokens"
+    draw_lengths({"": lengths}, side_file(flags.output, ".png"), f"{title}, median {lengths['median']:,.0f}")
+    write_corpus(flags.output, survey, choices, flags.text_key)
+    survey.journal.unlink()
+    return f"{title} -> {flags.output}"
+
+
+@exit_on_user_error
+def main() -> None:
+    flags = parse_flags()
+    check_flags(flags)
+    paths = [path for source in flags.source for path in resolve_files(source, "--source")]
+    files = [SourceFile(path, (flags.text_key,)) for path in dict.fromkeys(paths)]
+    open_output(flags)
+    tokenizer = open_tokenizer(flags.tokenizer)
+    megabytes = sum(file.path.stat().st_size for file in files) / 1e6
+    print(
+        f"{len(files)} files, {megabytes:,.1f} MB; texts of {flags.min_tokens:,} to {flags.max_tokens:,} tokens of "
+        f"{flags.tokenizer}, longer ones: {flags.long_texts}; {flags.num_proc} processes",
+        flush=True,
+    )
+    survey = measure(flags, files, tokenizer)
+    note = survey.tally().refuse_if_too_many(flags.max_bad_fraction)
+    choices, duplicates = choose(survey, flags.num_samples, flags.seed)
+    if not choices:
+        raise UserError(
+            f"--source: no text of {flags.min_tokens:,} to {flags.max_tokens:,} tokens in it; change --min_tokens or "
+            "--max_tokens, or cut longer texts with --long_texts split"
+        )
+    stats = statistics(flags, survey, choices, duplicates) | origin(flags, tokenizer)
+    told = write(flags, survey, choices, stats)
+    counts = ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in stats["counts"].items())
+    print("\n".join(filter(None, [note, counts, told])), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""An instruction corpus out of several published ones: questions and answers that fit, each once, in chosen shares.
+
+    python script/data/build_sft.py --config script/data/sft_sources.yaml --tokenizer lmsys/vicuna-13b-v1.5 \\
+        --output data/sft.jsonl --max_tokens 8192 --seed 42
+
+Beside FILE.jsonl, for train_file: FILE.stats.json (what was read, left out and taken of each source, and how long it
+is) and FILE.png (the distribution of lengths, source by source). Killed runs go on where they were.
+"""
+
+import argparse
+import sys
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from transformers import PreTrainedTokenizerBase
+
+from component.build import (
+    add_common_flags,
+    check_common_flags,
+    journal_path,
+    open_output,
+    open_tokenizer,
+    origin,
+    side_file,
+)
+from component.distribution import describe_lengths, draw_lengths, write_json
+from component.error import UserError, exit_on_user_error
+from component.example import Example, ExampleMeasure, choose_examples, write_examples
+from component.mixture import Mixture, read_mixture
+from component.survey import SourceFile, Survey, survey_files
+from component.token_file import tokenizer_hash
+
+REASONS = ("too_short", "too_long", "empty", "filtered")
+
+
+def parse_flags() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="YAML of the sources; see sft_sources.yaml")
+    add_common_flags(parser)
+    parser.add_argument("--max_tokens", type=int, default=8192, help="of an example, chat template included (8192)")
+    parser.add_argument("--seed", type=int, default=42, help="another seed is another sample and order (42)")
+    return parser.parse_args()
+
+
+def check_flags(flags: argparse.Namespace) -> None:
+    problems = check_common_flags(flags)
+    if flags.max_tokens < 1:
+        problems.append(f"--max_tokens: {flags.max_tokens}; use at least 1")
+    if problems:
+        raise UserError("\n  ".join(problems))
+
+
+def statistics(survey: Survey, mixture: Mixture, examples: list[Example], told: list[dict]) -> dict:
+    sources = []
+    for group, source in enumerate(mixture.sources):
+        counts = [count for file, count in zip(survey.files, survey.counts, strict=True) if file.group == group]
+        noted = sum((count.noted for count in counts), Counter())
+        kept = sum(count.kept for count in counts)
+        lengths = [example.tokens for example in examples if survey.files[example.file].group == group]
+        sources.append(
+            {
+                "name": source.name,
+                "files": [{"file": str(file), "bytes": file.stat().st_size} for file in source.files],
+                "mapping": source.mapping,
+                "share": source.share,
+                "count": source.count,
+                "read": sum(count.read for count in counts),
+                "bad": sum(count.bad for count in counts),
+                **{reason: noted[reason] for reason in REASONS},
+                "duplicates": kept - told[group]["available"],
+                **told[group],
+                "lengths": describe_lengths(lengths),
+            }
+        )
+    names = ("read", "bad", *REASONS, "duplicates", "available", "sampled")
+    return {
+        "counts": {name: sum(source[name] for source in sources) for name in names},
+        "sources": sources,
+        "lengths": describe_lengths([example.tokens for example in examples]),
+    }
+
+
+def report(stats: dict, mixture: Mixture) -> str:
+    lines = []
+    for source, asked in zip(stats["sources"], mixture.sources, strict=True):
+        dropped = ", ".join(f"{name.replace('_', ' ')} {source[name]:,}" for name in ("bad", *REASONS, "duplicates"))
+        lack = f"; {asked.count:,} asked for" if asked.count and asked.count > source["sampled"] else ""
+        lines.append(f"{source['name']}: {source['sampled']:,} of {source['read']:,} read ({dropped}{lack})")
+    return "\n".join(lines)
+
+
+def measure(flags: argparse.Namespace, mixture: Mixture, tokenizer: PreTrainedTokenizerBase) -> Survey:
+    files = [SourceFile(file, group=group) for group, source in enumerate(mixture.sources) for file in source.files]
+    rules = [[source.name, source.mapping, source.turns, source.filters] for source in mixture.sources]
+    settings = {"program": "build_sft", "max_tokens": flags.max_tokens, "sources": rules}
+    return survey_files(
+        journal_path(flags.output),
+        files,
+        settings | {"tokenizer": tokenizer_hash(tokenizer)},
+        ExampleMeasure(tokenizer, mixture, flags.max_tokens),
+        num_proc=flags.num_proc,
+        overwrite=flags.overwrite,
+    )
+
+
+def write(flags: argparse.Namespace, survey: Survey, mixture: Mixture, examples: list[Example], stats: dict) -> str:
+    """The three files, the corpus last; one line about it."""
+    write_json(side_file(flags.output, ".stats.json"), stats)
+    lengths = stats["lengths"]
+    title = f"{flags.output.name}: {lengths['texts']:,} examples, {lengths['tokens']:,} tokens"
+    draw_lengths(
+        {source["name"]: source["lengths"] for source in stats["sources"]},
+        side_file(flags.output, ".png"),
+        f"{title}, median {lengths['median']:,.0f}",
+    )
+    write_examples(flags.output, survey, mixture, examples)
+    survey.journal.unlink()
+    return f"{title} -> {flags.output}"
+
+
+@exit_on_user_error
+def main() -> None:
+    flags = parse_flags()
+    check_flags(flags)
+    mixture = read_mixture(flags.config)
+    open_output(flags)
+    tokenizer = open_tokenizer(flags.tokenizer)
+    print(
+        f"{len(mixture.sources)} sources; examples of at most {flags.max_tokens:,} tokens of {flags.tokenizer}; "
+        f"{flags.num_proc} processes",
+        flush=True,
+    )
+    survey = measure(flags, mixture, tokenizer)
+    note = survey.tally().refuse_if_too_many(flags.max_bad_fraction)
+    examples, told = choose_examples(survey, mixture, flags.seed)
+    if not examples:
+        raise UserError(
+            f"--config: no example of {flags.config} fits; raise --max_tokens, or loosen filters and shares"
+        )
+    stats = statistics(survey, mixture, examples, told) | origin(flags, tokenizer)
+    written = write(flags, survey, mixture, examples, stats)
+    print("\n".join(filter(None, [note, report(stats, mixture), written])), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""Texts to a file of token ids and its index, for evaluate.py and for any trainer that reads flat arrays.
+
+    python script/data/tokenize_bin.py --source books-validation.jsonl.xz --tokenizer NousResearch/Llama-2-7b-hf \\
+        --output data/validation.bin --bos each --eos each
+
+FILE.bin holds uint16 ids (uint32 above 65535 tokens), document after document in input order; FILE.bin.json says where
+each document starts, and which tokenizer made it.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from component.build import add_common_flags, check_common_flags, open_output, open_tokenizer
+from component.distribution import versions
+from component.documents import documents
+from component.error import UserError, exit_on_user_error
+from component.source import RecordTally, resolve_files
+from component.token_file import BOS, EOS, write_tokens
+
+
+def parse_flags() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--source", nargs="+", required=True, help="files, folders or hub ids; see component/source.py"
+    )
+    add_common_flags(parser)
+    parser.add_argument("--bos", choices=BOS, default="each", help="documents that <s> stands before (each)")
+    parser.add_argument("--eos", choices=EOS, default="each", help="documents that </s> stands after (each)")
+    parser.add_argument("--max_documents", type=int, help="the first so many only")
+    parser.add_argument("--text_key", default="text", help="of JSON Lines and parquet (text)")
+    return parser.parse_args()
+
+
+def check_flags(flags: argparse.Namespace) -> None:
+    problems = check_common_flags(flags)
+    if flags.max_documents is not None and flags.max_documents < 1:
+        problems.append(f"--max_documents: {flags.max_documents}; use at least 1")
+    if problems:
+        raise UserError("\n  ".join(problems))
+
+
+@exit_on_user_error
+def main() -> None:
+    flags = parse_flags()
+    check_flags(flags)
+    paths = list(dict.fromkeys(path for source in flags.source for path in resolve_files(source, "--source")))
+    open_output(flags)
+    tokenizer = open_tokenizer(flags.tokenizer)
+    megabytes = sum(path.stat().st_size for path in paths) / 1e6
+    print(f"{len(paths)} files, {megabytes:,.1f} MB; {flags.tokenizer}; {flags.num_proc} processes", flush=True)
+    tally = RecordTally()
+    index = write_tokens(
+        flags.output,
+        documents(
+            paths,
+            tokenizer,
+            tally,
+            key=flags.text_key,
+            num_proc=flags.num_proc,
+            max_documents=flags.max_documents,
+            max_bad_fraction=flags.max_bad_fraction,
+        ),
+        tokenizer,
+        name=flags.tokenizer,
+        bos=flags.bos,
+        eos=flags.eos,
+        sources=[path.name for path in paths],
+        command=" ".join(sys.argv),
+        versions=versions(),
+        overwrite=flags.overwrite,
+    )
+    note = tally.refuse_if_too_many(flags.max_bad_fraction)
+    told = f"{index.documents:,} documents, {index.tokens:,} tokens in {index.dtype} -> {flags.output}"
+    print("\n".join(filter(None, [note, told])), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""What is a file of tokens? Its bytes, its index, and everything that may disagree."""
+
+import json
+from datetime import date
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, normalizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from component.error import UserError
+from component.token_file import check_tokenizer, read_index, read_tokens, tokenizer_hash, write_tokens
+from tests.words import word_tokenizer
+
+DOCUMENTS = [[3, 4], [], [5, 6, 7]]
+
+
+def write(path, **options):
+    return write_tokens(path, iter(DOCUMENTS), word_tokenizer(), name="words", **options)
+
+
+@pytest.mark.parametrize(
+    ("bos", "eos", "tokens", "offsets"),
+    [
+        ("each", "each", [0, 3, 4, 1, 0, 1, 0, 5, 6, 7, 1], [0, 4, 6]),
+        ("first", "each", [0, 3, 4, 1, 1, 5, 6, 7, 1], [0, 4, 5]),
+        ("none", "each", [3, 4, 1, 1, 5, 6, 7, 1], [0, 3, 4]),
+        ("each", "none", [0, 3, 4, 0, 0, 5, 6, 7], [0, 3, 4]),
+        ("none", "none", [3, 4, 5, 6, 7], [0, 2, 2]),
+    ],
+)
+def test_tokens_and_index(tmp_path, bos, eos, tokens, offsets):
+    path = tmp_path / "t.bin"
+    origin = {"sources": ["a.jsonl"], "command": "the command", "versions": {"numpy": "2"}}
+    index = write(path, bos=bos, eos=eos, **origin)
+    assert np.fromfile(path, dtype="<u2").tolist() == tokens
+    assert json.loads((tmp_path / "t.bin.json").read_text()) == {
+        "format": 1,
+        "dtype": "uint16",
+        "tokens": len(tokens),
+        "documents": 3,
+        "offsets": offsets,
+        "tokenizer": {"name": "words", "vocab_size": 8, "sha256": tokenizer_hash(word_tokenizer())},
+        "bos": bos,
+        "eos": eos,
+        **origin,
+        "date": str(date.today()),
+    }
+    assert read_index(path) == index
+    assert read_tokens(str(path), 8).tolist() == tokens
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["t.bin", "t.bin.json"]
+
+
+def test_a_large_vocabulary_takes_four_bytes(tmp_path):
+    tokenizer = word_tokenizer(" ".join(f"w{number}" for number in range(65_533)))
+    write_tokens(tmp_path / "t.bin", [[65_535]], tokenizer, name="large", bos="none")
+    assert np.fromfile(tmp_path / "t.bin", dtype="<u4").tolist() == [65_535, 1]
+    # a model may have a row or two more or less than its tokenizer: the index knows what was written
+    assert read_tokens(str(tmp_path / "t.bin"), 70_000).tolist() == [65_535, 1]
+    assert read_index(tmp_path / "t.bin").dtype == "uint32"
+
+
+def test_no_index(tmp_path):
+    np.array([1, 2], dtype=np.uint16).tofile(tmp_path / "t.bin")
+    assert read_index(tmp_path / "t.bin") is None
+    assert read_tokens(str(tmp_path / "t.bin"), 8).tolist() == [1, 2]
+
+
+DAMAGES = {
+    "no JSON": (lambda index: "{", "damaged (JSONDecodeError"),
+    "no object": (lambda index: [], "damaged (TypeError"),
+    "another format": (lambda index: index | {"format": 2}, "format 2, but this version reads 1; make it again"),
+    "no dtype": (lambda index: {key: index[key] for key in index if key != "dtype"}, "damaged (TypeError"),
+    "unknown dtype": (lambda index: index | {"dtype": "int8"}, "dtype 'int8'"),
+    "unknown bos": (lambda index: index | {"bos": "some"}, "bos 'some'"),
+    "an offset less": (lambda index: index | {"offsets": [0, 4]}, "2 offsets for 3 documents"),
+    "offsets that go back": (lambda index: index | {"offsets": [0, 6, 4]}, "offsets that go back"),
+    "offsets beyond the end": (lambda index: index | {"offsets": [0, 4, 12]}, "offsets that go back, or beyond"),
+    "not from the start": (lambda index: index | {"offsets": [1, 4, 6]}, "the first at [1]"),
+    "no hash": (lambda index: index | {"tokenizer": {"name": "words"}}, "damaged (KeyError"),
+    "another size": (
+        lambda index: index | {"tokens": 12},
+        "has 22 bytes, but its index t.bin.json tells of 12 uint16",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_index_is_refused(tmp_path, name):
+    path, file = tmp_path / "t.bin", tmp_path / "t.bin.json"
+    write(path)
+    spoil, message = DAMAGES[name]
+    spoilt = spoil(json.loads(file.read_text()))
+    file.write_text(spoilt if isinstance(spoilt, str) else json.dumps(spoilt))
+    for read in (read_index, lambda path: read_tokens(str(path), 8)):
+        with pytest.raises(UserError) as refusal:
+            read(path)
+        assert message in str(refusal.value)
+        assert str(path) in str(refusal.value)
+
+
+def test_an_existing_file_stays(tmp_path):
+    path = tmp_path / "t.bin"
+    write(path)
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=r"t\.bin exists; name another file, or --overwrite it"):
+        write_tokens(path, [[3]], word_tokenizer(), name="words")
+    assert path.read_bytes() == before
+    assert write_tokens(path, [[3]], word_tokenizer(), name="words", overwrite=True).tokens == 3
+    assert read_index(path).tokens == 3
+
+
+def failing():
+    yield [3, 4]
+    raise UserError("the input ended")
+
+
+def test_a_failure_leaves_nothing_behind(tmp_path):
+    with pytest.raises(UserError, match="the input ended"):
+        write_tokens(tmp_path / "t.bin", failing(), word_tokenizer(), name="words")
+    with pytest.raises(UserError, match="no document to write"):
+        write_tokens(tmp_path / "t.bin", [], word_tokenizer(), name="words")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("flag", "value"), [("bos", "all"), ("eos", "first")])
+def test_an_unknown_setting(tmp_path, flag, value):
+    with pytest.raises(UserError, match=f"--{flag}: '{value}' is none of each, "):
+        write(tmp_path / "t.bin", **{flag: value})
+
+
+def test_a_tokenizer_without_the_token_asked_for(tmp_path):
+    tokenizer = word_tokenizer()
+    tokenizer.bos_token = None
+    with pytest.raises(UserError, match="--bos: first, but the tokenizer has no such token; use --bos none"):
+        write_tokens(tmp_path / "t.bin", [[3]], tokenizer, name="words", bos="first")
+    assert write_tokens(tmp_path / "t.bin", [[3]], tokenizer, name="words", bos="none").tokens == 2
+
+
+def test_a_hash_is_of_what_decides_ids(base_folder, tmp_path, tokenizer):
+    known = tokenizer_hash(AutoTokenizer.from_pretrained(base_folder))
+    assert known == tokenizer_hash(tokenizer)
+    tokenizer.save_pretrained(tmp_path)
+    assert tokenizer_hash(AutoTokenizer.from_pretrained(tmp_path)) == known, "the folder is no part of it"
+    tokenizer("a", truncation=True, max_length=1)
+    tokenizer.pad_token = "</s>"
+    tokenizer(["a", "b c"], padding=True, truncation=True, max_length=5)
+    assert tokenizer_hash(tokenizer) == known, "nor are truncation and padding"
+
+
+def changed(tokenizer: PreTrainedTokenizerFast, change) -> PreTrainedTokenizerFast:
+    told = json.loads(tokenizer.backend_tokenizer.to_str())
+    change(told)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(told)), bos_token="<s>", eos_token="</s>"
+    )
+
+
+def test_another_tokenizer_has_another_hash(tokenizer):
+    known = tokenizer_hash(tokenizer)
+    assert tokenizer_hash(changed(tokenizer, lambda told: None)) == known
+
+    def swap_two(told):
+        ids = told["model"]["vocab"]
+        ids["a"], ids["b"] = ids["b"], ids["a"]
+
+    lowercase = json.loads(normalizers.Lowercase().__getstate__())
+    changes = [swap_two, lambda told: told["model"]["merges"].pop(), lambda told: told.update(normalizer=lowercase)]
+    hashes = {tokenizer_hash(changed(tokenizer, change)) for change in changes}
+    assert len(hashes | {known}) == 4
+    tokenizer.eos_token = "<s>"
+    assert tokenizer_hash(tokenizer) != known
+
+
+def test_tokens_of_another_tokenizer_are_refused(tmp_path, tokenizer):
+    index = write(tmp_path / "t.bin")
+    check_tokenizer(index, word_tokenizer(), tmp_path / "t.bin")
+    with pytest.raises(UserError) as refusal:
+        check_tokenizer(index, tokenizer, tmp_path / "t.bin")
+    for part in (str(tmp_path / "t.bin"), "words (8 tokens)", "384 tokens", "tokenize_bin.py"):
+        assert part in str(refusal.value)

@@ -1,0 +1,27 @@
+"""A tokenizer whose counts anyone can check by eye: one token per word, <s> before a text."""
+
+import json
+from pathlib import Path
+
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+SPECIALS = {"<s>": 0, "</s>": 1, "<unk>": 2}
+
+
+def word_tokenizer(words: str = "a b c d e") -> PreTrainedTokenizerFast:
+    vocabulary = SPECIALS | {word: 3 + at for at, word in enumerate(words.split())}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def write_lines(file: Path, *records: object) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return file
+
+
+def read_lines(file: Path) -> list:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
