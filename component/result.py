@@ -3,6 +3,7 @@
 import json
 import math
 import platform
+import re
 import shlex
 import sys
 from datetime import date
@@ -44,10 +45,24 @@ def hardware() -> str:
 
 
 def write_json(path: str | Path, record: dict[str, Any]) -> None:
-    """`record` into `path`; what is infinite or no number becomes null, since JSON knows neither."""
+    """`record` into `path`, innermost lists and objects on one line each.
+
+    What is infinite or no number becomes null, since JSON knows neither.
+    """
     file = Path(path)
     temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(json.dumps(_finite(record), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    text = json.dumps(_finite(record), indent=2, allow_nan=False)
+    # line breaks inside of strings are escaped: those that are found here only lay out
+    text = re.sub(r"[\[{]\n[^\[\]{}]*[\]}]", lambda found: re.sub(r"\n\s*", " ", found[0]), text)
+    temporary.write_text(text + "\n", encoding="utf-8")
+    temporary.replace(file)
+
+
+def save_figure(figure: Any, path: str | Path) -> None:
+    """A matplotlib figure as a PNG, whole or not at all."""
+    file = Path(path)
+    temporary = file.with_name(f".{file.name}.tmp")
+    figure.savefig(temporary, dpi=130, format="png")
     temporary.replace(file)
 
 

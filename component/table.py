@@ -17,14 +17,11 @@ def grid(head: list[str], rows: list[list[str]]) -> str:
 def length_table(results: list[Perplexity]) -> str:
     """One model: a row per length."""
     head = ["seq_len", "stride", "windows", "tokens scored", "loss", "perplexity", "tokens/s"]
-    return grid(
-        head,
-        [
-            [str(r.seq_len), str(r.stride), str(r.windows), f"{r.tokens_scored:,}"]
-            + [f"{r.loss:.4f}", f"{r.perplexity:.4f}", f"{r.tokens_per_second:,.0f}"]
-            for r in results
-        ],
-    )
+    rows = []
+    for r in results:
+        counts = [str(r.seq_len), str(r.stride), str(r.windows), f"{r.tokens_scored:,}"]
+        rows.append([*counts, f"{r.loss:.4f}", f"{r.perplexity:.4f}", f"{r.tokens_per_second:,.0f}"])
+    return grid(head, rows)
 
 
 def comparison(results: dict[str, list[Perplexity]]) -> str:
