@@ -41,7 +41,9 @@ def origin() -> dict[str, Any]:
 def hardware() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"
+    information = Path("/proc/cpuinfo")  # Linux
+    names = re.findall(r"model name\s*: (.+)", information.read_text()) if information.is_file() else []
+    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def write_json(path: str | Path, record: dict[str, Any]) -> None:

@@ -124,7 +124,7 @@ def say(text: str) -> None:
 def show(results: dict[str, list[Perplexity]], flags: argparse.Namespace) -> None:
     """What is left to say when all models are measured."""
     if flags.compare:
-        say(comparison(results))
+        say("\n" + comparison(results))
     if flags.position_buckets:
         say("\n" + position_table(results))
     for name, row in results.items():
@@ -146,7 +146,7 @@ def main() -> None:
             free_memory()
             results[contender.name or "perplexity"] = rows
             models.append({**setting, "results": [dataclasses.asdict(row) for row in rows]})
-            say(length_table(rows) + "\n")
+            say(length_table(rows))
         show(results, flags)
         if flags.output_json and is_first_process():
             shared = {"data_path": flags.data_path, "protocol": flags.protocol}

@@ -8,13 +8,10 @@ made here too: words of the prompt, and digits one by one. Writes an ordinary mo
 """
 
 import argparse
-import json
 import math
-import platform
 import random
 import sys
 import time
-from datetime import date
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -24,9 +21,10 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
-from component.checkpoint import atomic_folder, check_target, library_versions
+from component.checkpoint import atomic_folder, check_target
 from component.error import UserError, exit_on_user_error
 from component.passkey import FILLER, INTRODUCTION, KEYS, NEEDLE, QUESTION, PromptMaker
+from component.result import origin, write_json
 
 WARMUP_STEPS = 50
 EVERYTHING_ELSE = 0.05  # what a token that is no copy of the key weighs in the loss
@@ -142,10 +140,7 @@ def main() -> None:
     start = time.monotonic()
     curve = train(model, PromptMaker(tokenizer), flags)
     record = {
-        "command": " ".join(["python", *sys.argv]),
-        "date": str(date.today()),
-        "hardware": f"{torch.get_num_threads()} threads of {platform.machine()}",
-        "versions": library_versions(),
+        **origin(),
         "parameters": model.num_parameters(),
         "seconds": round(time.monotonic() - start),
         "curve": curve,
@@ -153,7 +148,7 @@ def main() -> None:
     with atomic_folder(flags.output) as folder:
         model.eval().save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        (folder / "passkey_model.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / "passkey_model.json", record)
 
 
 if __name__ == "__main__":

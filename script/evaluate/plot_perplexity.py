@@ -20,7 +20,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from component.error import UserError, exit_on_user_error
 from component.result import check_result_file, save_figure
@@ -72,7 +72,9 @@ def longest_shared(models: list[dict[str, Any]]) -> int | None:
 def draw(models: list[dict[str, Any]], file: Path) -> None:
     length = longest_shared(models)
     panels = 2 if length else 1
-    figure, axes = plt.subplots(1, panels, figsize=(5.6 * panels, 4.5), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        1, panels, figsize=(5.6 * panels, 4.5), layout="constrained", squeeze=False, sharey=True
+    )
     for place, model in enumerate(models):
         style = {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)], "markersize": 5}
         draw_lengths(axes[0, 0], model, style)
@@ -88,6 +90,7 @@ def draw(models: list[dict[str, Any]], file: Path) -> None:
     if length:
         axes[0, 1].set(title=f"by position in windows of {length} tokens", xlabel="position in the window")
         axes[0, 1].set_xlim(0, length)
+        axes[0, 1].set_xticks([length * quarter // 4 for quarter in range(5)])
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(models), 4), frameon=False)
     data = ", ".join(sorted({Path(model["data_path"]).name for model in models}))
@@ -114,7 +117,7 @@ def finish(panel: Axes) -> None:
     panel.set_yscale("log")
     panel.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    panel.yaxis.set_minor_formatter(NullFormatter())
+    panel.yaxis.set_minor_locator(NullLocator())
     panel.grid(axis="y", color="0.9")
     panel.spines[["top", "right"]].set_visible(False)
 
