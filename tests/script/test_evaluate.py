@@ -164,17 +164,11 @@ def without_times(results: list[dict]) -> list[dict]:
 
 
 def torchrun(processes: int, *words: object) -> str:
-    launcher = [
-        str(Path(sys.executable).parent / "torchrun"),
-        "--nproc_per_node",
-        str(processes),
-        "--master_port",
-        "0",
-    ]
+    launcher = [str(Path(sys.executable).parent / "torchrun"), "--standalone", f"--nproc_per_node={processes}"]
     done = subprocess.run(
         [*launcher, EVALUATE, *map(str, words)],
         cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True, text=True, timeout=300,
+        capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout
