@@ -41,7 +41,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--context_size", type=int, help="tokens a base is stretched to; our own folders know theirs")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192], help="tokens of a prompt")
     depths = "how many, from the first line (0) to the last (1), or a list of places such as 0 0.25 0.5 (11)"
-    parser.add_argument("--depths", type=float, nargs="+", default=[11], help=depths)
+    parser.add_argument("--depths", type=float, nargs="+", default=[11.0], help=depths)
     parser.add_argument("--trials", type=int, default=5, help="prompts per length and depth, each its own key (5)")
     parser.add_argument("--seed", type=int, default=42, help="of the keys (42)")
     parser.add_argument("--load_in_4bit", **flag, help="NF4 weights: a quarter of the memory")
