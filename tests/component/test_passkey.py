@@ -128,6 +128,11 @@ def test_keys():
     assert all(len(draw_key(0, 1, 0.0, trial)) == 5 for trial in range(200))
 
 
+def test_an_answer_has_room_for_a_digit_too_many(any_tokenizer):
+    maker = PromptMaker(any_tokenizer)
+    assert maker.answer_tokens("12345") > len(maker.tokens_of(" 123456"))
+
+
 def test_depths():
     assert even_depths(1) == [0.5]
     assert even_depths(3) == [0.0, 0.5, 1.0]

@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+import component.contender
 from component.perplexity import measure_perplexity
 from component.token_file import write_tokens
 from tests.reference.longlora_perplexity import longlora_perplexity
@@ -128,6 +130,19 @@ class TestCompare:
         ):
             alone, _ = evaluate(*words, "--seq_len", 16)
             assert without_times(model["results"]) == without_times(alone["results"])
+
+    def test_one_model_in_memory_at_a_time(self, evaluate, base_folder, adapter_folder, monkeypatch):
+        loaded, load = [], component.contender.load_model
+
+        def load_alone(*words, **options):
+            assert [model for model in loaded if model() is not None] == []
+            model = load(*words, **options)
+            loaded.append(weakref.ref(model))
+            return model
+
+        monkeypatch.setattr(component.contender, "load_model", load_alone)
+        evaluate("--compare", f"a={base_folder}", f"b={adapter_folder}", f"c={base_folder}@128", "--seq_len", 16)
+        assert len(loaded) == 3
 
     @pytest.mark.parametrize(
         ("words", "parts"),
