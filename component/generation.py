@@ -136,6 +136,33 @@ def stream_continuation(
     return tokenizer.decode(output[0, len(prompt_ids) :], skip_special_tokens=True)
 
 
+def greedy_continuation(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: list[int],
+    max_new_tokens: int,
+    *,
+    offload_cache: bool = False,
+) -> list[int]:
+    """The likeliest next tokens of `prompt_ids`, without the prompt; beyond the model's context too.
+
+    Args:
+        offload_cache: keys and values of all layers but one wait in host memory.
+    """
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        use_cache=True,
+        cache_implementation="offloaded" if offload_cache else None,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    input_ids = torch.tensor([prompt_ids], device=model.get_input_embeddings().weight.device)
+    output = model.generate(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), generation_config=config)
+    return output[0, len(prompt_ids) :].tolist()
+
+
 def describe_context(model: PreTrainedModel, used: int) -> str:
     context = context_length(model.config)
     return f"{used} of {context} tokens of context used ({used / context:.0%})"

@@ -8,6 +8,7 @@ import copy
 import math
 import os
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -176,7 +177,39 @@ def inference_dtype(device: torch.device) -> torch.dtype:
     return torch.float16 if device.type == "cuda" else torch.float32
 
 
+def locate(
+    model_name_or_path: str | None,
+    adapter_name_or_path: str | None,
+    field: str = "model_name_or_path",
+    adapter_field: str = "adapter_name_or_path",
+) -> tuple[str, str, bool]:
+    """The base, where config and tokenizer come from, and whether that is an adapter of ours.
+
+    Raises:
+        UserError: an adapter that is none, or no base named and none known.
+    """
+    if adapter_name_or_path:
+        check_adapter(adapter_name_or_path, adapter_field)
+    record = read_record(adapter_name_or_path) if adapter_name_or_path else None
+    base = model_name_or_path or (record["base_model"] if record else None)
+    if not base:
+        raise UserError(
+            f"{field}: missing, and {adapter_name_or_path} does not say which base model it belongs to; name one"
+        )
+    # our folders hold config and tokenizer
+    return (base, adapter_name_or_path, True) if record and adapter_name_or_path else (base, base, False)
+
+
 def load_for_inference(
+    model_name_or_path: str | None, adapter_name_or_path: str | None = None, **options: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """What `load_model` loads, and its tokenizer."""
+    model = load_model(model_name_or_path, adapter_name_or_path, **options)
+    fields = {name: options[name] for name in ("field", "adapter_field") if name in options}
+    return model, load_tokenizer(locate(model_name_or_path, adapter_name_or_path, **fields)[1])
+
+
+def load_model(
     model_name_or_path: str | None,
     adapter_name_or_path: str | None = None,
     *,
@@ -186,7 +219,7 @@ def load_for_inference(
     device: torch.device | None = None,
     field: str = "model_name_or_path",
     adapter_field: str = "adapter_name_or_path",
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+) -> PreTrainedModel:
     """A plain or merged model, or a base with an adapter around it, evaluating with full attention.
 
     Args:
@@ -198,21 +231,12 @@ def load_for_inference(
     Raises:
         UserError: nothing loadable, an adapter that does not fit, or contradictory context sizes.
     """
-    if adapter_name_or_path:
-        check_adapter(adapter_name_or_path, adapter_field)
-    record = read_record(adapter_name_or_path) if adapter_name_or_path else None
-    base = model_name_or_path or (record["base_model"] if record else None)
-    if not base:
-        raise UserError(
-            f"{field}: missing, and {adapter_name_or_path} does not say which base model it belongs to; name one"
-        )
-    own = adapter_name_or_path if record and adapter_name_or_path else base  # our folders hold config and tokenizer
-    config = stretched_config(own, context_size, is_fixed=record is not None, field=field)
+    base, own, is_ours = locate(model_name_or_path, adapter_name_or_path, field, adapter_field)
+    config = stretched_config(own, context_size, is_fixed=is_ours, field=field)
     device = device or default_device()
     dtype = dtype or inference_dtype(device)
     model = load_base(base, config, dtype=dtype, load_in_4bit=load_in_4bit, device=device).eval()
-    tokenizer = load_tokenizer(own)
-    return (load_adapter(model, adapter_name_or_path) if adapter_name_or_path else model), tokenizer
+    return load_adapter(model, adapter_name_or_path) if adapter_name_or_path else model
 
 
 def stretched_config(

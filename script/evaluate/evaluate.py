@@ -1,30 +1,40 @@
-"""Perplexity of a model, or of a base with an adapter, over a file of token ids.
+"""Perplexity of one or several models, with or without adapters, over a file of token ids.
 
     cd script/evaluate && python evaluate.py --batch_size 1 --base_model MODEL --seq_len 8192 --context_size 8192 \\
         --sliding_window 8192 --data_path pg19-validation.bin [--peft_model ADAPTER] [--low_rank_training True]
     python script/evaluate/evaluate.py --peft_model output/RUN --seq_len 2048 4096 8192 --data_path FILE.bin
+    python script/evaluate/evaluate.py --compare base=MODEL interpolated=MODEL@8192 ours=output/RUN \\
+        theirs=MODEL:ADAPTER@8192 --seq_len 2048 4096 8192 --data_path FILE.bin --output_json comparison.json
+    torchrun --nproc_per_node 4 script/evaluate/evaluate.py ...       # windows shared by 4 GPUs, the same result
 
-A table for people; --output_json FILE for programs. component/perplexity.py says what the protocols measure.
+Tables for people; --output_json FILE for programs. component/perplexity.py says what the protocols measure.
 """
 
 import argparse
 import dataclasses
-import json
 import sys
-from datetime import date
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from component.checkpoint import library_versions
-from component.error import UserError, exit_on_user_error
+from component.contender import (
+    Contender,
+    check_contender,
+    describe_model,
+    free_memory,
+    load_contender,
+    parse_contenders,
+)
+from component.error import UserError, exit_on_user_error, first_line
 from component.generation import boolean
-from component.model import load_for_inference
 from component.perplexity import PROTOCOLS, Perplexity, measure_perplexity
-from component.rope import rope_factor
-from component.token_file import read_tokens
+from component.process import is_first_process, joined_processes
+from component.result import check_result_file, origin, write_json
+from component.table import comparison, document_line, length_table, position_table
+from component.token_file import read_index, read_tokens
 
 
 def parse_flags() -> argparse.Namespace:
@@ -32,11 +42,14 @@ def parse_flags() -> argparse.Namespace:
     flag = {"type": boolean, "nargs": "?", "const": True, "default": False}
     parser.add_argument("--base_model", help="plain or merged model, or the adapter's base (default: as it says)")
     parser.add_argument("--peft_model", help="adapter folder or hub id")
+    parser.add_argument("--context_size", type=int, help="tokens a base is stretched to; our own folders know theirs")
+    several = "several models instead, one after the other: NAME=MODEL, NAME=MODEL:ADAPTER, @TOKENS to stretch it"
+    parser.add_argument("--compare", nargs="+", metavar="NAME=MODEL", help=several)
     parser.add_argument("--data_path", required=True, help=".bin file: token ids in uint16, uint32 above 65535 tokens")
     parser.add_argument("--seq_len", type=int, nargs="+", default=[8192], help="tokens per window, one or several")
     parser.add_argument("--sliding_window", type=int, help="tokens from window to window (default: seq_len)")
-    parser.add_argument("--context_size", type=int, help="tokens a base is stretched to; our own folders know theirs")
     parser.add_argument("--protocol", default="longlora", choices=PROTOCOLS, help="what is averaged (longlora)")
+    parser.add_argument("--position_buckets", type=int, default=16, help="perplexity by position; 0: without (16)")
     parser.add_argument("--batch_size", type=int, default=1, help="windows at a time")
     parser.add_argument("--load_in_4bit", **flag, help="NF4 weights: a quarter of the memory")
     parser.add_argument("--low_rank_training", **flag, help="the original's name for --load_in_4bit")
@@ -45,72 +58,100 @@ def parse_flags() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def check_flags(flags: argparse.Namespace) -> None:
-    """Refuse what can be told to be wrong before a model is loaded."""
-    if not flags.base_model and not flags.peft_model:
-        raise UserError("--base_model: missing; name a model, or an adapter with --peft_model")
+def check_flags(flags: argparse.Namespace) -> list[Contender]:
+    """Refuse what can be told to be wrong before a model is loaded; the models to measure."""
+    alone = [name for name in ("base_model", "peft_model", "context_size") if getattr(flags, name)]
+    if flags.compare and alone:
+        raise UserError(f"--{alone[0]}: {getattr(flags, alone[0])} beside --compare; name it there, or leave one out")
+    if not flags.compare and not flags.base_model and not flags.peft_model:
+        raise UserError("--base_model: missing; name a model, an adapter with --peft_model, or several with --compare")
     bounds = {"seq_len": (min(flags.seq_len), 2), "sliding_window": (flags.sliding_window, 1)}
-    for name, (value, least) in (bounds | {"batch_size": (flags.batch_size, 1)}).items():
+    bounds |= {"batch_size": (flags.batch_size, 1), "position_buckets": (flags.position_buckets, 0)}
+    for name, (value, least) in bounds.items():
         if value is not None and value < least:
             raise UserError(f"--{name}: {value}; use at least {least}")
     if not Path(flags.data_path).is_file():
         raise UserError(f"--data_path: there is no file {flags.data_path}; name a .bin file of token ids")
-    if flags.output_json and not Path(flags.output_json).absolute().parent.is_dir():
-        raise UserError(f"--output_json: there is no folder for {flags.output_json}; make it, or name another")
+    check_result_file(flags.output_json, "--output_json")
+    if flags.compare:
+        return parse_contenders(flags.compare)
+    return [Contender(None, flags.base_model, flags.peft_model, flags.context_size)]
 
 
-def table(results: list[Perplexity]) -> str:
-    lines = [f"{'seq_len':>9}{'stride':>9}{'windows':>9}{'tokens':>12}{'loss':>10}{'perplexity':>12}"]
-    for r in results:
-        lines.append(
-            f"{r.seq_len:>9}{r.stride:>9}{r.windows:>9}{r.tokens_scored:>12,}{r.loss:>10.4f}{r.perplexity:>12.4f}"
-        )
-    return "\n".join(lines)
+def measure(contender: Contender, tokenizer: str, flags: argparse.Namespace) -> tuple[dict, list[Perplexity]]:
+    """Load one model and measure it at every length; its setting and its results."""
+    in_4bit = flags.load_in_4bit or flags.low_rank_training
+    dtype = getattr(torch, flags.dtype) if flags.dtype else None
+    model = load_contender(contender, load_in_4bit=in_4bit, dtype=dtype)
+    tokens, index = read_tokens(flags.data_path, model.config.vocab_size), read_index(flags.data_path)
+    setting = {
+        "name": contender.name,
+        "base_model": contender.base_model,
+        "peft_model": contender.peft_model,
+        "data_path": flags.data_path,
+        "tokenizer": tokenizer,
+        "protocol": flags.protocol,
+        **describe_model(model, in_4bit),
+    }
+    say("\n".join(f"{name:<14} {value}" for name, value in setting.items() if value is not None))
+    results = []
+    for seq_len in flags.seq_len:
+        try:
+            result = measure_perplexity(
+                model,
+                tokens,
+                seq_len=seq_len,
+                stride=seq_len if flags.sliding_window is None else flags.sliding_window,
+                protocol=flags.protocol,
+                batch_size=flags.batch_size,
+                position_buckets=flags.position_buckets,
+                document_starts=index.offsets if index else None,
+            )
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"--seq_len: {seq_len} tokens at --batch_size {flags.batch_size} do not fit into the GPU's memory "
+                f"({first_line(error)}); use --load_in_4bit, or a smaller one of the two"
+            ) from error
+        results.append(result)
+    return setting, results
+
+
+def say(text: str) -> None:
+    if is_first_process():
+        print(text, flush=True)
+
+
+def show(results: dict[str, list[Perplexity]], flags: argparse.Namespace) -> None:
+    """What is left to say when all models are measured."""
+    if flags.compare:
+        say("\n" + comparison(results))
+    if flags.position_buckets:
+        say("\n" + position_table(results))
+    for name, row in results.items():
+        longest = max(row, key=lambda result: result.seq_len)
+        if longest.by_document:
+            say("\n" + document_line(name, longest.by_document))
 
 
 @exit_on_user_error
 def main() -> None:
     flags = parse_flags()
-    check_flags(flags)
-    in_4bit = flags.load_in_4bit or flags.low_rank_training
-    model, _ = load_for_inference(
-        flags.base_model,
-        flags.peft_model,
-        context_size=flags.context_size,
-        load_in_4bit=in_4bit,
-        dtype=getattr(torch, flags.dtype) if flags.dtype else None,
-        field="base_model",
-        adapter_field="peft_model",
-    )
-    tokens = read_tokens(flags.data_path, model.config.vocab_size)
-    setting = {
-        "base_model": flags.base_model,
-        "peft_model": flags.peft_model,
-        "data_path": flags.data_path,
-        "protocol": flags.protocol,
-        "weights": "nf4" if in_4bit else str(model.dtype).removeprefix("torch."),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "attention": f"full ({model.config._attn_implementation})",
-        "rope_type": model.config.rope_parameters["rope_type"],
-        "rope_factor": rope_factor(model.config),
-    }
-    print("\n".join(f"{name:<12} {value}" for name, value in setting.items() if value is not None), flush=True)
-    results = [
-        measure_perplexity(
-            model,
-            tokens,
-            seq_len=seq_len,
-            stride=seq_len if flags.sliding_window is None else flags.sliding_window,
-            protocol=flags.protocol,
-            batch_size=flags.batch_size,
-        )
-        for seq_len in flags.seq_len
-    ]
-    print(table(results), flush=True)
-    if flags.output_json:
-        rows = [dataclasses.asdict(result) for result in results]
-        origin = {"command": " ".join(sys.argv), "date": str(date.today()), "versions": library_versions()}
-        Path(flags.output_json).write_text(json.dumps({**setting, "results": rows, **origin}, indent=2) + "\n")
+    contenders = check_flags(flags)
+    with joined_processes():
+        tokenizers = [check_contender(contender, flags.data_path) for contender in contenders]
+        results: dict[str, list[Perplexity]] = {}
+        models: list[dict[str, Any]] = []
+        for contender, tokenizer in zip(contenders, tokenizers, strict=True):
+            setting, rows = measure(contender, tokenizer, flags)
+            free_memory()
+            results[contender.name or "perplexity"] = rows
+            models.append({**setting, "results": [dataclasses.asdict(row) for row in rows]})
+            say(length_table(rows))
+        show(results, flags)
+        if flags.output_json and is_first_process():
+            shared = {"data_path": flags.data_path, "protocol": flags.protocol}
+            only = {name: value for name, value in models[0].items() if name != "name"}
+            write_json(flags.output_json, {**({**shared, "models": models} if flags.compare else only), **origin()})
 
 
 if __name__ == "__main__":

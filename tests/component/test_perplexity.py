@@ -1,12 +1,14 @@
 """How surprised is the model? Against the published protocol written down plainly, and Hugging Face's own loss."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers import (
+    AutoTokenizer,
     CohereConfig,
     CohereForCausalLM,
     Gemma2Config,
@@ -28,6 +30,7 @@ from component.perplexity import longlora_windows, measure_perplexity, sliding_w
 from component.token_file import read_tokens
 from tests.reference.longlora_perplexity import longlora_perplexity
 
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = {
     "vocab_size": 64,
     "hidden_size": 32,
@@ -102,6 +105,18 @@ class TestLongloraProtocol:
             measure_perplexity(tiny_llama, tokens[:24], seq_len=16, stride=8)
         assert measure_perplexity(tiny_llama, tokens[:25], seq_len=16, stride=8).windows == 1
 
+    @pytest.mark.parametrize(("seq_len", "stride"), [(96, 96), (96, 40)])
+    @pytest.mark.parametrize("folder", ["script/demo/base", None], ids=["the demo's base", "made here"])
+    def test_equals_the_published_one_on_text(self, folder, seq_len, stride, base_folder):
+        """A trained model, and one of random weights, each reading this file in its own tokens."""
+        folder = ROOT / folder if folder else base_folder
+        model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder, model_max_length=10**9)
+        tokens = np.array(tokenizer(Path(__file__).read_text(encoding="utf-8")[:2500]).input_ids, dtype=np.uint16)
+        ours = measure_perplexity(model, tokens, seq_len=seq_len, stride=stride)
+        assert ours.windows > 5
+        assert ours.perplexity == pytest.approx(longlora_perplexity(model, tokens, seq_len, stride), rel=1e-4)
+
 
 def ids_of(tokens) -> torch.Tensor:
     return torch.from_numpy(np.asarray(tokens).astype(np.int64))[None]
@@ -155,6 +170,99 @@ class TestSlidingProtocol:
         assert ours.loss == pytest.approx(float((first.sum() + last) / 32), rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("length", "longlora", "sliding"),
+    [(16, None, (1, 15)), (17, None, (2, 16)), (33, (1, 15), (3, 32))],
+    ids=["seq_len", "seq_len + 1", "2 seq_len + 1"],
+)
+def test_what_files_of_a_windows_length_hold(length, longlora, sliding, tiny_llama, tokens):
+    """Windows and tokens scored, as component/perplexity.py's table has them."""
+    for protocol, expected in (("longlora", longlora), ("sliding", sliding)):
+        if expected is None:
+            with pytest.raises(UserError, match="hold no window"):
+                measure_perplexity(tiny_llama, tokens[:length], seq_len=16, stride=16, protocol=protocol)
+            continue
+        ours = measure_perplexity(tiny_llama, tokens[:length], seq_len=16, stride=16, protocol=protocol)
+        assert (ours.windows, ours.tokens_scored) == expected
+
+
+def slow_losses(model, tokens, windows) -> list[tuple[int, int, float]]:
+    """(position in the window, place in the file, loss) of each scored token, from whole logits."""
+    scored = []
+    for window in windows:
+        losses = full_logits_losses(model, ids_of(tokens[window.start : window.end]))[0]
+        for place in range(window.first_scored, window.end):
+            position = place - window.start
+            scored.append((position, place, float(losses[position - 1])))
+    return scored
+
+
+class TestBreakdown:
+    @pytest.mark.parametrize("batch_size", [1, 3])
+    @pytest.mark.parametrize(("protocol", "seq_len", "stride"), [("longlora", 20, 13), ("sliding", 32, 7)])
+    @pytest.mark.parametrize("buckets", [1, 4, 6])
+    def test_by_position(self, protocol, seq_len, stride, buckets, batch_size, tiny_llama, tokens):
+        ours = measure_perplexity(
+            tiny_llama, tokens, seq_len=seq_len, stride=stride, protocol=protocol, batch_size=batch_size,
+            position_buckets=buckets,
+        )  # fmt: skip
+        windows = (longlora_windows if protocol == "longlora" else sliding_windows)(len(tokens), seq_len, stride)
+        scored = slow_losses(tiny_llama, tokens, windows)
+        assert [bucket.start for bucket in ours.by_position] == [0, *(b.end for b in ours.by_position[:-1])]
+        assert ours.by_position[-1].end == seq_len
+        assert sum(bucket.tokens for bucket in ours.by_position) == ours.tokens_scored == len(scored)
+        for bucket in ours.by_position:
+            losses = [loss for position, _, loss in scored if bucket.start <= position < bucket.end]
+            assert bucket.tokens == len(losses)
+            assert bucket.loss == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+            assert bucket.perplexity == pytest.approx(math.exp(bucket.loss))
+
+    def test_edges_of_buckets(self, tiny_llama, tokens):
+        ours = measure_perplexity(tiny_llama, tokens, seq_len=20, stride=20, position_buckets=3)
+        assert [(b.start, b.end, b.tokens) for b in ours.by_position] == [(0, 7, 54), (7, 14, 63), (14, 20, 54)]
+
+    @pytest.mark.parametrize(("asked", "given"), [(0, 0), (8, 8), (100, 16)])
+    def test_no_more_buckets_than_positions(self, asked, given, tiny_llama, tokens):
+        ours = measure_perplexity(tiny_llama, tokens, seq_len=16, stride=16, position_buckets=asked)
+        assert len(ours.by_position) == given
+
+    def test_positions_that_a_short_file_never_reaches(self, tiny_llama, tokens):
+        ours = measure_perplexity(
+            tiny_llama, tokens[:9], seq_len=16, stride=16, protocol="sliding", position_buckets=4
+        )
+        assert [bucket.tokens for bucket in ours.by_position] == [3, 4, 1, 0]
+        assert math.isnan(ours.by_position[3].loss)
+
+    @pytest.mark.parametrize(("protocol", "stride"), [("longlora", 16), ("longlora", 9), ("sliding", 9)])
+    def test_by_document(self, protocol, stride, tiny_llama, tokens):
+        """Windows that hold several documents, documents over several windows, and an empty one."""
+        starts = [0, 5, 6, 60, 60, 101, 208]
+        ours = measure_perplexity(
+            tiny_llama, tokens, seq_len=16, stride=stride, protocol=protocol, document_starts=starts
+        )
+        windows = (longlora_windows if protocol == "longlora" else sliding_windows)(len(tokens), 16, stride)
+        scored = slow_losses(tiny_llama, tokens, windows)
+        assert {document.document for document in ours.by_document} >= {0, 1, 2, 4, 5}
+        assert 3 not in [document.document for document in ours.by_document]
+        assert sum(document.tokens for document in ours.by_document) == len(scored)
+        for document in ours.by_document:
+            end = [*starts, len(tokens)][document.document + 1]
+            losses = [loss for _, place, loss in scored if starts[document.document] <= place < end]
+            assert (document.start, document.tokens) == (starts[document.document], len(losses))
+            assert document.loss == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+    def test_a_file_that_does_not_tell_documents(self, tiny_llama, tokens):
+        assert measure_perplexity(tiny_llama, tokens, seq_len=16, stride=16).by_document == []
+
+
+def test_what_it_cost(tiny_llama, tokens):
+    ours = measure_perplexity(tiny_llama, tokens, seq_len=32, stride=8, protocol="sliding")
+    assert ours.seconds > 0
+    assert ours.tokens_per_second * ours.seconds == pytest.approx(32 * ours.windows)
+    assert ours.processes == 1
+    assert (ours.peak_allocated_gib is None) == (not torch.cuda.is_available())
+
+
 @pytest.mark.parametrize("protocol", ["longlora", "sliding"])
 def test_uniform_logits_give_the_vocabulary_size(protocol, tiny_llama, tokens):
     tiny_llama.lm_head.weight.data.zero_()
@@ -175,7 +283,9 @@ def test_a_model_that_trains_is_told_apart(tiny_llama, tokens):
     assert all(parameter.grad is None for parameter in tiny_llama.parameters())
 
 
-@pytest.mark.parametrize("wrong", [{"protocol": "rolling"}, {"seq_len": 1}, {"stride": 0}, {"batch_size": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"protocol": "rolling"}, {"seq_len": 1}, {"stride": 0}, {"batch_size": 0}, {"position_buckets": -1}]
+)
 def test_what_makes_no_sense_is_refused(wrong, tiny_llama, tokens):
     with pytest.raises(UserError, match=str(next(iter(wrong.values())))):
         measure_perplexity(tiny_llama, tokens, **{"seq_len": 32, "stride": 32, **wrong})

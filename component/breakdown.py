@@ -1,0 +1,107 @@
+"""Where is the model surprised? Losses summed by window, by position in the window, and by document of the file.
+
+Sums are in float64 and are put together in the order of the windows, so that they are the same numbers however many
+processes shared the windows.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+@dataclass
+class WindowSum:
+    """The scored tokens of one window."""
+
+    number: int
+    loss: float  # sum in nats
+    tokens: int
+    positions: np.ndarray  # (2, buckets): sums in nats, and tokens
+    first_document: int
+    documents: np.ndarray  # (2, documents that the window touches, from the first one)
+
+
+@dataclass
+class PositionBucket:
+    start: int  # of a token in its window, counted from 0
+    end: int  # the first position that belongs to the next bucket
+    tokens: int  # scored; 0 where the protocol scores none
+    loss: float  # nats per token; not a number without tokens
+    perplexity: float
+
+
+@dataclass
+class Document:
+    document: int  # counted from 0, as in the file's index
+    start: int  # its first token in the file
+    tokens: int  # scored; a token that two windows score counts twice
+    loss: float
+    perplexity: float
+
+
+def perplexity_of(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.nan if math.isnan(loss) else math.inf  # a float's exp ends at 709
+
+
+def sum_window(
+    number: int,
+    losses: torch.Tensor,
+    start: int,
+    first_scored: int,
+    *,
+    seq_len: int,
+    buckets: int,
+    document_starts: Sequence[int] | None,
+) -> WindowSum:
+    """Sums over one window.
+
+    Args:
+        losses: (T - 1,), entry t is the loss of token `start + t + 1` of the file.
+        start, first_scored: tokens of the file.
+        seq_len: the length that buckets divide; the window itself is shorter where the file is.
+        buckets: 0 for none.
+    """
+    scored = losses[first_scored - start - 1 :].double().cpu().numpy()
+    places = np.arange(first_scored, first_scored + len(scored))
+    bucket_of = (places - start) * buckets // seq_len
+    positions = _grouped(scored, bucket_of, buckets) if buckets else np.zeros((2, 0))
+    first, documents = 0, np.zeros((2, 0))
+    if document_starts is not None:
+        document_of = np.searchsorted(np.asarray(document_starts), places, side="right") - 1
+        first = int(document_of[0])
+        documents = _grouped(scored, document_of - first, int(document_of[-1]) - first + 1)
+    return WindowSum(number, float(scored.sum()), len(scored), positions, first, documents)
+
+
+def _grouped(losses: np.ndarray, group_of: np.ndarray, groups: int) -> np.ndarray:
+    """(2, groups): sums and counts of `losses` (n,) by `group_of` (n,)."""
+    return np.stack([np.bincount(group_of, weights, minlength=groups) for weights in (losses, None)])
+
+
+def by_position(sums: list[WindowSum], seq_len: int, buckets: int) -> list[PositionBucket]:
+    """One row per bucket; each is `seq_len / buckets` positions long, to a position."""
+    edges = [-(-bucket * seq_len // buckets) for bucket in range(buckets + 1)] if buckets else [0]
+    losses, tokens = np.sum([window.positions for window in sums], axis=0)
+    return [
+        PositionBucket(start, end, *_mean(float(loss), int(count)))
+        for start, end, loss, count in zip(edges[:-1], edges[1:], losses, tokens, strict=True)
+    ]
+
+
+def by_document(sums: list[WindowSum], document_starts: Sequence[int]) -> list[Document]:
+    """One row per document of which a token was scored."""
+    losses, tokens = totals = np.zeros((2, len(document_starts)))
+    for window in sums:
+        totals[:, window.first_document : window.first_document + window.documents.shape[1]] += window.documents
+    return [
+        Document(number, int(document_starts[number]), *_mean(float(losses[number]), int(tokens[number])))
+        for number in np.flatnonzero(tokens).tolist()
+    ]
+
+
+def _mean(loss: float, tokens: int) -> tuple[int, float, float]:
+    mean = loss / tokens if tokens else math.nan
+    return tokens, mean, perplexity_of(mean)

@@ -1,0 +1,154 @@
+"""Passkey retrieval: can a model find a number again, by length of the text and by depth of the number in it?
+
+    python script/evaluate/passkey.py --base_model MODEL --peft_model ADAPTER --lengths 4096 8192 16384 32768 \\
+        --depths 11 --trials 5 --output_json passkey.json --figure passkey.png
+    python script/evaluate/passkey.py --base_model output/RUN-merged --lengths 1024 2048 4096 --load_in_4bit
+
+Every prompt has exactly the tokens it was asked to have (component/passkey.py). Decoding is greedy, with a key-value
+cache. An answer is right if its first number is the key, no digit more or less. The same seed draws the same keys.
+"""
+
+import argparse
+import dataclasses
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from tqdm import tqdm
+
+from component.contender import Contender, describe_model, load_contender
+from component.error import UserError, exit_on_user_error, first_line
+from component.generation import boolean
+from component.model import load_tokenizer, locate
+from component.passkey import PromptMaker, Trial, accuracy, even_depths, run_trials
+from component.result import check_result_file, origin, save_figure, write_json
+from component.rope import context_length
+from component.table import grid
+
+
+def parse_flags() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag = {"type": boolean, "nargs": "?", "const": True, "default": False}
+    parser.add_argument("--base_model", help="plain or merged model, or the adapter's base (default: as it says)")
+    parser.add_argument("--peft_model", help="adapter folder or hub id")
+    parser.add_argument("--context_size", type=int, help="tokens a base is stretched to; our own folders know theirs")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192], help="tokens of a prompt")
+    depths = "how many, from the first line (0) to the last (1), or a list of places such as 0 0.25 0.5 (11)"
+    parser.add_argument("--depths", type=float, nargs="+", default=[11.0], help=depths)
+    parser.add_argument("--trials", type=int, default=5, help="prompts per length and depth, each its own key (5)")
+    parser.add_argument("--seed", type=int, default=42, help="of the keys (42)")
+    parser.add_argument("--load_in_4bit", **flag, help="NF4 weights: a quarter of the memory")
+    parser.add_argument("--offload_cache", **flag, help="keys and values in host memory: longer prompts, slower")
+    parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], help="default: fp16 on GPU, else fp32")
+    parser.add_argument("--output_json", help="file for the results, every trial among them")
+    parser.add_argument("--figure", help="PNG file for the heat map")
+    return parser.parse_args()
+
+
+def check_flags(flags: argparse.Namespace) -> list[float]:
+    """Refuse what makes no sense before a model is loaded; the depths."""
+    if not flags.base_model and not flags.peft_model:
+        raise UserError("--base_model: missing; name a model, or an adapter with --peft_model")
+    for name, value in (("lengths", min(flags.lengths)), ("trials", flags.trials)):
+        if value < 1:
+            raise UserError(f"--{name}: {value}; use at least 1")
+    for file, field in ((flags.output_json, "--output_json"), (flags.figure, "--figure")):
+        check_result_file(file, field)
+    count = flags.depths[0]
+    if len(flags.depths) == 1 and count >= 1 and count.is_integer():
+        return even_depths(int(count))
+    outside = [depth for depth in flags.depths if not 0 <= depth <= 1]
+    if outside:
+        raise UserError(f"--depths: {outside[0]:g}; use one whole number of depths, or places from 0 to 1")
+    return sorted(set(flags.depths))
+
+
+def draw(shares: list[list[float]], depths: list[float], lengths: list[int], context: int, file: str) -> None:
+    """A heat map: a row per depth, a column per length, and a line where the model's context ends."""
+    width, height = max(2.6 + 0.6 * len(lengths), 5.2), max(1.7 + 0.32 * len(depths), 3.0)
+    figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
+    image = axes.pcolormesh(shares, cmap="cividis", vmin=0, vmax=1, edgecolors="white", linewidth=1.5)
+    axes.invert_yaxis()  # as one reads: the beginning of the text is at the top
+    for row, line in enumerate(shares):
+        for column, share in enumerate(line):
+            ink = "black" if share > 0.55 else "white"
+            place = (column + 0.5, row + 0.5)
+            axes.annotate(f"{100 * share:.0f}", place, ha="center", va="center", fontsize=8.5, color=ink)
+    inside = sum(length <= context for length in lengths)
+    title = "Pass keys found, per cent"
+    if 0 < inside < len(lengths):
+        axes.axvline(inside, color="#d55e00", linewidth=3)
+        title += f" (orange line: the model's context of {context} tokens ends)"
+    axes.set_xticks([place + 0.5 for place in range(len(lengths))], [str(length) for length in lengths])
+    axes.set_yticks([place + 0.5 for place in range(len(depths))], [f"{100 * depth:.0f} %" for depth in depths])
+    axes.set(xlabel="tokens of the prompt", ylabel="depth of the pass key in the text")
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    figure.colorbar(image, ax=axes, format=lambda share, _: f"{100 * share:.0f} %", shrink=0.9).outline.set_visible(
+        False
+    )
+    figure.suptitle(title, fontsize=10)
+    save_figure(figure, file)
+
+
+def measure(model, tokenizer, depths: list[float], flags: argparse.Namespace) -> list[Trial]:
+    """All trials, with a progress bar."""
+    trials = []
+    options = {"trials": flags.trials, "seed": flags.seed, "offload_cache": flags.offload_cache}
+    running = run_trials(model, tokenizer, lengths=flags.lengths, depths=depths, **options)
+    with tqdm(total=len(flags.lengths) * len(depths) * flags.trials, unit="prompt") as bar:
+        try:
+            for trial in running:
+                trials.append(trial)
+                bar.set_description(f"{trial.length} tokens")
+                bar.update()
+        except torch.OutOfMemoryError as error:
+            length = flags.lengths[len(trials) // (len(depths) * flags.trials)]
+            raise UserError(
+                f"--lengths: {length} tokens do not fit into the GPU's memory ({first_line(error)}); "
+                "use --load_in_4bit, --offload_cache, or shorter prompts"
+            ) from error
+    return trials
+
+
+@exit_on_user_error
+def main() -> None:
+    flags = parse_flags()
+    depths = check_flags(flags)
+    flags.lengths = sorted(set(flags.lengths))
+    contender = Contender(None, flags.base_model, flags.peft_model, flags.context_size)
+    _, own, _ = locate(flags.base_model, flags.peft_model, "base_model", "peft_model")
+    dtype = getattr(torch, flags.dtype) if flags.dtype else None
+    model = load_contender(contender, load_in_4bit=flags.load_in_4bit, dtype=dtype)
+    tokenizer = load_tokenizer(own)
+    setting = {"base_model": flags.base_model, "peft_model": flags.peft_model}
+    setting |= {**describe_model(model, flags.load_in_4bit), "decoding": "greedy", "seed": flags.seed}
+    print("\n".join(f"{name:<14} {value}" for name, value in setting.items() if value is not None), flush=True)
+    start = time.monotonic()
+    trials = measure(model, tokenizer, depths, flags)
+    shares = accuracy(trials, depths, flags.lengths)
+    rows = [
+        [f"{100 * depth:.0f} %", *(f"{100 * share:.0f} %" for share in row)]
+        for depth, row in zip(depths, shares, strict=True)
+    ]
+    print(grid(["depth, found at tokens of", *map(str, flags.lengths)], rows), flush=True)
+    if flags.figure:
+        draw(shares, depths, flags.lengths, context_length(model.config), flags.figure)
+    if flags.output_json:
+        found = {"lengths": flags.lengths, "depths": depths, "trials_each": flags.trials, "accuracy": shares}
+        example = PromptMaker(tokenizer).prompt(flags.lengths[0], depths[-1], trials[-1].expected)
+        found |= {"seconds": round(time.monotonic() - start, 1), "example": tokenizer.decode(example.ids)}
+        write_json(
+            flags.output_json, {**setting, **found, "trials": [dataclasses.asdict(t) for t in trials], **origin()}
+        )
+
+
+if __name__ == "__main__":
+    main()

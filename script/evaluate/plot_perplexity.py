@@ -1,0 +1,137 @@
+"""Draw what script/evaluate/evaluate.py measured: perplexity by length of the window, and by position in it.
+
+    python script/evaluate/plot_perplexity.py comparison.json --output perplexity.png
+    python script/evaluate/plot_perplexity.py base.json ours.json --names base LongQLoRA --output perplexity.png
+
+Any number of result files, each of one model or of several (--compare). The right panel shows the longest length that
+all models were measured at; without positions (--position_buckets 0) there is only the left one.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from component.error import UserError, exit_on_user_error
+from component.result import check_result_file, save_figure
+
+# Okabe and Ito's colours: told apart by every kind of eye
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+MARKERS = "osD^vPX"
+
+
+def read_models(files: list[Path], names: list[str] | None) -> list[dict[str, Any]]:
+    """The models of all result files, each with its name.
+
+    Raises:
+        UserError: a file that is no result, too few or too many names, or results of different protocols.
+    """
+    models: list[dict[str, Any]] = []
+    for file in files:
+        try:
+            result = json.loads(file.read_text(encoding="utf-8"))
+            found = result.get("models", [result])
+            models += [{"name": model.get("name") or file.stem, **_checked(model)} for model in found]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{file}: no result of evaluate.py ({type(error).__name__}: {error}); make it again"
+            ) from error
+    if names and len(names) != len(models):
+        raise UserError(f"--names: {len(names)} for {len(models)} models; name each")
+    for model, name in zip(models, names or [], strict=False):
+        model["name"] = name
+    protocols = sorted({model["protocol"] for model in models})
+    if len(protocols) > 1:
+        raise UserError(f"results of the protocols {', '.join(protocols)} cannot be compared; measure them by one")
+    return models
+
+
+def _checked(model: dict[str, Any]) -> dict[str, Any]:
+    rows = sorted(model["results"], key=lambda row: row["seq_len"])
+    for row in rows:
+        row["perplexity"], row["windows"]
+    return {"protocol": model["protocol"], "data_path": model["data_path"], "rows": rows}
+
+
+def longest_shared(models: list[dict[str, Any]]) -> int | None:
+    """The longest length that all models were measured at by position, if there is one."""
+    lengths = [{row["seq_len"] for row in model["rows"] if row.get("by_position")} for model in models]
+    return max(set.intersection(*lengths), default=None)
+
+
+def draw(models: list[dict[str, Any]], file: Path) -> None:
+    length = longest_shared(models)
+    panels = 2 if length else 1
+    figure, axes = plt.subplots(
+        1, panels, figsize=(5.6 * panels, 4.5), layout="constrained", squeeze=False, sharey=True
+    )
+    for place, model in enumerate(models):
+        style = {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)], "markersize": 5}
+        draw_lengths(axes[0, 0], model, style)
+        if length:
+            draw_positions(axes[0, 1], model, length, style)
+    for panel in axes[0]:
+        finish(panel)
+    lengths = sorted({row["seq_len"] for model in models for row in model["rows"]})
+    axes[0, 0].set_xscale("log", base=2)
+    axes[0, 0].set_xticks(lengths, [str(length) for length in lengths])
+    axes[0, 0].minorticks_off()
+    axes[0, 0].set(title="by length of the window", xlabel="tokens of the window", ylabel="perplexity")
+    if length:
+        axes[0, 1].set(title=f"by position in windows of {length} tokens", xlabel="position in the window")
+        axes[0, 1].set_xlim(0, length)
+        axes[0, 1].set_xticks([length * quarter // 4 for quarter in range(5)])
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(models), 4), frameon=False)
+    data = ", ".join(sorted({Path(model["data_path"]).name for model in models}))
+    figure.suptitle(f"Perplexity on {data}, protocol {models[0]['protocol']}", fontsize=11)
+    save_figure(figure, file)
+    plt.close(figure)
+
+
+def draw_lengths(panel: Axes, model: dict[str, Any], style: dict[str, Any]) -> None:
+    rows = [row for row in model["rows"] if row["perplexity"] is not None]
+    panel.plot([row["seq_len"] for row in rows], [row["perplexity"] for row in rows], label=model["name"], **style)
+
+
+def draw_positions(panel: Axes, model: dict[str, Any], length: int, style: dict[str, Any]) -> None:
+    """Each bucket as a point in its middle."""
+    (row,) = [row for row in model["rows"] if row["seq_len"] == length][:1]
+    buckets = [bucket for bucket in row["by_position"] if bucket["tokens"] and bucket["perplexity"] is not None]
+    middles = [(bucket["start"] + bucket["end"]) / 2 for bucket in buckets]
+    panel.plot(middles, [bucket["perplexity"] for bucket in buckets], **style)
+
+
+def finish(panel: Axes) -> None:
+    """A logarithmic scale with plain numbers at 1, 2, 5 times powers of ten."""
+    panel.set_yscale("log")
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    panel.yaxis.set_minor_locator(NullLocator())
+    panel.grid(axis="y", color="0.9")
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+@exit_on_user_error
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="+", help="JSON files that evaluate.py wrote")
+    parser.add_argument("--names", nargs="+", help="one per model, in the order of the files")
+    parser.add_argument("--output", type=Path, default=Path("perplexity.png"), help="PNG file (perplexity.png)")
+    flags = parser.parse_args()
+    check_result_file(str(flags.output), "--output")
+    draw(read_models(flags.results, flags.names), flags.output)
+
+
+if __name__ == "__main__":
+    main()
