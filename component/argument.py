@@ -96,6 +96,7 @@ class LongQLoRAArguments:
             "max_seq_length": self.max_seq_length,
             "rope_type": extended.rope_parameters.get("rope_type", "default"),
             "rope_factor": factor,
+            "template": self.template if self.sft else None,
             "group_size": self.group_tokens if self.use_shift_short_attention else None,
             "arguments": dataclasses.asdict(self),
         }

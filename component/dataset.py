@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.compute
 from datasets import Dataset, Features, IterableDataset, List, Value
+from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 
 from component.error import UserError
@@ -123,7 +124,14 @@ def tokenise(
     if all(sample["fate"] in DROPPED for sample in generate_samples(**arguments)):
         need = "answers, and prompts that leave room for them in max_seq_length" if options.sft else "texts"
         raise UserError(f"{field}: nothing to learn in {source} (lines: {lines}); it needs {need}")
-    dataset = Dataset.from_generator(generate_samples, features=FEATURES, gen_kwargs=arguments | {"stamps": stamps})
+    try:
+        dataset = Dataset.from_generator(
+            generate_samples, features=FEATURES, gen_kwargs=arguments | {"stamps": stamps}
+        )
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, UserError):  # a chat that the tokenizer's template refuses
+            raise error.__cause__ from error
+        raise
     fates = dataset.data.column("fate").to_numpy()
     lengths = pyarrow.compute.list_value_length(dataset.data.column("input_ids")).to_numpy()
     kept = np.flatnonzero(~np.isin(fates, DROPPED))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
 
-from component.checkpoint import RECORD_FILE, merged_folder, newest_run
+from component.checkpoint import RECORD_FILE, merged_folder, newest_run, read_record
 from component.error import UserError
 from component.model import load_for_inference
 from component.rope import context_length
@@ -72,6 +72,12 @@ def load_from_flags(flags: argparse.Namespace) -> tuple[PreTrainedModel, PreTrai
         sys.stdin.reconfigure(errors="strict")  # under LANG=C broken bytes would pass, and end in the tokenizer
     set_seed(flags.seed)
     return load_for_inference(model_path, adapter, context_size=flags.context_size, load_in_4bit=flags.load_in_4bit)
+
+
+def recorded_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """How the model was taught to chat: as the record beside its tokenizer says; Vicuna's way where there is none."""
+    record = read_record(tokenizer.name_or_path) or {}
+    return record.get("template") or "vicuna"
 
 
 def _is_merged(run: Path, merged: Path) -> bool:

@@ -13,24 +13,33 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from component.error import exit_on_user_error
-from component.generation import describe_context, generation_parser, load_from_flags, prompts, stream_continuation
-from component.template import encode_chat
+from component.generation import (
+    describe_context,
+    generation_parser,
+    load_from_flags,
+    prompts,
+    recorded_template,
+    stream_continuation,
+)
+from component.template import Turns, encode_conversation
 
 
 @exit_on_user_error
 def main() -> None:
     flags = generation_parser(__doc__).parse_args()
     model, tokenizer = load_from_flags(flags)
-    turns: list[tuple[str, str | None]] = []
+    template = recorded_template(tokenizer)
+    turns: Turns = []
     for question in prompts("USER: " if sys.stdin.isatty() else ""):
         if question.strip() == "/clear":
             turns.clear()
             continue
-        prompt_ids, _ = encode_chat(tokenizer, [*turns, (question, None)])
+        prompt_ids, _ = encode_conversation(tokenizer, [*turns, (question, None)], None, template)
         print("ASSISTANT: ", end="", flush=True)
         answer = stream_continuation(model, tokenizer, prompt_ids, flags)
         turns.append((question, answer))
-        print(describe_context(model, len(encode_chat(tokenizer, turns)[0])), file=sys.stderr, flush=True)
+        used = len(encode_conversation(tokenizer, turns, None, template)[0])
+        print(describe_context(model, used), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """How is text continued? Token for token as Hugging Face continues it, in the programs that people start."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -203,6 +204,19 @@ class TestChat:
         self.run(run_program, base_folder, "Größe?\n".encode())
         ids, labels = encode_chat(tokenizer, [("Größe?", "So.")])
         assert prompts_seen[0] == [token for token, label in zip(ids, labels, strict=True) if label == -100]
+
+    def test_the_models_own_spelling_if_it_was_trained_with_it(
+        self, run_program, base_folder, prompts_seen, tokenizer, tmp_path
+    ):
+        folder = shutil.copytree(base_folder, tmp_path / "chatty")
+        spelling = "{% for m in messages %}{{ m.role }}> {{ m.content }}\n{% endfor %}"
+        (folder / "chat_template.jinja").write_text(spelling + "{% if add_generation_prompt %}assistant> {% endif %}")
+        record = {"base_model": "x", "rope_type": "default", "rope_factor": 1.0, "template": "tokenizer", "files": {}}
+        (folder / "longqlora.json").write_text(json.dumps(record))
+        outcome = run_program(CHAT, "--model_name_or_path", folder, stdin=b"One?\nTwo?\n")
+        assert outcome.status == 0, outcome.err
+        text = "user> One?\nassistant> An answer.\nuser> Two?\nassistant> "
+        assert prompts_seen[1] == tokenizer(text, add_special_tokens=False).input_ids
 
 
 class TestInference:
