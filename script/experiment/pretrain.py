@@ -1,0 +1,132 @@
+"""Pretrain the experiments' base: a Llama of 32 M parameters that reads 1024 tokens of novels and mathematics.
+
+    python script/experiment/pretrain.py --train books-train.jsonl.xz proof-train.jsonl.xz \\
+        --validation books-validation.jsonl.xz proof-validation.jsonl.xz --minutes 9 --output output/experiment/base
+    python script/experiment/pretrain.py ... --steps 4 --batch_size 2 --layers 2 --output /tmp/base      # a try on CPU
+
+Writes a folder that `from_pretrained` loads, with pretrain.json, the record of the run, and pretrain.png, its curve.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from itertools import chain
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from component.error import exit_on_user_error
+from component.source import RecordTally, read_records
+from script.pretraining import describe, mean_loss, token_stream, train, train_tokenizer
+
+SEQ_LENGTH = 1024  # tokens, the context that the experiments then extend
+VOCAB_SIZE = 8192
+BPE_CHARACTERS = 30_000_000  # of each file that the tokenizer learns from
+
+
+def parse_flags() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", type=Path, nargs="+", required=True, help='files of {"text"} records')
+    parser.add_argument("--validation", type=Path, nargs="+", required=True, help="the same, held out")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
+    length = parser.add_mutually_exclusive_group(required=True)
+    length.add_argument("--minutes", type=float, help="train this long, the learning rate follows the clock")
+    length.add_argument("--steps", type=int, help="train this many steps")
+    parser.add_argument("--batch_size", type=int, default=128, help=f"sequences of {SEQ_LENGTH} tokens per step")
+    parser.add_argument("--learning_rate", type=float, default=2e-3)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--matrix_tflops", type=float, help="the card's measured rate, to state the share of it used")
+    parser.add_argument("--seed", type=int, default=0)
+    flags = parser.parse_args()
+    if flags.output.exists():
+        parser.error(f"--output {flags.output} exists: remove it or choose another folder")
+    return flags
+
+
+def texts_of(file: Path) -> list[str]:
+    tally = RecordTally()
+    texts = [record["text"] for _, record in tally.good(file, read_records(file, ("text",)))]
+    tally.refuse_if_too_many()
+    return texts
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast, layers: int) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=SEQ_LENGTH,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        rms_norm_eps=1e-5,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def draw_curve(curve: list[dict], file: Path) -> None:
+    figure, axes = plt.subplots(figsize=(6.5, 4), layout="constrained")
+    steps = [entry["step"] for entry in curve]
+    for key, label in (("loss", "training batch"), ("held_out_loss", "held-out texts")):
+        axes.plot(steps, [entry[key] for entry in curve], label=label, linewidth=1.6)
+    axes.set(xlabel="step", ylabel="loss, nats per token")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
+
+
+@exit_on_user_error
+def main() -> None:
+    flags = parse_flags()
+    torch.manual_seed(flags.seed)
+    torch.set_float32_matmul_precision("high")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    texts = {file: texts_of(file) for file in (*flags.train, *flags.validation)}
+    samples = chain.from_iterable(sampled(texts[file]) for file in flags.train)
+    tokenizer = train_tokenizer(samples, VOCAB_SIZE, SEQ_LENGTH)
+    training = token_stream(tokenizer, [text for file in flags.train for text in texts[file]], flags.seed).to(device)
+    held_out = {file.name: token_stream(tokenizer, texts[file], flags.seed).to(device) for file in flags.validation}
+    mixed = torch.cat([stream[: 2**16] for stream in held_out.values()])
+    model = build_model(tokenizer, flags.layers).to(device)
+    sizes = {"training_tokens": len(training), "parameters": model.num_parameters()}
+    print(sizes, flush=True)
+    run = train(model, training, mixed, SEQ_LENGTH, flags)
+    matrices = sum(p.numel() for name, p in model.named_parameters() if p.dim() > 1 and "embed_tokens" not in name)
+    # forward and backward: 6 FLOP per weight and token; attention's pairs: 12 per token, width and half the length
+    flop_per_token = 6 * matrices + 6 * flags.layers * model.config.hidden_size * SEQ_LENGTH
+    run["tflops"] = round(flop_per_token * run["tokens_per_second"] / 1e12, 1)
+    run["share_of_matrix_rate"] = round(run["tflops"] / flags.matrix_tflops, 3) if flags.matrix_tflops else None
+    model.eval()
+    losses = {name: mean_loss(model, stream, SEQ_LENGTH) for name, stream in held_out.items()}
+    print({**losses, "tflops": run["tflops"]}, flush=True)
+
+    partial = flags.output.with_name(f"{flags.output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.to(torch.float16).save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    record = {**describe(flags, SEQ_LENGTH), **sizes, **run, "held_out_loss": losses}
+    (partial / "pretrain.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    draw_curve(run["curve"], partial / "pretrain.png")
+    partial.rename(flags.output)
+
+
+def sampled(texts: list[str]) -> list[str]:
+    """The first part of every text, about BPE_CHARACTERS in all."""
+    share = BPE_CHARACTERS // len(texts)
+    return [text[:share] for text in texts]
+
+
+if __name__ == "__main__":
+    main()
