@@ -1,0 +1,105 @@
+"""What is compared in the experiments: one entry per row, each a change of the YAML that all share.
+
+python script/experiment/rows.py     # prints the rows
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+ATTENTION = "q_proj,k_proj,v_proj,o_proj"
+# LongQLoRA as the paper has it, at a rate that fits so small a model; what a row changes is named in the row
+RECIPE: dict[str, Any] = {
+    "sft": False,
+    "max_steps": 400,
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "constant_with_warmup",
+    "warmup_steps": 20,
+    "lora_rank": 64,
+    "lora_alpha": 64,
+    "lora_dropout": 0.0,
+    "optim": "adamw_torch",
+    "adam_beta2": 0.99,
+    "weight_decay": 0.0,
+    "max_grad_norm": 1.0,
+    "logging_steps": 20,
+    "save_strategy": "no",
+    "report_to": "none",
+    "resume_from_checkpoint": None,
+    "overwrite_output_dir": True,
+}
+TOKENS_PER_STEP = 16384
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    says: str  # what people read in the table
+    changes: dict[str, Any] = field(default_factory=dict)  # of RECIPE; None: nothing is trained
+    program: str | None = "train.py"  # None: nothing is trained
+    rope_type: str | None = "linear"  # None: positions as they are
+    seeds: int = 1
+    lengths: tuple[int, ...] = (4096,)  # tokens that the context is extended to
+    s2_evaluation: bool = False  # also with S2-Attn, in the groups of training
+
+
+def main_rows() -> list[Row]:
+    both, close = (4096, 8192), 3
+    no_s2 = {"use_shift_short_attention": False}
+    modest = {"target_modules": ATTENTION}
+    return [
+        Row("base", "base, positions as they are", program=None, rope_type=None, lengths=both),
+        *(
+            Row(f"untrained-{rope}", f"{rope}, untrained", program=None, rope_type=rope, lengths=both)
+            for rope in ("linear", "dynamic", "yarn")
+        ),
+        Row("longqlora", "**LongQLoRA**: NF4, all linears, S2", seeds=close, lengths=both, s2_evaluation=True),
+        Row("full-attention", "the same, full attention", no_s2, seeds=close, lengths=both),
+        Row("rolled", "the same, the original's rolled S2", program=ROLLED, seeds=close, s2_evaluation=True),
+        Row(
+            "longlora",
+            "LongLoRA: 16 bits, rank 8 on q,k,v,o, embeddings, norms",
+            {**modest, "load_in_4bit": False, "lora_rank": 8, "lora_alpha": 16, "train_embedding": True}
+            | {"train_norm": True},
+            seeds=close,
+        ),
+        Row("attention-only", "LoRA on q,k,v,o", modest, seeds=close),
+        Row("attention-norms", "LoRA on q,k,v,o, + norms", {**modest, "train_norm": True}, seeds=close),
+        Row("attention-embeddings", "LoRA on q,k,v,o, + embeddings", {**modest, "train_embedding": True}),
+        Row("all", "all linears + norms + embeddings", {"train_norm": True, "train_embedding": True}, seeds=close),
+        Row("full", "full fine-tuning, full attention", no_s2, program=FULL, seeds=close, lengths=both),
+        Row("16-bit", "LongQLoRA on a 16-bit base", {"load_in_4bit": False}, seeds=close),
+    ]
+
+
+def ablation_rows() -> list[Row]:
+    rank_8 = {"lora_rank": 8, "lora_alpha": 16}
+    return [
+        *(Row(f"rank-{r}", f"rank {r}", {"lora_rank": r, "lora_alpha": r}) for r in (8, 16, 32, 128, 256)),
+        Row("rank-8-attention", "rank 8 on q,k,v,o", {**rank_8, "target_modules": ATTENTION}),
+        Row("rank-8-norms", "rank 8 on all linears + norms", {**rank_8, "train_norm": True}),
+        *(Row(f"steps-{n}", f"{n} steps", {"max_steps": n}) for n in (100, 200, 700, 1000)),
+        *(Row(f"groups-{r:g}", f"groups of {r:g} of the row", {"group_size_ratio": r}) for r in (0.125, 0.5, 1.0)),
+        *(Row(f"rate-{x:g}", f"learning rate {x:g}", {"learning_rate": x}) for x in (3e-4, 3e-3)),
+        *(
+            Row(
+                f"full-rate-{x:g}",
+                f"full fine-tuning at {x:g}",
+                {"use_shift_short_attention": False, "learning_rate": x},
+                program=FULL,
+            )
+            for x in (1e-4, 1e-3)
+        ),
+    ]
+
+
+ROLLED, FULL = "script/experiment/train_rolled.py", "script/experiment/train_full.py"
+
+
+def all_rows() -> dict[str, Row]:
+    return {row.name: row for row in (*main_rows(), *ablation_rows())}
+
+
+if __name__ == "__main__":
+    for row in all_rows().values():
+        print(f"{row.name:<22}{row.says:<60}{row.lengths} x {row.seeds}")

@@ -1,0 +1,187 @@
+"""Train, merge and evaluate the rows of the experiments, several at a time on one GPU; what is done is not done again.
+
+    python script/experiment/run.py --base output/experiment/base --data output/experiment/data \\
+        --work output/experiment --rows longqlora full-attention rolled full --jobs 8 --time_limit_s 540
+    python script/experiment/run.py ... --rows all             # every row of script/experiment/rows.py
+
+Every row is `train.py` (or the program that the row names) on a YAML, then `script/evaluate/evaluate.py`.
+--data holds train.jsonl, texts longer than any row, and NAME.bin files to evaluate on, made by script/data/. Results: WORK/results/ROW-LENGTH-SEED.json.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import torch
+import yaml
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from component.checkpoint import library_versions
+from component.error import UserError, exit_on_user_error, nearest
+from component.result import write_json
+from component.rope import extend_context
+from script.experiment.rows import FULL, RECIPE, TOKENS_PER_STEP, Row, all_rows
+
+PROTOCOLS = ("longlora", "sliding")
+LENGTHS = (512, 1024, 2048, 4096, 8192)  # tokens of the windows that are measured
+
+
+@dataclass(frozen=True)
+class Run:
+    row: Row
+    length: int  # tokens that the context is extended to, and of a training row
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.row.name}-{self.length}-{self.seed}"
+
+
+def parse_flags() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", type=Path, required=True, help="the base of script/experiment/pretrain.py")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder with train.jsonl and .bin files to evaluate on"
+    )
+    parser.add_argument("--work", type=Path, required=True, help="folder for runs and results")
+    parser.add_argument("--rows", nargs="+", required=True, help="names of rows, or all")
+    parser.add_argument("--seeds", type=int, help="at most so many per row (default: as many as the row says)")
+    parser.add_argument("--lengths", type=int, nargs="+", help="only these (default: those that the row says)")
+    parser.add_argument("--windows", type=int, nargs="+", default=LENGTHS, help="tokens of the windows to evaluate")
+    parser.add_argument("--max_steps", type=int, help="train shorter, to try the script out")
+    parser.add_argument("--jobs", type=int, default=1, help="rows at a time")
+    parser.add_argument("--time_limit_s", type=float, help="start no row after this")
+    return parser.parse_args()
+
+
+def asked_runs(flags: argparse.Namespace) -> list[Run]:
+    known = all_rows()
+    names = list(known) if flags.rows == ["all"] else flags.rows
+    for name in names:
+        if name not in known:
+            raise UserError(f"--rows: {name!r} is no row{nearest(name, known)}")
+    runs = []
+    for row in map(known.__getitem__, names):
+        seeds = 1 if row.program is None else min(row.seeds, flags.seeds or row.seeds)
+        lengths = [length for length in row.lengths if not flags.lengths or length in flags.lengths]
+        runs += [Run(row, length, seed) for seed in range(seeds) for length in lengths]
+    return sorted(runs, key=lambda run: run.seed)  # a cut-off run has all rows once before it has one twice
+
+
+def do(run: Run, flags: argparse.Namespace) -> dict:
+    """Train what the row trains, evaluate it, and keep what came out."""
+    start, folder = time.monotonic(), flags.work / "runs" / run.name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    result = {"row": run.row.name, "says": run.row.says, "length": run.length, "seed": run.seed}
+    if run.row.program is None:
+        model = stretched(flags.base, folder, run) if run.row.rope_type else flags.base
+        measured = ["--base_model", str(model)]
+    else:
+        settings = settings_of(run, flags, folder)
+        file = folder.parent / f"{run.name}.yaml"
+        file.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+        execute([run.row.program, "--train_args_file", str(file)], file.with_suffix(".log"))
+        result |= {"settings": settings, "training": json.loads((folder / "train_results.json").read_text())}
+        history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+        result["losses"] = [[entry["step"], entry["loss"]] for entry in history if "loss" in entry]
+        measured = ["--base_model" if run.row.program == FULL else "--peft_model", str(folder)]
+    result["evaluation"] = evaluate(run, measured, flags)
+    origin = {"date": str(date.today()), "hardware": hardware(), "versions": library_versions()}
+    result |= {"seconds": round(time.monotonic() - start, 1), **origin}
+    write_json(flags.work / "results" / f"{run.name}.json", result)
+    return result
+
+
+def stretched(base: Path, folder: Path, run: Run) -> Path:
+    """The base with stretched positions, as a model folder of its own."""
+    config = AutoConfig.from_pretrained(base)
+    extend_context(config, run.length, run.row.rope_type)
+    AutoModelForCausalLM.from_pretrained(base, config=config, dtype="auto").save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return folder
+
+
+def settings_of(run: Run, flags: argparse.Namespace, folder: Path) -> dict:
+    """The YAML of a run."""
+    paths = {"model_name_or_path": flags.base, "train_file": flags.data / "train.jsonl", "output_dir": folder}
+    lengths = {"max_seq_length": run.length, "model_max_length": run.length}
+    batch = {"per_device_train_batch_size": max(1, TOKENS_PER_STEP // run.length), "seed": run.seed}
+    precision = {"bf16": True} if torch.cuda.is_available() else {}
+    settings = RECIPE | {key: str(path) for key, path in paths.items()} | lengths | batch | precision | run.row.changes
+    return settings | ({"max_steps": flags.max_steps} if flags.max_steps else {})
+
+
+def evaluate(run: Run, measured: list[str], flags: argparse.Namespace) -> dict:
+    """{text: {protocol: results of evaluate.py}}."""
+    found: dict[str, dict] = {}
+    for file in sorted(flags.data.glob("*.bin")):
+        for protocol in PROTOCOLS:
+            output = flags.work / "runs" / f"{run.name}-{file.stem}-{protocol}.json"
+            words = [*measured, "--data_path", str(file), "--protocol", protocol, "--output_json", str(output)]
+            windows = [
+                "--seq_len",
+                *map(str, flags.windows),
+                "--batch_size",
+                "4" if torch.cuda.is_available() else "1",
+            ]
+            execute(["script/evaluate/evaluate.py", *words, *windows], output.with_suffix(".log"))
+            found.setdefault(file.stem, {})[protocol] = json.loads(output.read_text())["results"]
+    return found
+
+
+def execute(words: list[str], log: Path) -> None:
+    """Run one of our programs; what it prints goes to `log`."""
+    with log.open("w", encoding="utf-8") as stream:
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
+        done = subprocess.run(
+            [sys.executable, *words], cwd=ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT
+        )
+    if done.returncode:
+        last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+        raise UserError(
+            f"{shlex.join(words[:3])} ended with status {done.returncode}: {' '.join(last)[:300]}; see {log}"
+        )
+
+
+def hardware() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
+@exit_on_user_error
+def main() -> None:
+    flags, start = parse_flags(), time.monotonic()
+    for name in ("base", "data", "work"):  # programs are run from the repository's root
+        setattr(flags, name, getattr(flags, name).resolve())
+    waiting = [run for run in asked_runs(flags) if not (flags.work / "results" / f"{run.name}.json").is_file()]
+    print(f"{len(waiting)} runs, {flags.jobs} at a time, on {hardware()}", flush=True)
+    failures = []
+
+    def one(run: Run) -> str:
+        if flags.time_limit_s is not None and time.monotonic() - start > flags.time_limit_s:
+            return f"{run.name}: not begun, --time_limit_s is spent"
+        try:
+            return f"{run.name}: {do(run, flags)['seconds']} s"
+        except UserError as error:
+            failures.append(run.name)
+            return f"{run.name}: {error}"
+
+    with ThreadPoolExecutor(flags.jobs) as pool:
+        for done in as_completed([pool.submit(one, run) for run in waiting]):
+            print(done.result(), flush=True)
+    if failures:
+        raise UserError(f"{len(failures)} runs failed: {', '.join(failures)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""Full fine-tuning of a stretched base, for comparison: the same data, the Hugging Face Trainer, every weight trains.
+
+python script/experiment/train_full.py --train_args_file FILE.yaml
+
+Reads the YAML of train.py; what concerns LoRA, S2-Attn and memory does not apply. Writes a plain model.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+from transformers import AutoModelForCausalLM, Trainer, set_seed
+
+from component.argument import parse_arguments
+from component.attention import use_shift_short_attention
+from component.collator import RightPadCollator
+from component.dataset import load_samples
+from component.error import exit_on_user_error
+from component.memory import peak_memory
+from component.model import any_pad_id, load_config, load_tokenizer
+from component.rope import extend_context
+from component.trainer import SpeedCallback, stand_alone_environment
+
+
+@exit_on_user_error
+def main() -> None:
+    stand_alone_environment()
+    args, training_args = parse_arguments(sys.argv[1:])
+    set_seed(training_args.seed)
+    config, tokenizer = load_config(args.model_name_or_path), load_tokenizer(args.model_name_or_path)
+    extend_context(config, args.model_max_length, args.rope_type)
+    config.use_cache = False
+    # attention inside packed texts, as train.py has it: in groups that are longer than a row it is full attention
+    use_shift_short_attention(config, args.group_tokens)
+    # weights in fp32, computing under autocast
+    model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, config=config, dtype=torch.float32)
+    samples, report = load_samples(args.train_file, tokenizer, packing=args.packing, **args.data)
+    print(f"full fine-tuning of {model.num_parameters():,} parameters; {report}", flush=True)
+    speed = SpeedCallback()
+    trainer = Trainer(
+        model=model,
+        args=training_args,
+        train_dataset=samples,
+        data_collator=RightPadCollator(any_pad_id(tokenizer)),
+        callbacks=[speed],
+    )
+    metrics = trainer.train().metrics | peak_memory()
+    trainer.log_metrics("train", metrics)
+    trainer.save_metrics("train", {**metrics, "step_seconds": [round(s, 4) for s in speed.step_seconds]})
+    trainer.save_state()
+    config.use_cache, config._attn_implementation = True, "sdpa"
+    model.config = config
+    model.to(torch.float16).save_pretrained(training_args.output_dir)
+    tokenizer.save_pretrained(training_args.output_dir)
+
+
+if __name__ == "__main__":
+    main()
