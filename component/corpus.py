@@ -13,7 +13,6 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from component.error import UserError
 from component.piece import cut_text
 from component.selection import first_of_each, lowest, sample_key, text_hash
 from component.source import read_records
@@ -45,7 +44,7 @@ class TextMeasure:
         self.count, self.key, self.is_split = TokenCounter(tokenizer), key, long_texts == "split"
         self.least, self.most = min_tokens, max_tokens
         # so few bytes are too few tokens, whatever they are: most texts of a crawl need no tokenizing
-        self.too_few_bytes = min_tokens - 4 if self.count.has_at_most_byte_tokens else 0
+        self.too_few_bytes = min_tokens - self.count.around - 1 if self.count.has_at_most_byte_tokens else 0
 
     def __call__(self, group: int, chunk: Chunk) -> Measured:
         measured = Measured()
@@ -73,10 +72,13 @@ class TextMeasure:
         return measured
 
     def _take(self, number: int, text: str, start: int, end: int, tokens: int, measured: Measured) -> None:
-        if self.least <= tokens <= self.most:
-            measured.rows.append((number, start, end, tokens, text_hash(text[start:end])))
+        piece = text[start:end]
+        if tokens < self.least or not piece.strip():
+            measured.noted["too_short"] += 1
+        elif tokens > self.most:
+            measured.noted["too_long"] += 1
         else:
-            measured.noted["too_short" if tokens < self.least else "too_long"] += 1
+            measured.rows.append((number, start, end, tokens, text_hash(piece)))
 
     def _split(self, number: int, text: str, measured: Measured) -> None:
         pieces = cut_text(text, self.least, self.most, self.count)
@@ -121,10 +123,10 @@ def _texts(survey: Survey, choices: list[Choice], key: str) -> Iterator[str]:
             while choice is not None and (choice.file, choice.number) == (index, number):
                 text = record[key][choice.start : choice.end] if isinstance(record, dict) else ""
                 if text_hash(text) != choice.hashed:
-                    raise UserError(f"{file.path}:{number}: changed while it was read; start again with --overwrite")
+                    raise survey.changed(index, number)
                 yield text
                 choice = next(waiting, None)
             if choice is None or choice.file != index:
                 break
     if choice is not None:
-        raise UserError(f"{survey.files[choice.file].path}: became shorter while it was read; start again")
+        raise survey.changed(choice.file, choice.number)

@@ -19,6 +19,8 @@ def cut_text(text: str, least: int, most: int, count: TokenCounter) -> list[tupl
     around = count.around
     upto = [0, *accumulate(tokens - around for tokens in counts)]  # tokens before each unit
     room = max(least, int((most - around) / MARGIN))
+    if room < upto[-1] <= MARGIN * most and count([text])[0] <= most:  # estimated too long, but is not
+        return [(0, len(text))]
     pieces, start = [], 0
     while start < len(units):
         rest = upto[-1] - upto[start]

@@ -5,6 +5,7 @@ from component.selection import text_hash
 from component.token_count import TokenCounter
 from component.unpack import BadRecord
 from tests.conftest import TEXTS
+from tests.words import word_tokenizer
 
 TEXT = " ".join(TEXTS)  # with letters of two and three bytes
 LEAST, MOST = 40, 90
@@ -30,6 +31,19 @@ def test_short_cuts_decide_as_counting_does(tokenizer):
     assert min(found.noted.values()) > 20, "there are some of each"
     assert any(len(text) < LEAST - 4 for text in texts), "some are short enough for the short cut"
     assert any(end - start < LEAST for _, start, end, *_ in kept), "and some are not, having many bytes a letter"
+
+
+def test_a_text_that_is_nearly_too_long_stays_whole():
+    text = " ".join(["abcdef"] * 38)  # 40 tokens; its characters make it look longer
+    found = TextMeasure(word_tokenizer(), 30, 40, "split", "text")(0, [(1, {"text": text})])
+    assert (found.rows, found.noted) == ([(1, 0, len(text), 40, text_hash(text))], {"split": 0})
+
+
+def test_a_piece_of_nothing_but_blanks_is_no_text():
+    text = "a b c d e\n" + " " * 4000 + "\na b c d e"
+    found = TextMeasure(word_tokenizer(), 1, 9, "split", "text")(0, [(1, {"text": text})])
+    assert all(text[start:end].strip() for _, start, end, *_ in found.rows)
+    assert sum(tokens - 2 for _, _, _, tokens, _ in found.rows) == 10, "every word is there"
 
 
 def test_bad_records_are_passed_on(tokenizer):

@@ -26,7 +26,7 @@ def test_at_the_end_of_a_line_where_no_paragraph_ends_near():
 
 
 def test_at_a_space_where_no_line_ends():
-    assert pieces("a b c d e a b c d e a b", 4, 14) == ["a b c d e a b", " c d e a b"]
+    assert pieces("a b c d e a b c d e a b", 4, 13) == ["a b c d e a b", " c d e a b"]
 
 
 def test_pieces_are_of_about_equal_size():

@@ -259,8 +259,10 @@ def test_a_file_that_changes_between_the_passes(build, unfinished, tmp_path):
     before = unfinished[1].stat()
     unfinished[1].write_bytes(unfinished[1].read_bytes().replace(b"w50", b"v50"))
     os.utime(unfinished[1], ns=(before.st_atime_ns, before.st_mtime_ns))
-    refused(build(*unfinished), f"{unfinished[1]}:31: changed while it was read")
-    assert not list(tmp_path.glob("*out.jsonl*writing"))
+    refused(build(*unfinished), f"{unfinished[1]}:31: changed while it was read; start again")
+    assert not list(tmp_path.glob("*out.jsonl*"))
+    assert build(*unfinished).status == 0, "measured anew"
+    assert {"text": "v50 b c d"} in read_lines(tmp_path / "out.jsonl")
 
 
 # --- what is refused ---
