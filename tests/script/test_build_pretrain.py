@@ -94,6 +94,8 @@ def test_the_files(build, sources, tmp_path, word_folder):
     assert stats["tokenizer"]["vocab_size"] == 8
     assert len(stats["tokenizer"]["sha256"]) == 64
     assert stats["flags"]["seed"] == 42
+    assert stats["command"].startswith("python script/data/build_pretrain.py --source ")
+    assert '"edges": [ 5, 6, 7, 8, 9, 10, 11 ]' in (tmp_path / "out.stats.json").read_text(), "lists on one line"
     assert set(stats) == {"counts", "sources", "lengths", "tokenizer", "flags", "command", "versions", "date"}
     with Image.open(tmp_path / "out.png") as picture:
         assert picture.format == "PNG"
@@ -274,6 +276,15 @@ def test_an_existing_output_stays(build, sources, tmp_path):
     assert (tmp_path / "out.jsonl").read_text() == "mine"
     assert build(*sources, overwrite=True).status == 0
     assert len(read_lines(tmp_path / "out.jsonl")) == 4
+
+
+def test_a_source_is_not_overwritten(build, sources, tmp_path):
+    file = sources[0] / "1.jsonl"
+    before = file.read_bytes()
+    refused(
+        build(*sources, output="in/1.jsonl", overwrite=True), f"--output: {file} is one of the files that are read"
+    )
+    assert file.read_bytes() == before
 
 
 def test_wrong_flags_are_told_together(build, sources, tmp_path):
