@@ -5,7 +5,6 @@ processes shared the windows.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,7 +53,7 @@ def sum_window(
     *,
     seq_len: int,
     buckets: int,
-    document_starts: Sequence[int] | None,
+    document_starts: np.ndarray | None,
 ) -> WindowSum:
     """Sums over one window.
 
@@ -70,7 +69,7 @@ def sum_window(
     positions = _grouped(scored, bucket_of, buckets) if buckets else np.zeros((2, 0))
     first, documents = 0, np.zeros((2, 0))
     if document_starts is not None:
-        document_of = np.searchsorted(np.asarray(document_starts), places, side="right") - 1
+        document_of = np.searchsorted(document_starts, places, side="right") - 1
         first = int(document_of[0])
         documents = _grouped(scored, document_of - first, int(document_of[-1]) - first + 1)
     return WindowSum(number, float(scored.sum()), len(scored), positions, first, documents)
@@ -91,7 +90,7 @@ def by_position(sums: list[WindowSum], seq_len: int, buckets: int) -> list[Posit
     ]
 
 
-def by_document(sums: list[WindowSum], document_starts: Sequence[int]) -> list[Document]:
+def by_document(sums: list[WindowSum], document_starts: np.ndarray) -> list[Document]:
     """One row per document of which a token was scored."""
     losses, tokens = totals = np.zeros((2, len(document_starts)))
     for window in sums:

@@ -2,7 +2,7 @@
 
 import argparse
 import os
-import sys
+from collections.abc import Iterable
 from datetime import date
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from component.distribution import versions
 from component.error import UserError, first_line
+from component.result import command
 from component.token_file import describe_tokenizer
 
 
@@ -32,8 +33,10 @@ def check_common_flags(flags: argparse.Namespace) -> list[str]:
     return problems
 
 
-def open_output(flags: argparse.Namespace) -> None:
+def open_output(flags: argparse.Namespace, sources: Iterable[Path]) -> None:
     """Make the output's folder; refuse to replace what is there. The output comes last: it tells of a whole run."""
+    if any(flags.output.resolve() == source.resolve() for source in sources):
+        raise UserError(f"--output: {flags.output} is one of the files that are read; name another")
     if flags.output.exists() and not flags.overwrite:
         raise UserError(f"--output: {flags.output} exists; name another file, or replace it with --overwrite")
     flags.output.parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +74,7 @@ def origin(flags: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> dic
     return {
         "tokenizer": describe_tokenizer(tokenizer, flags.tokenizer),
         "flags": {name: str(value) if isinstance(value, Path) else value for name, value in vars(flags).items()},
-        "command": " ".join(sys.argv),
+        "command": command(),
         "versions": versions(),
         "date": str(date.today()),
     }

@@ -45,7 +45,7 @@ def parse_contender(text: str) -> Contender:
         UserError: no name, or no model.
     """
     name, is_named, rest = text.partition("=")
-    context = re.fullmatch(r"(.+)@(\d+)", rest)
+    context = None if Path(rest).exists() else re.fullmatch(r"(.+)@(0*[1-9]\d*)", rest)
     path, tokens = (context[1], int(context[2])) if context else (rest, None)
     model, has_adapter, adapter = (path, "", "") if Path(path).exists() else path.partition(":")
     if not (name and is_named and model) or (has_adapter and not adapter):

@@ -1,27 +1,31 @@
 """What is a pretraining corpus? Texts of the right length, each once, sampled fairly, in the order of the input.
 
+A text that is too long may be cut: where a paragraph ends, else where a line does, else at a space.
+
 Two passes: the first measures every text (component/survey.py), then the sample is drawn from the measures alone
 (component/selection.py), and the second pass reads the files again and writes what was drawn. No text is kept.
 """
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from component.error import UserError
-from component.piece import cut_text
 from component.selection import first_of_each, lowest, sample_key, text_hash
 from component.source import read_records
 from component.survey import Chunk, Measured, Survey
-from component.token_count import TokenCounter
+from component.token_count import MARGIN, TokenCounter
 from component.unpack import BadRecord
 
 LONG_TEXTS = ("drop", "split")
+UNIT_CHARACTERS = 2000  # at most, of a part of a long line: where there is no better place, cuts fall between parts
+PARAGRAPH, LINE, INSIDE = 2, 1, 0  # what ends with a unit
 
 
 @dataclass
@@ -45,7 +49,7 @@ class TextMeasure:
         self.count, self.key, self.is_split = TokenCounter(tokenizer), key, long_texts == "split"
         self.least, self.most = min_tokens, max_tokens
         # so few bytes are too few tokens, whatever they are: most texts of a crawl need no tokenizing
-        self.too_few_bytes = min_tokens - 4 if self.count.has_at_most_byte_tokens else 0
+        self.too_few_bytes = min_tokens - self.count.around - 1 if self.count.has_at_most_byte_tokens else 0
 
     def __call__(self, group: int, chunk: Chunk) -> Measured:
         measured = Measured()
@@ -73,10 +77,13 @@ class TextMeasure:
         return measured
 
     def _take(self, number: int, text: str, start: int, end: int, tokens: int, measured: Measured) -> None:
-        if self.least <= tokens <= self.most:
-            measured.rows.append((number, start, end, tokens, text_hash(text[start:end])))
+        piece = text[start:end]
+        if tokens < self.least or not piece.strip():
+            measured.noted["too_short"] += 1
+        elif tokens > self.most:
+            measured.noted["too_long"] += 1
         else:
-            measured.noted["too_short" if tokens < self.least else "too_long"] += 1
+            measured.rows.append((number, start, end, tokens, text_hash(piece)))
 
     def _split(self, number: int, text: str, measured: Measured) -> None:
         pieces = cut_text(text, self.least, self.most, self.count)
@@ -84,6 +91,66 @@ class TextMeasure:
         for start, end in pieces:  # one at a time: a whole book's tokens are never in memory
             (tokens,) = self.count([text[start:end]])
             self._take(number, text, start, end, tokens, measured)
+
+
+def cut_text(text: str, least: int, most: int, count: TokenCounter) -> list[tuple[int, int]]:
+    """(first, end) characters of pieces of about equal size, as few as `most` tokens allow; together all of `text`.
+
+    The pieces' tokens are estimated from their parts: count them before use.
+    """
+    units = _units(text, min(UNIT_CHARACTERS, max(8, most // 4)))
+    counts = count([text[first:end] for first, end, _ in units])
+    around = count.around
+    upto = [0, *accumulate(tokens - around for tokens in counts)]  # tokens before each unit
+    room = max(least, int((most - around) / MARGIN))
+    if room < upto[-1] <= MARGIN * most and count([text])[0] <= most:  # estimated too long, but is not
+        return [(0, len(text))]
+    pieces, start = [], 0
+    while start < len(units):
+        rest = upto[-1] - upto[start]
+        parts = math.ceil(rest / room)
+        end = len(units) if parts <= 1 else _cut(units, upto, start, rest / parts, least, room)
+        pieces.append((units[start][0], units[end - 1][1]))
+        start = end
+    return [_without_line_ends(text, *piece) for piece in pieces]
+
+
+def _cut(units: list, upto: list[int], start: int, target: float, least: int, room: int) -> int:
+    """The unit to cut before: near `target` tokens behind `start`, at the best kind of end there."""
+    best, best_rank = start + 1, (-1, 0.0)
+    for end in range(start + 1, len(units)):
+        tokens = upto[end] - upto[start]
+        if tokens > room:
+            break
+        is_near = max(least, 0.8 * target) <= tokens
+        rank = (units[end - 1][2] if is_near else -1, -abs(tokens - target))
+        if end == start + 1 or rank > best_rank:
+            best, best_rank = end, rank
+    return best
+
+
+def _units(text: str, longest: int) -> list[tuple[int, int, int]]:
+    """(first character, end, what ends there): lines, and those of more than `longest` characters in parts."""
+    units, start = [], 0
+    while start < len(text):
+        end = text.find("\n", start) + 1 or len(text)
+        while end - start > longest:
+            space = text.rfind(" ", start + 1, start + longest)
+            cut = space if space > 0 else start + longest
+            units.append((start, cut, INSIDE))
+            start = cut
+        units.append((start, end, PARAGRAPH if text[end : end + 1] in ("\n", "\r") else LINE))
+        start = end
+    return units
+
+
+def _without_line_ends(text: str, start: int, end: int) -> tuple[int, int]:
+    """A piece's bounds without line ends at either side; its indentation stays."""
+    while end > start and text[end - 1] in "\r\n":
+        end -= 1
+    while start < end and text[start] in "\r\n":
+        start += 1
+    return start, end
 
 
 def choose(survey: Survey, num_samples: int, seed: int) -> tuple[list[Choice], Counter]:
@@ -121,10 +188,10 @@ def _texts(survey: Survey, choices: list[Choice], key: str) -> Iterator[str]:
             while choice is not None and (choice.file, choice.number) == (index, number):
                 text = record[key][choice.start : choice.end] if isinstance(record, dict) else ""
                 if text_hash(text) != choice.hashed:
-                    raise UserError(f"{file.path}:{number}: changed while it was read; start again with --overwrite")
+                    raise survey.changed(index, number)
                 yield text
                 choice = next(waiting, None)
             if choice is None or choice.file != index:
                 break
     if choice is not None:
-        raise UserError(f"{survey.files[choice.file].path}: became shorter while it was read; start again")
+        raise survey.changed(choice.file, choice.number)

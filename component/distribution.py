@@ -1,12 +1,13 @@
 """How long are the texts? Figures for programs (JSON) and one for people (PNG)."""
 
 import importlib.metadata
-import json
 import math
 import platform
 from pathlib import Path
 
 import numpy as np
+
+from component.result import save_figure
 
 PERCENTILES = (1, 5, 10, 25, 50, 75, 90, 95, 99)
 BINS = 40
@@ -69,7 +70,7 @@ def draw_lengths(lengths_of: dict[str, dict], file: Path, title: str) -> None:
         label = f" median {lengths['median']:,.0f} "
         axes.text(lengths["median"], 0.97, label, color=DARK, ha=side, va="top", transform=axes.get_xaxis_transform())
         if len(shown) > 1:
-            axes.set_title(f"{name}: {lengths['texts']:,}", fontsize=10)
+            axes.set_title(f"{name}: {lengths['texts']:,}", fontsize=10, parse_math=False)
         axes.set_ylim(bottom=0, top=1.12 * max(counts))
         axes.xaxis.set_major_formatter(thousands)
         axes.xaxis.set_major_locator(MaxNLocator(6 if len(shown) <= 1 else 4))
@@ -81,22 +82,13 @@ def draw_lengths(lengths_of: dict[str, dict], file: Path, title: str) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     figure.supxlabel("tokens in a text", fontsize=10)
     figure.supylabel("texts", fontsize=10)
-    figure.suptitle(title, fontsize=11)
-    writing = file.with_name(f".{file.name}.writing")
-    figure.savefig(writing, dpi=130, format="png")
+    figure.suptitle(title, fontsize=11, parse_math=False)
+    save_figure(figure, file)
     plt.close(figure)
-    writing.replace(file)
 
 
 def lengths_span(lengths_of: dict[str, dict]) -> tuple[int, int]:
     return min(each["min"] for each in lengths_of.values()), max(each["max"] for each in lengths_of.values())
-
-
-def write_json(file: Path, values: dict) -> None:
-    """Whole or not at all; lists of numbers stay on one line."""
-    writing = file.with_name(f".{file.name}.writing")
-    writing.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    writing.replace(file)
 
 
 def versions() -> dict[str, str]:

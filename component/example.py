@@ -11,7 +11,6 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from component.error import UserError
 from component.instruction import Turns, mapping_of
 from component.mixture import Mixture, MixtureSource, apportion
 from component.selection import first_of_each, lowest, sample_key, text_hash
@@ -159,9 +158,13 @@ def _write_in_input_order(
             for number, record in read_records(path):
                 if number not in numbers or not isinstance(record, dict):
                     continue
-                turns, example = turns_of(record, source), numbers.pop(number)
+                example = numbers.pop(number)
+                try:
+                    turns = turns_of(record, source)
+                except ValueError as error:
+                    raise survey.changed(index, number) from error
                 if hash_of(turns) != example.hashed:
-                    raise UserError(f"{path}:{number}: changed while it was read; start again with --overwrite")
+                    raise survey.changed(index, number)
                 line = line_of(turns, source).encode()
                 lines.write(line)
                 places.append((example.key, at, len(line)))
@@ -169,6 +172,6 @@ def _write_in_input_order(
                 bar.update()
                 if not numbers:
                     break
-    if len(places) != len(examples):
-        raise UserError("--config: a source became shorter while it was read; start again with --overwrite")
+            if numbers:
+                raise survey.changed(index, min(numbers))
     return places

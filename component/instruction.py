@@ -61,6 +61,8 @@ def _field(record: dict, name: str, *, is_optional: bool = False) -> str:
         if not isinstance(value, dict) or value.get(part) is None:
             if is_optional:
                 return ""
+            if name in record:
+                raise ValueError(f'"{name}" is null, not a text')
             raise ValueError(f'no "{name}" (its keys: {", ".join(map(str, record)) or "none"})')
         value = value[part]
     if not isinstance(value, str):

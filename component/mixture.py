@@ -1,5 +1,6 @@
 """What is mixed, in which shares? The YAML of build_sft.py: which keys it has, and what is wrong with it."""
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -109,7 +110,8 @@ def _share_problems(entry: dict) -> list[str]:
     problems = []
     if share is not None and count is not None:
         problems.append("share and count exclude each other; leave one out")
-    if share is not None and (isinstance(share, bool) or not isinstance(share, int | float) or not share > 0):
+    is_number = isinstance(share, int | float) and not isinstance(share, bool)
+    if share is not None and not (is_number and 0 < share < math.inf):
         problems.append(f"share: {share!r}; use a number above 0")
     if count is not None and not _is_count(count):
         problems.append(f"count: {count!r}; use a whole number of at least 1")
@@ -140,6 +142,8 @@ def _filter_problems(filters: object) -> list[str]:
     for key in ("min_tokens", "max_tokens"):
         if key in filters and not _is_count(filters[key]):
             problems.append(f"filters: {key}: {filters[key]!r}; use a whole number of at least 1")
+    if not problems and filters.get("min_tokens", 0) > filters.get("max_tokens", math.inf):
+        problems.append(f"filters: min_tokens {filters['min_tokens']} is above max_tokens {filters['max_tokens']}")
     for key in ("contains", "excludes"):
         try:
             re.compile(filters.get(key, ""))

@@ -88,6 +88,22 @@ def sliding_windows(tokens: int, seq_len: int, stride: int) -> list[Window]:
     return windows
 
 
+def plan_windows(tokens: int, seq_len: int, stride: int, protocol: str) -> list[Window]:
+    """The windows of a file.
+
+    Raises:
+        UserError: there is none.
+    """
+    windows = (longlora_windows if protocol == "longlora" else sliding_windows)(tokens, seq_len, stride)
+    if not windows:
+        need = seq_len + stride + 1 if protocol == "longlora" else 2
+        raise UserError(
+            f"data_path: {tokens} tokens hold no window of seq_len {seq_len} at sliding_window {stride} under "
+            f"protocol {protocol}, which needs {need}; shorten seq_len or use --protocol sliding"
+        )
+    return windows
+
+
 def check_measure(protocol: str, seq_len: int, stride: int, batch_size: int, position_buckets: int) -> None:
     """Refuse what makes no sense whatever the file."""
     if protocol not in PROTOCOLS:
@@ -121,13 +137,8 @@ def measure_perplexity(
         UserError: unknown protocol, windows shorter than 2 tokens, a stride below 1, or a file without any window.
     """
     check_measure(protocol, seq_len, stride, batch_size, position_buckets)
-    windows = (longlora_windows if protocol == "longlora" else sliding_windows)(len(tokens), seq_len, stride)
-    if not windows:
-        need = seq_len + stride + 1 if protocol == "longlora" else 2
-        raise UserError(
-            f"data_path: {len(tokens)} tokens hold no window of seq_len {seq_len} at sliding_window {stride} under "
-            f"protocol {protocol}, which needs {need}; shorten seq_len or use --protocol sliding"
-        )
+    windows = plan_windows(len(tokens), seq_len, stride, protocol)
+    starts = None if document_starts is None else np.asarray(document_starts)
     buckets, begin = min(position_buckets, seq_len), _start_clock()
     own = [
         sum_window(
@@ -137,7 +148,7 @@ def measure_perplexity(
             windows[number].first_scored,
             seq_len=seq_len,
             buckets=buckets,
-            document_starts=document_starts,
+            document_starts=starts,
         )
         for number, losses in _window_losses(model, tokens, windows, batch_size)
     ]
@@ -152,7 +163,7 @@ def measure_perplexity(
         loss,
         perplexity_of(loss),
         by_position(sums, seq_len, buckets),
-        by_document(sums, document_starts) if document_starts is not None else [],
+        by_document(sums, starts) if starts is not None else [],
         process_count(),
         *_cost(begin, read=sum(window.end - window.start for window in windows)),
     )

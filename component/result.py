@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from component.checkpoint import library_versions
 from component.error import UserError
 
 
@@ -26,16 +25,18 @@ def check_result_file(path: str | None, field: str) -> None:
 
 def origin() -> dict[str, Any]:
     """The command, hardware, versions and date that a result stands with."""
+    from component.checkpoint import library_versions  # peft: too much for programs that only write a file
+
+    return {"command": command(), "hardware": hardware(), "date": str(date.today()), "versions": library_versions()}
+
+
+def command() -> str:
+    """What was called, as it can be called again."""
     # a program's own path is where somebody has put this repository: its name is enough
     script = Path(sys.argv[0]).absolute()
     root = Path(__file__).resolve().parents[1]
     name = str(script.relative_to(root)) if script.is_relative_to(root) else script.name
-    return {
-        "command": shlex.join(["python", name, *sys.argv[1:]]),
-        "hardware": hardware(),
-        "date": str(date.today()),
-        "versions": library_versions(),
-    }
+    return shlex.join(["python", name, *sys.argv[1:]])
 
 
 def hardware() -> str:

@@ -169,17 +169,3 @@ def text_problem(value: object) -> str | None:
     except UnicodeEncodeError as error:
         return f"holds half a character, {value[error.start]!r}, at {error.start}; remove it"
     return None
-
-
-def check_lines(file: Path, keys: tuple[str, ...]) -> int:
-    """Count the records; refuse the file if one is no JSON object with a text under each of `keys`."""
-    tally = RecordTally()
-    for _ in tally.good(file, read_records(file, keys)):
-        pass
-    if tally.bad:
-        wanted = " and ".join(f'"{key}"' for key in keys)
-        raise UserError(
-            f"{tally.bad:,} of {tally.total:,} lines cannot be trained on; each must be a JSON object with {wanted} "
-            f"texts (sft: true takes input and output, sft: false takes text):\n  {tally._listing()}"
-        )
-    return tally.total

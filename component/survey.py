@@ -86,6 +86,11 @@ class Survey:
                 for row in line.get("rows", ()):
                     yield line["file"], tuple(row)
 
+    def changed(self, file: int, number: int) -> UserError:
+        """To be raised where a record is not the one that was measured. The measures are of no more use."""
+        self.journal.unlink(missing_ok=True)
+        return UserError(f"{self.files[file].path}:{number}: changed while it was read; start again")
+
     def tally(self) -> RecordTally:
         empty = [str(file.path) for file, count in zip(self.files, self.counts, strict=True) if not count.read]
         read, bad = (sum(getattr(count, name) for count in self.counts) for name in ("read", "bad"))

@@ -91,7 +91,7 @@ def read_index(path: str | Path) -> TokenIndex | None:
         _check_shape(index)
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(
             f"{file}: damaged ({type(error).__name__}: {first_line(error)}); make {path} again, or remove its index"
         ) from error
@@ -126,7 +126,9 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     if backend is None:
         decides: dict = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab()}
     else:
-        decides = json.loads(backend.to_str())
+        # written "always" and read back as "first" by transformers' LlamaTokenizer; texts get the same ids by both,
+        # but for those with a special token in the middle
+        decides = json.loads(backend.to_str().replace('"prepend_scheme":"always"', '"prepend_scheme":"first"'))
         for key in ("padding", "truncation", "decoder", "post_processor"):
             decides.pop(key, None)
     specials = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
@@ -176,7 +178,9 @@ def write_tokens(
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists; name another file, or --overwrite it")
     writing, writing_index = path.with_name(f".{path.name}.writing"), path.with_name(f".{path.name}.json.writing")
-    dtype = token_dtype(len(tokenizer))
+    dtype = token_dtype(
+        max(len(tokenizer), *(token + 1 for token in tokenizer.get_vocab().values()))
+    )  # ids may have gaps
     try:
         complete = ([*(before if bos == "each" or at == 0 else []), *ids, *after] for at, ids in enumerate(documents))
         offsets, tokens = _write_ids(writing, complete, dtype)
@@ -186,10 +190,10 @@ def write_tokens(
         origin = (list(sources), command, str(date.today()), versions or {})
         index = TokenIndex(dtype.name, tokens, len(offsets), offsets, told, bos, eos, *origin)
         writing_index.write_text(json.dumps({"format": INDEX_FORMAT, **asdict(index)}) + "\n", encoding="utf-8")
-        # an index never stands beside tokens that are not its own: the old one goes first, the new one comes last
-        index_path(path).unlink(missing_ok=True)
-        writing.replace(path)
+        # the tokens go first and come last: where they are, their own index stands beside them, whenever it is killed
+        path.unlink(missing_ok=True)
         writing_index.replace(index_path(path))
+        writing.replace(path)
     finally:
         writing.unlink(missing_ok=True)
         writing_index.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ import zstandard
 PACKED = (".gz", ".xz", ".zst")
 ROWS = 32  # of a parquet file, decoded at a time: rows may be whole books
 CHUNK = 2**16  # bytes read at a time
+BLANKS = re.compile(r"[ \t\r\n]*")  # as JSON knows them
 # what the decompressors and parquet raise for a file that is cut off or damaged
 DAMAGE = (EOFError, OSError, zlib.error, lzma.LZMAError, zstandard.ZstdError, pyarrow.ArrowException)
 
@@ -129,26 +131,31 @@ def is_array(file: Path) -> bool:
 def array(file: Path) -> Iterator[tuple[int, object]]:
     """The elements of a file that is one JSON array, numbered from 1, one in memory at a time."""
     with _open(file) as content:
-        decode, pending, number = json.JSONDecoder().raw_decode, "", 0
-        characters = codecs.getincrementaldecoder("utf-8-sig")()
-        size, is_end = CHUNK, False
+        decode, characters = json.JSONDecoder().raw_decode, codecs.getincrementaldecoder("utf-8-sig")()
+        pending, at, number, size, is_end = "", 0, 0, CHUNK, False
         while True:
-            pending = pending.lstrip(" \t\r\n,[" if number == 0 else " \t\r\n,")
-            if pending.startswith("]"):
+            mark = BLANKS.match(pending, at).end()  # type: ignore[union-attr]
+            start = BLANKS.match(pending, mark + 1).end() if mark < len(pending) else mark  # type: ignore[union-attr]
+            before, end = pending[mark : mark + 1], mark if number else start
+            if pending[end : end + 1] == "]":
+                if pending[end + 1 :].strip() or content.read().strip():
+                    raise EOFError(f"something stands behind the array of {number} elements")
                 return
+            if before and before != ("," if number else "["):
+                raise EOFError(f"{before!r} in place of a comma behind element {number} of the array")
             try:
-                value, end = decode(pending)
+                value, end = decode(pending, start)
                 if end == len(pending) and not is_end:  # a number may go on
                     raise ValueError("unfinished")
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 if is_end:
                     raise EOFError(f"element {number + 1} of the array: {error}") from error
                 part = content.read(size)
                 size, is_end = size * 2, not part  # twice as much each time: reading an element stays linear
                 try:
-                    pending += characters.decode(part, final=is_end)
+                    pending, at = pending[at:] + characters.decode(part, final=is_end), 0
                 except UnicodeDecodeError as problem:
                     raise EOFError(f"not UTF-8 after element {number} of the array") from problem
                 continue
-            number, pending, size = number + 1, pending[end:], CHUNK
+            number, at, size = number + 1, end, CHUNK
             yield number, value

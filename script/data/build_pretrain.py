@@ -27,8 +27,9 @@ from component.build import (
     side_file,
 )
 from component.corpus import LONG_TEXTS, Choice, TextMeasure, choose, write_corpus
-from component.distribution import describe_lengths, draw_lengths, write_json
+from component.distribution import describe_lengths, draw_lengths
 from component.error import UserError, exit_on_user_error
+from component.result import write_json
 from component.source import resolve_files
 from component.survey import SourceFile, Survey, survey_files
 from component.token_file import tokenizer_hash
@@ -44,7 +45,8 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--max_tokens", type=int, default=32768, help="of a text, as training counts them (32768)")
     parser.add_argument("--num_samples", type=int, default=54212, help="texts at most (54212, as the original's)")
     parser.add_argument("--seed", type=int, default=42, help="another seed is another sample (42)")
-    parser.add_argument("--long_texts", choices=LONG_TEXTS, default="drop", help="longer ones: drop, as the original")
+    long_texts = "what becomes of longer ones: drop, as the original; split, at ends of paragraphs (drop)"
+    parser.add_argument("--long_texts", choices=LONG_TEXTS, default="drop", help=long_texts)
     parser.add_argument("--text_key", default="text", help="of JSON Lines and parquet (text)")
     return parser.parse_args()
 
@@ -112,7 +114,7 @@ def main() -> None:
     check_flags(flags)
     paths = [path for source in flags.source for path in resolve_files(source, "--source")]
     files = [SourceFile(path, (flags.text_key,)) for path in dict.fromkeys(paths)]
-    open_output(flags)
+    open_output(flags, paths)
     tokenizer = open_tokenizer(flags.tokenizer)
     megabytes = sum(file.path.stat().st_size for file in files) / 1e6
     print(

@@ -25,10 +25,11 @@ from component.build import (
     origin,
     side_file,
 )
-from component.distribution import describe_lengths, draw_lengths, write_json
+from component.distribution import describe_lengths, draw_lengths
 from component.error import UserError, exit_on_user_error
 from component.example import Example, ExampleMeasure, choose_examples, write_examples
 from component.mixture import Mixture, read_mixture
+from component.result import write_json
 from component.survey import SourceFile, Survey, survey_files
 from component.token_file import tokenizer_hash
 
@@ -125,7 +126,7 @@ def main() -> None:
     flags = parse_flags()
     check_flags(flags)
     mixture = read_mixture(flags.config)
-    open_output(flags)
+    open_output(flags, (file for source in mixture.sources for file in source.files))
     tokenizer = open_tokenizer(flags.tokenizer)
     print(
         f"{len(mixture.sources)} sources; examples of at most {flags.max_tokens:,} tokens of {flags.tokenizer}; "

@@ -17,6 +17,7 @@ from component.build import add_common_flags, check_common_flags, open_output, o
 from component.distribution import versions
 from component.documents import documents
 from component.error import UserError, exit_on_user_error
+from component.result import command
 from component.source import RecordTally, resolve_files
 from component.token_file import BOS, EOS, write_tokens
 
@@ -47,7 +48,7 @@ def main() -> None:
     flags = parse_flags()
     check_flags(flags)
     paths = list(dict.fromkeys(path for source in flags.source for path in resolve_files(source, "--source")))
-    open_output(flags)
+    open_output(flags, paths)
     tokenizer = open_tokenizer(flags.tokenizer)
     megabytes = sum(path.stat().st_size for path in paths) / 1e6
     print(f"{len(paths)} files, {megabytes:,.1f} MB; {flags.tokenizer}; {flags.num_proc} processes", flush=True)
@@ -68,7 +69,7 @@ def main() -> None:
         bos=flags.bos,
         eos=flags.eos,
         sources=[path.name for path in paths],
-        command=" ".join(sys.argv),
+        command=command(),
         versions=versions(),
         overwrite=flags.overwrite,
     )

@@ -30,7 +30,7 @@ from component.contender import (
 )
 from component.error import UserError, exit_on_user_error, first_line
 from component.generation import boolean
-from component.perplexity import PROTOCOLS, Perplexity, measure_perplexity
+from component.perplexity import PROTOCOLS, Perplexity, measure_perplexity, plan_windows
 from component.process import is_first_process, joined_processes
 from component.result import check_result_file, origin, write_json
 from component.table import comparison, document_line, length_table, position_table
@@ -67,6 +67,7 @@ def check_flags(flags: argparse.Namespace) -> list[Contender]:
         raise UserError("--base_model: missing; name a model, an adapter with --peft_model, or several with --compare")
     bounds = {"seq_len": (min(flags.seq_len), 2), "sliding_window": (flags.sliding_window, 1)}
     bounds |= {"batch_size": (flags.batch_size, 1), "position_buckets": (flags.position_buckets, 0)}
+    bounds |= {"context_size": (flags.context_size, 1)}
     for name, (value, least) in bounds.items():
         if value is not None and value < least:
             raise UserError(f"--{name}: {value}; use at least {least}")
@@ -94,14 +95,17 @@ def measure(contender: Contender, tokenizer: str, flags: argparse.Namespace) -> 
         **describe_model(model, in_4bit),
     }
     say("\n".join(f"{name:<14} {value}" for name, value in setting.items() if value is not None))
+    strides = [flags.sliding_window or seq_len for seq_len in flags.seq_len]
+    for seq_len, stride in zip(flags.seq_len, strides, strict=True):  # all, before the first is measured for hours
+        plan_windows(len(tokens), seq_len, stride, flags.protocol)
     results = []
-    for seq_len in flags.seq_len:
+    for seq_len, stride in zip(flags.seq_len, strides, strict=True):
         try:
             result = measure_perplexity(
                 model,
                 tokens,
                 seq_len=seq_len,
-                stride=seq_len if flags.sliding_window is None else flags.sliding_window,
+                stride=stride,
                 protocol=flags.protocol,
                 batch_size=flags.batch_size,
                 position_buckets=flags.position_buckets,

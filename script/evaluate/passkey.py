@@ -26,8 +26,8 @@ from tqdm import tqdm
 from component.contender import Contender, describe_model, load_contender
 from component.error import UserError, exit_on_user_error, first_line
 from component.generation import boolean
-from component.model import load_tokenizer, locate
-from component.passkey import PromptMaker, Trial, accuracy, even_depths, run_trials
+from component.model import load_tokenizer, locate, stretched_config
+from component.passkey import KEYS, PromptMaker, Trial, accuracy, even_depths, run_trials
 from component.result import check_result_file, origin, save_figure, write_json
 from component.rope import context_length
 from component.table import grid
@@ -56,8 +56,9 @@ def check_flags(flags: argparse.Namespace) -> list[float]:
     """Refuse what makes no sense before a model is loaded; the depths."""
     if not flags.base_model and not flags.peft_model:
         raise UserError("--base_model: missing; name a model, or an adapter with --peft_model")
-    for name, value in (("lengths", min(flags.lengths)), ("trials", flags.trials)):
-        if value < 1:
+    for name in ("lengths", "trials", "context_size"):
+        value = min(flags.lengths) if name == "lengths" else getattr(flags, name)
+        if value is not None and value < 1:
             raise UserError(f"--{name}: {value}; use at least 1")
     for file, field in ((flags.output_json, "--output_json"), (flags.figure, "--figure")):
         check_result_file(file, field)
@@ -124,10 +125,12 @@ def main() -> None:
     depths = check_flags(flags)
     flags.lengths = sorted(set(flags.lengths))
     contender = Contender(None, flags.base_model, flags.peft_model, flags.context_size)
-    _, own, _ = locate(flags.base_model, flags.peft_model, "base_model", "peft_model")
+    _, own, is_ours = locate(flags.base_model, flags.peft_model, "base_model", "peft_model")
+    stretched_config(own, flags.context_size, is_fixed=is_ours, field="base_model")
+    tokenizer = load_tokenizer(own)
+    PromptMaker(tokenizer).prompt(flags.lengths[0], 0.0, str(KEYS[-1]))  # refused before anything is loaded
     dtype = getattr(torch, flags.dtype) if flags.dtype else None
     model = load_contender(contender, load_in_4bit=flags.load_in_4bit, dtype=dtype)
-    tokenizer = load_tokenizer(own)
     setting = {"base_model": flags.base_model, "peft_model": flags.peft_model}
     setting |= {**describe_model(model, flags.load_in_4bit), "decoding": "greedy", "seed": flags.seed}
     print("\n".join(f"{name:<14} {value}" for name, value in setting.items() if value is not None), flush=True)

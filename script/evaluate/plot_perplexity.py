@@ -92,9 +92,11 @@ def draw(models: list[dict[str, Any]], file: Path) -> None:
         axes[0, 1].set_xlim(0, length)
         axes[0, 1].set_xticks([length * quarter // 4 for quarter in range(5)])
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(models), 4), frameon=False)
+    legend = figure.legend(handles, labels, loc="outside lower center", ncols=min(len(models), 4), frameon=False)
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # names may hold dollars
     data = ", ".join(sorted({Path(model["data_path"]).name for model in models}))
-    figure.suptitle(f"Perplexity on {data}, protocol {models[0]['protocol']}", fontsize=11)
+    figure.suptitle(f"Perplexity on {data}, protocol {models[0]['protocol']}", fontsize=11, parse_math=False)
     save_figure(figure, file)
     plt.close(figure)
 

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 
 from component.breakdown import WindowSum, by_document, by_position, perplexity_of, sum_window
@@ -11,7 +12,9 @@ def summed(**changes) -> WindowSum:
     """Tokens 100 to 105 go through the model; those from 102 on are scored, with losses 2, 4, 8, 16."""
     values = {"start": 100, "first_scored": 102, "seq_len": 6, "buckets": 3, "document_starts": [0, 50, 103, 105]}
     losses = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0])  # of tokens 101 to 105
-    return sum_window(7, losses, **(values | changes))
+    values |= changes
+    starts = values["document_starts"]
+    return sum_window(7, losses, **values | {"document_starts": None if starts is None else np.array(starts)})
 
 
 def test_one_window():
@@ -47,7 +50,7 @@ def test_windows_together():
     assert (second.start, second.end, second.tokens, second.loss) == (2, 4, 4, 3.0)
     assert (third.start, third.end, third.tokens, third.loss) == (4, 6, 4, 12.0)
     assert third.perplexity == math.exp(12.0)
-    documents = by_document(both, [0, 50, 103, 105])
+    documents = by_document(both, np.array([0, 50, 103, 105]))
     assert [(d.document, d.start, d.tokens, d.loss) for d in documents] == [
         (1, 50, 3, 5 / 3),
         (2, 103, 4, 6.0),

@@ -48,6 +48,12 @@ def test_a_folder_with_a_colon_in_its_name(tmp_path):
     assert parse_contender(f"x={tmp_path}/a:b").base_model == f"{tmp_path}/a:b"
 
 
+def test_a_folder_with_an_at_sign_in_its_name(tmp_path):
+    (tmp_path / "run@2048").mkdir()
+    assert parse_contender(f"x={tmp_path}/run@2048") == Contender("x", f"{tmp_path}/run@2048", None, None)
+    assert parse_contender(f"x={tmp_path}/run@2048@4096") == Contender("x", f"{tmp_path}/run@2048", None, 4096)
+
+
 def test_names_tell_models_apart():
     with pytest.raises(UserError, match=r"--compare: base names 2 models"):
         parse_contenders(["base=a", "other=b", "base=c"])

@@ -40,10 +40,10 @@ def test_every_text_is_in_the_histogram(lengths):
     assert histogram["edges"][0] <= min(lengths) <= max(lengths) < histogram["edges"][-1] + 1
 
 
-@pytest.mark.parametrize("names", [["a"], ["a", "b", "c", "d"]])
+@pytest.mark.parametrize("names", [["a"], ["a", "b", "c", "d"], ["$x_{$", "b"]])
 def test_a_picture(tmp_path, names):
     lengths_of = {name: describe_lengths([10 * (at + 1), 500]) for at, name in enumerate(names)}
-    draw_lengths(lengths_of | {"none": describe_lengths([])}, tmp_path / "lengths.png", "title")
+    draw_lengths(lengths_of | {"none": describe_lengths([])}, tmp_path / "lengths.png", "title of $x_{$")
     with Image.open(tmp_path / "lengths.png") as picture:
         assert picture.format == "PNG"
         assert min(picture.size) > 300

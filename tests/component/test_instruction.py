@@ -101,6 +101,7 @@ WRONG = {
     ),
     "messages text": ({"messages": ["a"]}, r"\"messages\[0\]\" is 'a', no object"),
     "messages keys": ({"messages": [{"role": "user"}]}, r'"messages\[0\]" lacks from and value, or role and content'),
+    "booksum null": ({"chapter": "a", "summary_text": None}, '"summary_text" is null, not a text'),
     "natural_questions": ({"question": {"text": "a"}}, 'no "document.tokens" and no "document_text"'),
 }
 

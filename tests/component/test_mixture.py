@@ -82,6 +82,14 @@ def test_everything_wrong_is_told_at_once(config, tmp_path):
     ]  # fmt: skip
 
 
+def test_no_end_and_no_room(config, tmp_path):
+    endless = source(tmp_path, share=float("inf"), filters={"min_tokens": 6, "max_tokens": 5})
+    with pytest.raises(UserError) as refusal:
+        read_mixture(config(endless))
+    assert "share: inf; use a number above 0" in str(refusal.value)
+    assert "filters: min_tokens 6 is above max_tokens 5" in str(refusal.value)
+
+
 def test_two_of_one_name(config, tmp_path):
     with pytest.raises(UserError, match="name: 'one' stands twice; give each source its own"):
         read_mixture(config(source(tmp_path), source(tmp_path)))

@@ -10,7 +10,7 @@ import pytest
 import zstandard
 
 from component.error import UserError
-from component.source import RecordTally, check_lines, read_records, resolve_files
+from component.source import RecordTally, read_records, resolve_files
 from component.unpack import BadRecord, array
 
 RECORDS = [{"text": f"text {number}\nof «Größe» 東京 " + "x" * (number % 50), "id": number} for number in range(2000)]
@@ -51,6 +51,14 @@ def test_an_array_with_elements_larger_than_what_is_read_at_a_time(tmp_path):
     elements = [{"text": "é" * 200_000}, 17, [], {"text": ""}, 123456]
     file.write_text(json.dumps(elements, ensure_ascii=False), encoding="utf-8")
     assert list(array(file)) == list(enumerate(elements, 1))
+
+
+def test_arrays_in_an_array_and_none_at_all(tmp_path):
+    file = tmp_path / "data.json"
+    file.write_text('[[], {"text": "a"}, [["b"]]]\n')
+    assert list(array(file)) == [(1, []), (2, {"text": "a"}), (3, [["b"]])]
+    file.write_text(" [ ] ")
+    assert list(array(file)) == []
 
 
 def test_parquet(tmp_path):
@@ -121,6 +129,10 @@ DAMAGED = {
     "no.parquet": b"no parquet file",
     "cut.json": json.dumps(RECORDS).encode()[:-20],
     "binary.json": b'[{"text": "a"}, "\xff"]',
+    "two.json": b'[{"text": "a"}]\n[{"text": "b"}]',
+    "lines.json": b'[{"text": "a"}]\n{"text": "b"}\n',
+    "commas.json": b'[{"text": "a"} {"text": "b"}]',
+    "deep.json": b'[{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}]",
 }
 
 
@@ -174,13 +186,6 @@ def test_nothing_at_all(tmp_path):
         str(refusal.value)
         == f"nothing to read in {tmp_path}/0.jsonl, {tmp_path}/1.jsonl: no record in it; name another"
     )
-
-
-def test_training_refuses_every_bad_line(tmp_path):
-    file = tmp_path / "data.jsonl.gz"
-    file.write_bytes(gzip.compress(b'{"text": "a"}\nbad\n'))
-    with pytest.raises(UserError, match="1 of 2 lines cannot be trained on"):
-        check_lines(file, ("text",))
 
 
 def names_in(folder) -> list[str]:

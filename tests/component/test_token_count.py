@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 import component.token_count
-from component.dataset import encode_text
+from component.sample import SampleOptions, encode_texts
 from component.token_count import TokenCounter
 from tests.conftest import TEXTS
 from tests.words import word_tokenizer
@@ -30,8 +30,11 @@ AWKWARD = [
 SPECIAL = ["a </s> b", "a b</s>", "<s>", "a <s>b"]
 
 
-def llama_like(extra_merge: tuple[str, str] | None = None) -> PreTrainedTokenizerFast:
-    """LLaMA-2's construction: space marks, no word boundaries, bytes for what is unknown."""
+def llama_like(extra_merge: tuple[str, str] | None = None, scheme: str = "", **options) -> PreTrainedTokenizerFast:
+    """LLaMA-2's construction: space marks, no word boundaries, bytes for what is unknown.
+
+    A `scheme` marks spaces as transformers' LlamaTokenizer does.
+    """
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.Metaspace()
     trained.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=200, show_progress=False))
@@ -43,13 +46,18 @@ def llama_like(extra_merge: tuple[str, str] | None = None) -> PreTrainedTokenize
         tokens.append("".join(extra_merge))
         merges.insert(0, extra_merge)
     vocab = {token: at for at, token in enumerate(dict.fromkeys(tokens))}
-    bpe = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    options = {"unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True} | options
+    bpe = Tokenizer(models.BPE(vocab, merges, **options))
+    if scheme:
+        bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    else:
+        bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
 def trained_on(text: str, tokenizer) -> int:
-    return len(encode_text({"text": text}, tokenizer, 10**6)[0])
+    ((ids, _),) = encode_texts([text], tokenizer, SampleOptions(10**6, sft=False))
+    return len(ids)
 
 
 def random_texts(count: int) -> list[str]:
@@ -58,11 +66,12 @@ def random_texts(count: int) -> list[str]:
 
 
 @pytest.mark.parametrize("text", [*AWKWARD, *SPECIAL, *TEXTS, *random_texts(30)])
-@pytest.mark.parametrize("kind", ["byte level", "llama", "words"])
+@pytest.mark.parametrize("kind", ["byte level", "llama", "llama, always", "llama, first", "words"])
 def test_as_many_as_training_counts(kind, text, tokenizer):
-    tokenizer = {"byte level": tokenizer, "llama": llama_like(), "words": word_tokenizer()}[kind]
+    scheme = kind.partition(", ")[2]
+    tokenizer = {"byte level": tokenizer, "words": word_tokenizer()}.get(kind) or llama_like(scheme=scheme)
     count = TokenCounter(tokenizer)
-    assert count.has_separate_words == (kind == "llama")
+    assert count.has_separate_words == kind.startswith("llama")
     if text.strip():  # a blank one is no training sample
         assert count([text, text]) == [trained_on(text, tokenizer)] * 2
     assert count([text]) == count._count_whole([text])
@@ -77,6 +86,15 @@ def test_a_vocabulary_with_tokens_of_two_words_is_counted_whole():
     plain = TokenCounter(llama_like())
     assert plain.has_separate_words
     assert plain([text]) != count([text]), "the merge is one that words apart would miss"
+
+
+@pytest.mark.parametrize("options", [{"byte_fallback": False}, {"ignore_merges": True}, {"end_of_word_suffix": "."}])
+def test_a_model_whose_words_are_not_counted_apart(options):
+    tokenizer = llama_like(**options)
+    count = TokenCounter(tokenizer)
+    assert not count.has_separate_words
+    text = "東\n京 東 the lazy dog"
+    assert count([text]) == [trained_on(text, tokenizer)]
 
 
 def test_few_words_are_remembered(monkeypatch):

@@ -2,11 +2,12 @@
 
 import json
 from datetime import date
+from pathlib import Path
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, normalizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
 from component.error import UserError
 from component.token_file import check_tokenizer, read_index, read_tokens, tokenizer_hash, write_tokens
@@ -60,6 +61,36 @@ def test_a_large_vocabulary_takes_four_bytes(tmp_path):
     assert read_index(tmp_path / "t.bin").dtype == "uint32"
 
 
+@pytest.mark.parametrize(("words", "dtype"), [(65_532, "uint16"), (65_533, "uint32")])
+def test_the_largest_vocabulary_of_two_bytes(tmp_path, words, dtype):
+    tokenizer = word_tokenizer(" ".join(f"w{number}" for number in range(words)))
+    index = write_tokens(tmp_path / "t.bin", [[len(tokenizer) - 1]], tokenizer, name="t", bos="none", eos="none")
+    assert (index.dtype, read_tokens(str(tmp_path / "t.bin"), len(tokenizer)).tolist()) == (dtype, [words + 2])
+
+
+def test_ids_with_gaps(tmp_path, tokenizer):
+    large = changed(tokenizer, lambda told: told["model"]["vocab"].update({"far away": 70_000}))
+    assert len(large) < 70_000
+    write_tokens(tmp_path / "t.bin", [[70_000]], large, name="gaps", bos="none", eos="none")
+    assert read_tokens(str(tmp_path / "t.bin"), 70_001).tolist() == [70_000]
+
+
+@pytest.mark.parametrize("file", ["t.bin", "t.bin.json"])
+def test_tokens_never_stand_beside_another_index(tmp_path, monkeypatch, file):
+    path, replace = tmp_path / "t.bin", Path.replace
+    write(path)
+
+    def killed_before(self, target):
+        if target.name == file:
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", killed_before)
+    with pytest.raises(KeyboardInterrupt):
+        write_tokens(path, [[3]], word_tokenizer(), name="words", overwrite=True)
+    assert not path.exists()
+
+
 def test_no_index(tmp_path):
     np.array([1, 2], dtype=np.uint16).tofile(tmp_path / "t.bin")
     assert read_index(tmp_path / "t.bin") is None
@@ -78,6 +109,7 @@ DAMAGES = {
     "offsets beyond the end": (lambda index: index | {"offsets": [0, 4, 12]}, "offsets that go back, or beyond"),
     "not from the start": (lambda index: index | {"offsets": [1, 4, 6]}, "the first at [1]"),
     "no hash": (lambda index: index | {"tokenizer": {"name": "words"}}, "damaged (KeyError"),
+    "endless offsets": (lambda index: index | {"offsets": [0, 2**70, 6]}, "damaged (OverflowError"),
     "another size": (
         lambda index: index | {"tokens": 12},
         "has 22 bytes, but its index t.bin.json tells of 12 uint16",
@@ -146,6 +178,17 @@ def test_a_hash_is_of_what_decides_ids(base_folder, tmp_path, tokenizer):
     tokenizer.pad_token = "</s>"
     tokenizer(["a", "b c"], padding=True, truncation=True, max_length=5)
     assert tokenizer_hash(tokenizer) == known, "nor are truncation and padding"
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_hash_survives_saving_and_loading(tmp_path, legacy):
+    """transformers' LlamaTokenizer forgets `legacy`, and with it how it prepends."""
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, "▁": 3, "a": 4, "▁a": 5}
+    first = LlamaTokenizer(vocab=vocab, merges=[("▁", "a")], legacy=legacy)
+    first.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert first("a a b").input_ids == again("a a b").input_ids
+    assert tokenizer_hash(first) == tokenizer_hash(again)
 
 
 def changed(tokenizer: PreTrainedTokenizerFast, change) -> PreTrainedTokenizerFast:

@@ -94,6 +94,8 @@ def test_the_files(build, sources, tmp_path, word_folder):
     assert stats["tokenizer"]["vocab_size"] == 8
     assert len(stats["tokenizer"]["sha256"]) == 64
     assert stats["flags"]["seed"] == 42
+    assert stats["command"].startswith("python script/data/build_pretrain.py --source ")
+    assert '"edges": [ 5, 6, 7, 8, 9, 10, 11 ]' in (tmp_path / "out.stats.json").read_text(), "lists on one line"
     assert set(stats) == {"counts", "sources", "lengths", "tokenizer", "flags", "command", "versions", "date"}
     with Image.open(tmp_path / "out.png") as picture:
         assert picture.format == "PNG"
@@ -259,8 +261,10 @@ def test_a_file_that_changes_between_the_passes(build, unfinished, tmp_path):
     before = unfinished[1].stat()
     unfinished[1].write_bytes(unfinished[1].read_bytes().replace(b"w50", b"v50"))
     os.utime(unfinished[1], ns=(before.st_atime_ns, before.st_mtime_ns))
-    refused(build(*unfinished), f"{unfinished[1]}:31: changed while it was read")
-    assert not list(tmp_path.glob("*out.jsonl*writing"))
+    refused(build(*unfinished), f"{unfinished[1]}:31: changed while it was read; start again")
+    assert not list(tmp_path.glob("*out.jsonl*"))
+    assert build(*unfinished).status == 0, "measured anew"
+    assert {"text": "v50 b c d"} in read_lines(tmp_path / "out.jsonl")
 
 
 # --- what is refused ---
@@ -272,6 +276,15 @@ def test_an_existing_output_stays(build, sources, tmp_path):
     assert (tmp_path / "out.jsonl").read_text() == "mine"
     assert build(*sources, overwrite=True).status == 0
     assert len(read_lines(tmp_path / "out.jsonl")) == 4
+
+
+def test_a_source_is_not_overwritten(build, sources, tmp_path):
+    file = sources[0] / "1.jsonl"
+    before = file.read_bytes()
+    refused(
+        build(*sources, output="in/1.jsonl", overwrite=True), f"--output: {file} is one of the files that are read"
+    )
+    assert file.read_bytes() == before
 
 
 def test_wrong_flags_are_told_together(build, sources, tmp_path):

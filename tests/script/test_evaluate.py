@@ -152,6 +152,7 @@ class TestCompare:
             (["--compare", "x={base}", "x={base}@128"], ["--compare", "x names 2 models", "its own"]),
             (["--compare", "x={base}", "--base_model", "{base}"], ["--base_model", "beside --compare", "leave"]),
             (["--compare", "x={base}", "--context_size", "128"], ["--context_size", "128", "beside --compare"]),
+            (["--base_model", "{base}", "--context_size", "0"], ["--context_size", "0", "at least 1"]),
             (["--base_model", "{base}", "--position_buckets", "-1"], ["--position_buckets", "-1", "at least 0"]),
         ],
     )
@@ -161,6 +162,13 @@ class TestCompare:
         assert outcome.status == 1
         assert all(part in outcome.err for part in parts), outcome.err
         assert "Loading weights" not in outcome.err, "before anything is loaded"
+
+    def test_a_window_that_is_too_long(self, run_program, tokens, base_folder, monkeypatch):
+        """Is refused before the shorter ones are measured."""
+        monkeypatch.setattr("component.perplexity.measure_perplexity", None)
+        outcome = run_program(EVALUATE, "--data_path", tokens, "--base_model", base_folder, "--seq_len", 16, 100)
+        assert outcome.status == 1
+        assert "150 tokens hold no window of seq_len 100" in outcome.err
 
     def test_a_model_of_another_tokenizer(self, run_program, tokens, tmp_path, base_folder, tiny_llama):
         other = AutoTokenizer.from_pretrained(base_folder)

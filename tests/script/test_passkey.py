@@ -43,6 +43,7 @@ def test_results(run_program, tmp_path, adapter_folder):
         (["--base_model", "/no/such"], ["base_model", "/no/such"]),
         (["--base_model", "{base}", "--lengths", "0"], ["--lengths", "0", "at least 1"]),
         (["--base_model", "{base}", "--lengths", "12"], ["--lengths", "12", "at least"]),
+        (["--base_model", "{base}", "--context_size", "-1"], ["--context_size", "-1", "at least 1"]),
         (["--base_model", "{base}", "--trials", "0"], ["--trials", "0", "at least 1"]),
         (["--base_model", "{base}", "--depths", "0.5", "1.5"], ["--depths", "1.5", "0 to 1"]),
         (["--base_model", "{base}", "--depths", "2.5"], ["--depths", "2.5", "whole number"]),
@@ -54,6 +55,7 @@ def test_mistakes(words, parts, run_program, base_folder):
     outcome = run_program(PASSKEY, *(word.format(base=base_folder) for word in words))
     assert outcome.status == 1
     assert all(part in outcome.err for part in parts), outcome.err
+    assert "Loading weights" not in outcome.err, "before anything is loaded"
 
 
 def test_a_list_of_depths(run_program, tmp_path, base_folder):

@@ -57,6 +57,11 @@ def test_lines(files, tmp_path, monkeypatch):
     plt.close("all")
 
 
+def test_names_with_dollars_are_no_formulas(files, tmp_path):
+    draw(read_models(files, ["a", "$x_{$", "c"]), tmp_path / "p.png")
+    assert (tmp_path / "p.png").is_file()
+
+
 def test_the_program(files, run_program, tmp_path):
     outcome = run_program(PLOT, *files, "--output", tmp_path / "p.png")
     assert outcome.status == 0, outcome.err
