@@ -5,7 +5,8 @@
     python script/experiment/run.py ... --rows all             # every row of script/experiment/rows.py
 
 Every row is `train.py` (or the program that the row names) on a YAML, then `script/evaluate/evaluate.py`.
---data holds train.jsonl, texts longer than any row, and NAME.bin files to evaluate on, made by script/data/. Results: WORK/results/ROW-LENGTH-SEED.json.
+--data holds train.jsonl, texts longer than any row, and NAME.bin files to evaluate on, made by script/data/.
+Results: WORK/results/ROW-LENGTH-SEED.json.
 """
 
 import argparse
@@ -57,7 +58,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, required=True, help="folder for runs and results")
     parser.add_argument("--rows", nargs="+", required=True, help="names of rows, or all")
     parser.add_argument("--seeds", type=int, help="at most so many per row (default: as many as the row says)")
-    parser.add_argument("--lengths", type=int, nargs="+", help="only these (default: those that the row says)")
+    parser.add_argument("--lengths", type=int, nargs="+", help="instead of those that the row says")
     parser.add_argument("--windows", type=int, nargs="+", default=LENGTHS, help="tokens of the windows to evaluate")
     parser.add_argument("--max_steps", type=int, help="train shorter, to try the script out")
     parser.add_argument("--jobs", type=int, default=1, help="rows at a time")
@@ -74,8 +75,7 @@ def asked_runs(flags: argparse.Namespace) -> list[Run]:
     runs = []
     for row in map(known.__getitem__, names):
         seeds = 1 if row.program is None else min(row.seeds, flags.seeds or row.seeds)
-        lengths = [length for length in row.lengths if not flags.lengths or length in flags.lengths]
-        runs += [Run(row, length, seed) for seed in range(seeds) for length in lengths]
+        runs += [Run(row, length, seed) for seed in range(seeds) for length in flags.lengths or row.lengths]
     return sorted(runs, key=lambda run: run.seed)  # a cut-off run has all rows once before it has one twice
 
 
