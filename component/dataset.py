@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.compute
 from datasets import Dataset, Features, IterableDataset, List, Value
+from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 
 from component.error import UserError
@@ -30,6 +31,7 @@ from component.sample import (
     read_usable,
 )
 from component.source import RecordTally, resolve_files
+from component.token_file import index_path
 
 SAMPLE_FORMAT = 2  # raise it with every change of what a line becomes
 FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), "fate": Value("uint8")})
@@ -123,7 +125,12 @@ def tokenise(
     if all(sample["fate"] in DROPPED for sample in generate_samples(**arguments)):
         need = "answers, and prompts that leave room for them in max_seq_length" if options.sft else "texts"
         raise UserError(f"{field}: nothing to learn in {source} (lines: {lines}); it needs {need}")
-    dataset = Dataset.from_generator(generate_samples, features=FEATURES, gen_kwargs=arguments | {"stamps": stamps})
+    try:
+        dataset = Dataset.from_generator(generate_samples, features=FEATURES, gen_kwargs=arguments | {"stamps": stamps})
+    except DatasetGenerationError as error:  # it hides the message: a template refuses one conversation of many
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise
     fates = dataset.data.column("fate").to_numpy()
     lengths = pyarrow.compute.list_value_length(dataset.data.column("input_ids")).to_numpy()
     kept = np.flatnonzero(~np.isin(fates, DROPPED))
@@ -137,7 +144,10 @@ def tokenise(
 def check_source(
     source: str, tokenizer: PreTrainedTokenizerBase, options: SampleOptions, field: str
 ) -> tuple[list[tuple], int, str]:
-    """(file, size, time and format of each file; lines or documents; what is wrong with some, if not too many)."""
+    """(file, its and its index's state, format) of each; lines or documents; what is wrong with some, if not too many.
+
+    Only a file of tokens has an index, which says where its documents start.
+    """
     tally = RecordTally()
     if source.endswith(".bin"):
         files = [Path(source)]
@@ -154,5 +164,10 @@ def check_source(
         need = 'sft: false takes lines of {"text"}, sft: true of {"input", "output"} or {"messages"}, JSON objects all'
         raise UserError(f"{field}: {error}\n{need}") from error
     # what is kept is keyed by these: neither a changed file nor changed code may be served yesterday's tokens
-    stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns, SAMPLE_FORMAT) for file in files]
+    stamps = [(str(file), *_state(file), *_state(index_path(file)), SAMPLE_FORMAT) for file in files]
     return stamps, tally.total, bad
+
+
+def _state(file: Path) -> tuple[int, int]:
+    """Size and time of a file, zeros if there is none."""
+    return (file.stat().st_size, file.stat().st_mtime_ns) if file.is_file() else (0, 0)

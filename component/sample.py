@@ -91,6 +91,7 @@ def encode_file(
     if file.suffix == ".bin":
         tokens, spans = open_tokens(str(file), tokenizer, options)
         for start, end in spans:
+            tally.total += 1
             ids = tokens[start:end].tolist()
             yield ids, [IGNORE_INDEX, *ids[1:]]
         return
