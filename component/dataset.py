@@ -122,11 +122,12 @@ def tokenise(
     stamps, lines, bad = check_source(source, tokenizer, options, field)
     files = [file for file, *_ in stamps]
     arguments = {"files": files, "tokenizer": tokenizer, "options": asdict(options)}
+    stamped = arguments | {"stamps": stamps}
     if all(sample["fate"] in DROPPED for sample in generate_samples(**arguments)):
         need = "answers, and prompts that leave room for them in max_seq_length" if options.sft else "texts"
         raise UserError(f"{field}: nothing to learn in {source} (lines: {lines}); it needs {need}")
     try:
-        dataset = Dataset.from_generator(generate_samples, features=FEATURES, gen_kwargs=arguments | {"stamps": stamps})
+        dataset = Dataset.from_generator(generate_samples, features=FEATURES, gen_kwargs=stamped)
     except DatasetGenerationError as error:  # it hides the message: a template refuses one conversation of many
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
