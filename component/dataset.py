@@ -6,13 +6,17 @@ Samples are tokenised once, kept as Arrow on disk and memory-mapped, so that hos
 or they are made while they are trained on, and nothing is kept (`streaming`).
 """
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 
 import numpy as np
 import pyarrow.compute
 from datasets import Dataset, Features, IterableDataset, List, Value
 from datasets.exceptions import DatasetGenerationError
+from torch.utils.data import IterableDataset as TorchIterableDataset
+from torch.utils.data import get_worker_info
 from transformers import PreTrainedTokenizerBase
 
 from component.error import UserError
@@ -85,7 +89,7 @@ def load_samples(
     streaming: bool = False,
     seed: int = 42,
     **options,
-) -> tuple[Dataset | PackedRows | IterableDataset, DataReport | str]:
+) -> tuple["Dataset | PackedRows | EndlessStream", DataReport | str]:
     """Texts, chats or tokens -> tokenised samples, and what became of the lines, or of a stream where they come from.
 
     Args:
@@ -106,13 +110,36 @@ def load_samples(
         files = [Path(source)] if source.endswith(".bin") else resolve_files(source, field)
         arguments = {"files": [str(file) for file in files], "tokenizer": tokenizer, "options": asdict(wanted)}
         stream = IterableDataset.from_generator(generate_stream, gen_kwargs=arguments | {"packing": packing})
-        return stream.shuffle(seed=seed, buffer_size=SHUFFLED_SAMPLES), f"streamed from {', '.join(map(str, files))}"
+        shuffled = EndlessStream(stream.shuffle(seed=seed, buffer_size=SHUFFLED_SAMPLES), f"{field}: {source}")
+        return shuffled, f"streamed from {', '.join(map(str, files))}"
     dataset, lengths, report = tokenise(source, tokenizer, wanted, field)
     if not packing:
         return dataset, report
     rows = PackedRows(dataset, lengths, max_seq_length)
     report.packed = f"packed into {len(rows):,} rows, {rows.fill:.1%} full"
     return rows, report
+
+
+class EndlessStream(TorchIterableDataset):
+    """A shuffled stream, pass after pass, each in another order: one epoch to the Trainer.
+
+    Of a stream that ends the Trainer does not know how many steps a pass took: resuming in a later one, it would skip
+    the steps so far in the first.
+    """
+
+    def __init__(self, one_pass: IterableDataset, name: str):
+        self.one_pass, self.name = one_pass, name
+
+    def __iter__(self) -> Iterator[dict]:
+        for number in count():
+            self.one_pass.set_epoch(number)
+            samples = 0
+            for samples, sample in enumerate(self.one_pass, 1):  # noqa: B007
+                yield sample
+            if not samples and get_worker_info() is not None:
+                return  # there are more workers than files
+            if not samples:
+                raise UserError(f"{self.name}: nothing to learn in it; see max_seq_length and truncation_policy")
 
 
 def tokenise(
