@@ -107,6 +107,8 @@ def load_samples(
     """
     wanted = SampleOptions(max_seq_length, sft, **options)
     if streaming:
+        if source.endswith(".bin"):
+            open_tokens(source, tokenizer, wanted, field)  # what is wrong with it is said before any weight is loaded
         files = [Path(source)] if source.endswith(".bin") else resolve_files(source, field)
         arguments = {"files": [str(file) for file in files], "tokenizer": tokenizer, "options": asdict(wanted)}
         stream = IterableDataset.from_generator(generate_stream, gen_kwargs=arguments | {"packing": packing})
