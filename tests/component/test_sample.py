@@ -205,6 +205,79 @@ def test_half_an_object_is_no_line_of_chats(write, words):
         load_samples(file, words, 64, sft=True, max_bad_fraction=0)
 
 
+# --- chats ---
+
+CHATS = [
+    {"input": "a", "output": "b"},
+    {
+        "messages": [
+            {"role": "system", "content": "e"},
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "b c"},
+            {"role": "user", "content": "d"},
+            {"role": "assistant", "content": "a"},
+        ]
+    },
+    {"conversations": [{"from": "human", "value": "c"}, {"from": "gpt", "value": "d"}]},
+    {"conversations": [{"from": "human", "value": "c"}]},
+]
+PLAIN_TEMPLATE = (
+    "{% for m in messages %}{{ {'system': '', 'user': 'USER: ', 'assistant': 'ASSISTANT: '}[m.role] + m.content }}"
+    "{% if m.role == 'assistant' %}{{ ' </s>' }}{% endif %}{{ ' ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT: ' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_chats_of_all_kinds(streaming, write, words):
+    user, bot = words.convert_tokens_to_ids(["USER:", "ASSISTANT:"])
+    words.chat_template = PLAIN_TEMPLATE
+    samples, _ = load_samples(write(*CHATS), words, 64, sft=True, template="tokenizer", streaming=streaming)
+    expected = [
+        ([user, A, bot, B, EOS], [X, X, X, B, EOS]),
+        ([user, C, bot, D, EOS], [X, X, X, D, EOS]),
+        ([E, user, A, bot, B, C, EOS, user, D, bot, A, EOS], [X, X, X, X, B, C, EOS, X, X, X, A, EOS]),
+    ]
+    assert sorted(rows(islice(samples, 3))) == sorted(expected)
+
+
+def test_chats_of_all_kinds_as_vicuna_spells_them(write, words):
+    samples, report = load_samples(write(*CHATS), words, 64, sft=True)
+    spelt = [words.convert_ids_to_tokens(ids) for ids, _ in rows(samples)]
+    frame = [*PROMPT[: PROMPT.index("USER:")], "USER:"]
+    assert spelt == [
+        [*frame, "a", "ASSISTANT:", "b", "</s>"],
+        ["e", "USER:", "a", "ASSISTANT:", "b", "c", "</s>", "USER:", "d", "ASSISTANT:", "a", "</s>"],
+        [*frame, "c", "ASSISTANT:", "d", "</s>"],
+    ]
+    assert [[label for label in labels if label != X] for _, labels in rows(samples)] == [
+        [B, EOS],
+        [B, C, EOS, A, EOS],
+        [D, EOS],
+    ]
+    assert report.fates == fates(whole=3, empty=1)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("template", "problem"),
+    [
+        (
+            "{% if messages[0].role == 'system' %}{{ raise_exception('no system, please') }}{% endif %}"
+            + PLAIN_TEMPLATE,
+            r"refuses a conversation \(no system, please\)",
+        ),
+        (PLAIN_TEMPLATE.replace("m.content }}", "m.content + (' a' if loop.last else '') }}"), "spells earlier turns"),
+        (None, "no chat template"),
+    ],
+)
+def test_a_template_that_does_not_fit_is_one_message(template, problem, streaming, write, words):
+    """Whichever line it is that does not go into it; here the second."""
+    words.chat_template = template
+    with pytest.raises(UserError, match=problem):
+        list(islice(load_samples(write(*CHATS), words, 64, sft=True, template="tokenizer", streaming=streaming)[0], 9))
+
+
 # --- files of every kind ---
 
 RECORDS = texts("a b", "c", "d e a b c")

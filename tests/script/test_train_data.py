@@ -13,7 +13,9 @@ import torch.nn.functional as F
 import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
+from component.token_file import write_tokens
 from tests.conftest import TEXTS
 from tests.reference.shift_short import LOOP
 from tests.script.test_train import BASIC, GROUP, TRAIN_TEXTS, losses, record, stock_model, token_ids
@@ -35,9 +37,9 @@ PLANS = {
 
 @pytest.fixture
 def run(run_program, base_folder, tmp_path):
-    """run(lines, **changes): train in this process; the output folder, and what was printed."""
+    """run(lines, **changes): train in this process; the output folder and what was printed, or the message."""
 
-    def start(lines: list[dict], *, resume: Path | None = None, **changes) -> tuple[Path, str]:
+    def start(lines: list[dict], *, resume: Path | None = None, status: int = 0, **changes):
         number = len(list(tmp_path.glob("*.yaml")))
         out, file = tmp_path / f"out-{number}", tmp_path / f"run-{number}.yaml"
         data = tmp_path / "data.jsonl"
@@ -48,8 +50,8 @@ def run(run_program, base_folder, tmp_path):
             values["resume_from_checkpoint"] = "auto"
         file.write_text(yaml.safe_dump({**values, "output_dir": str(out), **changes}))
         outcome = run_program("train.py", "--train_args_file", file)
-        assert outcome.status == 0, outcome.err
-        return out, outcome.out
+        assert outcome.status == status, outcome.err
+        return outcome.err if status else (out, outcome.out)
 
     return start
 
@@ -179,3 +181,93 @@ def test_a_stream_goes_on_as_if_nothing_had_happened(run, packing):
         ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (resumed, unbroken))
         for name, weight in theirs.items():
             torch.testing.assert_close(ours[name], weight, atol=1e-6, rtol=0)
+
+
+def test_a_stream_of_tokens(run, base_folder, tmp_path):
+    """A .bin file and its index: documents as they are in the texts, whatever pass it is."""
+    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    ids = [tokenizer(text, add_special_tokens=False).input_ids for text in SHORT_TEXTS]
+    write_tokens(tmp_path / "tokens.bin", iter(ids), tokenizer, name="base")
+    changes = {"packing": True, "per_device_train_batch_size": 2}
+    streamed, _ = run(STREAMED, streaming=True, **changes, train_file=str(tmp_path / "tokens.bin"))
+    kept, _ = run(STREAMED, **changes)
+    assert losses(streamed) == pytest.approx(losses(kept), abs=1e-5)
+
+
+def test_a_stream_that_turns_out_bad_is_one_message(run):
+    lines = of_texts(SHORT_TEXTS)
+    error = run([*lines, {"txt": "no text"}], **STREAM, status=1)
+    assert "1 of 16 lines cannot be used, more than max_bad_fraction 0.01 allows" in error
+    assert 'data.jsonl:16: no "text" (its keys: txt)' in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        (
+            {"streaming": True, "max_steps": -1},
+            "streaming: true, but nobody knows how long the data is; set max_steps",
+        ),
+        ({"truncation_policy": "split", "sft": True}, "truncation_policy: split, but a chat (sft: true) cannot be"),
+        ({"truncation_policy": "cut"}, "truncation_policy: 'cut'; use one of truncate, split, drop"),
+        ({"template": "chatml", "sft": True}, "template: 'chatml'; use one of vicuna, tokenizer"),
+        ({"template": "tokenizer"}, "template: only chats (sft: true) have one"),
+        ({"max_bad_fraction": 1}, "max_bad_fraction: 1.0; use a share in [0, 1)"),
+    ],
+)
+def test_settings_that_make_no_sense(run, changes, problem):
+    error = run(STREAMED, **changes, status=1)
+    assert problem in error
+    assert "Traceback" not in error
+
+
+# ---- chats
+
+CHATS = [
+    {"input": "Who jumps?", "output": "The fox."},
+    {"messages": [{"role": "user", "content": "Over whom?"}, {"role": "assistant", "content": "The dog."}]},
+    {
+        "conversations": [
+            {"from": "system", "value": "Be brief."},
+            {"from": "human", "value": "Half of what?"},
+            {"from": "gpt", "value": "Of the heads, in groups that are moved by half a group."},
+            {"from": "human", "value": "Why?"},
+            {"from": "gpt", "value": "So."},
+        ]
+    },
+]
+TEMPLATE = (
+    "{% for m in messages %}{{ '[' + m.role + ']\n' + m.content + (eos_token if m.role == 'assistant' else '\n') }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '[assistant]\n' }}{% endif %}"
+)
+SPELT = [  # (not learnt, learnt) in turn
+    ["[user]\nWho jumps?\n[assistant]\n", "The fox.</s>"],
+    ["[user]\nOver whom?\n[assistant]\n", "The dog.</s>"],
+    [
+        "[system]\nBe brief.\n[user]\nHalf of what?\n[assistant]\n",
+        "Of the heads, in groups that are moved by half a group.</s>",
+        "[user]\nWhy?\n[assistant]\n",
+        "So.</s>",
+    ],
+]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_chats_by_the_models_own_template(run, base_folder, tmp_path, packing):
+    """Every answer is learnt, and nothing else: the losses of a plain loop, which puts the pieces together by hand."""
+    base = tmp_path / "chat-base"
+    shutil.copytree(base_folder, base)
+    (base / "chat_template.jinja").write_text(TEMPLATE)
+    changes = {"sft": True, "template": "tokenizer", "model_name_or_path": str(base), "packing": packing}
+    out, _ = run(CHATS, **changes, per_device_train_batch_size=20, save_steps=1)
+    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    rows = []
+    for pieces in SPELT:
+        encoded = tokenizer("".join(pieces), add_special_tokens=False, return_offsets_mapping=True)
+        ends = [sum(map(len, pieces[: at + 1])) for at in range(len(pieces))]
+        at_piece = [next(at for at, end in enumerate(ends) if last <= end) for _, last in encoded.offset_mapping]
+        labels = [token if at % 2 else -100 for token, at in zip(encoded.input_ids, at_piece, strict=True)]
+        assert "".join(pieces[1::2]) == tokenizer.decode([label for label in labels if label != -100])
+        rows.append((torch.tensor([encoded.input_ids]), torch.tensor([labels])))
+    assert_equals_plain(out, base_folder, rows, LOOP)
