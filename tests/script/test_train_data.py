@@ -18,7 +18,18 @@ from transformers import AutoTokenizer
 from component.token_file import write_tokens
 from tests.conftest import TEXTS
 from tests.reference.shift_short import LOOP
-from tests.script.test_train import BASIC, GROUP, TRAIN_TEXTS, losses, record, stock_model, token_ids
+from tests.script.test_train import (
+    BASIC,
+    GROUP,
+    TRAIN_TEXTS,
+    Launcher,
+    executable,
+    launched,
+    losses,
+    record,
+    stock_model,
+    token_ids,
+)
 
 LONGEST = BASIC["max_seq_length"]
 PACKED_TEXTS = [*TRAIN_TEXTS, *TEXTS, "Dogs.", "F", "So on, and so on."]
@@ -271,3 +282,19 @@ def test_chats_by_the_models_own_template(run, base_folder, tmp_path, packing):
         assert "".join(pieces[1::2]) == tokenizer.decode([label for label in labels if label != -100])
         rows.append((torch.tensor([encoded.input_ids]), torch.tensor([labels])))
     assert_equals_plain(out, base_folder, rows, LOOP)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", [False, True])
+def test_two_processes_share_a_stream(base_folder, tmp_path, tmp_path_factory, packing):
+    """Each step is over the same rows, whoever takes them: into the second pass and further."""
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in STREAMED), encoding="utf-8")
+    files = {"model_name_or_path": str(base_folder), "train_file": str(tmp_path / "data.jsonl"), "packing": packing}
+    values = {**BASIC, **STREAM, **files, "max_seq_length": 40, "lora_dropout": 0.0, "save_steps": 100}
+    curves, yaml_files = [], Launcher(tmp_path_factory.mktemp("runs"))
+    for processes in (1, 2):
+        dealt = {"gradient_accumulation_steps": 2 // processes, "output_dir": str(tmp_path / f"out-{processes}")}
+        launcher = [executable("torchrun"), f"--nproc_per_node={processes}"]
+        curves.append(losses(launched(launcher, {**values, **dealt}, yaml_files)))
+    assert len(curves[0]) == 9
+    assert curves[1] == pytest.approx(curves[0], abs=1e-5)
