@@ -149,6 +149,8 @@ def _training_arguments(file: str, values: dict) -> TrainingArguments:
     # ours, because a run's record counts tokens; and the recomputation that needs no gradient at the embedding
     values = {"include_num_input_tokens_seen": "non_padding", "ddp_find_unused_parameters": False, **values}
     values.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": False})
+    # each process takes its share of a stream itself: the first one can only deal out batches of equal lengths
+    values.setdefault("accelerator_config", {"dispatch_batches": False})
     try:
         arguments = TrainingArguments(**values)
     except (ValueError, TypeError, ImportError) as error:

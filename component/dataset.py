@@ -6,13 +6,17 @@ Samples are tokenised once, kept as Arrow on disk and memory-mapped, so that hos
 or they are made while they are trained on, and nothing is kept (`streaming`).
 """
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 
 import numpy as np
 import pyarrow.compute
 from datasets import Dataset, Features, IterableDataset, List, Value
 from datasets.exceptions import DatasetGenerationError
+from torch.utils.data import IterableDataset as TorchIterableDataset
+from torch.utils.data import get_worker_info
 from transformers import PreTrainedTokenizerBase
 
 from component.error import UserError
@@ -31,6 +35,7 @@ from component.sample import (
     read_usable,
 )
 from component.source import RecordTally, resolve_files
+from component.token_file import index_path
 
 SAMPLE_FORMAT = 2  # raise it with every change of what a line becomes
 FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), "fate": Value("uint8")})
@@ -84,7 +89,7 @@ def load_samples(
     streaming: bool = False,
     seed: int = 42,
     **options,
-) -> tuple[Dataset | PackedRows | IterableDataset, DataReport | str]:
+) -> tuple["Dataset | PackedRows | EndlessStream", DataReport | str]:
     """Texts, chats or tokens -> tokenised samples, and what became of the lines, or of a stream where they come from.
 
     Args:
@@ -102,16 +107,41 @@ def load_samples(
     """
     wanted = SampleOptions(max_seq_length, sft, **options)
     if streaming:
+        if source.endswith(".bin"):
+            open_tokens(source, tokenizer, wanted, field)  # what is wrong with it is said before any weight is loaded
         files = [Path(source)] if source.endswith(".bin") else resolve_files(source, field)
         arguments = {"files": [str(file) for file in files], "tokenizer": tokenizer, "options": asdict(wanted)}
         stream = IterableDataset.from_generator(generate_stream, gen_kwargs=arguments | {"packing": packing})
-        return stream.shuffle(seed=seed, buffer_size=SHUFFLED_SAMPLES), f"streamed from {', '.join(map(str, files))}"
+        shuffled = EndlessStream(stream.shuffle(seed=seed, buffer_size=SHUFFLED_SAMPLES), f"{field}: {source}")
+        return shuffled, f"streamed from {', '.join(map(str, files))}"
     dataset, lengths, report = tokenise(source, tokenizer, wanted, field)
     if not packing:
         return dataset, report
     rows = PackedRows(dataset, lengths, max_seq_length)
     report.packed = f"packed into {len(rows):,} rows, {rows.fill:.1%} full"
     return rows, report
+
+
+class EndlessStream(TorchIterableDataset):
+    """A shuffled stream, pass after pass, each in another order: one epoch to the Trainer.
+
+    Of a stream that ends the Trainer does not know how many steps a pass took: resuming in a later one, it would skip
+    the steps so far in the first.
+    """
+
+    def __init__(self, one_pass: IterableDataset, name: str):
+        self.one_pass, self.name = one_pass, name
+
+    def __iter__(self) -> Iterator[dict]:
+        for number in count():
+            self.one_pass.set_epoch(number)
+            samples = 0
+            for samples, sample in enumerate(self.one_pass, 1):  # noqa: B007
+                yield sample
+            if not samples and get_worker_info() is not None:
+                return  # there are more workers than files
+            if not samples:
+                raise UserError(f"{self.name}: nothing to learn in it; see max_seq_length and truncation_policy")
 
 
 def tokenise(
@@ -121,16 +151,15 @@ def tokenise(
     stamps, lines, bad = check_source(source, tokenizer, options, field)
     files = [file for file, *_ in stamps]
     arguments = {"files": files, "tokenizer": tokenizer, "options": asdict(options)}
+    stamped = arguments | {"stamps": stamps}
     if all(sample["fate"] in DROPPED for sample in generate_samples(**arguments)):
         need = "answers, and prompts that leave room for them in max_seq_length" if options.sft else "texts"
         raise UserError(f"{field}: nothing to learn in {source} (lines: {lines}); it needs {need}")
     try:
-        dataset = Dataset.from_generator(
-            generate_samples, features=FEATURES, gen_kwargs=arguments | {"stamps": stamps}
-        )
-    except DatasetGenerationError as error:
-        if isinstance(error.__cause__, UserError):  # a chat that the tokenizer's template refuses
-            raise error.__cause__ from error
+        dataset = Dataset.from_generator(generate_samples, features=FEATURES, gen_kwargs=stamped)
+    except DatasetGenerationError as error:  # it hides the message: a template refuses one conversation of many
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
         raise
     fates = dataset.data.column("fate").to_numpy()
     lengths = pyarrow.compute.list_value_length(dataset.data.column("input_ids")).to_numpy()
@@ -145,7 +174,10 @@ def tokenise(
 def check_source(
     source: str, tokenizer: PreTrainedTokenizerBase, options: SampleOptions, field: str
 ) -> tuple[list[tuple], int, str]:
-    """(file, size, time and format of each file; lines or documents; what is wrong with some, if not too many)."""
+    """(file, its and its index's state, format) of each; lines or documents; what is wrong with some, if not too many.
+
+    Only a file of tokens has an index, which says where its documents start.
+    """
     tally = RecordTally()
     if source.endswith(".bin"):
         files = [Path(source)]
@@ -162,5 +194,10 @@ def check_source(
         need = 'sft: false takes lines of {"text"}, sft: true of {"input", "output"} or {"messages"}, JSON objects all'
         raise UserError(f"{field}: {error}\n{need}") from error
     # what is kept is keyed by these: neither a changed file nor changed code may be served yesterday's tokens
-    stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns, SAMPLE_FORMAT) for file in files]
+    stamps = [(str(file), *_state(file), *_state(index_path(file)), SAMPLE_FORMAT) for file in files]
     return stamps, tally.total, bad
+
+
+def _state(file: Path) -> tuple[int, int]:
+    """Size and time of a file, zeros if there is none."""
+    return (file.stat().st_size, file.stat().st_mtime_ns) if file.is_file() else (0, 0)

@@ -91,6 +91,7 @@ def encode_file(
     if file.suffix == ".bin":
         tokens, spans = open_tokens(str(file), tokenizer, options)
         for start, end in spans:
+            tally.total += 1
             ids = tokens[start:end].tolist()
             yield ids, [IGNORE_INDEX, *ids[1:]]
         return
@@ -153,7 +154,7 @@ def open_tokens(
     """The ids of a `.bin` file, and [start, end) of each of its documents: those of its index, or the whole file."""
     if options.sft:
         raise UserError(f"{field}: {path} holds tokens of texts; chats (sft: true) are trained on from .jsonl files")
-    tokens, index = read_tokens(path, len(tokenizer)), read_index(path)
+    tokens, index = read_tokens(path, len(tokenizer), field), read_index(path)
     if index is None:
         return tokens, [(0, len(tokens))]
     check_tokenizer(index, tokenizer, path)

@@ -79,7 +79,7 @@ def encode_by_tokenizer(
         else:
             messages.append({"role": "assistant", "content": assistant})
             whole = _spell(tokenizer, messages, opens_answer=False)
-            spans.append((len(prompt), len(whole)))
+            spans.append((len(prompt), len(whole.rstrip())))  # ChatML puts a line break behind the end
         if not (prompt.startswith(text) and whole.startswith(prompt)):
             raise UserError(
                 f"template: the chat template of {tokenizer.name_or_path or 'the tokenizer'} spells earlier turns "
@@ -88,8 +88,9 @@ def encode_by_tokenizer(
             )
         text = whole
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    # tokenizers that trim offsets, as Llama 3's, say of a token of blanks that it is empty, and stands where it ends
     labels = [
-        token if any(start <= first and last <= end for start, end in spans) and last > first else IGNORE_INDEX
+        token if any(start <= first and start < last <= end for start, end in spans) else IGNORE_INDEX
         for token, (first, last) in zip(encoded.input_ids, encoded.offset_mapping, strict=True)
     ]
     return encoded.input_ids, labels

@@ -44,21 +44,23 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype(np.uint16 if vocab_size <= 65535 else np.uint32)
 
 
-def read_tokens(path: str, vocab_size: int) -> np.ndarray:
+def read_tokens(path: str, vocab_size: int, field: str = "data_path") -> np.ndarray:
     """The token ids of a `.bin` file, memory-mapped, in its index's type; without one, in that of the vocabulary.
+
+    `field` is what named `path`, for messages.
 
     Raises:
         UserError: no such file, a size that is no whole number of ids, ids beyond the vocabulary, a damaged index.
     """
     file = Path(path)
     if not file.is_file():
-        raise UserError(f"data_path: there is no file {path}; name a .bin file of token ids")
+        raise UserError(f"{field}: there is no file {path}; name a .bin file of token ids")
     index = read_index(path)
     dtype = np.dtype(index.dtype) if index else token_dtype(vocab_size)
     size = file.stat().st_size
     if size == 0 or size % dtype.itemsize:
         raise UserError(
-            f"data_path: {path} has {size} bytes, no whole number of {dtype.name} token ids; fetch or make it again"
+            f"{field}: {path} has {size} bytes, no whole number of {dtype.name} token ids; fetch or make it again"
         )
     tokens = np.memmap(file, dtype=dtype, mode="r")
     for start in range(0, len(tokens), 2**24):
@@ -66,7 +68,7 @@ def read_tokens(path: str, vocab_size: int) -> np.ndarray:
         if int(part.max()) >= vocab_size:
             place = start + int((part >= vocab_size).argmax())
             raise UserError(
-                f"data_path: token {place} of {path} is {tokens[place]}, but the model has {vocab_size} tokens; "
+                f"{field}: token {place} of {path} is {tokens[place]}, but the model has {vocab_size} tokens; "
                 "the file belongs to another tokenizer: make one with this model's"
             )
     return tokens

@@ -58,6 +58,19 @@ def test_equal_lengths_need_no_padding(rows):
     )
 
 
+def test_padding_behind_a_packed_row_is_one_more_document():
+    """Its positions start again: nothing of a real document's groups or memory goes into it."""
+    row = {"input_ids": [1, 5, 1, 6, 7], "labels": [-100, 5, -100, 6, 7], "position_ids": [0, 1, 0, 1, 2]}
+    short = {"input_ids": [1, 8], "labels": [-100, 8], "position_ids": [0, 1]}
+    assert_batch(
+        RightPadCollator(9)([short, row]),
+        input_ids=[[1, 8, 9, 9, 9], [1, 5, 1, 6, 7]],
+        attention_mask=[[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]],
+        labels=[[-100, 8, -100, -100, -100], [-100, 5, -100, 6, 7]],
+        position_ids=[[0, 1, 0, 1, 2], [0, 1, 0, 1, 2]],
+    )
+
+
 def test_samples_are_not_changed():
     sample = {"input_ids": [1, 8], "labels": [-100, 8]}
     RightPadCollator(9)([sample, LONG])
