@@ -35,6 +35,7 @@ from component.sample import (
     read_usable,
 )
 from component.source import RecordTally, resolve_files
+from component.template import check_template
 from component.token_file import index_path
 
 SAMPLE_FORMAT = 2  # raise it with every change of what a line becomes
@@ -106,6 +107,8 @@ def load_samples(
         UserError: no such file, too many lines that cannot be used (file and line named), nothing left to train on.
     """
     wanted = SampleOptions(max_seq_length, sft, **options)
+    if wanted.template == "tokenizer":
+        check_template(tokenizer)
     if streaming:
         if source.endswith(".bin"):
             open_tokens(source, tokenizer, wanted, field)  # what is wrong with it is said before any weight is loaded

@@ -16,7 +16,7 @@ from component.mixture import Mixture, MixtureSource, apportion
 from component.selection import first_of_each, lowest, sample_key, text_hash
 from component.source import read_records, text_problem
 from component.survey import Chunk, Measured, Survey
-from component.template import encode_chat
+from component.template import encode_conversation
 from component.token_count import TokenCounter
 from component.unpack import BadRecord
 
@@ -35,8 +35,9 @@ class Example:
 class ExampleMeasure:
     """Measures chunks of a mixture's records: a row for each example that may be drawn."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, mixture: Mixture, max_tokens: int):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, mixture: Mixture, max_tokens: int, template: str):
         self.tokenizer, self.sources, self.max_tokens = tokenizer, mixture.sources, max_tokens
+        self.template = template
         self.count = TokenCounter(tokenizer)
 
     def __call__(self, group: int, chunk: Chunk) -> Measured:
@@ -68,7 +69,7 @@ class ExampleMeasure:
         most = min(self.max_tokens, filters.get("max_tokens", self.max_tokens))
         if self.count.is_surely_longer(text, most):
             return "too_long", 0
-        tokens = len(encode_chat(self.tokenizer, list(turns))[0])
+        tokens = len(encode_conversation(self.tokenizer, list(turns), None, self.template)[0])
         if tokens < filters.get("min_tokens", 0):
             return "too_short", tokens
         return ("too_long" if tokens > most else ""), tokens

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from component.error import UserError
 from component.packing import pack_stream
 from component.source import RecordTally, read_records, record_problem
-from component.template import IGNORE_INDEX, conversation_problem, encode_conversation, turns_of
+from component.template import IGNORE_INDEX, conversation_problem, encode_conversation, holds_messages, turns_of
 from component.token_file import check_tokenizer, read_index, read_tokens
 
 POLICIES = ("truncate", "split", "drop")
@@ -43,7 +43,7 @@ def read_usable(file: Path, options: SampleOptions):
 
 
 def chat_problem(record: dict) -> str | None:
-    if "messages" in record or "conversations" in record:
+    if holds_messages(record):
         return conversation_problem(record)
     return record_problem(record, ("input", "output"))
 
@@ -156,6 +156,12 @@ def open_tokens(
         raise UserError(f"{field}: {path} holds tokens of texts; chats (sft: true) are trained on from .jsonl files")
     tokens, index = read_tokens(path, len(tokenizer), field), read_index(path)
     if index is None:
+        if options.truncation_policy == "truncate" and len(tokens) > options.max_seq_length:
+            raise UserError(
+                f"{field}: {path} has no index that says where its texts end, so only the first "
+                f"{options.max_seq_length} of its {len(tokens):,} tokens would be trained on; set "
+                "truncation_policy: split, or make the file again with script/data/tokenize_bin.py"
+            )
         return tokens, [(0, len(tokens))]
     check_tokenizer(index, tokenizer, path)
     return tokens, list(zip(index.offsets, [*index.offsets[1:], len(tokens)], strict=True))

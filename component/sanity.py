@@ -59,6 +59,8 @@ def insane(values: dict) -> list[str]:
         problems.append("truncation_policy: split, but a chat (sft: true) cannot be split; use truncate or drop")
     if values.get("streaming") and (values.get("max_steps") or -1) < 1:
         problems.append("streaming: true, but nobody knows how long the data is; set max_steps")
+    if values.get("streaming") and "epoch" in (values.get("save_strategy"), values.get("eval_strategy")):
+        problems.append("save_strategy, eval_strategy: epoch, but a stream has no epochs; use steps")
     if values.get("template", "vicuna") != "vicuna" and values.get("sft") is False:
         problems.append("template: only chats (sft: true) have one; leave it out")
     if (values.get("memory_budget_gib") or 0) > 0 and not torch.cuda.is_available():

@@ -112,10 +112,10 @@ def _spell(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], o
 
 def turns_of(record: dict[str, Any]) -> tuple[Turns, str | None]:
     """The answered turns of an SFT record, and its system text; a conversation ends at its first empty answer."""
-    if "messages" not in record and "conversations" not in record:
+    if not holds_messages(record):
         turns: Turns = [(record["input"], record["output"])]
         return (turns if record["output"].strip() else []), None
-    messages = [_message(message) for message in record.get("messages") or record["conversations"]]
+    messages = [_message(message) for message in record[_messages_key(record)]]
     system = messages.pop(0)[1] if messages[0][0] == "system" else None
     turns = []
     for (_, user), (_, assistant) in zip(messages[::2], messages[1::2], strict=False):
@@ -123,6 +123,16 @@ def turns_of(record: dict[str, Any]) -> tuple[Turns, str | None]:
             break
         turns.append((user, assistant))
     return turns, system
+
+
+def holds_messages(record: dict[str, Any]) -> bool:
+    """Whether it is a list of messages, not an input and its output; tables leave other kinds' columns empty."""
+    keys = [key for key in ("messages", "conversations") if key in record]
+    return any(record[key] is not None for key in keys) or bool(keys and "input" not in record)
+
+
+def _messages_key(record: dict[str, Any]) -> str:
+    return "conversations" if record.get("messages") is None and "conversations" in record else "messages"
 
 
 def _message(message: dict[str, Any]) -> tuple[str, str]:
@@ -133,7 +143,7 @@ def _message(message: dict[str, Any]) -> tuple[str, str]:
 
 def conversation_problem(record: dict[str, Any]) -> str | None:
     """What is wrong with {"messages"} or {"conversations"}: system, if any, then user and assistant in turn."""
-    name = "messages" if "messages" in record else "conversations"
+    name = _messages_key(record)
     messages = record[name]
     if not isinstance(messages, list) or not messages:
         return f'"{name}" is no list of messages'

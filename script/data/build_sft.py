@@ -31,6 +31,7 @@ from component.example import Example, ExampleMeasure, choose_examples, write_ex
 from component.mixture import Mixture, read_mixture
 from component.result import write_json
 from component.survey import SourceFile, Survey, survey_files
+from component.template import TEMPLATES, check_template
 from component.token_file import tokenizer_hash
 
 REASONS = ("too_short", "too_long", "empty", "filtered")
@@ -41,6 +42,8 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--config", type=Path, required=True, help="YAML of the sources; see sft_sources.yaml")
     add_common_flags(parser)
     parser.add_argument("--max_tokens", type=int, default=8192, help="of an example, chat template included (8192)")
+    spelling = "how training will spell chats: vicuna, or tokenizer for the model's own template (vicuna)"
+    parser.add_argument("--template", choices=TEMPLATES, default="vicuna", help=spelling)
     parser.add_argument("--seed", type=int, default=42, help="another seed is another sample and order (42)")
     return parser.parse_args()
 
@@ -95,12 +98,12 @@ def report(stats: dict, mixture: Mixture) -> str:
 def measure(flags: argparse.Namespace, mixture: Mixture, tokenizer: PreTrainedTokenizerBase) -> Survey:
     files = [SourceFile(file, group=group) for group, source in enumerate(mixture.sources) for file in source.files]
     rules = [[source.name, source.mapping, source.turns, source.filters] for source in mixture.sources]
-    settings = {"program": "build_sft", "max_tokens": flags.max_tokens, "sources": rules}
+    settings = {"program": "build_sft", "max_tokens": flags.max_tokens, "template": flags.template}
     return survey_files(
         journal_path(flags.output),
         files,
-        settings | {"tokenizer": tokenizer_hash(tokenizer)},
-        ExampleMeasure(tokenizer, mixture, flags.max_tokens),
+        settings | {"sources": rules, "tokenizer": tokenizer_hash(tokenizer)},
+        ExampleMeasure(tokenizer, mixture, flags.max_tokens, flags.template),
         num_proc=flags.num_proc,
         overwrite=flags.overwrite,
     )
@@ -128,6 +131,8 @@ def main() -> None:
     mixture = read_mixture(flags.config)
     open_output(flags, (file for source in mixture.sources for file in source.files))
     tokenizer = open_tokenizer(flags.tokenizer)
+    if flags.template == "tokenizer":
+        check_template(tokenizer)
     print(
         f"{len(mixture.sources)} sources; examples of at most {flags.max_tokens:,} tokens of {flags.tokenizer}; "
         f"{flags.num_proc} processes",

@@ -379,6 +379,14 @@ def test_tokens_without_an_index_are_one_document(tokens, words):
     assert report.fates == fates(split=1, piece=3)
 
 
+def test_tokens_without_an_index_are_not_cut_after_the_first(tokens, words):
+    file = tokens("none", "each")
+    index_path(file).unlink()
+    with pytest.raises(UserError, match=r"t\.bin has no index .* only the first 4 of its 14 tokens .* split"):
+        load_samples(file, words, 4, sft=False)
+    assert len(load_samples(file, words, 14, sft=False)[0]) == 1
+
+
 def test_a_piece_of_one_token_teaches_nothing(tokens, words):
     """Nothing stands before it that could predict it."""
     file = tokens("none", "none")

@@ -102,6 +102,8 @@ def bot(text: str) -> dict:
             "S",
         ),
         ({"conversations": [user("Q"), {"role": "model", "content": "A"}]}, [("Q", "A")], None),
+        ({"messages": None, "conversations": [user("Q"), bot("A")]}, [("Q", "A")], None),
+        ({"messages": None, "input": "Q", "output": "A"}, [("Q", "A")], None),
         ({"messages": [user("Q"), bot("A")], "input": "not", "output": "asked"}, [("Q", "A")], None),
     ],
 )

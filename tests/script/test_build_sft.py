@@ -166,3 +166,16 @@ def test_what_is_refused(build, run_program, sources, tmp_path):
     (tmp_path / "out.jsonl").write_text("mine")
     refused(build(*sources), "out.jsonl exists", "--overwrite")
     assert (tmp_path / "out.jsonl").read_text() == "mine", "although an unfinished run of that name is there"
+
+
+def test_lengths_are_counted_as_training_will_spell_chats(build, word_folder, tmp_path):  # noqa: F811
+    spelling = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    (word_folder / "chat_template.jinja").write_text(spelling)
+    try:
+        source = plain(tmp_path, "plain", ("a b", "c"), ("a b c", "d"))
+        outcome = build(source, template="tokenizer", max_tokens=3)
+    finally:
+        (word_folder / "chat_template.jinja").unlink()
+    assert outcome.status == 0, outcome.err
+    assert read_lines(tmp_path / "out.jsonl") == [{"input": "a b", "output": "c"}]
+    assert "no chat template" in build(source, template="tokenizer", overwrite=True).err

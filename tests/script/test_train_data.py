@@ -224,6 +224,7 @@ def test_a_stream_that_turns_out_bad_is_one_message(run):
         ({"truncation_policy": "cut"}, "truncation_policy: 'cut'; use one of truncate, split, drop"),
         ({"template": "chatml", "sft": True}, "template: 'chatml'; use one of vicuna, tokenizer"),
         ({"template": "tokenizer"}, "template: only chats (sft: true) have one"),
+        ({"streaming": True, "save_strategy": "epoch"}, "epoch, but a stream has no epochs; use steps"),
         ({"max_bad_fraction": 1}, "max_bad_fraction: 1.0; use a share in [0, 1)"),
     ],
 )
