@@ -161,6 +161,7 @@ def hardware() -> str:
 @exit_on_user_error
 def main() -> None:
     flags, start = parse_flags(), time.monotonic()
+    (flags.work / "results").mkdir(parents=True, exist_ok=True)
     for name in ("base", "data", "work"):  # programs are run from the repository's root
         setattr(flags, name, getattr(flags, name).resolve())
     waiting = [run for run in asked_runs(flags) if not (flags.work / "results" / f"{run.name}.json").is_file()]
