@@ -57,11 +57,12 @@ class Stored:
     def on_meta(self) -> torch.Tensor:
         return torch.empty(self.shape, dtype=self.dtype, device="meta")
 
-    def read(self) -> torch.Tensor:
-        """A copy in memory of its own; nothing else of the file stays there."""
+    def read(self, into: torch.Tensor | None = None) -> torch.Tensor:
+        """A copy in memory of its own, or in the bytes `into`; nothing else of the file stays in memory."""
+        values = torch.empty(self.size, dtype=torch.uint8) if into is None else into
         if self.start is None:
-            return _unpickled(self.file)[self.name].clone(memory_format=torch.contiguous_format)
-        values = torch.empty(self.size, dtype=torch.uint8)
+            tensor = values.view(self.dtype).reshape(self.shape)
+            return tensor.copy_(_unpickled(self.file)[self.name])
         view, done = memoryview(values.numpy()), 0
         with self.file.open("rb", buffering=0) as stream:
             stream.seek(self.start)
@@ -140,7 +141,7 @@ def model_tensors(model_name_or_path: str) -> dict[str, Stored]:
     """
     source = f"model_name_or_path: the weights of {model_name_or_path!r} do not load"
     for name in MODEL_FILES:
-        file = _fetch(model_name_or_path, name)
+        file = fetch(model_name_or_path, name)
         if file is None:
             continue
         try:
@@ -158,7 +159,7 @@ def _sharded(model_name_or_path: str, index: Path) -> dict[str, Stored]:
     places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     found: dict[str, Stored] = {}
     for shard in sorted(set(places.values())):
-        file = _fetch(model_name_or_path, shard)
+        file = fetch(model_name_or_path, shard)
         if file is None:
             raise UserError(f"{shard} is missing; fetch it again")
         found |= {name: stored for name, stored in stored_tensors(file).items() if places.get(name) == shard}
@@ -168,7 +169,8 @@ def _sharded(model_name_or_path: str, index: Path) -> dict[str, Stored]:
     return found
 
 
-def _fetch(model_name_or_path: str, name: str) -> Path | None:
+def fetch(model_name_or_path: str, name: str) -> Path | None:
+    """A file of a model folder or hub id; None if it has no such file."""
     options: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False}
     try:
         file = cached_file(model_name_or_path, name, **options)
