@@ -5,6 +5,7 @@ the result, written and forgotten. component/merge_plan.py says what is done to 
 """
 
 import contextlib
+import itertools
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -64,12 +65,19 @@ def write_merged(folder: Path, plan: MergePlan, *, max_shard_bytes: int = 5 * 10
     plan.config.save_pretrained(folder)
     if plan.generation_config is not None:
         plan.generation_config.save_pretrained(folder)
-    scratch = Scratch()
+    scratches = itertools.cycle([Scratch(), Scratch()])  # one is written from while the other is filled
+    coming = dict(zip(plan.tensors, [*plan.tensors][1:], strict=False))
+
+    def produce(name: str) -> torch.Tensor:
+        if name in coming:
+            plan.tensors[coming[name]].expect()
+        return merged_tensor(plan, name, next(scratches))
+
     with tqdm(total=plan.size, desc="merging", unit="B", unit_scale=True) as bar:
         write_model(
             folder,
             plan.layout,
-            lambda name: merged_tensor(plan, name, scratch),
+            produce,
             max_shard_bytes=max_shard_bytes,
             progress=bar.update,
         )

@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -43,25 +44,32 @@ def write_model(
     max_shard_bytes: int,
     progress: Callable[[int], Any] = lambda size: None,
 ) -> list[str]:
-    """`model.safetensors`, or shards and their index, with one tensor in memory at a time; the files' names.
+    """`model.safetensors`, or shards and their index; the files' names. One tensor is written while the next is made.
 
     Args:
         layout: the type and shape of every tensor, by name, in the order of writing.
-        produce: a tensor by name; called once for each.
+        produce: a tensor by name; called once for each. Its memory may be used again two calls later.
         max_shard_bytes: of a file's tensors; a larger tensor is a file of its own.
         progress: told the bytes of every tensor that is written.
     """
     shards = _shards({name: _size(*of_tensor) for name, of_tensor in layout.items()}, max_shard_bytes)
     files = [f"model-{at:05}-of-{len(shards):05}.safetensors" for at in range(1, len(shards) + 1)]
     files = ["model.safetensors"] if len(shards) == 1 else files
-    for file, names in zip(files, shards, strict=True):
-        with (folder / file).open("wb", buffering=0) as stream:
-            _write_all(stream, _header({name: layout[name] for name in names}))
-            for name in names:
-                tensor = produce(name)
-                assert (tensor.dtype, tuple(tensor.shape)) == layout[name], name
-                _write_all(stream, tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
-                progress(_size(*layout[name]))
+    with ThreadPoolExecutor(1) as writer:
+        for file, names in zip(files, shards, strict=True):
+            with (folder / file).open("wb", buffering=0) as stream:
+                _write_all(stream, _header({name: layout[name] for name in names}))
+                under_way: Future | None = None
+                for name in names:
+                    tensor = produce(name)
+                    assert (tensor.dtype, tuple(tensor.shape)) == layout[name], name
+                    data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+                    if under_way:
+                        under_way.result()
+                    under_way = writer.submit(_write_all, stream, data)
+                    progress(_size(*layout[name]))
+                if under_way:
+                    under_way.result()
     if len(shards) == 1:
         return files
     places = {name: file for file, names in zip(files, shards, strict=True) for name in names}

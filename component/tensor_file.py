@@ -7,6 +7,7 @@ the pages of a memory-mapped file would count as the process's own until the sys
 import functools
 import json
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,12 @@ class Stored:
 
     def on_meta(self) -> torch.Tensor:
         return torch.empty(self.shape, dtype=self.dtype, device="meta")
+
+    def expect(self) -> None:
+        """Let the system fetch it from the disk while others are worked on."""
+        if self.start is not None and hasattr(os, "posix_fadvise"):
+            with self.file.open("rb", buffering=0) as stream:
+                os.posix_fadvise(stream.fileno(), self.start, self.size, os.POSIX_FADV_WILLNEED)
 
     def read(self, into: torch.Tensor | None = None) -> torch.Tensor:
         """A copy in memory of its own, or in the bytes `into`; nothing else of the file stays in memory."""
