@@ -1,4 +1,4 @@
-"""How is an adapter merged into its base? One tensor in memory at a time, whatever the model's size.
+"""How is an adapter merged into its base? Two tensors in memory at most, whatever the model's size.
 
 y = (W + scaling B A) x in place of W x + scaling B A x: each W is read, changed in fp32, rounded once to the type of
 the result, written and forgotten. component/merge_plan.py says what is done to which W.
@@ -74,13 +74,7 @@ def write_merged(folder: Path, plan: MergePlan, *, max_shard_bytes: int = 5 * 10
         return merged_tensor(plan, name, next(scratches))
 
     with tqdm(total=plan.size, desc="merging", unit="B", unit_scale=True) as bar:
-        write_model(
-            folder,
-            plan.layout,
-            produce,
-            max_shard_bytes=max_shard_bytes,
-            progress=bar.update,
-        )
+        write_model(folder, plan.layout, produce, max_shard_bytes=max_shard_bytes, progress=bar.update)
 
 
 @contextlib.contextmanager
@@ -97,7 +91,7 @@ def written_beside(folder: Path, plans: dict[str, MergePlan], written: str) -> I
 
 @torch.no_grad()
 def merged_tensor(plan: MergePlan, name: str, scratch: Scratch) -> torch.Tensor:
-    """One tensor of the merged model, in `scratch`: the next one takes its place.
+    """One tensor of the merged model, in `scratch`: the next one made there takes its place.
 
     Raises:
         UserError: it is infinite or no number in the result's type.

@@ -4,7 +4,8 @@
     python script/merge_lora.py --adapter_name_or_path output/RUN --save_path MODEL --dtype bfloat16
     python script/merge_lora.py --adapter_name_or_path output/RUN --save_path MODEL --check only
 
-One tensor is in memory at a time. Where there is room for both, the result is compared with the adapter on its base.
+One tensor after the other is read, changed and written. Where there is room for both, the result is compared with the
+adapter on its base.
 """
 
 import argparse

@@ -419,7 +419,7 @@ def test_nf4_loses_something():
 
 
 def test_memory_is_that_of_a_tensor_not_of_the_model(tmp_path):
-    """120 MB of weights and 25 MB of an adapter with 12 MB in memory at a time."""
+    """120 MB of weights and 25 MB of an adapter; two tensors with their sums take 36 MB at most."""
     config = LlamaConfig(vocab_size=256, hidden_size=1024, intermediate_size=2816, num_hidden_layers=5)
     base = tmp_path / "base"
     AutoModelForCausalLM.from_config(config, dtype=torch.float16).save_pretrained(base)
