@@ -1,4 +1,4 @@
-"""What trains, and how is it merged? LoRA on every linear layer, and embeddings and norms where asked.
+"""What trains, and how is it put around a base? LoRA on every linear layer, and embeddings and norms where asked.
 
 LoRA (arXiv 2106.09685): y = W x + (alpha / rank) B A x, W frozen. QLoRA (2305.14314, section 4) found that it takes
 adapters on *all* linear layers to match full fine-tuning. Embeddings and norms train as full copies (PEFT's
@@ -7,17 +7,19 @@ adapters on *all* linear layers to match full fine-tuning. Embeddings and norms 
 
 import copy
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from huggingface_hub import hf_hub_download
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils import set_peft_model_state_dict
-from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from component.error import UserError, first_line, nearest
+from component.tensor_file import Stored, read_weights
 
+Weight = TypeVar("Weight", torch.Tensor, Stored)
 LEGACY_EXTRAS = "trainable_params.bin"  # LongLoRA's file of trained embeddings and norms, beside the LoRA weights
 
 
@@ -129,6 +131,21 @@ def load_adapter(model: PreTrainedModel, source: str) -> PeftModel:
     Raises:
         UserError: no adapter there, damaged files, or weights that do not fit the model.
     """
+    config, file, extras = find_adapter(source)
+    weights = read_weights(file)
+    if extras is not None:
+        own = dict(model.named_parameters(remove_duplicate=False))
+        for name, value in match_extras(model, read_weights(extras), extras).items():
+            own[name].data.copy_(value)
+    return fit_adapter(model, config, weights, source).eval()
+
+
+def find_adapter(source: str) -> tuple[PeftConfig, Path, Path | None]:
+    """The config of the adapter in a folder or on the hub, its file of weights, and LongLoRA's second one or None.
+
+    Raises:
+        UserError: no adapter there.
+    """
     try:
         config = PeftConfig.from_pretrained(source)
     except (ValueError, OSError, TypeError, KeyError) as error:
@@ -142,13 +159,22 @@ def load_adapter(model: PreTrainedModel, source: str) -> PeftModel:
     file, extras = _fetch(source, *names), _fetch(source, LEGACY_EXTRAS)
     if file is None:
         raise UserError(f"{source} is no adapter: it holds neither {' nor '.join(names)}; name a folder of a run")
-    weights = read_weights(file)
-    if extras is not None:
-        _load_extras(model, read_weights(extras), extras)
+    return config, file, extras
+
+
+def fit_adapter(
+    model: PreTrainedModel, config: PeftConfig, weights: dict[str, torch.Tensor], source: str
+) -> PeftModel:
+    """The adapter of `config` and `weights` around `model`; all on the meta device, where `model` is there.
+
+    Raises:
+        UserError: a weight that is missing, belongs nowhere or has another shape than the model asks for.
+    """
     cure = "use the base model that it was trained on"
+    is_empty = model.device.type == "meta"
     try:
-        adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
-        result = set_peft_model_state_dict(adapted, weights)
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=is_empty)
+        result = set_peft_model_state_dict(adapted, weights, low_cpu_mem_usage=is_empty)
     except (
         RuntimeError,
         ValueError,
@@ -163,7 +189,7 @@ def load_adapter(model: PreTrainedModel, source: str) -> PeftModel:
         parts = [f"{len(missing)} weights are missing, as {missing[0]}"] if missing else []
         parts += [f"{len(unknown)} belong nowhere, as {unknown[0]}"] if unknown else []
         raise UserError(f"{source} does not fit this base model: {' and '.join(parts)}; {cure}")
-    return adapted.eval()
+    return adapted
 
 
 def _is_adapter_weight(name: str) -> bool:
@@ -184,24 +210,14 @@ def _fetch(source: str, *names: str) -> Path | None:
     return None
 
 
-def read_weights(file: Path) -> dict[str, torch.Tensor]:
-    """Tensors by name; `.bin` files are read with weights-only unpickling, so no code in them runs."""
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        weights = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # safetensors, zip and pickle each have their own kinds
-        is_pickle = "weights_only" in str(error)  # torch's advice to unpickle it all the same is not passed on
-        reason = "it would run code of its own" if is_pickle else first_line(error)
-        raise UserError(f"{file} is damaged or holds more than weights ({reason}); fetch or train it again") from error
-    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
-        raise UserError(f"{file} holds something else than weights by name; use the file that training has written")
-    return weights
+def match_extras(model: PreTrainedModel, weights: dict[str, Weight], file: Path) -> dict[str, Weight]:
+    """LongLoRA's trained embeddings and norms, by their names in the base: they go into it before LoRA goes around it.
 
-
-def _load_extras(model: PreTrainedModel, weights: dict[str, torch.Tensor], file: Path) -> None:
-    """LongLoRA's trained embeddings and norms into the base itself, before LoRA goes around it."""
+    Raises:
+        UserError: a weight that the base does not have, or has in another shape.
+    """
     own = dict(model.named_parameters(remove_duplicate=False))
+    matched = {}
     for key, value in weights.items():
         name = key.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
         if name not in own:
@@ -211,12 +227,8 @@ def _load_extras(model: PreTrainedModel, weights: dict[str, torch.Tensor], file:
             if value.shape[0] == own[name].shape[0] + 1:
                 hint = "; the extra row is a pad token that was added for training: use a base resized in the same way"
             raise UserError(f"{file}: {key} is {tuple(value.shape)}, the base has {tuple(own[name].shape)}{hint}")
-        own[name].data.copy_(value)
-
-
-def merge_adapter(model: PeftModel) -> PreTrainedModel:
-    """The plain base, with (alpha / rank) B A added to its weights and trained copies put in place."""
-    return model.merge_and_unload(safe_merge=True)
+        matched[name] = value
+    return matched
 
 
 def trainable_counts(model: nn.Module) -> dict[str, int]:

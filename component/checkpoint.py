@@ -12,46 +12,17 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 from peft import PeftModel
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from component.error import UserError
+from component.folder import open_to_readers
 
 RECORD_FILE = "longqlora.json"
 OUTPUT_ROOT = Path(__file__).resolve().parents[1] / "output"  # where the shipped YAMLs train to
-
-
-@contextlib.contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target` that becomes `target` only when everything in it has been written."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        yield folder
-        _open_to_readers(folder)
-        folder.rename(target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _open_to_readers(folder: Path) -> None:
-    """The modes that the umask gives: mkdtemp and safetensors (0.8) keep what they make to its owner."""
-    mask = os.umask(0)
-    os.umask(mask)
-    for path in (folder, *folder.rglob("*")):
-        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
-
-
-def check_target(target: Path, field: str) -> None:
-    """Refuse a folder that exists already, or that cannot be made."""
-    if target.exists():
-        raise UserError(f"{field}: {target} exists; name another folder or remove it")
-    for parent in target.absolute().parents:
-        if parent.exists() and not parent.is_dir():
-            raise UserError(f"{field}: {parent} is a file, so {target} cannot be made; name another folder")
 
 
 def library_versions() -> dict[str, str]:
@@ -88,7 +59,7 @@ def write_adapter(
             tokenizer.backend_tokenizer.no_truncation()  # of the last call, which its file would keep
         tokenizer.save_pretrained(temporary)
         config.save_pretrained(temporary)
-        _open_to_readers(Path(temporary))
+        open_to_readers(Path(temporary))
         # README.md is PEFT's empty model card
         files = [file for file in sorted(Path(temporary).iterdir()) if file.name != "README.md"]
         (folder / RECORD_FILE).unlink(missing_ok=True)  # written before: not whole again until its record is

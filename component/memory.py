@@ -150,6 +150,13 @@ def next_token_losses(
     return torch.cat(losses, dim=1)
 
 
+def chunked_logits(model: PreTrainedModel, input_ids: Tensor, chunk: int = TOKENS_PER_CHUNK) -> Iterator[Tensor]:
+    """(B, T, V) in fp32 as parts (B, `chunk`, V), each to be forgotten before the next is made."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    hidden = base.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+    yield from (_logits(base, part) for part in hidden.split(chunk, 1))
+
+
 def _logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """(B, T, V) in fp32 from (B, T, hidden size), scaled and capped as some Llama relatives do."""
     config = model.config

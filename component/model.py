@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from component.adapter import check_adapter, check_targets, load_adapter, merge_adapter, without_weights
+from component.adapter import check_adapter, check_targets, load_adapter, without_weights
 from component.checkpoint import read_record
 from component.error import UserError, first_line
 from component.rope import context_length, extend_context, is_trained_scaling, original_context, rope_factor
@@ -264,26 +264,6 @@ def stretched_config(
             f"{context_length(config)} tokens (factor {made_for:g}); leave context_size out"
         )
     return config
-
-
-def load_merged(
-    model_name_or_path: str | None, adapter_name_or_path: str, *, context_size: int | None, dtype: torch.dtype
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A base with its adapter merged into it, on the CPU, ready to be saved as a plain model."""
-    model, tokenizer = load_for_inference(
-        model_name_or_path,
-        adapter_name_or_path,
-        context_size=context_size,
-        dtype=dtype,
-        device=torch.device("cpu"),
-    )
-    merged = merge_adapter(model)
-    merged.config.use_cache = True
-    sampling = merged.generation_config
-    if sampling is not None and not sampling.do_sample:
-        # LLaMA2 ships sampling values with sampling switched off, which transformers refuses to save
-        sampling.temperature = sampling.top_p = sampling.top_k = None
-    return merged, tokenizer
 
 
 def check_targets_early(config: PretrainedConfig, target_names: list[str] | None) -> None:

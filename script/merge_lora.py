@@ -1,20 +1,37 @@
 """Merge an adapter into its base: a plain model folder with tokenizer and extended config.
 
-cd script && python merge_lora.py                                 # the newest finished run under output/
-python script/merge_lora.py --adapter_name_or_path output/RUN --save_path MODEL
+    cd script && python merge_lora.py                                 # the newest finished run under output/
+    python script/merge_lora.py --adapter_name_or_path output/RUN --save_path MODEL --dtype bfloat16
+    python script/merge_lora.py --adapter_name_or_path output/RUN --save_path MODEL --check only
+
+One tensor after the other is read, changed and written. Where there is room for both, the result is compared with the
+adapter on its base.
 """
 
 import argparse
+import shlex
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
 import torch
+from transformers import PretrainedConfig
 
-from component.checkpoint import atomic_folder, check_target, merged_folder, newest_run, read_record, write_record
-from component.error import exit_on_user_error
-from component.model import load_merged
+from component.checkpoint import merged_folder, newest_run, read_record, write_record
+from component.error import UserError, exit_on_user_error
+from component.folder import atomic_folder, check_target
+from component.merge import save_tokenizer, write_merged, written_beside
+from component.merge_check import CHECKS, check_merged, lengths_to_check, measure_all
+from component.merge_plan import BASES, plan_merge
+from component.model import load_model, load_tokenizer, locate, stretched_config
+from component.perplexity import check_measure, longlora_windows
+from component.rope import context_length
+from component.shard import shard_bytes
+from component.table import comparison
+from component.token_file import read_tokens
 
 
 def parse_flags() -> argparse.Namespace:
@@ -24,7 +41,49 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--save_path", help="folder to write (default: the adapter's, with -merged added)")
     parser.add_argument("--context_size", type=int, help="tokens, for adapters of other projects that do not say it")
     parser.add_argument("--dtype", default="float16", choices=["float16", "bfloat16", "float32"], help="of the result")
+    nf4 = "what the adapter is added to: the base's own 16-bit weights, or what 4-bit training saw of them (nf4)"
+    parser.add_argument("--base", default="fp16", choices=BASES, help=nf4)
+    parser.add_argument("--max_shard_size", default="5GB", help="of a file of weights (5GB)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a model that is there already")
+    check = "compare logits with the adapter on its base: auto where memory allows it; only: what is there already"
+    parser.add_argument("--check", nargs="?", const="yes", default="auto", choices=CHECKS, help=check)
+    measure = "a .bin file of token ids: perplexity of adapter on base and of both kinds of merge"
+    parser.add_argument("--measure", metavar="FILE.bin", help=measure)
+    parser.add_argument("--seq_len", type=int, help="tokens per window of --measure (default: the extended context)")
     return parser.parse_args()
+
+
+def measured_tokens(flags: argparse.Namespace, config: PretrainedConfig) -> tuple[np.ndarray, int]:
+    """The tokens of --measure and the length of a window; refused before anything is merged if they are too few."""
+    tokens, seq_len = read_tokens(flags.measure, config.vocab_size), flags.seq_len or context_length(config)
+    check_measure("longlora", seq_len, seq_len, 1, 0)
+    if not longlora_windows(len(tokens), seq_len, seq_len):
+        raise UserError(
+            f"--measure: {flags.measure} has {len(tokens)} tokens, and windows of {seq_len} need {2 * seq_len + 1}; "
+            "set a shorter --seq_len or name a longer file"
+        )
+    return tokens, seq_len
+
+
+def check_flags(flags: argparse.Namespace, target: Path, base: str, adapter: Path) -> None:
+    """Refuse targets that must not be written, or that are not there to be checked."""
+    if flags.check == "only":
+        if not (target / "config.json").is_file():
+            raise UserError(
+                f"--save_path: there is no model {target} to be checked; merge first, without --check only"
+            )
+        return
+    check_target(target, "--save_path", flags.overwrite)
+    for source in (Path(base), adapter):
+        if source.exists() and target.resolve() in (source.resolve(), *source.resolve().parents):
+            raise UserError(f"--save_path: {target} is, or holds, {source}, which is read; name another folder")
+
+
+def words_to_check(flags: argparse.Namespace, adapter: Path, target: Path) -> str:
+    """The flags that check this merge later."""
+    given = {"model_name_or_path": flags.model_name_or_path, "adapter_name_or_path": adapter, "save_path": target}
+    given |= {"context_size": flags.context_size, "dtype": flags.dtype, "base": flags.base}
+    return shlex.join(word for name, value in given.items() if value for word in (f"--{name}", str(value)))
 
 
 @exit_on_user_error
@@ -32,18 +91,43 @@ def main() -> None:
     flags = parse_flags()
     adapter = Path(flags.adapter_name_or_path) if flags.adapter_name_or_path else newest_run()
     target = Path(flags.save_path) if flags.save_path else merged_folder(adapter)
-    check_target(target, "--save_path")
+    base, own, is_ours = locate(flags.model_name_or_path, str(adapter))
+    check_flags(flags, target, base, adapter)
+    max_shard_bytes = shard_bytes(flags.max_shard_size)
+    config, tokenizer = stretched_config(own, flags.context_size, is_fixed=is_ours), load_tokenizer(own)
+    tokens, seq_len = measured_tokens(flags, config) if flags.measure else (None, 0)
+    kinds = BASES if flags.measure else (flags.base,)
+    plans = {
+        kind: plan_merge(base, str(adapter), config, dtype=getattr(torch, flags.dtype), base_weights=kind)
+        for kind in kinds
+    }
+    plan = plans[flags.base]
+    adapted = {
+        kind: partial(load_model, base, str(adapter), context_size=flags.context_size, load_in_4bit=kind == "nf4")
+        for kind in kinds
+    }
+    lengths, device = lengths_to_check(plan, flags.check, words_to_check(flags, adapter, target))
+
+    def check(folder: Path) -> None:
+        check_merged(adapted[flags.base], partial(load_model, str(folder)), tokenizer, plan, lengths, device)
+
+    if flags.check == "only":
+        return check(target)
     print(f"merging {adapter} into {target}", file=sys.stderr, flush=True)
-    model, tokenizer = load_merged(
-        flags.model_name_or_path, str(adapter), context_size=flags.context_size, dtype=getattr(torch, flags.dtype)
-    )
     record = read_record(adapter)
-    with atomic_folder(target) as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    with atomic_folder(target, flags.overwrite) as folder:
+        save_tokenizer(folder, tokenizer, (own, base))
+        write_merged(folder, plan, max_shard_bytes=max_shard_bytes)
+        check(folder)
+        if tokens is not None:
+            with written_beside(folder, plans, flags.base) as merged:
+                models = {f"adapter on {kind}": load for kind, load in adapted.items()}
+                models |= {f"merged into {kind}": partial(load_model, str(merged[kind])) for kind in kinds}
+                print(comparison(measure_all(models, tokens, seq_len)), flush=True)
         if record is not None:
-            write_record(folder, {**record, "merged_from": str(adapter.resolve()), "dtype": flags.dtype})
-    print(f"{target}: a plain model, {model.num_parameters():,} parameters in {flags.dtype}")
+            merged_from = {"merged_from": str(adapter.resolve()), "base_weights": flags.base, "dtype": flags.dtype}
+            write_record(folder, {**record, **merged_from})
+    print(f"{target}: a plain model, {plan.parameters:,} parameters in {flags.dtype}")
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
-from component.checkpoint import atomic_folder, check_target
 from component.error import UserError, exit_on_user_error
+from component.folder import atomic_folder, check_target
 from component.passkey import FILLER, INTRODUCTION, KEYS, NEEDLE, QUESTION, PromptMaker
 from component.result import origin, write_json
 

@@ -27,8 +27,6 @@ from component.adapter import (
     full_copies,
     linear_names,
     load_adapter,
-    merge_adapter,
-    read_weights,
     trainable_counts,
 )
 from component.attention import use_shift_short_attention
@@ -36,6 +34,7 @@ from component.checkpoint import write_adapter
 from component.error import UserError
 from component.model import load_base, load_config
 from component.rope import extend_context
+from component.tensor_file import read_weights
 
 LINEAR = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 CPU = torch.device("cpu")
@@ -316,7 +315,7 @@ def test_we_load_what_we_save(bases, tokenizer, tmp_path, tied, what):
     assert_close(logits(loaded, ids), expected, atol=1e-5, rtol=1e-5)
     assert not loaded.training
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
-    merged = merge_adapter(loaded)
+    merged = loaded.merge_and_unload()
     assert not isinstance(merged, PeftModel)
     assert not any("lora" in name or "modules_to_save" in name for name, _ in merged.named_modules())
     assert_close(logits(merged, ids), expected, atol=1e-4, rtol=1e-4)
@@ -480,7 +479,7 @@ def test_the_originals_files(bases, original, prefix):
     expected = logits(by_hand, ids)
     assert_close(logits(loaded, ids), expected, atol=1e-4, rtol=1e-4)
     assert (expected - untouched).abs().mean() > 0.1
-    assert_close(logits(merge_adapter(loaded), ids), expected, atol=1e-4, rtol=1e-4)
+    assert_close(logits(loaded.merge_and_unload(), ids), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_an_unknown_extra_weight_is_refused(bases, original):

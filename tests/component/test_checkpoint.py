@@ -10,13 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from transformers import AutoConfig, AutoTokenizer
 
 from component import checkpoint
 from component.adapter import add_adapter
 from component.checkpoint import (
-    atomic_folder,
     checkpoint_to_resume,
     checkpoints,
     claim_output,
@@ -37,50 +35,6 @@ RECORD = {"base_model": "/models/base", "rope_type": "linear", "rope_factor": 2.
 
 def names(folder: Path) -> set[str]:
     return {str(file.relative_to(folder)) for file in folder.rglob("*")}
-
-
-# ---- a folder that is there whole or not at all
-
-
-def test_atomic_folder_appears_at_the_end(tmp_path):
-    target = tmp_path / "deep" / "model"
-    with atomic_folder(target) as folder:
-        (folder / "weights").write_text("all of them")
-        (folder / "more").mkdir()
-        (folder / "more" / "file").write_text("")
-        assert not target.exists()
-        assert folder.parent == target.parent  # a rename within one file system
-    assert names(tmp_path) == {"deep", "deep/model", "deep/model/weights", "deep/model/more", "deep/model/more/file"}
-    assert (target / "weights").read_text() == "all of them"
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
-def test_atomic_folder_leaves_nothing_behind(tmp_path, error):
-    def write(folder: Path):
-        (folder / "weights").write_text("half of them")
-        raise error
-
-    with pytest.raises(error), atomic_folder(tmp_path / "model") as folder:
-        write(folder)
-    assert names(tmp_path) == set()
-
-
-def test_atomic_folder_overwrites_nothing(tmp_path):
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "precious").write_text("")
-    with pytest.raises(OSError), atomic_folder(tmp_path / "model") as folder:  # noqa: PT011
-        (folder / "weights").write_text("")
-    assert names(tmp_path) == {"model", "model/precious"}
-
-
-def test_atomic_folder_is_as_readable_as_any_other(tmp_path):
-    """mkdtemp makes private folders, and safetensors private files: others serve the model, too."""
-    (tmp_path / "plain").mkdir()
-    (tmp_path / "plain" / "file").write_text("")
-    with atomic_folder(tmp_path / "model") as folder:
-        save_file({"weight": torch.zeros(2)}, folder / "model.safetensors")
-    assert mode(tmp_path / "model") == mode(tmp_path / "plain")
-    assert mode(tmp_path / "model" / "model.safetensors") == mode(tmp_path / "plain" / "file")
 
 
 def mode(path: Path) -> int:

@@ -11,7 +11,6 @@ from peft import PeftModel
 from transformers import CohereConfig, Gemma2Config, GemmaConfig, GraniteConfig, LlamaForCausalLM, PhiConfig
 
 from component import layer as layer_module
-from component.adapter import merge_adapter
 from component.checkpoint import write_adapter
 from component.error import UserError
 from component.layer import LeanLayer
@@ -308,7 +307,7 @@ def test_adapter_is_saved_loaded_and_merged(tmp_path, tokenizer):
     assert float((logits[0] - before(input_ids=ids).logits).detach().abs().max()) > 1e-2
     torch.testing.assert_close(*logits, rtol=0, atol=1e-4)
     torch.testing.assert_close(lean.eval()(input_ids=ids).logits, logits[0], rtol=0, atol=1e-5)
-    merged = merge_adapter(lean).eval()
+    merged = lean.merge_and_unload().eval()
     torch.testing.assert_close(merged(input_ids=ids).logits, logits[0], rtol=0, atol=1e-4)
     merged.save_pretrained(tmp_path / "merged")
     assert LlamaForCausalLM.from_pretrained(tmp_path / "merged").config.architectures == ["LlamaForCausalLM"]

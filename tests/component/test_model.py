@@ -2,7 +2,6 @@
 
 import copy
 import json
-import math
 import os
 import shutil
 from pathlib import Path
@@ -30,7 +29,6 @@ from component.model import (
     load_base,
     load_config,
     load_for_inference,
-    load_merged,
     load_tokenizer,
     stretched_config,
 )
@@ -355,31 +353,3 @@ def test_a_plain_model(base_folder, ids):
     in_4bit, _ = load_for_inference(str(base_folder), load_in_4bit=True, device=CPU)
     assert any(isinstance(layer, bitsandbytes.nn.Linear4bit) for layer in in_4bit.modules())
     assert logits(in_4bit, ids).isfinite().all()
-
-
-# ---- merged
-
-
-@pytest.mark.parametrize("rope_type", ["linear", "dynamic", "yarn"])
-def test_merged_equals_the_adapter(adapter_folder, ids, rope_type):
-    folder, trained = adapter_folder(128, rope_type=rope_type)
-    merged, _ = load_merged(None, str(folder), context_size=None, dtype=torch.float32)
-    assert_close(logits(merged, ids), logits(trained, ids), atol=1e-4, rtol=1e-4)
-    assert merged.config.use_cache
-    assert type(merged).__name__ == "LlamaForCausalLM"
-    assert not any(math.isnan(value) for value in logits(merged, ids).flatten().tolist())
-
-
-def test_llama2s_generation_config_can_be_saved(adapter_folder, own_base, tmp_path):
-    """It has sampling values with sampling switched off, which transformers refuses to save."""
-    generation = {"bos_token_id": 0, "eos_token_id": 1, "temperature": 0.9, "top_p": 0.6, "max_length": 4096}
-    (own_base / "generation_config.json").write_text(json.dumps(generation))
-    folder, _ = adapter_folder(128, base=own_base)
-    merged, _ = load_merged(None, str(folder), context_size=None, dtype=torch.float32)
-    merged.save_pretrained(tmp_path / "merged")
-    saved = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
-    assert saved["eos_token_id"] == 1
-    sampling = copy.deepcopy(generation) | {"do_sample": True}
-    (own_base / "generation_config.json").write_text(json.dumps(sampling))
-    merged, _ = load_merged(None, str(folder), context_size=None, dtype=torch.float32)
-    assert (merged.generation_config.temperature, merged.generation_config.top_p) == (0.9, 0.6)

@@ -1,12 +1,19 @@
 """Merging: the merged model is the adapter on its base, and an ordinary model that needs nothing of ours."""
 
+import copy
 import json
 import os
+import random
+import re
 import runpy
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,10 +22,13 @@ from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config
 
 from component import checkpoint
+from component import merge as merging
 from component.adapter import add_adapter
 from component.checkpoint import write_adapter, write_record
-from component.model import load_base, load_config
+from component.model import load_base, load_config, load_model
+from component.perplexity import measure_perplexity
 from component.rope import extend_context
+from component.token_file import read_tokens
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = {
@@ -366,3 +376,205 @@ def test_the_command_in_its_own_folder(run, cases):
     ours = load_file(run.parent / "run-merged" / "model.safetensors")
     theirs = load_file(cases["all"].merged / "model.safetensors")
     assert all(torch.equal(ours[key], value) for key, value in theirs.items())
+
+
+# ---- killed at any moment
+
+
+def killed_merge(seconds: float, begun: Path | None, *words: object) -> int:
+    """A merge in a process of its own that SIGKILL ends after that time, if it has not ended before; its status.
+
+    The time begins when `begun` is there, or with the process.
+
+    Forked, since a new Python would spend a hundred times as long importing libraries as merging.
+    """
+    process = os.fork()
+    if process == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        os.dup2(2, 1)
+        os._exit(merge(*words))
+    deadline = time.monotonic() + 10
+    while begun and not begun.exists() and time.monotonic() < deadline:
+        time.sleep(0.0005)
+    time.sleep(seconds)
+    os.kill(process, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # forked with threads: the child starts none
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_killed_at_any_moment(run, overwrite, monkeypatch):
+    """Nothing or a whole model under the target's name, and what a killed merge leaves is removed by the next."""
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    target, writing = run.parent / "run-merged", run.parent / ".run-merged.writing"
+    words = ["--adapter_name_or_path", run, "--check", "no", "--max_shard_size", "4KB", "--overwrite"]
+    assert merge(*words) == 0
+    expected = {file.name: file.read_bytes() for file in target.iterdir()}
+    assert len(expected) > 15
+    begin = time.monotonic()
+    assert merge(*words) == 0
+    whole = time.monotonic() - begin
+    states, moments = [], random.Random(0)
+    for moment in range(10):
+        if not overwrite:
+            shutil.rmtree(target, ignore_errors=True)
+        share = (moment // 2 + moments.random()) / 5
+        span, begun = (1.3 * whole, None) if moment % 2 else (0.4 * whole, writing)
+        shutil.rmtree(writing, ignore_errors=True)
+        status = killed_merge(share * span, begun, *words)
+        assert status in (0, -signal.SIGKILL)
+        states.append((status, target.exists(), writing.exists()))
+        if overwrite or target.exists():
+            assert {file.name: file.read_bytes() for file in target.iterdir()} == expected
+    assert (-signal.SIGKILL, overwrite, True) in states  # in the middle of writing
+    writing.mkdir(exist_ok=True)
+    (writing / "half").write_text("")
+    assert merge(*words) == 0
+    assert {file.name for file in run.parent.iterdir()} == {"run", "run-merged"}
+    assert {file.name: file.read_bytes() for file in target.iterdir()} == expected
+
+
+# ---- overwriting
+
+
+def test_a_model_is_overwritten_when_asked(run, cases):
+    assert merge("--adapter_name_or_path", run) == 0
+    target = run.parent / "run-merged"
+    (target / "notes").write_text("of the old one")
+    assert merge("--adapter_name_or_path", run, "--dtype", "float32", "--overwrite") == 0
+    assert {file.name for file in target.iterdir()} == FILES
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (target, cases["all"].merged))
+    assert all(torch.equal(ours[key], value) for key, value in theirs.items())
+
+
+@pytest.mark.parametrize("what", ["notes", "adapter", "base", "above"])
+def test_what_is_never_overwritten(run, cases, tmp_path, capsys, what):
+    if what == "notes":
+        (tmp_path / "notes").mkdir()
+    elif what == "above":
+        (tmp_path / "output" / "config.json").write_text("{}")
+    folders = {"notes": tmp_path / "notes", "adapter": run, "base": cases["all"].base, "above": tmp_path / "output"}
+    before = sorted(tmp_path.rglob("*"))
+    assert merge("--adapter_name_or_path", run, "--save_path", folders[what], "--overwrite") == 1
+    assert str(folders[what]) in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (cases["all"].base / "model.safetensors").exists()
+
+
+# ---- compared with the adapter
+
+
+def test_it_is_checked_by_itself(run, capsys):
+    assert merge("--adapter_name_or_path", run) == 0
+    printed = capsys.readouterr().out
+    for length in (64, EXTENDED):
+        assert f"{length} tokens: logits differ by" in printed
+    assert merge("--adapter_name_or_path", run, "--check", "only") == 0
+    assert "256 tokens: logits differ by" in capsys.readouterr().out
+
+
+def test_without_room_it_says_how_to_check_later(run, monkeypatch, capsys):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
+    assert merge("--adapter_name_or_path", run) == 0
+    printed = capsys.readouterr()
+    assert "logits" not in printed.out
+    line = next(line for line in printed.err.splitlines() if "not checked" in line)
+    words = shlex.split(line.partition("merge_lora.py ")[2])
+    assert merge(*words) == 0
+    assert "256 tokens: logits differ by" in capsys.readouterr().out
+
+
+def no_norms(name, weight, base):
+    return base if "norm" in name else weight
+
+
+def no_embeddings(name, weight, base):
+    return base if "embed" in name else weight
+
+
+def no_last_layer(name, weight, base):
+    return base if name.startswith("model.layers.1.mlp.down_proj") else weight
+
+
+def twice_the_adapter(name, weight, base):
+    return (2 * weight.float() - base.float()).to(weight.dtype)
+
+
+def turned(name, weight, base):
+    return weight.t().contiguous() if name.endswith("o_proj.weight") else weight
+
+
+@pytest.mark.parametrize("mutation", [no_norms, no_embeddings, no_last_layer, twice_the_adapter, turned])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_wrong_merge_is_refused(run, monkeypatch, capsys, mutation, dtype):
+    """And leaves nothing; each of these is a merge that forgets or distorts something."""
+    right = merging.merged_tensor
+
+    def wrong(plan, name, scratch):
+        base = plan.tensors[name].read().to(plan.dtype)
+        return mutation(name, right(plan, name, scratch).clone(), base)
+
+    monkeypatch.setattr(merging, "merged_tensor", wrong)
+    assert merge("--adapter_name_or_path", run, "--dtype", dtype) == 1
+    assert "--check: at" in capsys.readouterr().err
+    assert [file.name for file in run.parent.iterdir()] == ["run"]
+
+
+def test_nothing_to_be_checked(run, capsys):
+    assert merge("--adapter_name_or_path", run, "--check", "only") == 1
+    assert "--save_path" in capsys.readouterr().err
+
+
+# ---- onto what 4-bit training saw, and perplexities
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory, llama_config, base_folder) -> Path:
+    """An adapter on a base whose rows are blocks of NF4."""
+    folder = tmp_path_factory.mktemp("wide")
+    shape = copy.deepcopy(llama_config)
+    shape.hidden_size, shape.intermediate_size = 64, 128
+    torch.manual_seed(2)
+    make_base(folder / "base", shape, base_folder)
+    make_adapter(folder / "run", folder / "base", AutoTokenizer.from_pretrained(base_folder), **NORMS)
+    return folder / "run"
+
+
+def test_nf4_is_the_adapter_on_4_bit_weights(wide, tmp_path, capsys):
+    words = ["--adapter_name_or_path", wide, "--dtype", "float32"]
+    assert merge(*words, "--save_path", tmp_path / "nf4", "--base", "nf4") == 0
+    assert "256 tokens: logits differ by" in capsys.readouterr().out
+    assert json.loads((tmp_path / "nf4" / "longqlora.json").read_text())["base_weights"] == "nf4"
+    assert merge(*words, "--save_path", tmp_path / "nf4", "--check", "only") == 1  # against 16-bit weights
+    assert "--check: at" in capsys.readouterr().err
+
+
+def test_perplexities_of_both_merges(wide, tmp_path, capsys):
+    torch.randint(384, (600,)).numpy().astype("uint16").tofile(tmp_path / "tokens.bin")
+    words = ["--adapter_name_or_path", wide, "--save_path", tmp_path / "merged", "--dtype", "float32"]
+    assert merge(*words, "--measure", tmp_path / "tokens.bin", "--seq_len", 128) == 0
+    printed = capsys.readouterr().out
+    rows = dict(re.findall(r"((?:adapter on|merged into) (?:fp16|nf4)) +([0-9.]+)", printed))
+    assert rows.keys() == {"adapter on fp16", "adapter on nf4", "merged into fp16", "merged into nf4"}
+    assert float(rows["adapter on fp16"]) == pytest.approx(float(rows["merged into fp16"]), rel=1e-4)
+    assert float(rows["adapter on nf4"]) == pytest.approx(float(rows["merged into nf4"]), rel=1e-4)
+    assert float(rows["adapter on nf4"]) != pytest.approx(float(rows["adapter on fp16"]), rel=1e-3)
+    expected = measure_perplexity(
+        load_model(None, str(wide), dtype=torch.float32),
+        read_tokens(str(tmp_path / "tokens.bin"), 384), seq_len=128, stride=128,
+    )  # fmt: skip
+    assert float(rows["adapter on fp16"]) == pytest.approx(expected.perplexity, abs=1e-3)
+    assert {file.name for file in (tmp_path / "merged").iterdir()} == FILES
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [(["--measure", "nowhere.bin"], "nowhere.bin"), (["--measure", "few.bin"], "--measure"),
+     (["--measure", "few.bin", "--seq_len", "1"], "seq_len"), (["--max_shard_size", "huge"], "--max_shard_size")],
+)  # fmt: skip
+def test_flags_are_refused_before_anything_is_merged(wide, tmp_path, monkeypatch, capsys, words, part):
+    monkeypatch.chdir(tmp_path)
+    torch.zeros(100).numpy().astype("uint16").tofile("few.bin")
+    assert merge("--adapter_name_or_path", wide, "--save_path", tmp_path / "merged", *words) == 1
+    assert part in capsys.readouterr().err.splitlines()[-1]
+    assert [file.name for file in tmp_path.iterdir()] == ["few.bin"]

@@ -1,0 +1,189 @@
+"""Where do a model's tensors lie, and how is one of them read?
+
+A `Stored` is a tensor in a file, known by type and shape, unread. Reading copies it out of the file with plain reads:
+the pages of a memory-mapped file would count as the process's own until the system wants them back.
+"""
+
+import functools
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import cached_file
+
+from component.error import UserError, first_line
+
+NAMES = {  # as the safetensors format spells them
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+MODEL_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file."""
+
+    file: Path
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int | None = None  # byte of the file that it begins at; None in a .bin file
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def on_meta(self) -> torch.Tensor:
+        return torch.empty(self.shape, dtype=self.dtype, device="meta")
+
+    def expect(self) -> None:
+        """Let the system fetch it from the disk while others are worked on."""
+        if self.start is not None and hasattr(os, "posix_fadvise"):
+            with self.file.open("rb", buffering=0) as stream:
+                os.posix_fadvise(stream.fileno(), self.start, self.size, os.POSIX_FADV_WILLNEED)
+
+    def read(self, into: torch.Tensor | None = None) -> torch.Tensor:
+        """A copy in memory of its own, or in the bytes `into`; nothing else of the file stays in memory."""
+        values = torch.empty(self.size, dtype=torch.uint8) if into is None else into
+        if self.start is None:
+            tensor = values.view(self.dtype).reshape(self.shape)
+            return tensor.copy_(_unpickled(self.file)[self.name])
+        view, done = memoryview(values.numpy()), 0
+        with self.file.open("rb", buffering=0) as stream:
+            stream.seek(self.start)
+            while done < self.size:
+                count = stream.readinto(view[done:])  # Linux reads at most 2 GiB at once
+                if not count:
+                    raise UserError(f"{self.file} is damaged: it ends inside of {self.name}; fetch it again")
+                done += count
+        return values.view(self.dtype).reshape(self.shape)
+
+
+def stored_tensors(file: Path) -> dict[str, Stored]:
+    """What a .safetensors or .bin file holds; no code in it runs.
+
+    Raises:
+        UserError: the file is damaged or holds something else than tensors by name.
+    """
+    if file.suffix != ".safetensors":
+        return {
+            name: Stored(file, name, tensor.dtype, tuple(tensor.shape)) for name, tensor in _unpickled(file).items()
+        }
+    try:
+        return dict(_read_header(file))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, MemoryError) as error:
+        reason = first_line(error)
+        raise UserError(f"{file} is damaged or holds more than weights ({reason}); fetch or train it again") from error
+
+
+def _read_header(file: Path) -> Iterator[tuple[str, Stored]]:
+    end = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > end - 8:
+            raise ValueError("its header is cut off")
+        header = json.loads(stream.read(length))
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        first, last = entry["data_offsets"]
+        stored = Stored(file, name, NAMES[entry["dtype"]], tuple(entry["shape"]), 8 + length + first)
+        if first < 0 or last - first != stored.size or 8 + length + last > end:
+            raise ValueError(f"{name} does not lie inside of it")
+        yield name, stored
+
+
+def read_weights(file: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a file, by name."""
+    if file.suffix == ".safetensors":
+        return {name: stored.read() for name, stored in stored_tensors(file).items()}
+    return {name: tensor.clone() for name, tensor in _unpickled(file).items()}
+
+
+def _unpickled(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a .bin file, mapped and not yet read; weights-only unpickling, so no code in them runs."""
+    load = functools.partial(torch.load, file, map_location="cpu", weights_only=True)
+    try:
+        try:
+            weights = load(mmap=True)
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+            weights = load()  # written by PyTorch before 1.6, or asked to write as that did
+    except Exception as error:  # zip and pickle each have their own kinds
+        is_pickle = "weights_only" in str(error)  # torch's advice to unpickle it all the same is not passed on
+        reason = "it would run code of its own" if is_pickle else first_line(error)
+        raise UserError(f"{file} is damaged or holds more than weights ({reason}); fetch or train it again") from error
+    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise UserError(f"{file} holds something else than weights by name; use the file that training has written")
+    return weights
+
+
+def model_tensors(model_name_or_path: str) -> dict[str, Stored]:
+    """The tensors of a model folder or hub id, in the order that they lie on the disk.
+
+    Raises:
+        UserError: no weights there, or damaged ones.
+    """
+    source = f"model_name_or_path: the weights of {model_name_or_path!r} do not load"
+    for name in MODEL_FILES:
+        file = fetch(model_name_or_path, name)
+        if file is None:
+            continue
+        try:
+            if file.suffix != ".json":
+                return stored_tensors(file)
+            return _sharded(model_name_or_path, file)
+        except UserError as error:
+            raise UserError(f"{source} ({error})") from error
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{source} ({name}: {first_line(error)}); fetch them again") from error
+    raise UserError(f"{source}: it has none of {', '.join(MODEL_FILES)}; name a folder with weights")
+
+
+def _sharded(model_name_or_path: str, index: Path) -> dict[str, Stored]:
+    places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    found: dict[str, Stored] = {}
+    for shard in sorted(set(places.values())):
+        file = fetch(model_name_or_path, shard)
+        if file is None:
+            raise UserError(f"{shard} is missing; fetch it again")
+        found |= {name: stored for name, stored in stored_tensors(file).items() if places.get(name) == shard}
+    absent = sorted(places.keys() - found.keys())
+    if absent:
+        raise UserError(f"{places[absent[0]]} lacks {absent[0]}; fetch it again")
+    return found
+
+
+def fetch(model_name_or_path: str, name: str) -> Path | None:
+    """A file of a model folder or hub id; None if it has no such file."""
+    options: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False}
+    try:
+        file = cached_file(model_name_or_path, name, **options)
+    except OSError as error:
+        raise UserError(
+            f"model_name_or_path: {name} of {model_name_or_path!r} cannot be read ({first_line(error)}); "
+            "name a folder with weights"
+        ) from error
+    return Path(file) if file else None

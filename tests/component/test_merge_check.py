@@ -1,0 +1,105 @@
+"""What the comparison of a merged model with its adapter finds, where it is made, and when it is left out."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from component import merge_check
+from component.error import UserError
+from component.merge_check import agreement, check_merged, fixed_ids, lengths_to_check
+from component.merge_plan import MergePlan
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def models(tiny_llama, base_folder):
+    return tiny_llama, AutoModelForCausalLM.from_pretrained(base_folder).eval()
+
+
+@pytest.fixture
+def plan(tiny_llama_config):
+    return MergePlan(tiny_llama_config, None, torch.float16, {}, {})
+
+
+def test_agreement_is_that_of_whole_logits(models, tokenizer):
+    """Chunks, sums and squares against one plain computation; the length is no multiple of a chunk."""
+    first, second = models
+    second.model.norm.weight.data[3] *= 2
+    ids = fixed_ids(tokenizer, 61)
+    with torch.no_grad():
+        ours, theirs = first(ids).logits, second(ids).logits
+    found = agreement(first, second, ids)
+    assert found.tokens == 61
+    assert found.largest == pytest.approx(float((ours - theirs).abs().max()), rel=1e-5)
+    assert found.mean == pytest.approx(float((ours - theirs).abs().mean()), rel=1e-5)
+    assert found.spread == pytest.approx(float(ours.std(correction=0)), rel=1e-5)
+    assert found.same_argmax == pytest.approx(float((ours.argmax(-1) == theirs.argmax(-1)).float().mean()))
+    assert found.largest > 0.1
+
+
+def test_chunks_change_nothing(models, tokenizer, monkeypatch):
+    first, second = models
+    second.model.norm.weight.data[3] *= 2
+    ids, whole = fixed_ids(tokenizer, 61), merge_check.chunked_logits
+    expected = agreement(first, second, ids)
+    monkeypatch.setattr(merge_check, "chunked_logits", lambda model, ids: whole(model, ids, chunk=7))
+    found = agreement(first, second, ids)
+    assert found.mean == pytest.approx(expected.mean, rel=1e-6)
+    assert found.largest == pytest.approx(expected.largest, rel=1e-5)
+    assert found.same_argmax == expected.same_argmax
+
+
+def test_the_text_has_the_length_asked_for(tokenizer):
+    assert [fixed_ids(tokenizer, length).shape for length in (1, 64, 5000)] == [(1, 1), (1, 64), (1, 5000)]
+    assert torch.equal(fixed_ids(tokenizer, 5000)[:, :64], fixed_ids(tokenizer, 64))
+
+
+@pytest.mark.parametrize("broken", [None, 1.5, math.nan])
+def test_what_is_too_far_away_is_refused(models, tokenizer, plan, capsys, broken):
+    first, second = models
+    if broken is not None:
+        second.model.layers[1].input_layernorm.weight.data *= broken
+    words = (lambda **_: first), (lambda **_: second), tokenizer, plan, [16, 64], CPU
+    if broken is None:
+        assert [result.tokens for result in check_merged(*words)] == [16, 64]
+    else:
+        with pytest.raises(UserError, match=r"--check: at 16 tokens"):
+            check_merged(*words)
+    printed = capsys.readouterr().out
+    assert "16 tokens" in printed
+    assert "64 tokens" in printed
+    assert ("differ by 0 at most" in printed) == (broken is None)
+
+
+def test_nothing_is_loaded_where_nothing_is_checked(tokenizer, plan):
+    def load(**_):
+        raise AssertionError("not to be loaded")
+
+    assert check_merged(load, load, tokenizer, plan, [], CPU) == []
+
+
+@pytest.mark.parametrize(
+    ("check", "free", "patience", "lengths", "said"),
+    [
+        ("auto", 1e9, 1e15, [64, 256], ""),
+        ("auto", 1e3, 1e15, [], "0.0 GB are free"),
+        ("auto", 1e9, 1e8, [64], "not checked at 256 tokens"),
+        ("yes", 1e3, 1e8, [64, 256], ""),
+        ("only", 1e3, 1e8, [64, 256], ""),
+        ("no", 1e9, 1e15, [], ""),
+    ],
+)
+def test_what_is_checked_by_itself(plan, monkeypatch, capsys, check, free, patience, lengths, said):
+    plan.config.rope_parameters["factor"] = 4.0
+    monkeypatch.setattr(type(plan), "parameters", property(lambda self: 200_000))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=free))
+    monkeypatch.setattr(merge_check, "PATIENCE", patience)
+    assert lengths_to_check(plan, check, "--save_path MODEL") == (lengths, CPU)
+    printed = capsys.readouterr().err
+    assert said in printed
+    assert ("--save_path MODEL --check only" in printed) == bool(said)

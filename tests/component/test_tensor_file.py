@@ -1,0 +1,152 @@
+"""Tensors are read one at a time as the libraries read them all, and written so that the libraries read them."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from component.error import UserError
+from component.shard import shard_bytes, write_model
+from component.tensor_file import NAMES, model_tensors, stored_tensors
+
+SHAPES = [(3, 5), (7,), (), (0, 4), (2, 3, 4)]
+
+
+def some_tensors() -> dict[str, torch.Tensor]:
+    return {
+        f"{name}{len(shape)}.{at}": (torch.randn(shape) * 9).to(dtype)
+        for name, dtype in NAMES.items()
+        for at, shape in enumerate(SHAPES)
+    }
+
+
+def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert (ours[name].dtype, ours[name].shape) == (tensor.dtype, tensor.shape), name
+        flat = [value.contiguous().reshape(-1).view(torch.uint8) for value in (ours[name], tensor)]
+        assert torch.equal(*flat), name
+
+
+def test_safetensors_of_every_type_and_shape(tmp_path):
+    tensors = some_tensors()
+    save_file(tensors, tmp_path / "file.safetensors", metadata={"format": "pt", "who": "they"})
+    found = stored_tensors(tmp_path / "file.safetensors")
+    same({name: stored.read() for name, stored in found.items()}, tensors)
+    assert all(stored.on_meta().shape == tensors[name].shape for name, stored in found.items())
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_bin_files(tmp_path, is_new):
+    """Views of one storage and transposed ones are what they are, whatever lies behind them."""
+    large = torch.randn(6, 8)
+    tensors = {"rows": large[2:4], "columns": large[:, 1:3], "turned": large.t(), "half": large.half()}
+    torch.save(tensors, tmp_path / "file.bin", _use_new_zipfile_serialization=is_new)
+    read = {name: stored.read() for name, stored in stored_tensors(tmp_path / "file.bin").items()}
+    same(read, tensors)
+    assert all(tensor.is_contiguous() for tensor in read.values())
+
+
+def test_reading_into_given_memory(tmp_path):
+    save_file({"weight": torch.arange(6.0).reshape(2, 3)}, tmp_path / "file.safetensors")
+    torch.save({"weight": torch.arange(6.0).reshape(2, 3)}, tmp_path / "file.bin")
+    for file in tmp_path.iterdir():
+        room = torch.zeros(24, dtype=torch.uint8)
+        read = stored_tensors(file)["weight"].read(room)
+        assert read.data_ptr() == room.data_ptr()
+        assert torch.equal(room.view(torch.float32), torch.arange(6.0))
+
+
+def header(change) -> bytes:
+    entry = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
+    text = json.dumps({"weight": {**entry, **change}}).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(24)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"\x00\xff" * 40, header({})[:-1], header({"dtype": "F33"}), header({"shape": [2, 4]}),
+     header({"data_offsets": [-4, 20]}), header({"data_offsets": [8, 32]}), header({"data_offsets": None}),
+     b"\x02" + bytes(7) + b"[]"],
+)  # fmt: skip
+def test_damaged_safetensors(tmp_path, data):
+    (tmp_path / "file.safetensors").write_bytes(data)
+    with pytest.raises(UserError, match=r"file\.safetensors is damaged"):
+        stored_tensors(tmp_path / "file.safetensors")
+
+
+def test_a_file_that_shrinks_while_it_is_read(tmp_path):
+    save_file({"weight": torch.ones(1000)}, tmp_path / "file.safetensors")
+    stored = stored_tensors(tmp_path / "file.safetensors")["weight"]
+    os.truncate(tmp_path / "file.safetensors", 2000)
+    with pytest.raises(UserError, match="ends inside of weight"):
+        stored.read()
+
+
+# ---- writing
+
+
+def written(folder: Path, tensors: dict[str, torch.Tensor], size: int) -> list[str]:
+    layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    return write_model(folder, layout, tensors.__getitem__, max_shard_bytes=size)
+
+
+def test_one_file(tmp_path):
+    tensors = some_tensors()
+    told: list[int] = []
+    layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    names = write_model(tmp_path, layout, tensors.__getitem__, max_shard_bytes=10**9, progress=told.append)
+    assert names == ["model.safetensors"]
+    assert [file.name for file in tmp_path.iterdir()] == names
+    same(load_file(tmp_path / "model.safetensors"), tensors)
+    assert sum(told) == sum(tensor.nbytes for tensor in tensors.values())
+    start = int.from_bytes((tmp_path / "model.safetensors").read_bytes()[:8], "little")
+    assert start % 8 == 0
+
+
+def test_shards(tmp_path):
+    """As full as they may be, in order; a tensor that is larger than a shard is one by itself."""
+    tensors = {name: torch.randn(size) for name, size in (("a", 20), ("b", 20), ("c", 21), ("d", 100), ("e", 1))}
+    files = written(tmp_path, tensors, 160)
+    shards = [f"model-0000{at}-of-00004.safetensors" for at in (1, 2, 3, 4)]
+    assert files == [*shards, "model.safetensors.index.json"]
+    assert [list(load_file(tmp_path / shard)) for shard in shards] == [["a", "b"], ["c"], ["d"], ["e"]]
+    index = json.loads((tmp_path / files[-1]).read_text())
+    assert index["metadata"] == {"total_parameters": 162, "total_size": 648}
+    assert index["weight_map"] == dict(zip("abcde", [shards[at] for at in (0, 0, 1, 2, 3)], strict=True))
+    same({name: stored.read() for name, stored in model_tensors(str(tmp_path)).items()}, tensors)
+
+
+@pytest.mark.parametrize("what", ["gone", "without a tensor", "no index"])
+def test_shards_that_are_not_whole(tmp_path, what):
+    files = written(tmp_path, {"a": torch.ones(20), "b": torch.ones(20)}, 80)
+    if what == "gone":
+        (tmp_path / files[1]).unlink()
+    elif what == "without a tensor":
+        save_file({"c": torch.ones(2)}, tmp_path / files[1])
+    else:
+        (tmp_path / files[-1]).write_text("{}")
+    with pytest.raises(UserError, match="model_name_or_path: the weights"):
+        model_tensors(str(tmp_path))
+
+
+def test_a_folder_without_weights(tmp_path):
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        model_tensors(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("5GB", 5 * 10**9), ("500MB", 5 * 10**8), ("2GiB", 2**31), ("1.5 kb", 1500), ("4096", 4096)],
+)
+def test_sizes(text, size):
+    assert shard_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-5GB", "0", "5TB5", "1.2.3MB", "5 apples"])
+def test_no_sizes(text):
+    with pytest.raises(UserError, match="--max_shard_size"):
+        shard_bytes(text)
