@@ -6,7 +6,7 @@ in fp16 and 2^-8 in bf16, where the adapter on its base keeps the two apart.
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import psutil
@@ -162,7 +162,7 @@ def check_merged(
 
 
 def measure_all(
-    loaders: dict[str, Callable[..., PreTrainedModel]], tokens, seq_len: int
+    loaders: Mapping[str, Callable[..., PreTrainedModel]], tokens, seq_len: int
 ) -> dict[str, list[Perplexity]]:
     """Perplexity of several models, one in memory at a time."""
     device = default_device()

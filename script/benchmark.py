@@ -28,6 +28,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -202,7 +203,7 @@ def measure(row: Row, work: Path, tokenizer: str, limit_s: float, matrix_tflops:
         folder.mkdir(parents=True, exist_ok=True)
     settings, command = command_of(row, model, data, output)
     shown = shlex.join(command).replace(sys.executable, "python").replace(f"{ROOT}/", "")
-    base = {"settings": settings, "command": shown, "date": str(date.today()), "commit": commit()}
+    base: dict[str, Any] = {"settings": settings, "command": shown, "date": str(date.today()), "commit": commit()}
     start = time.monotonic()
     status = run(command, log, limit_s, cwd=ROOT if row.kind.startswith("ours") else output)
     base["wall_seconds"] = round(time.monotonic() - start, 1)

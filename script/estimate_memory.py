@@ -12,12 +12,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from component.argument import BOUNDS
 from component.error import UserError, exit_on_user_error
 from component.memory import CONTEXT_GIB, LIBRARIES_GIB, USABLE
 from component.model import check_targets_early, load_config
 from component.plan import choose, estimate, leanest, next_lever
 from component.report import zero_settings
+from component.sanity import BOUNDS
 from component.workload import GIB, Workload, paged_bytes, workload
 
 STEP = 1024  # tokens between the lengths that are tried

@@ -13,6 +13,7 @@ import sys
 import time
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -67,7 +68,7 @@ def main() -> None:
     shown = {
         name: line.replace(sys.executable, "python").replace(str(work), "WORK") for name, line in commands.items()
     }
-    result = {"date": str(date.today()), "commands": shown, "versions": library_versions()}
+    result: dict[str, Any] = {"date": str(date.today()), "commands": shown, "versions": library_versions()}
     result["hardware"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     for name, process in running.items():
         if process.returncode:

@@ -89,7 +89,8 @@ def main() -> None:
     parser.add_argument("--overrides", default="--use_flash_attn false --memory_budget_gib 32", help="for train.py")
     parser.add_argument("--output_json", type=Path, required=True)
     flags = parser.parse_args()
-    work, results = flags.work.resolve(), {}
+    work = flags.work.resolve()
+    results: dict[str, dict] = {}
     make_model(flags.size, flags.tokenizer, work / "base")
     make_data(work / "data", flags.seq_len)
     yaml = f"train_args/{YAMLS[flags.size]}.yaml"

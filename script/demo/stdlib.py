@@ -38,7 +38,8 @@ def is_held_out(relative_path: str) -> bool:
 
 def split_library(library: Path) -> tuple[dict[str, str], dict[str, str]]:
     """Path to text of the training files, and of the held-out files."""
-    training, held_out = {}, {}
+    training: dict[str, str] = {}
+    held_out: dict[str, str] = {}
     for path in library_files(library):
         (held_out if is_held_out(path) else training)[path] = (library / path).read_text(encoding="utf-8")
     return training, held_out

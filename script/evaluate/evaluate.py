@@ -39,7 +39,7 @@ from component.token_file import read_index, read_tokens
 
 def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flag = {"type": boolean, "nargs": "?", "const": True, "default": False}
+    flag: dict[str, Any] = {"type": boolean, "nargs": "?", "const": True, "default": False}
     parser.add_argument("--base_model", help="plain or merged model, or the adapter's base (default: as it says)")
     parser.add_argument("--peft_model", help="adapter folder or hub id")
     parser.add_argument("--context_size", type=int, help="tokens a base is stretched to; our own folders know theirs")

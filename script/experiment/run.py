@@ -106,6 +106,7 @@ def do(run: Run, flags: argparse.Namespace) -> dict:
 def stretched(base: Path, folder: Path, run: Run) -> Path:
     """The base with stretched positions, as a model folder of its own."""
     config = AutoConfig.from_pretrained(base)
+    assert run.row.rope_type
     extend_context(config, run.length, run.row.rope_type)
     AutoModelForCausalLM.from_pretrained(base, config=config, dtype="auto").save_pretrained(folder)
     AutoTokenizer.from_pretrained(base).save_pretrained(folder)
