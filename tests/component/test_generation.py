@@ -12,7 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from component.error import UserError
-from component.generation import boolean, generation_parser, stream_continuation
+from component.flag import boolean, generation_parser
+from component.generation import stream_continuation
 from component.model import load_for_inference
 from component.rope import extend_context
 from component.template import encode_chat
@@ -170,7 +171,7 @@ def prompts_seen(monkeypatch):
     """The prompts that a program continues; each is answered with "An answer."."""
     seen = []
 
-    def answer(model, tokenizer, prompt_ids, flags):
+    def answer(model, tokenizer, prompt_ids, flags, cache):
         seen.append(prompt_ids)
         return "An answer."
 
