@@ -21,7 +21,11 @@ RECENT_TOKENS = 128  # of the integer caches, in full precision: they are rounde
 
 
 def check_cache(implementation: str) -> None:
-    """Refuse, before any weight is loaded, a cache whose package is not here."""
+    """Refuse, before any weight is loaded, a cache that cannot work here."""
+    if implementation == "offloaded" and not torch.cuda.is_available():
+        raise UserError(
+            "--cache_implementation: offloaded keeps a GPU's memory free, but there is no GPU; use dynamic"
+        )
     if implementation in INTEGER_BITS and importlib.util.find_spec("hqq") is None:
         raise UserError(
             f"--cache_implementation: {implementation} needs the package hqq; pip install {HQQ}, or use fp8"

@@ -70,7 +70,7 @@ def check_sampling(flags: argparse.Namespace) -> None:
 
 
 def check_attention(implementation: str | None) -> None:
-    """Refuse, before any weight is loaded, a kernel that cannot run here; transformers would fetch one from the hub."""
+    """Refuse, before any weight is loaded, a kernel that is not here; transformers would fetch one from the hub."""
     package = ATTENTIONS.get(implementation or "sdpa")
     if package is None:
         return
