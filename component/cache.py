@@ -40,18 +40,14 @@ def new_cache(config: PretrainedConfig, implementation: str) -> Any:
     """
     if implementation in ("dynamic", "offloaded"):
         return DynamicCache(config=config, offloading=implementation == "offloaded")
+    if implementation == "fp8":
+        backend, options = "fp8", dict[str, int]()
+    else:
+        bits = INTEGER_BITS[implementation]
+        backend, options = "hqq", {"nbits": bits, "axis_key": 1, "axis_value": 1, "residual_length": RECENT_TOKENS}
+        options["q_group_size"] = group_values(config, bits)
     try:
-        if implementation == "fp8":
-            return QuantizedCache("fp8", config)
-        return QuantizedCache(
-            "hqq",
-            config,
-            nbits=INTEGER_BITS[implementation],
-            axis_key=1,
-            axis_value=1,
-            q_group_size=group_values(config),
-            residual_length=RECENT_TOKENS,
-        )
+        return QuantizedCache(backend, config, **options)
     except (ValueError, ImportError) as error:
         raise UserError(
             f"--cache_implementation: {implementation} is unknown to this transformers ({error}); "
@@ -59,16 +55,20 @@ def new_cache(config: PretrainedConfig, implementation: str) -> Any:
         ) from error
 
 
-def group_values(config: PretrainedConfig) -> int:
+def group_values(config: PretrainedConfig, bits: int) -> int:
     """Neighbouring values of a token's head that share a scale, at most 64.
 
-    hqq packs up to four groups into one row of bytes, so each token must have a multiple of four groups.
+    hqq puts values of different groups into one byte, so a token's groups must come out even: 8 / bits of them or a
+    multiple.
     """
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     for values in (64, 32, 16, 8):
-        if head % values == 0 and head * config.num_key_value_heads // values % 4 == 0:
+        if head % values == 0 and head * config.num_key_value_heads // values % (8 // bits) == 0:
             return values
-    raise UserError(f"--cache_implementation: heads of {head} values cannot be rounded in groups; use fp8 or dynamic")
+    raise UserError(
+        f"--cache_implementation: {config.num_key_value_heads} heads of {head} values cannot be rounded to {bits} "
+        "bits in groups; use fp8 or dynamic"
+    )
 
 
 def tensor_bytes(holder: Any) -> int:
