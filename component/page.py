@@ -100,6 +100,8 @@ class Page:
             yield chat, state, bar, f"{REFUSAL}{first_line(error)}"
         finally:
             stop.set()
+            if self.stops.get(visitor) is stop:
+                del self.stops[visitor]
 
     def _conversation(self, state: dict) -> Conversation:
         conversation = self.talk.conversation()

@@ -26,9 +26,8 @@ class TestPrompt:
         assert conversation.prompt_ids("Two?") == encode_chat(tokenizer, [("One?", "Yes."), ("Two?", None)])[0]
 
     def test_documents_stand_in_front_of_the_next_question_only(self, conversation, tokenizer, book):
-        assert obey(
-            f"/file {book}", conversation
-        ) == f"{book}: {len(tokenizer.tokenize('The dog sleeps.'))} tokens, " + ("in front of the next question")
+        tokens = len(tokenizer.tokenize("The dog sleeps."))
+        assert obey(f"/file {book}", conversation) == f"{book}: {tokens} tokens, in front of the next question"
         asked = "The dog sleeps.\n\nWho?"
         assert conversation.prompt_ids("Who?") == encode_chat(tokenizer, [(asked, None)])[0]
         conversation.add("Who?", "The dog.")
