@@ -1,5 +1,7 @@
 """How is a chat prompt spelt? Letter by letter as in the original project's component/dataset.py and chat.py."""
 
+from pathlib import Path
+
 import pytest
 
 from component.template import encode_chat
@@ -54,3 +56,16 @@ def test_a_conversation_only_grows(answered, tokenizer):
 def test_braces_in_a_question_are_text(tokenizer):
     ids, _ = encode_chat(tokenizer, [("What does {input} mean in {}?", None)])
     assert "USER: What does {input} mean in {}?\n" in tokenizer.decode(ids)
+
+
+def test_the_servers_template_spells_as_training_does(tokenizer):
+    """Of earlier answers only the text is the same: there, tokens may join across the colon."""
+    tokenizer.chat_template = (Path(__file__).resolve().parents[2] / "script/inference/vicuna.jinja").read_text()
+    one = [{"role": "user", "content": " Größe?\n"}]
+    spelt = tokenizer.apply_chat_template(one, tokenize=False)
+    assert tokenizer(spelt, add_special_tokens=False).input_ids == encode_chat(tokenizer, [(" Größe?\n", None)])[0]
+    more = [{"role": "system", "content": "Be brief."}, *one, {"role": "assistant", "content": "Yes."}, *one]
+    text = tokenizer.apply_chat_template(more, tokenize=False)
+    assert text == "Be brief.\nUSER: Größe?\nASSISTANT: Yes.</s>\nUSER: Größe?\nASSISTANT: "
+    turns = [("Größe?", "Yes."), ("Größe?", None)]
+    assert text == tokenizer.decode(encode_chat(tokenizer, turns, "Be brief.")[0])

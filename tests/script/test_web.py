@@ -95,7 +95,7 @@ def wait(is_so: Callable[[], object], seconds: float = 60) -> None:
 
 @pytest.mark.slow
 def test_in_a_browser(browser, address, tmp_path):
-    """A document is brought and measured, an answer streams, the next is stopped; a long document is refused, then cut."""
+    """A document is brought, an answer streams, the next is stopped; a long document is refused, then cut."""
 
     def part(selector: str):
         found = browser.find_elements("css selector", selector)
