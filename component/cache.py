@@ -9,7 +9,7 @@ import importlib.util
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PretrainedConfig, QuantizedCache
+from transformers import DynamicCache, PretrainedConfig, QuantizedCache, cache_utils
 
 from component.error import UserError
 from component.rope import rope_parameters
@@ -26,6 +26,10 @@ def check_cache(implementation: str) -> None:
         raise UserError(
             "--cache_implementation: offloaded keeps a GPU's memory free, but there is no GPU; use dynamic"
         )
+    if implementation == "fp8" and not hasattr(cache_utils, "Fp8QuantizedLayer"):
+        raise UserError(
+            "--cache_implementation: this transformers knows no fp8; install the one in requirements.txt, or use int8"
+        )
     if implementation in INTEGER_BITS and importlib.util.find_spec("hqq") is None:
         raise UserError(
             f"--cache_implementation: {implementation} needs the package hqq; pip install {HQQ}, or use fp8"
@@ -36,7 +40,7 @@ def new_cache(config: PretrainedConfig, implementation: str) -> Any:
     """An empty cache of one of `CACHES`.
 
     Raises:
-        UserError: the installed transformers has no such cache.
+        UserError: heads too narrow to be rounded in groups.
     """
     if implementation in ("dynamic", "offloaded"):
         return DynamicCache(config=config, offloading=implementation == "offloaded")
@@ -46,13 +50,7 @@ def new_cache(config: PretrainedConfig, implementation: str) -> Any:
         bits = INTEGER_BITS[implementation]
         backend, options = "hqq", {"nbits": bits, "axis_key": 1, "axis_value": 1, "residual_length": RECENT_TOKENS}
         options["q_group_size"] = group_values(config, bits)
-    try:
-        return QuantizedCache(backend, config, **options)
-    except (ValueError, ImportError) as error:
-        raise UserError(
-            f"--cache_implementation: {implementation} is unknown to this transformers ({error}); "
-            "install the one in requirements.txt, or use dynamic"
-        ) from error
+    return QuantizedCache(backend, config, **options)
 
 
 def group_values(config: PretrainedConfig, bits: int) -> int:

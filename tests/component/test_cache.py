@@ -94,19 +94,16 @@ class TestNewCache:
         with pytest.raises(UserError, match=rf"2 heads of {head} values .* {bits} bits .* use fp8 or dynamic"):
             group_values(tiny_llama_config, bits)
 
-    def test_a_transformers_without_it(self, tiny_llama_config, monkeypatch):
-        def unknown(*_, **__):
-            raise ValueError("Unknown quantization backend `fp8`")
-
-        monkeypatch.setattr("component.cache.QuantizedCache", unknown)
-        with pytest.raises(UserError, match=r"--cache_implementation: fp8 .*Unknown.*; install .* or use dynamic"):
-            new_cache(tiny_llama_config, "fp8")
+    def test_a_transformers_without_it(self, monkeypatch):
+        monkeypatch.delattr("transformers.cache_utils.Fp8QuantizedLayer", raising=False)
+        with pytest.raises(UserError, match=r"--cache_implementation: .* no fp8; install .* or use int8"):
+            check_cache("fp8")
 
     def test_without_its_package(self, monkeypatch):
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
         with pytest.raises(UserError, match=r"int4 needs the package hqq; pip install hqq=="):
             check_cache("int4")
-        check_cache("fp8")
+        check_cache("dynamic")
 
     def test_offloaded_without_a_gpu(self, monkeypatch):
         monkeypatch.setattr("torch.cuda.is_available", lambda: False)
