@@ -2,6 +2,7 @@
 
 import itertools
 import threading
+import time
 
 import pytest
 import torch
@@ -72,12 +73,42 @@ def test_two_at_a_time_take_turns(talk):
     assert alone[0] != alone[1]
 
 
-def test_whoever_leaves_stops_the_work(talk):
-    answers = talk.answer(talk.conversation(), "One?", {"do_sample": False, "max_new_tokens": 400}, never)
+def test_only_one_generates_at_a_time(talk, monkeypatch):
+    inside, most = [], []
+
+    def slowly(*_, **__):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.1)
+        inside.pop()
+
+    monkeypatch.setattr("component.talk.continue_text", slowly)
+    askers = [
+        threading.Thread(target=lambda: list(talk.answer(talk.conversation(), "One?", GREEDY, never)))
+        for _ in range(3)
+    ]
+    for asker in askers:
+        asker.start()
+    for asker in askers:
+        asker.join()
+    assert most == [1, 1, 1]
+
+
+def test_whoever_leaves_stops_the_work(talk, monkeypatch):
+    calls, forward = [], talk.model.forward
+
+    def counted(**kwargs):
+        calls.append(1)
+        time.sleep(0.005)
+        return forward(**kwargs)
+
+    monkeypatch.setattr(talk.model, "forward", counted)
+    answers = talk.answer(talk.conversation(), "One?", {"do_sample": False, "max_new_tokens": 300}, never)
     next(answers)
     next(answers)
     answers.close()
-    assert talk.turn.acquire(timeout=10), "the model is free for the next"
+    with talk.turn:  # free for the next
+        assert len(calls) < 100
 
 
 def test_what_is_cut_is_said(talk):
