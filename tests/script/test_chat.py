@@ -1,6 +1,7 @@
 """chat.py at a terminal and in a pipe."""
 
 import json
+import time
 
 import pytest
 
@@ -28,6 +29,9 @@ class TestTerminal:
             shown = terminal.wait_for("USER: ")
             assert "(stopped)" in shown
             assert "of 1024 tokens of context used" in shown
+            time.sleep(
+                0.5
+            )  # between its banner and waiting for keys, Python's input() notices Ctrl-C with the next key
             terminal.type(CTRL_C)
             terminal.wait_for("(/exit or Ctrl-D leaves)")
             terminal.wait_for("USER: ")
