@@ -31,7 +31,7 @@ class TestTerminal:
             assert "of 1024 tokens of context used" in shown
             time.sleep(
                 0.5
-            )  # between its banner and waiting for keys, Python's input() notices Ctrl-C with the next key
+            )  # just after its banner, Python's input() notices Ctrl-C with the next key only
             terminal.type(CTRL_C)
             terminal.wait_for("(/exit or Ctrl-D leaves)")
             terminal.wait_for("USER: ")
