@@ -29,9 +29,7 @@ class TestTerminal:
             shown = terminal.wait_for("USER: ")
             assert "(stopped)" in shown
             assert "of 1024 tokens of context used" in shown
-            time.sleep(
-                0.5
-            )  # just after its banner, Python's input() notices Ctrl-C with the next key only
+            time.sleep(0.5)  # just after its banner, Python's input() notices Ctrl-C with the next key only
             terminal.type(CTRL_C)
             terminal.wait_for("(/exit or Ctrl-D leaves)")
             terminal.wait_for("USER: ")
