@@ -1,66 +1,39 @@
-"""How is text continued? Flags, the choice of model, and one streamed generation, shared by inference and chat."""
+"""How is text continued? The choice of model, and one streamed generation, shared by inference, chat and web."""
 
 import argparse
-import contextlib
 import io
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
+from peft import PeftModel
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextStreamer,
+    set_seed,
+)
 
+from component.cache import PromptCache, check_cache
 from component.checkpoint import RECORD_FILE, merged_folder, newest_run, read_record
 from component.error import UserError
+from component.flag import check_attention, check_sampling
 from component.model import load_for_inference
 from component.rope import context_length
-
-
-def boolean(text: str) -> bool:
-    """For flags that take `True` and `False`, as the original's evaluation does, and also stand alone."""
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return text.lower() == "true"
-
-
-def generation_parser(description: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    newest = "default: the newest finished run under output/"
-    parser.add_argument(
-        "--model_name_or_path", help=f"plain or merged model, or the adapter's base ({newest}, merged)"
-    )
-    parser.add_argument("--adapter_name_or_path", help=f"adapter folder or hub id ({newest}, if it is not merged)")
-    flag: dict[str, Any] = {"type": boolean, "nargs": "?", "const": True}
-    parser.add_argument("--load_in_4bit", **flag, default=False, help="NF4 weights: a quarter of the memory")
-    parser.add_argument("--context_size", type=int, help="tokens a base is stretched to; our own folders know theirs")
-    parser.add_argument("--max_new_tokens", type=int, default=500, help="tokens to generate at most (500)")
-    parser.add_argument("--temperature", type=float, default=0.35, help="of sampling (0.35)")
-    parser.add_argument("--top_p", type=float, default=0.9, help="share of the probability that is sampled from (0.9)")
-    parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1 discourages repeating (1.0)")
-    parser.add_argument("--do_sample", **flag, default=True, help="false takes the likeliest token each time (true)")
-    parser.add_argument("--seed", type=int, default=42, help="of sampling (42)")
-    return parser
-
-
-def check_sampling(flags: argparse.Namespace) -> None:
-    bounds = {
-        "max_new_tokens": (flags.max_new_tokens >= 1, "at least 1"),
-        "temperature": (flags.temperature > 0, "a number above 0; for the likeliest tokens --do_sample false"),
-        "top_p": (0 < flags.top_p <= 1, "a share in (0, 1]"),
-        "repetition_penalty": (flags.repetition_penalty > 0, "a number above 0, 1 for none"),
-        "seed": (0 <= flags.seed < 2**32, "0 or more, below 2**32"),
-        "context_size": (flags.context_size is None or flags.context_size >= 1, "at least 1 token"),
-    }
-    for name, (is_sane, cure) in bounds.items():
-        if not is_sane:
-            raise UserError(f"--{name}: {getattr(flags, name)}; use {cure}")
+from component.truncation import fit_prompt
 
 
 def load_from_flags(flags: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model that the flags name, or the newest finished run: merged if it has been, else base and adapter."""
     check_sampling(flags)
+    check_attention(flags.attn_implementation)
+    check_cache(flags.cache_implementation)
     model_path, adapter = flags.model_name_or_path, flags.adapter_name_or_path
     if model_path is None and adapter is None:
         run = newest_run()
@@ -71,7 +44,13 @@ def load_from_flags(flags: argparse.Namespace) -> tuple[PreTrainedModel, PreTrai
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="strict")  # under LANG=C broken bytes would pass, and end in the tokenizer
     set_seed(flags.seed)
-    return load_for_inference(model_path, adapter, context_size=flags.context_size, load_in_4bit=flags.load_in_4bit)
+    model, tokenizer = load_for_inference(
+        model_path, adapter, context_size=flags.context_size, load_in_4bit=flags.load_in_4bit
+    )
+    if flags.attn_implementation:
+        plain = model.get_base_model() if isinstance(model, PeftModel) else model
+        plain.set_attn_implementation(flags.attn_implementation)
+    return model, tokenizer
 
 
 def recorded_template(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -88,43 +67,126 @@ def _is_merged(run: Path, merged: Path) -> bool:
     return record.stat().st_mtime >= (run / RECORD_FILE).stat().st_mtime
 
 
-def prompts(banner: str):
-    """Lines typed at a terminal after `banner`; until the end of input or /exit.
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C while text was generated; `text` is what had come by then."""
 
-    Raises:
-        UserError: a line that is no text.
-    """
-    while True:
-        try:
-            with readable_input():
-                line = input(banner)
-        except (EOFError, KeyboardInterrupt):
-            print(file=sys.stderr)
-            return
-        if line.strip() == "/exit":
-            return
-        if line.strip():
-            yield line
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.text = text
 
 
-def stream_continuation(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], flags: argparse.Namespace
+class _Writer(TextStreamer):
+    """Hands text on as soon as its words are whole, and keeps the tokens."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.write = write
+        self.ids: list[int] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self.next_tokens_are_prompt:
+            self.ids += value.tolist()
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            self.write(text)
+
+
+class _Stop(StoppingCriteria):
+    def __init__(self, should_stop: Callable[[], bool]) -> None:
+        self.should_stop = should_stop
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **_: Any) -> torch.BoolTensor:
+        return torch.full((len(input_ids),), self.should_stop(), device=input_ids.device)  # type: ignore[return-value]
+
+
+def continue_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: list[int],
+    flags: argparse.Namespace,
+    write: Callable[[str], None],
+    *,
+    cache: PromptCache | None = None,
+    should_stop: Callable[[], bool] | None = None,
 ) -> str:
-    """Print the continuation of `prompt_ids` as it is generated; returns it.
+    """The continuation of `prompt_ids`, handed to `write` piece by piece as it is generated.
+
+    Args:
+        cache: of the conversation; None for one that ends with this answer.
+        should_stop: asked after every token.
 
     Raises:
         UserError: the prompt leaves no room in the model's context.
+        Stopped: Ctrl-C.
     """
-    context = context_length(model.config)
-    room = context - len(prompt_ids)
-    if room < 1:
-        raise UserError(
-            f"the prompt has {len(prompt_ids)} tokens, the model's context {context}; shorten the prompt"
-            " or use a model that was extended further"
+    room = _room(model, prompt_ids)
+    cache = cache or PromptCache(model.config, flags.cache_implementation)
+    writer = _Writer(tokenizer, write)
+    input_ids = torch.tensor([prompt_ids], device=model.get_input_embeddings().weight.device)
+    try:
+        model.generate(
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            generation_config=_generation_config(tokenizer, flags, min(flags.max_new_tokens, room)),
+            streamer=writer,
+            past_key_values=cache.start(prompt_ids),
+            stopping_criteria=StoppingCriteriaList([_Stop(should_stop)] if should_stop else []),
         )
+    except KeyboardInterrupt:
+        cache.forget()  # some layers may have seen a token more than others
+        writer.end()
+        raise Stopped(tokenizer.decode(writer.ids, skip_special_tokens=True)) from None
+    cache.finish(prompt_ids + writer.ids)
+    return tokenizer.decode(writer.ids, skip_special_tokens=True)
+
+
+def stream_continuation(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: list[int],
+    flags: argparse.Namespace,
+    cache: PromptCache | None = None,
+) -> str:
+    """Print the continuation of `prompt_ids` as it is generated, then a line break; returns it."""
+    try:
+        text = continue_text(
+            model, tokenizer, prompt_ids, flags, lambda piece: print(piece, end="", flush=True), cache=cache
+        )
+    except Stopped:
+        print(flush=True)
+        raise
+    print(flush=True)
+    return text
+
+
+def fitted(model: PreTrainedModel, prompt_ids: list[int], flags: argparse.Namespace, opening: int = 1) -> list[int]:
+    """A prompt cut as `--truncate` says, if it must be; the user is told how much has gone."""
+    context = context_length(model.config)
+    kept, cut = fit_prompt(prompt_ids, context, flags.max_new_tokens, flags.truncate, opening)
+    if cut:
+        where = "from the middle of" if flags.truncate == "middle" else "from the start of"
+        print(f"{cut} tokens cut {where} a prompt of {len(prompt_ids)}", file=sys.stderr, flush=True)
+    return kept
+
+
+def _room(model: PreTrainedModel, prompt_ids: list[int]) -> int:
+    context = context_length(model.config)
+    if len(prompt_ids) >= context:
+        raise UserError(
+            f"the prompt has {len(prompt_ids)} tokens, the model's context {context}; shorten the prompt, cut it with "
+            "--truncate middle or left, or use a model that was extended further"
+        )
+    return context - len(prompt_ids)
+
+
+def _generation_config(
+    tokenizer: PreTrainedTokenizerBase, flags: argparse.Namespace, max_new_tokens: int
+) -> GenerationConfig:
     sampling = {"temperature": flags.temperature, "top_p": flags.top_p} if flags.do_sample else {}
-    config = GenerationConfig(
-        max_new_tokens=min(flags.max_new_tokens, room),
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
         do_sample=flags.do_sample,
         repetition_penalty=flags.repetition_penalty,
         bos_token_id=tokenizer.bos_token_id,
@@ -132,14 +194,6 @@ def stream_continuation(
         pad_token_id=tokenizer.eos_token_id,
         **sampling,
     )
-    input_ids = torch.tensor([prompt_ids], device=model.get_input_embeddings().weight.device)
-    output = model.generate(
-        input_ids=input_ids,
-        attention_mask=torch.ones_like(input_ids),
-        generation_config=config,
-        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-    )
-    return tokenizer.decode(output[0, len(prompt_ids) :], skip_special_tokens=True)
 
 
 def greedy_continuation(
@@ -169,32 +223,9 @@ def greedy_continuation(
     return output[0, len(prompt_ids) :].tolist()
 
 
-def describe_context(model: PreTrainedModel, used: int) -> str:
+def describe_context(model: PreTrainedModel, used: int, cache: PromptCache | None = None) -> str:
     context = context_length(model.config)
-    return f"{used} of {context} tokens of context used ({used / context:.0%})"
-
-
-def read_prompt(path: str | None) -> str | None:
-    """A text file's contents, or all of standard input when that is not a terminal; None to ask at the terminal."""
-    if path is not None:
-        file = Path(path)
-        if not file.is_file():
-            raise UserError(f"--prompt_file: there is no file {path}; name a text file")
-        try:
-            return file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"--prompt_file: {path} is not UTF-8 ({error.reason}); convert it") from error
-    if sys.stdin.isatty():
-        return None
-    with readable_input():
-        return sys.stdin.read()
-
-
-@contextlib.contextmanager
-def readable_input() -> Iterator[None]:
-    """A message for the user who sends bytes that are no text."""
-    try:
-        yield
-    except UnicodeDecodeError as error:
-        spelling = error.encoding.upper()
-        raise UserError(f"standard input: no {spelling} text ({error.reason}); convert it") from error
+    text = f"{used} of {context} tokens of context used ({used / context:.0%})"
+    if cache is not None:
+        text += f", {cache.implementation} cache {cache.bytes_held / 2**20:.1f} MiB"
+    return text

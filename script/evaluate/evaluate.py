@@ -29,7 +29,7 @@ from component.contender import (
     parse_contenders,
 )
 from component.error import UserError, exit_on_user_error, first_line
-from component.generation import boolean
+from component.flag import boolean
 from component.perplexity import PROTOCOLS, Perplexity, measure_perplexity, plan_windows
 from component.process import is_first_process, joined_processes
 from component.result import check_result_file, origin, write_json

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from component.contender import Contender, describe_model, load_contender
 from component.error import UserError, exit_on_user_error, first_line
-from component.generation import boolean
+from component.flag import boolean
 from component.model import load_tokenizer, locate, stretched_config
 from component.passkey import KEYS, PromptMaker, Trial, accuracy, even_depths, run_trials
 from component.result import check_result_file, origin, save_figure, write_json

@@ -4,43 +4,78 @@
     python script/inference/chat.py --model_name_or_path MODEL
     printf 'first question\\nsecond question\\n' | python script/inference/chat.py
 
-One turn per line; the conversation is kept until /clear, /exit or the end of input leaves.
+One turn per line; the conversation is kept until /clear, /exit or the end of input leaves. /file PATH puts a text or a
+PDF in front of the next question, /save FILE keeps the conversation, /help lists the commands. Ctrl-C stops an answer.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from component.error import exit_on_user_error
+from transformers import PreTrainedModel
+
+from component.cache import PromptCache
+from component.conversation import Conversation, is_command, obey
+from component.error import UserError, exit_on_user_error
+from component.flag import generation_parser
 from component.generation import (
+    Stopped,
     describe_context,
-    generation_parser,
+    fitted,
     load_from_flags,
-    prompts,
     recorded_template,
     stream_continuation,
 )
-from component.template import Turns, encode_conversation
+from component.terminal import line_editing, prompts
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def take_turn(
+    line: str, model: PreTrainedModel, conversation: Conversation, cache: PromptCache, flags: argparse.Namespace
+) -> None:
+    """Obey a command, or answer a question."""
+    if is_command(line):
+        say(obey(line, conversation))
+        return
+    prompt_ids = fitted(model, conversation.prompt_ids(line), flags, conversation.opening_tokens())
+    print("ASSISTANT: ", end="", flush=True)
+    try:
+        answer = stream_continuation(model, conversation.tokenizer, prompt_ids, flags, cache)
+    except Stopped as stopped:
+        answer = stopped.text
+        say("(stopped)")
+        if not sys.stdin.isatty():
+            raise
+    conversation.add(line, answer)
+    say(describe_context(model, conversation.used_tokens(), cache))
 
 
 @exit_on_user_error
 def main() -> None:
     flags = generation_parser(__doc__).parse_args()
     model, tokenizer = load_from_flags(flags)
-    template = recorded_template(tokenizer)
-    turns: Turns = []
-    for question in prompts("USER: " if sys.stdin.isatty() else ""):
-        if question.strip() == "/clear":
-            turns.clear()
-            continue
-        prompt_ids, _ = encode_conversation(tokenizer, [*turns, (question, None)], None, template)
-        print("ASSISTANT: ", end="", flush=True)
-        answer = stream_continuation(model, tokenizer, prompt_ids, flags)
-        turns.append((question, answer))
-        used = len(encode_conversation(tokenizer, turns, None, template)[0])
-        print(describe_context(model, used), file=sys.stderr, flush=True)
+    conversation = Conversation(tokenizer, recorded_template(tokenizer))
+    cache = PromptCache(model.config, flags.cache_implementation)
+    is_typed = sys.stdin.isatty()
+    if is_typed:
+        say("/help lists the commands")
+    with line_editing():
+        for line in prompts("USER: " if is_typed else ""):
+            try:
+                take_turn(line, model, conversation, cache, flags)
+            except UserError as error:
+                if not is_typed:
+                    raise
+                print(f"error: {error}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)  # as a shell expects of what Ctrl-C has ended

@@ -1,40 +1,114 @@
-"""Continue a text with an extended model, streamed.
+"""Continue texts with an extended model: full attention, a key-value cache, streamed.
 
     cd script/inference && python inference.py                        # the newest run; prompts typed line by line
-    python script/inference/inference.py --prompt_file book.txt --max_new_tokens 200
+    python script/inference/inference.py --prompt "Once upon a time"
+    python script/inference/inference.py --prompt_file book.txt --max_new_tokens 200 --truncate left
     cat book.txt | python script/inference/inference.py --model_name_or_path MODEL
+    python script/inference/inference.py --input_jsonl prompts.jsonl --output_jsonl answers.jsonl
 
-Standard input that is not a terminal is one prompt; the text alone goes to standard output.
+Standard input that is not a terminal is one prompt; the text alone goes to standard output. In a JSONL file each line
+has a "prompt" ("text" and "input" do as well); each line of the output has its "completion" too. Started again, a run
+goes on behind the last line that is whole.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from component.error import exit_on_user_error
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from component.batch import Record, answer_all, answered, read_prompts
+from component.cache import PromptCache
+from component.error import UserError, exit_on_user_error
+from component.flag import generation_parser
 from component.generation import (
+    Stopped,
+    continue_text,
     describe_context,
-    generation_parser,
+    fitted,
     load_from_flags,
-    prompts,
-    read_prompt,
     stream_continuation,
 )
+from component.rope import context_length
+from component.terminal import line_editing, prompts, read_prompt
+
+
+def parse() -> argparse.Namespace:
+    parser = generation_parser(__doc__)
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--prompt", help="the text to continue")
+    source.add_argument("--prompt_file", help="a text file or a PDF to continue")
+    source.add_argument("--input_jsonl", help="many prompts, one JSON object per line")
+    parser.add_argument("--output_jsonl", help="where their continuations go")
+    flags = parser.parse_args()
+    if (flags.input_jsonl is None) != (flags.output_jsonl is None):
+        raise UserError("--input_jsonl and --output_jsonl belong together; give both or none")
+    return flags
+
+
+def continue_one(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, flags: argparse.Namespace
+) -> None:
+    prompt_ids = fitted(model, tokenizer(prompt).input_ids, flags)
+    print(describe_context(model, len(prompt_ids)), file=sys.stderr, flush=True)
+    cache = PromptCache(model.config, flags.cache_implementation)
+    answer = stream_continuation(model, tokenizer, prompt_ids, flags, cache)
+    used = len(prompt_ids) + len(tokenizer(answer, add_special_tokens=False).input_ids)
+    print(describe_context(model, used, cache), file=sys.stderr, flush=True)
+
+
+def continue_file(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: list[tuple[str, Record]],
+    flags: argparse.Namespace,
+) -> None:
+    records = [record for _, record in asked]
+    start = answered(flags.output_jsonl, records)
+    rows = [fitted(model, tokenizer(prompt).input_ids, flags) for prompt, _ in asked]
+    for number, row in enumerate(rows, 1):
+        if len(row) >= context_length(model.config):
+            raise UserError(
+                f"{flags.input_jsonl}: prompt {number} has {len(row)} tokens, the model's context "
+                f"{context_length(model.config)}; shorten it, or cut it with --truncate middle or left"
+            )
+
+    def answer(number: int) -> Record:
+        set_seed(flags.seed + number)  # a run that goes on draws what an unbroken one draws
+        text = continue_text(model, tokenizer, rows[number], flags, lambda piece: None)
+        tokens = len(tokenizer(text, add_special_tokens=False).input_ids)
+        return {"completion": text, "prompt_tokens": len(rows[number]), "completion_tokens": tokens}
+
+    answer_all(flags.output_jsonl, records, start, answer)
 
 
 @exit_on_user_error
 def main() -> None:
-    parser = generation_parser(__doc__)
-    parser.add_argument("--prompt_file", help="a text file to continue")
-    flags = parser.parse_args()
+    flags = parse()
+    asked = read_prompts(flags.input_jsonl) if flags.input_jsonl else []
     model, tokenizer = load_from_flags(flags)
-    text = read_prompt(flags.prompt_file)
-    for prompt in prompts("Input: ") if text is None else [text] if text.strip() else []:
-        prompt_ids = tokenizer(prompt).input_ids
-        print(describe_context(model, len(prompt_ids)), file=sys.stderr, flush=True)
-        stream_continuation(model, tokenizer, prompt_ids, flags)
+    if flags.input_jsonl:
+        continue_file(model, tokenizer, asked, flags)
+        return
+    text = flags.prompt if flags.prompt is not None else read_prompt(flags.prompt_file)
+    if text is not None:
+        if text.strip():
+            continue_one(model, tokenizer, text, flags)
+        return
+    with line_editing():
+        for prompt in prompts("Input: "):
+            try:
+                continue_one(model, tokenizer, prompt, flags)
+            except Stopped:
+                print("(stopped)", file=sys.stderr, flush=True)
+            except UserError as error:  # the next line may be better
+                print(f"error: {error}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)  # as a shell expects of what Ctrl-C has ended

@@ -11,12 +11,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from component.cache import PromptCache
 from component.error import UserError
-from component.generation import boolean, generation_parser, stream_continuation
-from component.model import load_for_inference
+from component.flag import boolean, check_attention, generation_parser
+from component.generation import Stopped, continue_text, fitted, load_from_flags, stream_continuation
+from component.model import load_for_inference, load_merged
 from component.rope import extend_context
 from component.template import encode_chat
-from tests.conftest import build_llama
+from tests.conftest import TEXTS, build_llama
 
 ROOT = Path(__file__).resolve().parents[2]
 INFERENCE, CHAT = "script/inference/inference.py", "script/inference/chat.py"
@@ -164,13 +166,113 @@ class TestContext:
         ids, _ = continued(model, prompt_ids, *GREEDY, "--max_new_tokens", "9")
         assert ids == stock(model, prompt_ids, max_new_tokens=9)
 
+    def test_a_merged_model_beyond_its_bases_length(self, adapter_folder, tmp_path, continued, tokenizer):
+        """Of 64 tokens once, filled to the last of 128; beside it stock transformers alone."""
+        merged, own = load_merged(None, str(adapter_folder), context_size=None, dtype=torch.float32)
+        merged.save_pretrained(tmp_path / "merged")
+        own.save_pretrained(tmp_path / "merged")
+        prompt_ids = (tokenizer(" ".join(TEXTS)).input_ids * 2)[:100]
+        expected = stock(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), prompt_ids, max_new_tokens=28)
+        model, _ = load_for_inference(str(tmp_path / "merged"))
+        ids, _ = continued(model, prompt_ids, *GREEDY, "--max_new_tokens", "500")
+        assert ids == expected
+        assert 100 + len(ids) == 128, "the end of the context, not of the sequence"
+
+    @pytest.mark.parametrize("how", ["middle", "left"])
+    def test_what_is_cut(self, how, tiny_llama, capsys):
+        """An answer may have 500 tokens, but no more than a quarter of the context, 16 of 64, is kept free for it."""
+        prompt_ids = list(range(3, 103))
+        kept = fitted(tiny_llama, prompt_ids, flags("--truncate", how))
+        assert (
+            kept
+            == {
+                "middle": prompt_ids[:24] + prompt_ids[-24:],
+                "left": prompt_ids[:1] + prompt_ids[-47:],
+            }[how]
+        )
+        place = {"middle": "middle", "left": "start"}[how]
+        assert capsys.readouterr().err == f"52 tokens cut from the {place} of a prompt of 100\n"
+
+
+class TestConversationCache:
+    def test_a_second_turn_says_what_it_says_without_the_first_ones_cache(self, tiny_llama, tokenizer, monkeypatch):
+        cache, words = PromptCache(tiny_llama.config), flags(*GREEDY, "--max_new_tokens", "6")
+        first = tokenizer(PROMPT).input_ids
+        answer = continue_text(tiny_llama, tokenizer, first, words, str, cache=cache)
+        second = [*first, *tokenizer(answer, add_special_tokens=False).input_ids, 9, 9, 9]
+        lengths, forward = [], tiny_llama.forward
+
+        def counted(input_ids, **kwargs):
+            lengths.append(input_ids.shape[1])
+            return forward(input_ids=input_ids, **kwargs)
+
+        monkeypatch.setattr(tiny_llama, "forward", counted)
+        text = continue_text(tiny_llama, tokenizer, second, words, str, cache=cache)
+        assert lengths[0] < len(second) - len(first), "what the first turn computed is not computed again"
+        assert text == continue_text(tiny_llama, tokenizer, second, words, str)
+
+    def test_the_default_needs_no_cache_of_the_caller(self, tiny_llama, tokenizer):
+        pieces = []
+        words = flags(*GREEDY, "--max_new_tokens", "6")
+        text = continue_text(tiny_llama, tokenizer, tokenizer(PROMPT).input_ids, words, pieces.append)
+        assert "".join(pieces) == text != ""
+
+
+class TestStopping:
+    def test_when_asked(self, tiny_llama, tokenizer):
+        prompt_ids, asked = tokenizer(PROMPT).input_ids, []
+
+        def should_stop() -> bool:
+            asked.append(True)
+            return len(asked) == 3
+
+        words = flags(*GREEDY, "--max_new_tokens", "20")
+        text = continue_text(tiny_llama, tokenizer, prompt_ids, words, str, should_stop=should_stop)
+        assert text == tokenizer.decode(stock(tiny_llama, prompt_ids, max_new_tokens=3), skip_special_tokens=True)
+
+    def test_by_ctrl_c(self, tiny_llama, tokenizer, monkeypatch, capsys):
+        """What had come is printed and kept; the cache, half of whose layers may know more, is not."""
+        prompt_ids, forward, calls = tokenizer(PROMPT).input_ids, tiny_llama.forward, []
+        expected = tokenizer.decode(stock(tiny_llama, prompt_ids, max_new_tokens=4), skip_special_tokens=True)
+
+        def interrupted(**kwargs):
+            calls.append(1)
+            if len(calls) == 5:
+                raise KeyboardInterrupt
+            return forward(**kwargs)
+
+        monkeypatch.setattr(tiny_llama, "forward", interrupted)
+        cache = PromptCache(tiny_llama.config)
+        with pytest.raises(Stopped) as stopped:
+            stream_continuation(tiny_llama, tokenizer, prompt_ids, flags(*GREEDY), cache)
+        assert stopped.value.text == expected != ""
+        assert capsys.readouterr().out == expected + "\n"
+        assert cache.bytes_held == 0
+
+
+class TestAttention:
+    def test_a_kernel_by_name(self, base_folder):
+        model, _ = load_from_flags(flags("--model_name_or_path", str(base_folder), "--attn_implementation", "eager"))
+        assert model.config._attn_implementation == "eager"
+
+    def test_under_an_adapter(self, adapter_folder):
+        words = ("--adapter_name_or_path", str(adapter_folder), "--attn_implementation", "eager")
+        assert load_from_flags(flags(*words))[0].get_base_model().config._attn_implementation == "eager"
+
+    @pytest.mark.parametrize(("has_gpu", "lack"), [(False, "no CUDA GPU"), (True, "no package flash_attn")])
+    def test_one_that_is_not_here(self, has_gpu, lack, monkeypatch):
+        monkeypatch.setattr("torch.cuda.is_available", lambda: has_gpu)
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        with pytest.raises(UserError, match=f"--attn_implementation: flash_attention_2, but there is {lack} here"):
+            check_attention("flash_attention_2")
+
 
 @pytest.fixture
 def prompts_seen(monkeypatch):
     """The prompts that a program continues; each is answered with "An answer."."""
     seen = []
 
-    def answer(model, tokenizer, prompt_ids, flags):
+    def answer(model, tokenizer, prompt_ids, flags, cache):
         seen.append(prompt_ids)
         return "An answer."
 

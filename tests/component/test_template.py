@@ -1,5 +1,7 @@
 """How is a chat prompt spelt? Letter by letter as in the original project's component/dataset.py and chat.py."""
 
+from pathlib import Path
+
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -282,3 +284,16 @@ def test_no_template_is_refused():
 def test_nothing_answered_is_nothing():
     for template in ("vicuna", "tokenizer"):
         assert encode_conversation(chatml(False), [], "Be brief.", template) == ([], [])
+
+
+def test_the_servers_template_spells_as_training_does(tokenizer):
+    """Of earlier answers only the text is the same: there, tokens may join across the colon."""
+    tokenizer.chat_template = (Path(__file__).resolve().parents[2] / "script/inference/vicuna.jinja").read_text()
+    one = [{"role": "user", "content": " Größe?\n"}]
+    spelt = tokenizer.apply_chat_template(one, tokenize=False)
+    assert tokenizer(spelt, add_special_tokens=False).input_ids == encode_chat(tokenizer, [(" Größe?\n", None)])[0]
+    more = [{"role": "system", "content": "Be brief."}, *one, {"role": "assistant", "content": "Yes."}, *one]
+    text = tokenizer.apply_chat_template(more, tokenize=False)
+    assert text == "Be brief.\nUSER: Größe?\nASSISTANT: Yes.</s>\nUSER: Größe?\nASSISTANT: "
+    turns = [("Größe?", "Yes."), ("Größe?", None)]
+    assert text == tokenizer.decode(encode_chat(tokenizer, turns, "Be brief.")[0])

@@ -1,0 +1,42 @@
+"""A web page for chatting about a long document: text or PDF, streamed answers, and how much of the context is used.
+
+    cd script/inference && python web.py                              # the newest run, at http://127.0.0.1:7860
+    python script/inference/web.py --model_name_or_path MODEL --port 8080
+    python script/inference/web.py --host 0.0.0.0                     # for everybody who can reach this machine
+
+It asks nobody for a password: whoever reaches the address may ask. Ctrl-C ends it.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from component.error import UserError, exit_on_user_error
+from component.flag import generation_parser
+from component.generation import load_from_flags
+from component.page import import_gradio, serve
+from component.talk import Talk
+
+
+@exit_on_user_error
+def main() -> None:
+    parser = generation_parser(__doc__)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all (127.0.0.1)")
+    parser.add_argument("--port", type=int, default=7860, help="port to listen on (7860)")
+    flags = parser.parse_args()
+    if not 1 <= flags.port <= 65535:
+        raise UserError(f"--port: {flags.port}; use a number from 1 to 65535")
+    import_gradio()
+    serve(Talk(*load_from_flags(flags), flags), flags.host, flags.port)
+    print(f"listening on http://{flags.host}:{flags.port}", file=sys.stderr, flush=True)
+    while True:
+        time.sleep(3600)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)  # as a shell expects of what Ctrl-C has ended

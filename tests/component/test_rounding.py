@@ -1,0 +1,39 @@
+"""What does it cost to round keys and values?"""
+
+import numpy as np
+import pytest
+import torch
+
+from component.error import UserError
+from component.rounding import measure_rounding, second_half
+
+TOKENS = np.random.default_rng(0).integers(2, 300, 200).astype(np.uint16)
+
+
+def test_read_token_by_token_as_in_one_piece(tiny_llama):
+    ids = torch.from_numpy(TOKENS[:41].astype(np.int64))
+    logits, _ = second_half(tiny_llama, ids, "dynamic")
+    with torch.no_grad():
+        expected = tiny_llama(ids[None]).logits[0, 19:40]  # what predicts tokens 20 to 40
+    torch.testing.assert_close(logits, expected)
+
+
+def test_figures(tiny_llama):
+    exact, rounded, coarse = measure_rounding(tiny_llama, TOKENS, ("dynamic", "int8", "int4"), 40, windows=3)
+    losses = []
+    for start in (0, 40, 80):
+        ids = torch.from_numpy(TOKENS[start : start + 40].astype(np.int64))
+        with torch.no_grad():
+            logits = tiny_llama(ids[None]).logits[0, 19:39]
+        losses.append(torch.nn.functional.cross_entropy(logits, ids[20:]).item())
+    assert exact.perplexity == pytest.approx(float(np.exp(np.mean(losses))), rel=1e-5)
+    assert (exact.logit_change, exact.same_choice) == (0, 1)
+    assert exact.bytes_per_window == 39 * 2 * 2 * 16 * 4, "the last token is predicted, not read"
+    assert 0 < rounded.logit_change < coarse.logit_change
+    assert coarse.same_choice <= rounded.same_choice <= 1
+
+
+@pytest.mark.parametrize("seq_len", [0, 1, 201])
+def test_no_window(seq_len, tiny_llama):
+    with pytest.raises(UserError, match=r"--seq_len: 200 tokens hold no window of"):
+        measure_rounding(tiny_llama, TOKENS, ("dynamic",), seq_len, 3)

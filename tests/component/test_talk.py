@@ -1,0 +1,136 @@
+"""How do several people chat with one model? One answer at a time, streamed, and stopped when asked."""
+
+import itertools
+import threading
+import time
+
+import pytest
+import torch
+
+from component.error import UserError
+from component.flag import generation_parser
+from component.rope import extend_context
+from component.talk import Talk
+from component.template import encode_chat
+from tests.component.test_generation import stock
+from tests.conftest import build_llama
+
+GREEDY = {"do_sample": False, "max_new_tokens": 12}
+
+
+@pytest.fixture
+def talk(tiny_llama_config, tokenizer) -> Talk:
+    extend_context(tiny_llama_config, 512)
+    return Talk(build_llama(tiny_llama_config).eval(), tokenizer, generation_parser("").parse_args([]))
+
+
+def never() -> bool:
+    return False
+
+
+def test_an_answer_grows_and_is_kept(talk, tokenizer):
+    conversation = talk.conversation()
+    texts = [answer.text for answer in talk.answer(conversation, "One?", GREEDY, never)]
+    ids = stock(talk.model, encode_chat(tokenizer, [("One?", None)])[0], max_new_tokens=12)
+    assert texts[0] == ""
+    assert texts[-1] == tokenizer.decode(ids, skip_special_tokens=True)
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts))
+    assert conversation.turns == [("One?", texts[-1])]
+
+
+def test_the_second_turn_knows_the_first(talk, tokenizer):
+    conversation = talk.conversation()
+    list(talk.answer(conversation, "One?", GREEDY, never))
+    expected = stock(talk.model, conversation.prompt_ids("Two?"), max_new_tokens=12)
+    *_, last = talk.answer(conversation, "Two?", GREEDY, never)
+    assert last.text == tokenizer.decode(expected, skip_special_tokens=True)
+
+
+def test_stopped(talk):
+    stop, conversation = threading.Event(), talk.conversation()
+    for answer in talk.answer(conversation, "One?", {"do_sample": False, "max_new_tokens": 200}, stop.is_set):
+        if answer.text:
+            stop.set()
+    assert len(talk.tokenizer.tokenize(answer.text)) < 150
+    assert conversation.turns == [("One?", answer.text)], "what has been said is part of the conversation"
+
+
+def test_two_at_a_time_take_turns(talk):
+    """Interleaved, each gets the answer that it would have got alone."""
+    varied = {**GREEDY, "repetition_penalty": 1.5}
+    alone = [list(talk.answer(talk.conversation(), text, varied, never))[-1].text for text in ("One?", "The dog")]
+    both = [talk.answer(talk.conversation(), text, varied, never) for text in ("One?", "The dog")]
+    last = [None, None]
+    running = {0, 1}
+    while running:
+        for at in list(running):
+            step = next(both[at], None)
+            if step is None:
+                running.discard(at)
+            else:
+                last[at] = step.text
+    assert last == alone
+    assert alone[0] != alone[1]
+
+
+def test_only_one_generates_at_a_time(talk, monkeypatch):
+    inside, most = [], []
+
+    def slowly(*_, **__):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.1)
+        inside.pop()
+
+    monkeypatch.setattr("component.talk.continue_text", slowly)
+    askers = [
+        threading.Thread(target=lambda: list(talk.answer(talk.conversation(), "One?", GREEDY, never)))
+        for _ in range(3)
+    ]
+    for asker in askers:
+        asker.start()
+    for asker in askers:
+        asker.join()
+    assert most == [1, 1, 1]
+
+
+def test_whoever_leaves_stops_the_work(talk, monkeypatch):
+    calls, forward = [], talk.model.forward
+
+    def counted(**kwargs):
+        calls.append(1)
+        time.sleep(0.005)
+        return forward(**kwargs)
+
+    monkeypatch.setattr(talk.model, "forward", counted)
+    answers = talk.answer(talk.conversation(), "One?", {"do_sample": False, "max_new_tokens": 300}, never)
+    next(answers)
+    next(answers)
+    answers.close()
+    with talk.turn:  # free for the next
+        assert len(calls) < 100
+
+
+def test_what_is_cut_is_said(talk):
+    conversation = talk.conversation()
+    conversation.documents.append("dog " * 1000)
+    with pytest.raises(UserError, match=r"the prompt has \d{4} tokens, the model's context 512"):
+        list(talk.answer(conversation, "One?", GREEDY, never))
+    *_, last = talk.answer(conversation, "One?", {**GREEDY, "truncate": "middle"}, never)
+    assert last.notice.endswith("tokens were cut (middle)")
+
+
+def test_settings_that_make_no_sense(talk):
+    with pytest.raises(UserError, match="--temperature: 0; use"):
+        list(talk.answer(talk.conversation(), "One?", {"temperature": 0}, never))
+
+
+def test_a_failure_reaches_the_asker_and_nothing_stays_locked(talk, monkeypatch):
+    def fail(**_):
+        raise torch.OutOfMemoryError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(talk.model, "forward", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            list(talk.answer(talk.conversation(), "One?", GREEDY, never))
+    assert list(talk.answer(talk.conversation(), "One?", GREEDY, never))[-1].text

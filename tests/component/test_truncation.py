@@ -1,0 +1,39 @@
+"""Which part of a prompt is kept when it is longer than the context?"""
+
+import pytest
+
+from component.truncation import fit_prompt
+
+TEN = list(range(10))
+
+
+@pytest.mark.parametrize(
+    ("how", "opening", "kept"),
+    [
+        ("left", 0, [4, 5, 6, 7, 8, 9]),
+        ("left", 1, [0, 5, 6, 7, 8, 9]),
+        ("left", 2, [0, 1, 6, 7, 8, 9]),
+        ("middle", 1, [0, 1, 2, 7, 8, 9]),
+        ("middle", 4, [0, 1, 2, 3, 8, 9]),
+        ("left", 99, [0, 1, 2, 3, 4, 5]),
+    ],
+)
+def test_what_is_kept(how, opening, kept):
+    """A context of 8 with 2 tokens for the answer leaves 6."""
+    assert fit_prompt(TEN, 8, 2, how, opening) == (kept, 4)
+
+
+def test_what_fits_is_left_alone():
+    assert fit_prompt(TEN[:6], 8, 2, "middle") == (TEN[:6], 0)
+
+
+def test_nothing_is_cut_unasked():
+    assert fit_prompt(TEN, 8, 2, None) == (TEN, 0)
+
+
+def test_a_long_answer_gets_a_quarter_of_the_context():
+    assert fit_prompt(TEN, 8, 500, "left") == ([4, 5, 6, 7, 8, 9], 4)
+
+
+def test_a_context_of_few_tokens():
+    assert fit_prompt(TEN, 2, 500, "middle") == ([9], 9)
