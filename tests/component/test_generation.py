@@ -15,7 +15,7 @@ from component.cache import PromptCache
 from component.error import UserError
 from component.flag import boolean, check_attention, generation_parser
 from component.generation import Stopped, continue_text, fitted, load_from_flags, stream_continuation
-from component.model import load_for_inference, load_merged
+from component.model import load_for_inference
 from component.rope import extend_context
 from component.template import encode_chat
 from tests.conftest import TEXTS, build_llama
@@ -166,11 +166,11 @@ class TestContext:
         ids, _ = continued(model, prompt_ids, *GREEDY, "--max_new_tokens", "9")
         assert ids == stock(model, prompt_ids, max_new_tokens=9)
 
-    def test_a_merged_model_beyond_its_bases_length(self, adapter_folder, tmp_path, continued, tokenizer):
+    def test_a_merged_model_beyond_its_bases_length(self, adapter_folder, tmp_path, continued, tokenizer, run_program):
         """Of 64 tokens once, filled to the last of 128; beside it stock transformers alone."""
-        merged, own = load_merged(None, str(adapter_folder), context_size=None, dtype=torch.float32)
-        merged.save_pretrained(tmp_path / "merged")
-        own.save_pretrained(tmp_path / "merged")
+        words = ("--adapter_name_or_path", adapter_folder, "--save_path", tmp_path / "merged", "--dtype", "float32")
+        outcome = run_program("script/merge_lora.py", *words)
+        assert outcome.status == 0, outcome.err
         prompt_ids = (tokenizer(" ".join(TEXTS)).input_ids * 2)[:100]
         expected = stock(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), prompt_ids, max_new_tokens=28)
         model, _ = load_for_inference(str(tmp_path / "merged"))
