@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
+from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config
 
 from component import checkpoint
@@ -392,6 +394,7 @@ def killed_merge(seconds: float, begun: Path | None, *words: object) -> int:
     if process == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         os.dup2(2, 1)
+        tqdm.set_lock(threading.RLock())  # its own is shared with this process: killed while holding it, for good
         os._exit(merge(*words))
     deadline = time.monotonic() + 10
     while begun and not begun.exists() and time.monotonic() < deadline:
