@@ -57,6 +57,15 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def loud_again():
+    """The programs quieten transformers; the next test hears it again."""
+    library = logging.getLogger("transformers")
+    level = library.level
+    yield
+    library.setLevel(level)
+
+
 @pytest.fixture(scope="session")
 def trained_bpe() -> Tokenizer:
     """Byte-level BPE with <s> and </s>; <s> stands before every text."""
@@ -173,8 +182,6 @@ def run_program(own_cache, monkeypatch, capsys):
     What is raised, other than the end of the program, passes through: to a user it would be a traceback.
     """
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    library = logging.getLogger("transformers")
-    monkeypatch.setattr(library, "level", library.level)  # the programs quieten it: undone when the test ends
 
     def run(program: str, *words: object, stdin: bytes = b"") -> Outcome:
         file = Path(__file__).resolve().parents[1] / program
