@@ -35,12 +35,11 @@ TOKENS_PER_STEP = 16384
 class Row:
     name: str
     says: str  # what people read in the table
-    changes: dict[str, Any] = field(default_factory=dict)  # of RECIPE; None: nothing is trained
+    changes: dict[str, Any] = field(default_factory=dict)  # of RECIPE
     program: str | None = "train.py"  # None: nothing is trained
     rope_type: str | None = "linear"  # None: positions as they are
     seeds: int = 1
     lengths: tuple[int, ...] = (4096,)  # tokens that the context is extended to
-    s2_evaluation: bool = False  # also with S2-Attn, in the groups of training
 
 
 def main_rows() -> list[Row]:
@@ -53,9 +52,9 @@ def main_rows() -> list[Row]:
             Row(f"untrained-{rope}", f"{rope}, untrained", program=None, rope_type=rope, lengths=both)
             for rope in ("linear", "dynamic", "yarn")
         ),
-        Row("longqlora", "**LongQLoRA**: NF4, all linears, S2", seeds=close, lengths=both, s2_evaluation=True),
+        Row("longqlora", "**LongQLoRA**: NF4, all linears, S2", seeds=close, lengths=both),
         Row("full-attention", "the same, full attention", no_s2, seeds=close, lengths=both),
-        Row("rolled", "the same, the original's rolled S2", program=ROLLED, seeds=close, s2_evaluation=True),
+        Row("rolled", "the same, the original's rolled S2", program=ROLLED, seeds=close),
         Row(
             "longlora",
             "LongLoRA: 16 bits, rank 8 on q,k,v,o, embeddings, norms",

@@ -30,7 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from component.checkpoint import library_versions
 from component.error import UserError, exit_on_user_error, nearest
-from component.result import write_json
+from component.result import hardware, write_json
 from component.rope import extend_context
 from script.experiment.rows import FULL, RECIPE, TOKENS_PER_STEP, Row, all_rows
 
@@ -153,10 +153,6 @@ def execute(words: list[str], log: Path) -> None:
         raise UserError(
             f"{shlex.join(words[:3])} ended with status {done.returncode}: {' '.join(last)[:300]}; see {log}"
         )
-
-
-def hardware() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 
 @exit_on_user_error
