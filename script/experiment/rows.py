@@ -40,6 +40,7 @@ class Row:
     rope_type: str | None = "linear"  # None: positions as they are
     seeds: int = 1
     lengths: tuple[int, ...] = (4096,)  # tokens that the context is extended to
+    also: tuple[str, ...] = ()  # further evaluations, at the first of the lengths: see `run.further_tasks`
 
 
 def main_rows() -> list[Row]:
@@ -52,9 +53,15 @@ def main_rows() -> list[Row]:
             Row(f"untrained-{rope}", f"{rope}, untrained", program=None, rope_type=rope, lengths=both)
             for rope in ("linear", "dynamic", "yarn")
         ),
-        Row("longqlora", "**LongQLoRA**: NF4, all linears, S2", seeds=close, lengths=both),
+        Row(
+            "longqlora",
+            "**LongQLoRA**: NF4, all linears, S2",
+            seeds=close,
+            lengths=both,
+            also=("shift_short", "nf4", "merged-fp16", "merged-nf4"),
+        ),
         Row("full-attention", "the same, full attention", no_s2, seeds=close, lengths=both),
-        Row("rolled", "the same, the original's rolled S2", program=ROLLED, seeds=close),
+        Row("rolled", "the same, the original's rolled S2", program=ROLLED, seeds=close, also=("rolled",)),
         Row(
             "longlora",
             "LongLoRA: 16 bits, rank 8 on q,k,v,o, embeddings, norms",
@@ -66,7 +73,7 @@ def main_rows() -> list[Row]:
         Row("attention-norms", "LoRA on q,k,v,o, + norms", {**modest, "train_norm": True}, seeds=close),
         Row("attention-embeddings", "LoRA on q,k,v,o, + embeddings", {**modest, "train_embedding": True}),
         Row("all", "all linears + norms + embeddings", {"train_norm": True, "train_embedding": True}, seeds=close),
-        Row("full", "full fine-tuning, full attention", no_s2, program=FULL, seeds=close, lengths=both),
+        Row("full", "full fine-tuning, full attention", full(3e-4), program=FULL, seeds=close, lengths=both),
         Row("16-bit", "LongQLoRA on a 16-bit base", {"load_in_4bit": False}, seeds=close),
     ]
 
@@ -80,16 +87,13 @@ def ablation_rows() -> list[Row]:
         *(Row(f"steps-{n}", f"{n} steps", {"max_steps": n}) for n in (100, 200, 700, 1000)),
         *(Row(f"groups-{r:g}", f"groups of {r:g} of the row", {"group_size_ratio": r}) for r in (0.125, 0.5, 1.0)),
         *(Row(f"rate-{x:g}", f"learning rate {x:g}", {"learning_rate": x}) for x in (3e-4, 3e-3)),
-        *(
-            Row(
-                f"full-rate-{x:g}",
-                f"full fine-tuning at {x:g}",
-                {"use_shift_short_attention": False, "learning_rate": x},
-                program=FULL,
-            )
-            for x in (1e-4, 1e-3)
-        ),
+        *(Row(f"full-rate-{x:g}", f"full fine-tuning at {x:g}", full(x), program=FULL) for x in (1e-4, 1e-3)),
     ]
+
+
+def full(learning_rate: float) -> dict[str, Any]:
+    """Every weight trains: at a lower rate than adapters."""
+    return {"use_shift_short_attention": False, "learning_rate": learning_rate}
 
 
 ROLLED, FULL = "script/experiment/train_rolled.py", "script/experiment/train_full.py"

@@ -4,22 +4,25 @@
         --work output/experiment --rows longqlora full-attention rolled full --jobs 8 --time_limit_s 540
     python script/experiment/run.py ... --rows all             # every row of script/experiment/rows.py
 
+    python script/experiment/run.py ... --rows longqlora full --cost             # speed and memory, each row alone
+
 Every row is `train.py` (or the program that the row names) on a YAML, then `script/evaluate/evaluate.py`.
 --data holds train.jsonl, texts longer than any row, and NAME.bin files to evaluate on, made by script/data/.
-Results: WORK/results/ROW-LENGTH-SEED.json.
+Results: WORK/results/ROW-LENGTH-SEED.json, WORK/cost/ROW-LENGTH-SEED.json.
 """
 
 import argparse
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -28,14 +31,14 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from component.checkpoint import library_versions
 from component.error import UserError, exit_on_user_error, nearest
-from component.result import hardware, write_json
+from component.result import hardware, origin, write_json
 from component.rope import extend_context
 from script.experiment.rows import FULL, RECIPE, TOKENS_PER_STEP, Row, all_rows
 
 PROTOCOLS = ("longlora", "sliding")
 LENGTHS = (512, 1024, 2048, 4096, 8192)  # tokens of the windows that are measured
+COST_STEPS = 40
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--max_steps", type=int, help="train shorter, to try the script out")
     parser.add_argument("--jobs", type=int, default=1, help="rows at a time")
     parser.add_argument("--time_limit_s", type=float, help="start no row after this")
+    parser.add_argument("--cost", action="store_true", help=f"train {COST_STEPS} steps of each row, nothing beside it")
     return parser.parse_args()
 
 
@@ -81,26 +85,37 @@ def asked_runs(flags: argparse.Namespace) -> list[Run]:
 
 def do(run: Run, flags: argparse.Namespace) -> dict:
     """Train what the row trains, evaluate it, and keep what came out."""
-    start, folder = time.monotonic(), flags.work / "runs" / run.name
+    start, folder = time.monotonic(), flags.work / ("cost-runs" if flags.cost else "runs") / run.name
     folder.parent.mkdir(parents=True, exist_ok=True)
-    result = {"row": run.row.name, "says": run.row.says, "length": run.length, "seed": run.seed}
+    result: dict[str, Any] = {"row": run.row.name, "says": run.row.says, "length": run.length, "seed": run.seed}
     if run.row.program is None:
         model = stretched(flags.base, folder, run) if run.row.rope_type else flags.base
-        measured = ["--base_model", str(model)]
+        words = ["--base_model", str(model)]
     else:
-        settings = settings_of(run, flags, folder)
-        file = folder.parent / f"{run.name}.yaml"
-        file.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
-        execute([run.row.program, "--train_args_file", str(file)], file.with_suffix(".log"))
-        result |= {"settings": settings, "training": json.loads((folder / "train_results.json").read_text())}
-        history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-        result["losses"] = [[entry["step"], entry["loss"]] for entry in history if "loss" in entry]
-        measured = ["--base_model" if run.row.program == FULL else "--peft_model", str(folder)]
-    result["evaluation"] = evaluate(run, measured, flags)
-    origin = {"date": str(date.today()), "hardware": hardware(), "versions": library_versions()}
-    result |= {"seconds": round(time.monotonic() - start, 1), **origin}
-    write_json(flags.work / "results" / f"{run.name}.json", result)
+        result |= train(run, flags, folder)
+        words = ["--base_model" if run.row.program == FULL else "--peft_model", str(folder)]
+    if not flags.cost:
+        tasks = [task("full", words, protocol=name) for name in (PROTOCOLS if run.seed == 0 else PROTOCOLS[:1])]
+        if run.length == run.row.lengths[0]:
+            tasks += further_tasks(run, folder, words, result.get("settings", {}))
+        result["evaluation"] = evaluate(run, tasks, flags)
+        shutil.rmtree(folder.with_name(f"{run.name}-merged"), ignore_errors=True)
+    result |= {"seconds": round(time.monotonic() - start, 1), **origin()}
+    write_json(flags.work / ("cost" if flags.cost else "results") / f"{run.name}.json", result)
     return result
+
+
+def train(run: Run, flags: argparse.Namespace, folder: Path) -> dict:
+    """Its YAML, what train.py says of the run, and [step, loss] along it."""
+    settings = settings_of(run, flags, folder)
+    file = folder.parent / f"{run.name}.yaml"
+    file.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    assert run.row.program
+    execute([run.row.program, "--train_args_file", str(file)], file.with_suffix(".log"))
+    training = json.loads((folder / "train_results.json").read_text())
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    losses = [[entry["step"], entry["loss"]] for entry in history if "loss" in entry]
+    return {"settings": settings, "training": training, "losses": losses}
 
 
 def stretched(base: Path, folder: Path, run: Run) -> Path:
@@ -120,24 +135,52 @@ def settings_of(run: Run, flags: argparse.Namespace, folder: Path) -> dict:
     batch = {"per_device_train_batch_size": max(1, TOKENS_PER_STEP // run.length), "seed": run.seed}
     precision = {"bf16": True} if torch.cuda.is_available() else {}
     settings = RECIPE | {key: str(path) for key, path in paths.items()} | lengths | batch | precision | run.row.changes
-    return settings | ({"max_steps": flags.max_steps} if flags.max_steps else {})
+    steps = flags.max_steps or (COST_STEPS if flags.cost else None)
+    return settings | ({"max_steps": steps} if steps else {})
 
 
-def evaluate(run: Run, measured: list[str], flags: argparse.Namespace) -> dict:
-    """{text: {protocol: results of evaluate.py}}."""
+def task(kind: str, words: list[str], *, protocol: str = "longlora", group_size: int | None = None) -> dict:
+    """One evaluation: what it is called in the results, and what script/experiment/measure.py is told."""
+    attention = kind if kind in ("shift_short", "rolled") else None
+    return {"kind": kind, "protocol": protocol, "words": words, "attention": attention, "group_size": group_size}
+
+
+def further_tasks(run: Run, folder: Path, words: list[str], settings: dict) -> list[dict]:
+    """The evaluations of `Row.also`: under the attention trained with, on the NF4 base, merged on either base."""
+    tasks = []
+    for kind in run.row.also:
+        if kind in ("shift_short", "rolled"):
+            group = int(settings.get("group_size_ratio", 0.25) * run.length)
+            tasks.append(task(kind, [*words, "--seq_len", str(run.length)], group_size=group))
+        elif kind == "nf4":
+            tasks.append(task(kind, [*words, "--load_in_4bit"]))
+        else:
+            target = folder.with_name(f"{run.name}-merged") / kind
+            target.parent.mkdir(exist_ok=True)
+            flags = ["--adapter_name_or_path", str(folder), "--save_path", str(target), "--check", "no", "--overwrite"]
+            base = kind.removeprefix("merged-")
+            execute(["script/merge_lora.py", *flags, "--base", base], folder.with_name(f"{run.name}-{kind}.log"))
+            tasks.append(task(kind, ["--base_model", str(target)]))
+    return tasks
+
+
+def evaluate(run: Run, tasks: list[dict], flags: argparse.Namespace) -> dict:
+    """{kind: {text: {protocol: results of evaluate.py}}}."""
+    batch = "4" if torch.cuda.is_available() else "1"
+    outputs, asked = [], []
+    for one in tasks:
+        for file in sorted(flags.data.glob("*.bin")):
+            output = flags.work / "runs" / f"{run.name}-{one['kind']}-{file.stem}-{one['protocol']}.json"
+            words = ["--data_path", str(file), "--protocol", one["protocol"], "--output_json", str(output)]
+            words += ["--seq_len", *map(str, flags.windows), "--batch_size", batch, *one["words"]]
+            asked.append({"words": words, "attention": one["attention"], "group_size": one["group_size"]})
+            outputs.append((one["kind"], file.stem, one["protocol"], output))
+    file = flags.work / "runs" / f"{run.name}-tasks.json"
+    file.write_text(json.dumps(asked), encoding="utf-8")
+    execute(["script/experiment/measure.py", str(file)], file.with_suffix(".log"))
     found: dict[str, dict] = {}
-    for file in sorted(flags.data.glob("*.bin")):
-        for protocol in PROTOCOLS:
-            output = flags.work / "runs" / f"{run.name}-{file.stem}-{protocol}.json"
-            words = [*measured, "--data_path", str(file), "--protocol", protocol, "--output_json", str(output)]
-            windows = [
-                "--seq_len",
-                *map(str, flags.windows),
-                "--batch_size",
-                "4" if torch.cuda.is_available() else "1",
-            ]
-            execute(["script/evaluate/evaluate.py", *words, *windows], output.with_suffix(".log"))
-            found.setdefault(file.stem, {})[protocol] = json.loads(output.read_text())["results"]
+    for kind, text, protocol, output in outputs:
+        found.setdefault(kind, {}).setdefault(text, {})[protocol] = json.loads(output.read_text())["results"]
     return found
 
 
@@ -158,10 +201,13 @@ def execute(words: list[str], log: Path) -> None:
 @exit_on_user_error
 def main() -> None:
     flags, start = parse_flags(), time.monotonic()
-    (flags.work / "results").mkdir(parents=True, exist_ok=True)
     for name in ("base", "data", "work"):  # programs are run from the repository's root
         setattr(flags, name, getattr(flags, name).resolve())
-    waiting = [run for run in asked_runs(flags) if not (flags.work / "results" / f"{run.name}.json").is_file()]
+    results = flags.work / ("cost" if flags.cost else "results")
+    results.mkdir(parents=True, exist_ok=True)
+    waiting = [run for run in asked_runs(flags) if not (results / f"{run.name}.json").is_file()]
+    if flags.cost:  # what shares the card with nothing
+        flags.jobs, waiting = 1, [run for run in waiting if run.row.program and run.seed == 0]
     print(f"{len(waiting)} runs, {flags.jobs} at a time, on {hardware()}", flush=True)
     failures = []
 

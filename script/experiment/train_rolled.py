@@ -20,16 +20,15 @@ import train
 from component.attention import NAME, TrainingMask
 
 
-def rolled_shift_short(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+def rolled_attention(
+    query: Tensor, key: Tensor, value: Tensor, group_size: int, *, scale: float | None = None
+) -> Tensor:
     """(B, H, T, D), (B, Hkv, T, D) twice -> (B, T, H, D): the second half of the heads rolled back by half a group.
 
     As the published code does it (LongLoRA's and LongQLoRA's forward without flash attention), and by SDPA.
     """
-    if not module.training:
-        mask = attention_mask.full if isinstance(attention_mask, TrainingMask) else attention_mask
-        return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling)
-    (batch, heads, length, _), group = query.shape, module.config.group_size
-    assert length % group == 0, f"rows of {length} tokens are no whole number of groups of {group}"
+    batch, heads, length, _ = query.shape
+    assert length % group_size == 0, f"rows of {length} tokens are no whole number of groups of {group_size}"
     query, key, value = (tensor.repeat_interleave(heads // tensor.shape[1], dim=1) for tensor in (query, key, value))
 
     def rolled(tensor: Tensor, by: int) -> Tensor:
@@ -37,12 +36,20 @@ def rolled_shift_short(module, query, key, value, attention_mask, scaling=None, 
         return torch.cat([first, second.roll(by, dims=2)], dim=1)
 
     def grouped(tensor: Tensor) -> Tensor:  # (B, H, T, D) -> (B T/g, H, g, D)
-        return tensor.unflatten(2, (-1, group)).transpose(1, 2).flatten(0, 1)
+        return tensor.unflatten(2, (-1, group_size)).transpose(1, 2).flatten(0, 1)
 
-    parts = [grouped(rolled(tensor, -group // 2)) for tensor in (query, key, value)]
-    out = F.scaled_dot_product_attention(*parts, is_causal=True, scale=scaling)
+    parts = [grouped(rolled(tensor, -group_size // 2)) for tensor in (query, key, value)]
+    out = F.scaled_dot_product_attention(*parts, is_causal=True, scale=scale)
     out = out.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)
-    return rolled(out, group // 2).transpose(1, 2), None
+    return rolled(out, group_size // 2).transpose(1, 2)
+
+
+def rolled_shift_short(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+    """transformers' attention interface: rolled while `module` trains, stock SDPA otherwise."""
+    if not module.training:
+        mask = attention_mask.full if isinstance(attention_mask, TrainingMask) else attention_mask
+        return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling)
+    return rolled_attention(query, key, value, module.config.group_size, scale=scaling), None
 
 
 if __name__ == "__main__":

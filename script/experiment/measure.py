@@ -1,0 +1,62 @@
+"""Several calls of evaluate.py in one process, which loads the libraries once.
+
+    python script/experiment/measure.py TASKS.json
+
+TASKS.json: [{"words": flags of script/evaluate/evaluate.py, "attention": null, "shift_short" or "rolled", "group_size":
+tokens}, ...]. With `attention` the model is evaluated under the attention that it was trained with, which
+evaluate.py never does: a window must then hold a whole number of groups.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from component.attention import shift_short_attention
+from component.error import UserError, exit_on_user_error
+from script.evaluate import evaluate
+from script.experiment.train_rolled import rolled_attention
+
+ATTENTION = {"shift_short": shift_short_attention, "rolled": rolled_attention}
+
+
+def grouped_forward(attend, group_size: int, module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """transformers' attention interface, for windows without padding: (B, T, H, D)."""
+    if attention_mask is not None or query.shape[2] % group_size:
+        raise UserError(f"TASKS: windows of {query.shape[2]} tokens, masked or no whole number of {group_size}")
+    return attend(query, key, value, group_size, scale=scaling), None
+
+
+@contextmanager
+def evaluating_with(name: str | None, group_size: int | None) -> Iterator[None]:
+    """What models call SDPA is the attention `name` inside, in groups of `group_size` tokens."""
+    if name is not None:
+        AttentionInterface.register("sdpa", partial(grouped_forward, ATTENTION[name], group_size))
+    try:
+        yield
+    finally:
+        AttentionInterface.register("sdpa", sdpa_attention_forward)
+
+
+@exit_on_user_error
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tasks", type=Path, help="JSON file of tasks")
+    tasks: list[dict[str, Any]] = json.loads(parser.parse_args().tasks.read_text(encoding="utf-8"))
+    for task in tasks:
+        sys.argv = ["script/evaluate/evaluate.py", *task["words"]]
+        with evaluating_with(task["attention"], task["group_size"]):
+            evaluate.main()
+
+
+if __name__ == "__main__":
+    main()
