@@ -2,9 +2,9 @@
 
     python script/experiment/measure.py TASKS.json
 
-TASKS.json: [{"words": flags of script/evaluate/evaluate.py, "attention": null, "shift_short" or "rolled", "group_size":
-tokens}, ...]. With `attention` the model is evaluated under the attention that it was trained with, which
-evaluate.py never does: a window must then hold a whole number of groups.
+TASKS.json: [{"words": flags of script/evaluate/evaluate.py, "attention": null, "shift_short" or "rolled",
+"group_size": tokens}, ...]. With `attention`, a model is evaluated under the attention that it was trained with, which
+evaluate.py never does; a window must then hold a whole number of groups.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def grouped_forward(attend, group_size: int, module, query, key, value, attentio
 @contextmanager
 def evaluating_with(name: str | None, group_size: int | None) -> Iterator[None]:
     """What models call SDPA is the attention `name` inside, in groups of `group_size` tokens."""
-    if name is not None:
+    if name is not None and group_size is not None:
         AttentionInterface.register("sdpa", partial(grouped_forward, ATTENTION[name], group_size))
     try:
         yield

@@ -1,18 +1,18 @@
 """Tables and figures of the experiments, from the results that script/experiment/run.py left.
 
-    python script/experiment/report.py --results output/experiment/results --output figure
+    python script/experiment/report.py --work output/experiment --output figure
 
-Writes experiment.json (the numbers of every row: mean and spread over seeds), experiment.md (tables for README.md) and
-one PNG per question.
+Writes experiment.json (the numbers of every row: mean and spread over seeds, cost, where they are from), experiment.md
+(tables) and one experiment_*.png per question.
 """
 
 import argparse
 import json
-import math
 import statistics
 import sys
-from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -22,9 +22,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from component.error import UserError, exit_on_user_error
-from component.result import write_json
+from component.result import save_figure, write_json
 from script.experiment.rows import ablation_rows, main_rows
 
+BASE_CONTEXT = 1024  # tokens, of script/experiment/pretrain.py's model
 SHOWN = {  # of the figure by length: row -> (label, colour, marker)
     "base": ("base", "#8a8a8a", "x"),
     "untrained-linear": ("interpolated, untrained", "#cc79a7", "v"),
@@ -33,39 +34,63 @@ SHOWN = {  # of the figure by length: row -> (label, colour, marker)
     "longlora": ("LongLoRA's setting", "#e69f00", "^"),
     "full": ("full fine-tuning", "#d55e00", "D"),
 }
-Values = list[float]
+BY_POSITION = {  # (row, kind of evaluation) -> (label, colour, line)
+    ("longqlora", "full"): ("causal S2, evaluated with full attention", "#0072b2", "-"),
+    ("longqlora", "shift_short"): ("causal S2, evaluated under S2", "#0072b2", ":"),
+    ("rolled", "full"): ("rolled S2, evaluated with full attention", "#d55e00", "-"),
+    ("rolled", "rolled"): ("rolled S2, evaluated under rolled S2", "#d55e00", ":"),
+    ("full-attention", "full"): ("full attention", "#8a8a8a", "-"),
+}
+KINDS = {
+    "full": "adapter on the 16-bit base",
+    "nf4": "adapter on the NF4 base it was trained on",
+    "merged-fp16": "merged on the 16-bit base",
+    "merged-nf4": "merged on the dequantised base",
+    "shift_short": "under S2",
+    "rolled": "under rolled S2",
+}
+Rows = dict[tuple[str, int], dict[str, Any]]
 
 
 def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, required=True, help="folder of run.py's results")
+    parser.add_argument("--work", type=Path, required=True, help="folder of run.py, with its results and cost")
     parser.add_argument("--output", type=Path, required=True, help="folder for the JSON, the tables and the figures")
     parser.add_argument("--protocol", default="longlora", help="of the tables and figures (longlora)")
     return parser.parse_args()
 
 
-def gather(results: list[dict], protocol: str) -> dict[tuple[str, int], dict]:
-    """{(row, length extended to): {"says", "texts": {text: {window: perplexities of the seeds}}, cost}}."""
-    rows: dict[tuple[str, int], dict] = {}
+def gather(results: list[dict], costs: list[dict], protocol: str) -> Rows:
+    """By row and length extended to: what it is, its cost, {kind: {text: {window: perplexities of the seeds}}}, ..."""
+    rows: Rows = {}
     for result in sorted(results, key=lambda result: result["seed"]):
-        row = rows.setdefault((result["row"], result["length"]), {"says": result["says"], "seeds": [], "texts": {}})
+        new = {"says": result["says"], "settings": result.get("settings"), "seeds": [], "perplexity": {}}
+        row = rows.setdefault((result["row"], result["length"]), new | {"by_position": {}, "losses": {}})
         row["seeds"].append(result["seed"])
-        for text, measured in result["evaluation"].items():
-            by_window = row["texts"].setdefault(text, defaultdict(list))
-            for entry in measured[protocol]:
-                by_window[entry["seq_len"]].append(entry["perplexity"])
-            longest = max(measured[protocol], key=lambda entry: entry["seq_len"])
-            row.setdefault("by_position", {})[text] = longest.get("by_position")
-        if "training" in result:
-            seconds = result["training"]["step_seconds"][1:]
-            row.setdefault("step_seconds", []).append(statistics.median(seconds) if seconds else math.nan)
-            row.setdefault("reserved_gib", []).append(result["training"].get("peak_reserved_gib"))
+        row["losses"][result["seed"]] = result.get("losses")
+        for kind, texts in result["evaluation"].items():
+            for text, measured in texts.items():
+                by_window = row["perplexity"].setdefault(kind, {}).setdefault(text, {})
+                for entry in measured.get(protocol, []):
+                    by_window.setdefault(entry["seq_len"], []).append(entry["perplexity"])
+                    if entry["seq_len"] == result["length"] and result["seed"] == 0:
+                        row["by_position"].setdefault(kind, {})[text] = entry["by_position"]
+    for cost in costs:
+        row = rows.get((cost["row"], cost["length"]), {})
+        row["step_seconds"] = statistics.median(cost["training"]["step_seconds"][5:])
+        row["reserved_gib"] = cost["training"].get("peak_reserved_gib")
     return rows
 
 
-def cell(values: Values) -> str:
+def values_of(row: dict | None, text: str, window: int, kind: str = "full") -> list[float]:
+    """Of the seeds; [] where nothing was measured, or nothing finite."""
+    found = (row or {}).get("perplexity", {}).get(kind, {}).get(text, {}).get(window, [])
+    return [value for value in found if value is not None]
+
+
+def cell(values: list[float]) -> str:
     """Mean, and half of the range where there are several seeds."""
-    if not values or any(value is None for value in values):
+    if not values:
         return "-"
     mean = statistics.mean(values)
     if mean > 1000:
@@ -74,92 +99,168 @@ def cell(values: Values) -> str:
     return f"{mean:.2f}{spread}"
 
 
-def table(rows: dict[tuple[str, int], dict], names: list[str], length: int, text: str) -> str:
-    """Markdown: one line per row, one column per window."""
+def texts_of(rows: Rows) -> list[str]:
+    return sorted({text for row in rows.values() for text in row["perplexity"].get("full", {})})
+
+
+def compact(rows: Rows, names: Iterable[str], length: int) -> str:
+    """A line per row: perplexity of each text at the base's context and at the extended one, and what a step costs."""
+    columns = [(text, window) for text in texts_of(rows) for window in (BASE_CONTEXT, length)]
+    head = [f"extended to {length}", *(f"{text} {window}" for text, window in columns), "s/step", "GiB"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in (rows[name, length] for name in names if (name, length) in rows):
+        cells = [cell(values_of(row, text, window)) for text, window in columns]
+        cost = [f"{row[key]:.2f}" if row.get(key) else "-" for key in ("step_seconds", "reserved_gib")]
+        lines.append("| " + " | ".join([row["says"], *cells, *cost]) + " |")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def by_window(rows: Rows, names: Iterable[str], length: int, text: str) -> str:
+    """A line per row, a column per window."""
     found = [rows[name, length] for name in names if (name, length) in rows]
-    if not found:
+    windows = sorted({window for row in found for window in row["perplexity"]["full"].get(text, {})})
+    head = [f"{text}, extended to {length}", *map(str, windows)]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines += [
+        f"| {row['says']} | " + " | ".join(cell(values_of(row, text, w)) for w in windows) + " |" for row in found
+    ]
+    return "\n".join(lines) if found else ""
+
+
+def by_kind(rows: Rows, name: str, length: int) -> str:
+    """One row's model, evaluated in several ways."""
+    row = rows.get((name, length))
+    if row is None or len(row["perplexity"]) < 2:
         return ""
-    windows = sorted({window for row in found for window in row["texts"].get(text, {})})
-    lines = [f"| {text}, extended to {length} | " + " | ".join(map(str, windows)) + " | s/step | GiB |"]
-    lines.append("|" + "---|" * (len(windows) + 3))
-    for row in found:
-        cells = [cell(row["texts"].get(text, {}).get(window, [])) for window in windows]
-        seconds, gib = row.get("step_seconds"), row.get("reserved_gib")
-        cells.append(f"{statistics.mean(seconds):.2f}" if seconds else "-")
-        cells.append(f"{max(gib):.1f}" if gib and None not in gib else "-")
-        lines.append(f"| {row['says']} | " + " | ".join(cells) + " |")
+    columns = [(text, window) for text in texts_of(rows) for window in (BASE_CONTEXT, length)]
+    head = [row["says"], *(f"{text} {window}" for text, window in columns)]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for kind in row["perplexity"]:
+        lines.append(f"| {KINDS[kind]} | " + " | ".join(cell(values_of(row, t, w, kind)) for t, w in columns) + " |")
     return "\n".join(lines)
 
 
-def draw_lengths(rows: dict[tuple[str, int], dict], length: int, file: Path) -> None:
-    """Perplexity against the window, a panel per text."""
-    texts = sorted({text for (_, n), row in rows.items() if n == length for text in row["texts"]})
-    figure, panels = plt.subplots(1, len(texts), figsize=(5.5 * len(texts), 4.4), layout="constrained", squeeze=False)
-    for axes, text in zip(panels[0], texts, strict=True):
-        for name, (label, colour, marker) in SHOWN.items():
-            measured = rows.get((name, length), {}).get("texts", {}).get(text, {})
-            points = {w: statistics.mean(v) for w, v in sorted(measured.items()) if v and None not in v}
-            if points:
-                axes.plot(list(points), list(points.values()), color=colour, marker=marker, label=label, linewidth=1.6)
-        axes.set(title=text, xscale="log", yscale="log", xlabel="tokens of the window", ylabel="perplexity")
-        windows = sorted({w for row in rows.values() for w in row["texts"].get(text, {})})
-        axes.set_xticks(windows, [str(w) for w in windows])
-        axes.minorticks_off()
-        axes.grid(axis="y", color="0.9")
-        axes.spines[["top", "right"]].set_visible(False)
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
-    figure.savefig(file, dpi=130)
+def panels(rows: Rows, title: str = "{}", lines: int = 1):
+    """A figure with `lines` panels above each other per text, and (the text's panels, text)."""
+    texts = texts_of(rows)
+    size = (5.4 * len(texts), 0.8 + 3.6 * lines)
+    figure, axes = plt.subplots(lines, len(texts), figsize=size, layout="constrained", squeeze=False)
+    for column, text in zip(axes.T, texts, strict=True):
+        column[0].set(title=title.format(text))
+        for one in column:
+            one.set(ylabel="perplexity")
+            one.grid(axis="y", color="0.9")
+            one.spines[["top", "right"]].set_visible(False)
+    return figure, [(list(column), text) for column, text in zip(axes.T, texts, strict=True)]
+
+
+def finish(figure, axes, file: Path) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    if len(labels) > 1:
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), frameon=False)
+    save_figure(figure, file)
     plt.close(figure)
 
 
-def draw_sweep(rows: dict[tuple[str, int], dict], prefix: str, base: float, length: int, file: Path) -> None:
-    """Perplexity at the extended length against a number in rows' names; LongQLoRA's own value is `base`."""
+def ticks(axes, places: Iterable[float]) -> None:
+    axes.set_xscale("log")
+    axes.set_xticks(sorted(places), [f"{place:g}" for place in sorted(places)])
+    axes.xaxis.minorticks_off()
+
+
+def draw_lengths(rows: Rows, length: int, file: Path) -> None:
+    """Perplexity against the window: all rows above, those near the base's own perplexity below."""
+    figure, parts = panels(rows, f"{{}}, extended to {length}", lines=2)
+    for (above, below), text in parts:
+        windows: set[int] = set()
+        near = []
+        for name, (label, colour, marker) in SHOWN.items():
+            measured = rows.get((name, length), {}).get("perplexity", {}).get("full", {}).get(text, {})
+            points = {w: statistics.mean(values_of(rows[name, length], text, w)) for w in sorted(measured)}
+            for axes in (above, below):
+                axes.plot(list(points), list(points.values()), color=colour, marker=marker, label=label, linewidth=1.6)
+            windows |= set(points)
+            near += [] if label.startswith(("base", "interpolated")) else list(points.values())
+        own = values_of(rows.get(("base", length)), text, BASE_CONTEXT)
+        low, high = min(near + own), max(near + own)
+        above.set(yscale="log")
+        for kind in (above.yaxis.set_major_formatter, above.yaxis.set_minor_formatter):
+            kind(lambda value, _: f"{value:g}")
+        below.set(xlabel="tokens of the window", ylim=(low - 0.1 * (high - low), high + 0.1 * (high - low)))
+        for axes in (above, below):
+            ticks(axes, windows)
+    finish(figure, parts[0][0][0], file)
+
+
+def draw_positions(rows: Rows, length: int, file: Path) -> None:
+    """Perplexity by position in the window, for rolled and causal S2."""
+    figure, parts = panels(rows, f"{{}}, windows of {length} tokens")
+    for (axes,), text in parts:
+        for (name, kind), (label, colour, line) in BY_POSITION.items():
+            buckets = rows.get((name, length), {}).get("by_position", {}).get(kind, {}).get(text, [])
+            middles = [(bucket["start"] + bucket["end"]) / 2 for bucket in buckets]
+            axes.plot(middles, [b["perplexity"] for b in buckets], line, color=colour, label=label, linewidth=1.6)
+        group = (rows.get(("longqlora", length), {}).get("settings") or {}).get("group_size_ratio", 0.25) * length
+        axes.axvspan(0, group / 2, color="0.93", zorder=0)
+        axes.set(xlabel="position in the window (grey: the first half-group)")
+    finish(figure, parts[0][0][0], file)
+
+
+def draw_sweep(rows: Rows, prefix: str, own: float, label: str, length: int, file: Path) -> None:
+    """Perplexity at the extended length against the number in rows' names; LongQLoRA's own is `own`."""
     found: dict[float, dict] = {}
     for (name, n), row in rows.items():
         number = name.removeprefix(prefix)
         if n == length and name.startswith(prefix) and number.replace(".", "", 1).isdigit():
             found[float(number)] = row
     if ("longqlora", length) in rows:
-        found[base] = rows["longqlora", length]
+        found[own] = rows["longqlora", length]
     if len(found) < 2:
         return
-    figure, axes = plt.subplots(figsize=(5.5, 4), layout="constrained")
-    for text in sorted(next(iter(found.values()))["texts"]):
-        points = {x: statistics.mean(row["texts"][text][length]) for x, row in sorted(found.items())}
-        axes.plot(list(points), list(points.values()), marker="o", label=text, linewidth=1.6)
-    axes.set(xscale="log", xlabel=prefix.strip("-"), ylabel=f"perplexity at {length} tokens")
-    axes.set_xticks(sorted(found), [f"{x:g}" for x in sorted(found)])
-    axes.minorticks_off()
-    axes.grid(axis="y", color="0.9")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.savefig(file, dpi=130)
-    plt.close(figure)
+    figure, parts = panels(rows, f"{{}}, windows of {length} tokens")
+    for (axes,), text in parts:
+        points = {x: statistics.mean(values_of(row, text, length)) for x, row in sorted(found.items())}
+        axes.plot(list(points), list(points.values()), color="#0072b2", marker="o", linewidth=1.6, label="LongQLoRA")
+        for name, (says, colour, _) in SHOWN.items():
+            if name in ("full-attention", "full") and values_of(rows.get((name, length)), text, length):
+                level = statistics.mean(values_of(rows[name, length], text, length))
+                axes.axhline(level, color=colour, linestyle="--", linewidth=1.2, label=says)
+        axes.set(xlabel=label)
+        ticks(axes, found)
+    finish(figure, parts[0][0][0], file)
 
 
 @exit_on_user_error
 def main() -> None:
     flags = parse_flags()
-    results = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(flags.results.glob("*.json"))]
-    if not results:
-        raise UserError(f"--results: {flags.results} holds no result; run script/experiment/run.py first")
-    rows = gather(results, flags.protocol)
+    read = {kind: [json.loads(f.read_text()) for f in sorted((flags.work / kind).glob("*.json"))] for kind in KEPT}
+    if not read["results"]:
+        raise UserError(f"--work: {flags.work}/results holds no result; run script/experiment/run.py first")
+    rows = gather(read["results"], read["cost"], flags.protocol)
     lengths = sorted({length for _, length in rows})
-    texts = sorted({text for row in rows.values() for text in row["texts"]})
-    groups = [[row.name for row in main_rows()], ["longqlora", *(row.name for row in ablation_rows())]]
-    tables = [table(rows, names, length, text) for names in groups for length in lengths for text in texts]
+    main_names, others = [row.name for row in main_rows()], [row.name for row in ablation_rows()]
+    tables = [compact(rows, main_names, length) for length in lengths]
+    tables += [compact(rows, ["longqlora", *others], lengths[0])]
+    tables += [by_kind(rows, name, lengths[0]) for name in ("longqlora", "rolled")]
+    tables += [by_window(rows, main_names, length, text) for length in lengths for text in texts_of(rows)]
     flags.output.mkdir(parents=True, exist_ok=True)
     (flags.output / "experiment.md").write_text("\n\n".join(filter(None, tables)) + "\n", encoding="utf-8")
     for length in lengths:
         draw_lengths(rows, length, flags.output / f"experiment_lengths_{length}.png")
-    for prefix, base in (("rank-", 64), ("steps-", 400), ("groups-", 0.25)):
-        draw_sweep(rows, prefix, base, lengths[0], flags.output / f"experiment_{prefix}{lengths[0]}.png")
+    draw_positions(rows, lengths[0], flags.output / "experiment_positions.png")
+    for prefix, own, label in SWEEPS:
+        draw_sweep(rows, prefix, own, label, lengths[0], flags.output / f"experiment_{prefix.strip('-')}.png")
+    origins = {(one["date"], one["hardware"], json.dumps(one["versions"])) for one in read["results"]}
+    dates, cards, versions = (sorted(set(column)) for column in zip(*origins, strict=True))
+    record = {"commands": sorted({one["command"] for one in read["results"] + read["cost"]}), "dates": dates}
+    record |= {"hardware": cards, "versions": [json.loads(one) for one in versions]}
     shown = [{"row": name, "length": length, **row} for (name, length), row in rows.items()]
-    kept = ("date", "hardware", "versions")
-    write_json(flags.output / "experiment.json", {key: results[0][key] for key in kept} | {"rows": shown})
+    write_json(flags.output / "experiment.json", record | {"rows": shown})
     print((flags.output / "experiment.md").read_text(encoding="utf-8"))
 
+
+KEPT = ("results", "cost")
+SWEEPS = (("rank-", 64, "LoRA rank"), ("steps-", 400, "steps"), ("groups-", 0.25, "group / row"))
 
 if __name__ == "__main__":
     main()

@@ -3,7 +3,7 @@
 python script/experiment/rows.py     # prints the rows
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 ATTENTION = "q_proj,k_proj,v_proj,o_proj"
@@ -38,8 +38,9 @@ class Row:
     changes: dict[str, Any] = field(default_factory=dict)  # of RECIPE
     program: str | None = "train.py"  # None: nothing is trained
     rope_type: str | None = "linear"  # None: positions as they are
-    seeds: int = 1
+    seeds: int = 1  # at the first of the lengths; at others one
     lengths: tuple[int, ...] = (4096,)  # tokens that the context is extended to
+    windows: tuple[int, ...] = (512, 1024, 2048, 4096, 8192)  # tokens, that are evaluated
     also: tuple[str, ...] = ()  # further evaluations, at the first of the lengths: see `run.further_tasks`
 
 
@@ -80,15 +81,18 @@ def main_rows() -> list[Row]:
 
 def ablation_rows() -> list[Row]:
     rank_8 = {"lora_rank": 8, "lora_alpha": 16}
-    return [
+    rows = [
         *(Row(f"rank-{r}", f"rank {r}", {"lora_rank": r, "lora_alpha": r}) for r in (8, 16, 32, 128, 256)),
         Row("rank-8-attention", "rank 8 on q,k,v,o", {**rank_8, "target_modules": ATTENTION}),
-        Row("rank-8-norms", "rank 8 on all linears + norms", {**rank_8, "train_norm": True}),
+        Row("rank-8-norms", "rank 8 + norms", {**rank_8, "train_norm": True}),
+        Row("rank-8-embeddings", "rank 8 + embeddings", {**rank_8, "train_embedding": True}),
         *(Row(f"steps-{n}", f"{n} steps", {"max_steps": n}) for n in (100, 200, 700, 1000)),
         *(Row(f"groups-{r:g}", f"groups of {r:g} of the row", {"group_size_ratio": r}) for r in (0.125, 0.5, 1.0)),
         *(Row(f"rate-{x:g}", f"learning rate {x:g}", {"learning_rate": x}) for x in (3e-4, 3e-3)),
         *(Row(f"full-rate-{x:g}", f"full fine-tuning at {x:g}", full(x), program=FULL) for x in (1e-4, 1e-3)),
+        Row("rope-yarn", "yarn in place of linear", {"rope_type": "yarn"}),
     ]
+    return [replace(row, windows=(1024, 4096)) for row in rows]
 
 
 def full(learning_rate: float) -> dict[str, Any]:

@@ -37,7 +37,6 @@ from component.rope import extend_context
 from script.experiment.rows import FULL, RECIPE, TOKENS_PER_STEP, Row, all_rows
 
 PROTOCOLS = ("longlora", "sliding")
-LENGTHS = (512, 1024, 2048, 4096, 8192)  # tokens of the windows that are measured
 COST_STEPS = 40
 
 
@@ -62,7 +61,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", required=True, help="names of rows, or all")
     parser.add_argument("--seeds", type=int, help="at most so many per row (default: as many as the row says)")
     parser.add_argument("--lengths", type=int, nargs="+", help="instead of those that the row says")
-    parser.add_argument("--windows", type=int, nargs="+", default=LENGTHS, help="tokens of the windows to evaluate")
+    parser.add_argument("--windows", type=int, nargs="+", help="tokens to evaluate at, instead of the row's")
     parser.add_argument("--max_steps", type=int, help="train shorter, to try the script out")
     parser.add_argument("--jobs", type=int, default=1, help="rows at a time")
     parser.add_argument("--time_limit_s", type=float, help="start no row after this")
@@ -78,8 +77,9 @@ def asked_runs(flags: argparse.Namespace) -> list[Run]:
             raise UserError(f"--rows: {name!r} is no row{nearest(name, known)}")
     runs = []
     for row in map(known.__getitem__, names):
-        seeds = 1 if row.program is None else min(row.seeds, flags.seeds or row.seeds)
-        runs += [Run(row, length, seed) for seed in range(seeds) for length in flags.lengths or row.lengths]
+        lengths = flags.lengths or row.lengths
+        runs += [Run(row, lengths[0], seed) for seed in range(min(row.seeds, flags.seeds or row.seeds))]
+        runs += [Run(row, length, 0) for length in lengths[1:]]
     return sorted(runs, key=lambda run: run.seed)  # a cut-off run has all rows once before it has one twice
 
 
@@ -97,7 +97,7 @@ def do(run: Run, flags: argparse.Namespace) -> dict:
     if not flags.cost:
         tasks = [task("full", words, protocol=name) for name in (PROTOCOLS if run.seed == 0 else PROTOCOLS[:1])]
         if run.length == run.row.lengths[0]:
-            tasks += further_tasks(run, folder, words, result.get("settings", {}))
+            tasks += further_tasks(run, folder, words, result.get("settings", {}), flags)
         result["evaluation"] = evaluate(run, tasks, flags)
         shutil.rmtree(folder.with_name(f"{run.name}-merged"), ignore_errors=True)
     result |= {"seconds": round(time.monotonic() - start, 1), **origin()}
@@ -145,22 +145,22 @@ def task(kind: str, words: list[str], *, protocol: str = "longlora", group_size:
     return {"kind": kind, "protocol": protocol, "words": words, "attention": attention, "group_size": group_size}
 
 
-def further_tasks(run: Run, folder: Path, words: list[str], settings: dict) -> list[dict]:
+def further_tasks(run: Run, folder: Path, words: list[str], settings: dict, flags: argparse.Namespace) -> list[dict]:
     """The evaluations of `Row.also`: under the attention trained with, on the NF4 base, merged on either base."""
-    tasks = []
+    tasks, short = [], ["--seq_len", *map(str, flags.windows or (1024, run.length))]
     for kind in run.row.also:
         if kind in ("shift_short", "rolled"):
             group = int(settings.get("group_size_ratio", 0.25) * run.length)
             tasks.append(task(kind, [*words, "--seq_len", str(run.length)], group_size=group))
         elif kind == "nf4":
-            tasks.append(task(kind, [*words, "--load_in_4bit"]))
+            tasks.append(task(kind, [*words, "--load_in_4bit", *short]))
         else:
             target = folder.with_name(f"{run.name}-merged") / kind
             target.parent.mkdir(exist_ok=True)
-            flags = ["--adapter_name_or_path", str(folder), "--save_path", str(target), "--check", "no", "--overwrite"]
+            merge = ["--adapter_name_or_path", str(folder), "--save_path", str(target), "--check", "no", "--overwrite"]
             base = kind.removeprefix("merged-")
-            execute(["script/merge_lora.py", *flags, "--base", base], folder.with_name(f"{run.name}-{kind}.log"))
-            tasks.append(task(kind, ["--base_model", str(target)]))
+            execute(["script/merge_lora.py", *merge, "--base", base], folder.with_name(f"{run.name}-{kind}.log"))
+            tasks.append(task(kind, ["--base_model", str(target), *short]))
     return tasks
 
 
@@ -172,7 +172,7 @@ def evaluate(run: Run, tasks: list[dict], flags: argparse.Namespace) -> dict:
         for file in sorted(flags.data.glob("*.bin")):
             output = flags.work / "runs" / f"{run.name}-{one['kind']}-{file.stem}-{one['protocol']}.json"
             words = ["--data_path", str(file), "--protocol", one["protocol"], "--output_json", str(output)]
-            words += ["--seq_len", *map(str, flags.windows), "--batch_size", batch, *one["words"]]
+            words += ["--seq_len", *map(str, flags.windows or run.row.windows), "--batch_size", batch, *one["words"]]
             asked.append({"words": words, "attention": one["attention"], "group_size": one["group_size"]})
             outputs.append((one["kind"], file.stem, one["protocol"], output))
     file = flags.work / "runs" / f"{run.name}-tasks.json"

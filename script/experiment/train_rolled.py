@@ -38,8 +38,8 @@ def rolled_attention(
     def grouped(tensor: Tensor) -> Tensor:  # (B, H, T, D) -> (B T/g, H, g, D)
         return tensor.unflatten(2, (-1, group_size)).transpose(1, 2).flatten(0, 1)
 
-    parts = [grouped(rolled(tensor, -group_size // 2)) for tensor in (query, key, value)]
-    out = F.scaled_dot_product_attention(*parts, is_causal=True, scale=scale)
+    query, key, value = (grouped(rolled(tensor, -group_size // 2)) for tensor in (query, key, value))
+    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
     out = out.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)
     return rolled(out, group_size // 2).transpose(1, 2)
 
