@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Everything in README.md's "Experiments", from texts to tables and figures, on one GPU (an H200: about 40 minutes).
+#
+#   bash script/experiment/all.sh TEXTS WORK FIGURES [JOBS]
+#
+# TEXTS holds books-train, books-validation, proof-train and proof-validation (.jsonl.xz, lines of {"text"}) and
+# sft_long_leval.jsonl.xz ({"input", "output"}). What WORK holds already is not made again: a run that was killed goes on.
+set -euo pipefail
+texts=$1 work=$2 figures=$3 jobs=${4:-12}
+cd "$(dirname "$0")/../.."
+mkdir -p "$work/data" "$work/held-out"
+
+base=$work/base
+[ -d "$base" ] || python3 script/experiment/pretrain.py --minutes 2.5 --output "$base" \
+    --train "$texts"/{books,proof}-train.jsonl.xz --validation "$texts"/{books,proof}-validation.jsonl.xz
+
+pieces() { # OUTPUT, least and most tokens, how many, SOURCES: pieces of long texts
+    [ -f "$1" ] || python3 script/data/build_pretrain.py --tokenizer "$base" --long_texts split --output "$1" \
+        --min_tokens "$2" --max_tokens "$3" --num_samples "$4" --source "${@:5}"
+}
+pieces "$work/data/train.jsonl" 8200 9000 2400 "$texts"/{books,proof}-train.jsonl.xz
+for text in books proof; do
+    pieces "$work/held-out/$text.jsonl" 24000 32768 10 "$texts/$text-validation.jsonl.xz"
+    [ -f "$work/data/$text.bin" ] || python3 script/data/tokenize_bin.py --tokenizer "$base" \
+        --source "$work/held-out/$text.jsonl" --output "$work/data/$text.bin"
+done
+
+rows() { python3 script/experiment/run.py --base "$base" --data "$work/data" --work "$work" "$@"; }
+rows --cost --rows longqlora full-attention longlora 16-bit full # first: their texts are then tokenized for all
+rows --jobs "$jobs" --rows all
+python3 script/experiment/report.py --work "$work" --output "$figures"
