@@ -3,7 +3,7 @@
     python script/experiment/passkey.py --base output/experiment/base --work output/experiment/passkey \\
         --adapter output/experiment/runs/longqlora-8192-0 \\
         --output_json figure/experiment_passkey.json --figure figure/experiment_passkey.png
-    python script/experiment/passkey.py --base BASE --work DIR ... --context 4096     # no adapter: straight from the base
+    python script/experiment/passkey.py --base BASE --work DIR ... --context 4096     # without an adapter
 
 Three contenders: the base, tuned at its own length with full attention; the same, its positions then stretched and
 not trained; and the adapter, merged and tuned at its extended length with S2-Attn. Both trainings take the same steps,
@@ -36,7 +36,7 @@ from component.model import load_config, load_tokenizer
 from component.passkey import KEYS, NEEDLE, Prompt, PromptMaker, draw_key, even_depths
 from component.result import check_result_file, origin, save_figure, write_json
 from component.rope import context_length
-from component.template import encode_by_tokenizer
+from component.template import Turns, encode_by_tokenizer
 from script.evaluate.passkey import colour_bar, heat_map
 from script.experiment.tuning import measured, merge, tune
 
@@ -85,7 +85,7 @@ def spelling_end_to_end(model: Path, folder: Path) -> Path:
     return folder
 
 
-def conversation(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[tuple[str, str]]:
+def conversation(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> Turns:
     """A prompt and its answer as two turns: the second time that the needle says the key is learnt too.
 
     It is the same task at a distance of a few tokens, which small models learn first.
@@ -98,7 +98,7 @@ def conversation(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[tup
 
 def training_samples(
     tokenizer: PreTrainedTokenizerBase, tokens: int, longest: int, banned: set[str], seed: int
-) -> Iterator[list[tuple[str, str]]]:
+) -> Iterator[Turns]:
     """Conversations of `tokens` tokens or a few more in all, each of at most `longest`.
 
     Raises:
@@ -130,10 +130,8 @@ def write_samples(model: Path, file: Path, longest: int, flags: argparse.Namespa
     tokens, samples = flags.steps * flags.tokens_per_step, 0
     with file.open("w", encoding="utf-8") as out:
         for turns in training_samples(tokenizer, tokens, longest, banned, flags.seed):
-            roles = (
-                ({"role": "user", "content": user}, {"role": "assistant", "content": said}) for user, said in turns
-            )
-            out.write(json.dumps({"messages": list(chain.from_iterable(roles))}) + "\n")
+            said = zip(cycle(("user", "assistant")), chain.from_iterable(turns), strict=False)
+            out.write(json.dumps({"messages": [{"role": role, "content": text} for role, text in said]}) + "\n")
             samples += 1
     return {"samples": samples, "longest_tokens": longest}
 
