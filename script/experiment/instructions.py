@@ -33,6 +33,7 @@ from script.experiment.run import execute
 from script.experiment.tuning import tune
 
 SHARED_LINE = 60  # characters; shorter lines stand in documents that have nothing to do with each other
+NO_LIMIT = 10**9  # tokens: whole inputs are counted here, without a warning
 Record = dict[str, str]
 
 
@@ -143,7 +144,7 @@ def write_side(file: Path, records: Iterable[Record], tokenizer: PreTrainedToken
 
 def instruct(name: str, model: Path, sides: dict[str, list[Record]], flags: argparse.Namespace) -> dict[str, Any]:
     """Tune `model` at its own context in WORK/NAME: what it was trained and measured on, loss before and after."""
-    context, tokenizer = context_length(load_config(str(model), "--base")), load_tokenizer(str(model))
+    context, tokenizer = context_length(load_config(str(model), "--base")), load_tokenizer(str(model), NO_LIMIT)
     files = {side: flags.work / f"{name}-{side}.jsonl" for side in sides}
     cut = {side: [end_of_question(tokenizer, record, context) for record in sides[side]] for side in sides}
     counts = {side: write_side(files[side], cut[side], tokenizer) for side in sides}
@@ -172,7 +173,10 @@ def instruct(name: str, model: Path, sides: dict[str, list[Record]], flags: argp
 def main() -> None:
     flags = parse_flags()
     flags.work.mkdir(parents=True, exist_ok=True)
-    context, tokenizer = context_length(load_config(str(flags.base), "--base")), load_tokenizer(str(flags.base))
+    context, tokenizer = (
+        context_length(load_config(str(flags.base), "--base")),
+        load_tokenizer(str(flags.base), NO_LIMIT),
+    )
     records, counts = fitting(flags, context)
     kept = [record for record in records if lengths(tokenizer, record)[1] <= flags.max_answer_tokens]
     groups = [group[: flags.per_document] for group in documents(kept)]
