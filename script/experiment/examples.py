@@ -153,10 +153,11 @@ def caption(found: list[Passage], parameters: int, flags: argparse.Namespace) ->
     of = {name: math.exp(mean(passage["nats"][name] for passage in found)) for name in found[0]["nats"]}
     return (
         f"Models of {parameters / 1e6:.0f} M parameters, pretrained from scratch for minutes: they have style, no "
-        f"sense. The first {flags.shown} of {len(found)} passages drawn at random, none chosen; sampled at temperature "
-        f"{flags.temperature:g}, top_p 0.9, seed {flags.seed}. Perplexity of the next {flags.new_tokens} true tokens, "
-        f"over all {len(found)} passages: base, on what it can read, {of['base']:.1f}; base with stretched positions, "
-        f"untrained, on the whole prompt {of['stretched']:.1f}; LongQLoRA, on the whole prompt {of['longqlora']:.1f}."
+        f"sense. The first {flags.shown} of {len(found)} passages drawn at random, none chosen; sampled at "
+        f"temperature {flags.temperature:g}, top_p 0.9, seed {flags.seed}. Perplexity of the next "
+        f"{flags.new_tokens} true tokens, over all {len(found)} passages: base, on what it can read, {of['base']:.1f}; "
+        f"base, positions stretched and untrained, on the whole prompt {of['stretched']:.1f}; LongQLoRA, on the whole "
+        f"prompt {of['longqlora']:.1f}."
     )
 
 
