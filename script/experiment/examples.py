@@ -14,10 +14,7 @@ no training, and for LongQLoRA, both on the whole prompt.
 import argparse
 import json
 import math
-import random
-import re
 import sys
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from statistics import mean
@@ -34,16 +31,14 @@ from component.memory import next_token_losses
 from component.model import load_config, load_model, load_tokenizer
 from component.result import check_result_file, origin, save_figure, write_json
 from component.rope import context_length
-from component.source import RecordTally, read_records
 from component.truncation import fit_prompt
+from script.experiment.passages import Passage, passages
 from script.experiment.run import execute
 from script.experiment.transcript import Block, draw
 
 SHORT_TOKENS = (180, 240)
-SENTENCE_END = re.compile(r"[.!?][\"'\u201d\u2019]?(?=\s)")
 SHOWN_CHARACTERS = 420  # of a prompt's end
 GREY, ORANGE, BLUE, GREEN = "#6b6b6b", "#c24e00", "#0072b2", "#00795b"
-Passage = dict[str, Any]
 
 
 def parse_flags() -> argparse.Namespace:
@@ -73,41 +68,6 @@ def parse_flags() -> argparse.Namespace:
     for name in ("base", "extended", "work"):  # programs are run from the repository's root
         setattr(flags, name, getattr(flags, name).resolve())
     return flags
-
-
-def passages(
-    tokenizer: PreTrainedTokenizerBase, kind: str, limits: tuple[int, int], flags: argparse.Namespace
-) -> Iterator[Passage]:
-    """Random passages, without end: a prompt of whole lines that ends with a sentence, and the tokens that follow."""
-    draw_from, tally = random.Random(f"{flags.seed} {kind}"), RecordTally()
-    records = [record for _, record in tally.good(flags.source, read_records(flags.source, ("text",)))]
-    tally.refuse_if_too_many()
-    fewest, most = limits
-    places = [offsets_of(tokenizer, record["text"]) for record in records]
-    usable = [number for number, offsets in enumerate(places) if len(offsets) > 2 * (most + flags.new_tokens)]
-    if not usable:
-        raise UserError(
-            f"--source: {flags.source} has no text twice as long as {most} tokens; name one of longer texts"
-        )
-    while True:
-        number = draw_from.choice(usable)
-        text, offsets = records[number]["text"], places[number]
-        last = draw_from.randrange(most, len(offsets) - flags.new_tokens)
-        sentence = SENTENCE_END.search(text, offsets[last][0])
-        start = text.find("\n", offsets[last - draw_from.randint(fewest, most)][0]) + 1
-        if not sentence or not 0 < start < sentence.end():
-            continue
-        prompt, rest = text[start : sentence.end()], text[sentence.end() :]
-        tokens, ends = len(tokenizer(prompt).input_ids), offsets_of(tokenizer, rest[: 20 * flags.new_tokens])
-        if fewest <= tokens <= most and len(ends) >= flags.new_tokens:
-            source = str(records[number].get("id", f"text {number + 1}"))
-            true = rest[: ends[flags.new_tokens - 1][1]]
-            yield {"kind": kind, "source": source, "tokens": tokens, "prompt": prompt, "true": true}
-
-
-def offsets_of(tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[int, int]]:
-    """[start, end) of each token, in characters."""
-    return tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
 
 
 def continued(name: str, model: list[str], asked: Path, flags: argparse.Namespace) -> list[dict[str, Any]]:
@@ -154,10 +114,10 @@ def caption(found: list[Passage], parameters: int, flags: argparse.Namespace) ->
     return (
         f"Models of {parameters / 1e6:.0f} M parameters, pretrained from scratch for minutes: they have style, no "
         f"sense. The first {flags.shown} of {len(found)} passages drawn at random, none chosen; sampled at "
-        f"temperature {flags.temperature:g}, top_p 0.9, seed {flags.seed}. Perplexity of the next "
-        f"{flags.new_tokens} true tokens, over all {len(found)} passages: base, on what it can read, {of['base']:.1f}; "
-        f"base, positions stretched and untrained, on the whole prompt {of['stretched']:.1f}; LongQLoRA, on the whole "
-        f"prompt {of['longqlora']:.1f}."
+        f"temperature {flags.temperature:g}, top_p 0.9, seed {flags.seed}; line breaks are not shown. Perplexity of "
+        f"the next {flags.new_tokens} true tokens, over all {len(found)} passages: base, on what it can read, "
+        f"{of['base']:.1f}; base, positions stretched and untrained, on the whole prompt {of['stretched']:.1f}; "
+        f"LongQLoRA, on the whole prompt {of['longqlora']:.1f}."
     )
 
 
@@ -175,7 +135,8 @@ def main() -> None:
     tokenizer = load_tokenizer(str(flags.base), 10**9)  # whole books are taken apart here, without a warning
     found: list[Passage] = []
     for kind, limits in (("long", tuple(flags.long_tokens)), ("short", SHORT_TOKENS)):
-        found += islice(passages(tokenizer, kind, limits, flags), flags.passages)
+        drawn = passages(flags.source, tokenizer, limits, flags.new_tokens, f"{flags.seed} {kind}")
+        found += [passage | {"kind": kind} for passage in islice(drawn, flags.passages)]
     asked = flags.work / "prompts.jsonl"
     asked.write_text("".join(json.dumps({"prompt": passage["prompt"]}) + "\n" for passage in found), encoding="utf-8")
     adapter_words = ["--adapter_name_or_path", str(extended[1])] if is_adapter else []

@@ -11,9 +11,7 @@ is the control: of every question only the end is kept, as much as fits, and the
 
 import argparse
 import json
-import random
 import sys
-from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -30,11 +28,10 @@ from component.rope import context_length
 from component.source import RecordTally, read_records
 from component.template import IGNORE_INDEX, encode_chat
 from script.experiment.run import execute
+from script.experiment.split import Record, documents, split
 from script.experiment.tuning import tune
 
-SHARED_LINE = 60  # characters; shorter lines stand in documents that have nothing to do with each other
 NO_LIMIT = 10**9  # tokens: whole inputs are counted here, without a warning
-Record = dict[str, str]
 
 
 def parse_flags() -> argparse.Namespace:
@@ -77,40 +74,6 @@ def fitting(flags: argparse.Namespace, context: int) -> tuple[list[Record], dict
     execute(["script/data/build_sft.py", *map(str, words), "--seed", str(flags.seed)], flags.work / "build_sft.log")
     counts = json.loads(output.with_suffix(".stats.json").read_text(encoding="utf-8"))["counts"]
     return [record for _, record in RecordTally().good(output, read_records(output, ("input", "output")))], counts
-
-
-def documents(records: list[Record]) -> list[list[Record]]:
-    """The records in groups: two that share a long line are about the same document, and so on along a chain."""
-    group = list(range(len(records)))  # the earliest record known to be about the same document, or one on the way
-
-    def first_of(record: int) -> int:
-        while group[record] != record:
-            record = group[record]
-        return record
-
-    seen: dict[str, int] = {}
-    for number, record in enumerate(records):
-        for line in map(str.strip, record["input"].splitlines()):
-            if len(line) >= SHARED_LINE:
-                one, other = sorted((first_of(seen.setdefault(line, number)), first_of(number)))
-                group[other] = one
-    found = defaultdict(list)
-    for number, record in enumerate(records):
-        found[first_of(number)].append(record)
-    return list(found.values())
-
-
-def split(groups: list[list[Record]], share: float, seed: int) -> dict[str, list[list[Record]]]:
-    """{"train", "held_out"}: documents drawn until `share` of all records is held out; none too big for that share."""
-    room = share * sum(map(len, groups))
-    sides: dict[str, list[list[Record]]] = {"train": [], "held_out": []}
-    for group in random.Random(seed).sample(groups, len(groups)):
-        is_held_out = len(group) <= room
-        room -= len(group) * is_held_out
-        sides["held_out" if is_held_out else "train"].append(group)
-    if not all(sides.values()):
-        raise UserError(f"--held_out: {share} of {len(groups)} documents leaves one side empty; choose another share")
-    return sides
 
 
 def lengths(tokenizer: PreTrainedTokenizerBase, record: Record) -> tuple[int, int]:

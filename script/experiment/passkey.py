@@ -13,11 +13,7 @@ very tokens that script/evaluate/passkey.py measures with, and never a key that 
 
 import argparse
 import json
-import math
-import random
-import shutil
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, cycle, product
 from pathlib import Path
@@ -29,19 +25,15 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from transformers import PreTrainedTokenizerBase
 
 from component.error import UserError, exit_on_user_error
 from component.model import load_config, load_tokenizer
-from component.passkey import KEYS, NEEDLE, Prompt, PromptMaker, draw_key, even_depths
+from component.passkey import draw_key, even_depths
 from component.result import check_result_file, origin, save_figure, write_json
 from component.rope import context_length
-from component.template import Turns, encode_by_tokenizer
 from script.evaluate.passkey import colour_bar, heat_map
+from script.experiment.passkey_samples import spelling_end_to_end, training_samples
 from script.experiment.tuning import measured, merge, tune
-
-END_TO_END = "{% for message in messages %}{{ message.content }}{% endfor %}"  # a chat template that adds nothing
-SHORTEST_FILLER = 16  # tokens
 
 
 def parse_flags() -> argparse.Namespace:
@@ -72,54 +64,6 @@ def parse_flags() -> argparse.Namespace:
     check_result_file(flags.output_json, "--output_json")
     check_result_file(flags.figure, "--figure")
     return flags
-
-
-def spelling_end_to_end(model: Path, folder: Path) -> Path:
-    """A copy of `model` whose chat template puts what is said end to end, behind <s> where prompts have one."""
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(model, folder)
-    tokenizer = load_tokenizer(str(folder))
-    begins = PromptMaker(tokenizer).start[0] == tokenizer.bos_token_id
-    tokenizer.chat_template = "{{ bos_token }}" * begins + END_TO_END
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def conversation(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> Turns:
-    """A prompt and its answer as two turns: the second time that the needle says the key is learnt too.
-
-    It is the same task at a distance of a few tokens, which small models learn first.
-    """
-    ids = prompt.ids[prompt.ids[0] == tokenizer.bos_token_id :]
-    text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-    before, again, after = text.rpartition(f" {prompt.key}")
-    return [(before, again), (after, f" {prompt.key}.")]
-
-
-def training_samples(
-    tokenizer: PreTrainedTokenizerBase, tokens: int, longest: int, banned: set[str], seed: int
-) -> Iterator[Turns]:
-    """Conversations of `tokens` tokens or a few more in all, each of at most `longest`.
-
-    Raises:
-        UserError: a tokenizer that reads a prompt's text in other tokens than the prompt's own.
-    """
-    maker, draw = PromptMaker(tokenizer), random.Random(f"training {seed}")
-    drawn = kept = 0
-    while tokens > 0:
-        key = str(draw.choice(KEYS))
-        answer = maker.tokens_of(f" {key}.")
-        shortest = len(maker.start + maker.tokens_of(NEEDLE.format(key=key)) + maker.question) + SHORTEST_FILLER
-        length = round(math.exp(draw.uniform(math.log(shortest), math.log(longest - len(answer)))))
-        prompt = maker.prompt(length, draw.random(), key)
-        turns = conversation(tokenizer, prompt)
-        drawn += 1
-        # filler that is cut inside a word may be spelt in other tokens as text: such a prompt is drawn again
-        if key not in banned and encode_by_tokenizer(tokenizer, turns)[0] == prompt.ids + answer:
-            kept, tokens = kept + 1, tokens - length - len(answer)
-            yield turns
-        if drawn == 100 and kept < drawn / 2:
-            raise UserError("--base: its tokenizer reads prompts that are put together from tokens otherwise as text")
 
 
 def write_samples(model: Path, file: Path, longest: int, flags: argparse.Namespace) -> dict[str, int]:
