@@ -19,7 +19,7 @@ Passage = dict[str, Any]
 def passages(
     source: Path, tokenizer: PreTrainedTokenizerBase, limits: tuple[int, int], new_tokens: int, seed: str
 ) -> Iterator[Passage]:
-    """Random passages, as many as are asked for: a prompt of whole lines that ends with a sentence, and the tokens that follow.
+    """Random passages, as many as are asked for: whole lines up to the end of a sentence, and what follows.
 
     Args:
         source: a file of {"text"} records, with an "id" perhaps.

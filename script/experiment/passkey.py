@@ -68,7 +68,7 @@ def parse_flags() -> argparse.Namespace:
 
 def write_samples(model: Path, file: Path, longest: int, flags: argparse.Namespace) -> dict[str, int]:
     """What a training reads, once through, for train.py; how much it is."""
-    tokenizer = load_tokenizer(str(model))
+    tokenizer = load_tokenizer(str(model), 10**9)  # no warning about prompts longer than the base's context
     settings = product(flags.lengths, even_depths(flags.depths), range(flags.trials))
     banned = {draw_key(flags.seed, *setting) for setting in settings}
     tokens, samples = flags.steps * flags.tokens_per_step, 0

@@ -80,7 +80,7 @@ def draw(title: str, rows: list[list[Block]], caption: str) -> Figure:
             ends.append(end)
         y = max(ends) + step * 0.9
     height = put(caption, MARGIN, y, inner, "0.35", 9) + MARGIN
-    figure = Figure(figsize=(WIDTH, height), facecolor="white")
+    figure = Figure(figsize=(WIDTH, height), dpi=DPI, facecolor="white")
     for x, top, text, points, weight, colour in lines:
         font = FontProperties(size=points, weight=weight)
         written = figure.text(x / WIDTH, 1 - top / height, text, fontproperties=font, color=colour, va="top")

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 import yaml
 
+from component.result import origin
 from script.experiment.rows import RECIPE
 from script.experiment.run import execute
 
-PATHS = ("model_name_or_path", "train_file", "eval_file", "output_dir")  # of this machine: no part of a result
+# of this machine: no part of a result
+PATHS = ("model_name_or_path", "train_file", "eval_file", "output_dir", "base_model", "peft_model")
 
 
 def tune(folder: Path, **settings: Any) -> dict[str, Any]:
@@ -23,7 +25,8 @@ def tune(folder: Path, **settings: Any) -> dict[str, Any]:
         {"settings", "training": train_results.json, "losses", "eval_losses"}, losses as [step, nats per token].
     """
     precision = {"bf16": True} if torch.cuda.is_available() else {}
-    settings = RECIPE | precision | {"sft": True, "output_dir": str(folder)} | settings
+    schedule = {"lr_scheduler_type": "cosine"}  # short trainings: the last steps settle what the first have found
+    settings = RECIPE | precision | schedule | {"sft": True, "output_dir": str(folder)} | settings
     file = folder.with_name(f"{folder.name}.yaml")
     file.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     execute(["train.py", "--train_args_file", str(file)], beside(folder, "log"))
@@ -48,9 +51,10 @@ def merge(adapter: Path, folder: Path) -> Path:
 
 
 def measured(program: str, words: list[str], output: Path) -> dict[str, Any]:
-    """What a program writes as --output_json."""
+    """What a program writes as --output_json, less what the whole experiment says once."""
     execute([program, *words, "--output_json", str(output)], output.with_suffix(".log"))
-    return json.loads(output.read_text(encoding="utf-8"))
+    found = json.loads(output.read_text(encoding="utf-8"))
+    return {key: value for key, value in found.items() if key not in (*PATHS, *origin())}
 
 
 def beside(folder: Path, suffix: str) -> Path:
