@@ -26,9 +26,10 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from component.checkpoint import read_record
 from component.error import UserError, exit_on_user_error
 from component.model import load_config, load_tokenizer
-from component.passkey import draw_key, even_depths
+from component.passkey import KEYS, PromptMaker, draw_key, even_depths
 from component.result import check_result_file, origin, save_figure, write_json
 from component.rope import context_length
 from script.evaluate.passkey import colour_bar, heat_map
@@ -134,8 +135,9 @@ def main() -> None:
     flags = parse_flags()
     for name in ("base", "work", *(["adapter"] if flags.adapter else [])):  # programs run from the repository's root
         setattr(flags, name, getattr(flags, name).resolve())
-    flags.work.mkdir(parents=True, exist_ok=True)
     own = context_length(load_config(str(flags.base), "--base"))
+    PromptMaker(load_tokenizer(str(flags.base))).prompt(min(flags.lengths), 0.0, str(KEYS[-1]))  # refused early
+    flags.work.mkdir(parents=True, exist_ok=True)
     extended = merge(flags.adapter, flags.work / "extended") if flags.adapter else flags.base
     context = context_length(load_config(str(extended))) if flags.adapter else flags.context or 8192
     full = {"use_shift_short_attention": False}
@@ -158,10 +160,14 @@ def main() -> None:
     with ThreadPoolExecutor(min(flags.jobs, 2)) as pool:
         results = dict(chain.from_iterable(job.result() for job in [pool.submit(base), pool.submit(longqlora)]))
     draw(results, flags.figure)
-    write_json(flags.output_json, {"seed": flags.seed, "contenders": results, **origin()})
+    record = read_record(str(flags.adapter)) if flags.adapter else None
+    adapter = record and {key: record[key] for key in ("context_tokens", "group_size", "steps", "trained_tokens")}
+    write_json(flags.output_json, {"seed": flags.seed, "adapter": adapter, "contenders": results, **origin()})
     for label, result in results.items():
         means = (sum(column) / len(column) for column in zip(*result["accuracy"], strict=True))
-        found = ", ".join(f"{length}: {100 * mean:.0f} %" for length, mean in zip(flags.lengths, means, strict=True))
+        found = ", ".join(
+            f"{length}: {100 * mean:.0f} %" for length, mean in zip(result["lengths"], means, strict=True)
+        )
         print(f"{label}: {found}", flush=True)
 
 

@@ -49,7 +49,7 @@ def training_samples(
     """Conversations of `tokens` tokens or a few more in all, each of at most `longest`.
 
     Raises:
-        UserError: a tokenizer that reads a prompt's text in other tokens than the prompt's own.
+        UserError: no room for a prompt, or a tokenizer that reads its text in other tokens than the prompt's own.
     """
     maker, draw = PromptMaker(tokenizer), random.Random(f"training {seed}")
     drawn = kept = 0
@@ -57,6 +57,8 @@ def training_samples(
         key = str(draw.choice(KEYS))
         answer = maker.tokens_of(f" {key}.")
         shortest = len(maker.start + maker.tokens_of(NEEDLE.format(key=key)) + maker.question) + SHORTEST_FILLER
+        if shortest > longest - len(answer):
+            raise UserError(f"--context: {longest} tokens; a pass key and its question take {shortest + len(answer)}")
         length = round(math.exp(draw.uniform(math.log(shortest), math.log(longest - len(answer)))))
         prompt = maker.prompt(length, draw.random(), key)
         turns = conversation(tokenizer, prompt)

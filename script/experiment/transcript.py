@@ -37,7 +37,8 @@ class Measure:
     def wrap(self, text: str, width: float, points: float = POINTS, weight: str = "normal") -> list[str]:
         """Lines of at most `width` inches, broken at spaces; inside words only where one is wider than a line."""
         lines = [""]
-        for word in text.split():
+        for written in text.split():
+            word = "".join(letter if letter.isprintable() else "\ufffd" for letter in written)
             joined = f"{lines[-1]} {word}".strip()
             if self.width(joined, points, weight) <= width:
                 lines[-1] = joined
@@ -52,13 +53,17 @@ class Measure:
 
 def draw(title: str, rows: list[list[Block]], caption: str) -> Figure:
     """`rows` under each other, the blocks of a row beside each other; an empty row is a line across the picture."""
-    measure, lines, bars = Measure(), [], []  # (x, y, text, points, weight, colour) and (x, top, bottom, colour)
+    measure, lines, bars = (
+        Measure(),
+        [],
+        [],
+    )  # (x, baseline, text, points, weight, colour) and (xs, ys, colour)
     inner, step = WIDTH - 2 * MARGIN, LINE * POINTS / 72
 
     def put(text: str, x: float, y: float, width: float, colour: str, points: float = POINTS, weight: str = "normal"):
         """The y below the wrapped text."""
         for line in measure.wrap(text, width * 0.99, points, weight):
-            lines.append((x, y, line, points, weight, colour))
+            lines.append((x, y + points / 72, line, points, weight, colour))
             y += LINE * points / 72
         return y
 
@@ -81,9 +86,9 @@ def draw(title: str, rows: list[list[Block]], caption: str) -> Figure:
         y = max(ends) + step * 0.9
     height = put(caption, MARGIN, y, inner, "0.35", 9) + MARGIN
     figure = Figure(figsize=(WIDTH, height), dpi=DPI, facecolor="white")
-    for x, top, text, points, weight, colour in lines:
+    for x, baseline, text, points, weight, colour in lines:
         font = FontProperties(size=points, weight=weight)
-        written = figure.text(x / WIDTH, 1 - top / height, text, fontproperties=font, color=colour, va="top")
+        written = figure.text(x / WIDTH, 1 - baseline / height, text, fontproperties=font, color=colour)
         written.set_parse_math(False)  # a price in dollars is no formula
     for across, down, colour in bars:
         ends_at = [1 - place / height for place in down]

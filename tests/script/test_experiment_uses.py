@@ -91,6 +91,8 @@ def test_a_tokenizer_that_reads_prompts_otherwise_is_refused():
     tokenizer.chat_template = "{% for message in messages %}{{ message.role }}{{ message.content }}{% endfor %}"
     with pytest.raises(UserError, match="--base"):
         list(training_samples(tokenizer, 10_000, 256, set(), 1))
+    with pytest.raises(UserError, match="--context: 64"):
+        list(training_samples(tokenizer, 10_000, 64, set(), 1))
 
 
 def text_of(draw: random.Random, words: int) -> str:
@@ -199,6 +201,7 @@ def test_text_is_wrapped_at_spaces():
     [
         ("passkey", ["--steps", "0"], ["--steps", "0", "at least 1"]),
         ("passkey", ["--base", "/no/such"], ["--base", "/no/such"]),
+        ("passkey", ["--lengths", "20"], ["--lengths", "20", "at least"]),
         ("passkey", ["--adapter", "a", "--context", "64"], ["--context", "64"]),
         ("passkey", ["--figure", "/no/such/f.png"], ["--figure", "/no/such"]),
         ("instructions", ["--held_out", "1"], ["--held_out", "1.0"]),
