@@ -36,7 +36,7 @@ NO_LIMIT = 10**9  # tokens: whole inputs are counted here, without a warning
 
 def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", type=Path, required=True, help="the extended model, merged")
+    parser.add_argument("--base", type=Path, required=True, help="the extended model, as merge_lora.py makes it")
     parser.add_argument("--short_base", type=Path, help="the model before it was extended, for a control")
     parser.add_argument("--source", type=Path, required=True, help='a file of {"input", "output"} records')
     parser.add_argument("--work", type=Path, required=True, help="folder for data, runs and logs")
