@@ -22,6 +22,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from component.contender import Contender, describe_model, load_contender
@@ -72,10 +75,8 @@ def check_flags(flags: argparse.Namespace) -> list[float]:
     return sorted(set(flags.depths))
 
 
-def draw(shares: list[list[float]], depths: list[float], lengths: list[int], context: int, file: str) -> None:
-    """A heat map: a row per depth, a column per length, and a line where the model's context ends."""
-    width, height = max(2.6 + 0.6 * len(lengths), 5.2), max(1.7 + 0.32 * len(depths), 3.0)
-    figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
+def heat_map(axes: Axes, shares: list[list[float]], depths: list[float], lengths: list[int], context: int) -> QuadMesh:
+    """A row per depth, a column per length, and a line where the model's context ends."""
     image = axes.pcolormesh(shares, cmap="cividis", vmin=0, vmax=1, edgecolors="white", linewidth=1.5)
     axes.invert_yaxis()  # as one reads: the beginning of the text is at the top
     for row, line in enumerate(shares):
@@ -83,20 +84,32 @@ def draw(shares: list[list[float]], depths: list[float], lengths: list[int], con
             ink = "black" if share > 0.55 else "white"
             place = (column + 0.5, row + 0.5)
             axes.annotate(f"{100 * share:.0f}", place, ha="center", va="center", fontsize=8.5, color=ink)
-    inside = sum(length <= context for length in lengths)
-    title = "Pass keys found, per cent"
-    if 0 < inside < len(lengths):
-        axes.axvline(inside, color="#d55e00", linewidth=3)
-        title += f" (orange line: the model's context of {context} tokens ends)"
+    if has_context_line(lengths, context):
+        axes.axvline(sum(length <= context for length in lengths), color="#d55e00", linewidth=3)
     axes.set_xticks([place + 0.5 for place in range(len(lengths))], [str(length) for length in lengths])
     axes.set_yticks([place + 0.5 for place in range(len(depths))], [f"{100 * depth:.0f} %" for depth in depths])
     axes.set(xlabel="tokens of the prompt", ylabel="depth of the pass key in the text")
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    figure.colorbar(image, ax=axes, format=lambda share, _: f"{100 * share:.0f} %", shrink=0.9).outline.set_visible(
-        False
-    )
-    figure.suptitle(title, fontsize=10)
+    return image
+
+
+def has_context_line(lengths: list[int], context: int) -> bool:
+    """Whether the context ends between two of the lengths."""
+    return min(lengths) <= context < max(lengths)
+
+
+def colour_bar(figure: Figure, image: QuadMesh, axes: Any) -> None:
+    bar = figure.colorbar(image, ax=axes, format=lambda share, _: f"{100 * share:.0f} %", shrink=0.9)
+    bar.outline.set_visible(False)  # type: ignore[operator]
+
+
+def draw(shares: list[list[float]], depths: list[float], lengths: list[int], context: int, file: str) -> None:
+    width, height = max(2.6 + 0.6 * len(lengths), 5.2), max(1.7 + 0.32 * len(depths), 3.0)
+    figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
+    colour_bar(figure, heat_map(axes, shares, depths, lengths, context), axes)
+    ends = f" (orange line: the model's context of {context} tokens ends)"
+    figure.suptitle("Pass keys found, per cent" + ends * has_context_line(lengths, context), fontsize=10)
     save_figure(figure, file)
 
 
