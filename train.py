@@ -24,7 +24,7 @@ from component.model import any_pad_id, check_targets_early, compute_dtype, load
 from component.plan import choose, describe_estimate
 from component.report import describe_optimizer, describe_trainable, summary, zero_settings
 from component.rope import extend_context, original_context
-from component.trainer import LongQLoRATrainer, stand_alone_environment
+from component.trainer import FullAttentionCallback, LongQLoRATrainer, stand_alone_environment
 from component.workload import workload
 
 
@@ -74,6 +74,7 @@ def main() -> None:
         train_dataset=train_set,
         eval_dataset=eval_set,
         data_collator=RightPadCollator(any_pad_id(tokenizer)),
+        callbacks=[FullAttentionCallback(args.full_attention_ratio)] if args.full_attention_ratio else None,
         processing_class=tokenizer,
         extended_config=extended,
         record=args.record(extended, factor) | {"versions": library_versions()},
@@ -130,7 +131,8 @@ def plan(args: LongQLoRAArguments, training_args: TrainingArguments, trainer: Lo
     dtype = compute_dtype(training_args.fp16, training_args.bf16)
     rows = training_args.train_batch_size * training_args.gradient_accumulation_steps * training_args.world_size
     optimizer = describe_optimizer(training_args.optim.value, training_args.deepspeed, training_args.max_grad_norm)
-    attention = f"S2-Attn in groups of {args.group_tokens} tokens, full attention when evaluating"
+    last = f"in the last {args.full_attention_ratio:.0%} of the steps and " if args.full_attention_ratio else ""
+    attention = f"S2-Attn in groups of {args.group_tokens} tokens, full attention {last}when evaluating"
     return {
         "model": args.model_name_or_path,
         "context": f"{original_context(extended)} -> {args.model_max_length} tokens ({args.rope_type} x {factor:g})",

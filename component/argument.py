@@ -49,6 +49,7 @@ class LongQLoRAArguments:
     use_shift_short_attention: bool = _key("S2-Attn while training; false trains with full attention", True)
     group_size_ratio: float = _key("tokens per attention group, as a share of max_seq_length", 0.25)
     group_size: int | None = _key("tokens per attention group, even; overrides group_size_ratio", None)
+    full_attention_ratio: float = _key("share of the steps, the last ones, with full attention, not S2-Attn", 0.0)
     use_flash_attn: bool | None = _key(
         "true: flash kernels or an error; false: never flash (what a V100 has); empty: the fastest that runs", None
     )

@@ -29,6 +29,7 @@ from component.kernel import describe_kernels as describe_kernels
 from component.kernel import limit_kernels as limit_kernels
 
 NAME = "shift_short"
+NO_GROUPS = 2**40  # tokens of a group that no text ever fills: full attention
 HEAD_TOKENS = 2**20  # query heads x tokens of one kernel call: its own sums, in fp32 while going backward, stay small
 
 
@@ -265,6 +266,13 @@ def use_shift_short_attention(config: PretrainedConfig, group_size: int) -> None
         )
     config.group_size = group_size
     config._attn_implementation = NAME
+
+
+def use_full_attention(model: nn.Module) -> None:
+    """What trains with S2 trains with full attention from now on, still inside packed documents."""
+    for module in model.modules():
+        if getattr(module, "config", None) is not None and hasattr(module.config, "group_size"):
+            module.config.group_size = NO_GROUPS
 
 
 AttentionInterface.register(NAME, shift_short_attention_forward)

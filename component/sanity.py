@@ -16,6 +16,7 @@ BOUNDS = {
     "max_seq_length model_max_length": (lambda v: v >= 2, "at least 2 tokens"),
     "group_size": (lambda v: v >= 2 and v % 2 == 0, "an even number of tokens >= 2"),
     "group_size_ratio": (lambda v: 0 < v <= 1, "a share in (0, 1], 0.25 as in the paper"),
+    "full_attention_ratio": (lambda v: 0 <= v <= 1, "a share of the steps in [0, 1], as 0.1"),
     "rope_type": (lambda v: v in ROPE_TYPES, "one of " + ", ".join(ROPE_TYPES)),
     "truncation_policy": (lambda v: v in POLICIES, "one of " + ", ".join(POLICIES)),
     "template": (lambda v: v in TEMPLATES, "one of " + ", ".join(TEMPLATES)),

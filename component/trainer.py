@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.utils import get_total_norm
 from transformers import EvalPrediction, PretrainedConfig, Trainer, TrainerCallback
 
+from component.attention import use_full_attention
 from component.checkpoint import remove_old_checkpoints, write_adapter, write_record
 from component.memory import next_token_losses, note_device_memory
 from component.template import IGNORE_INDEX
@@ -128,6 +129,21 @@ class SpeedCallback(TrainerCallback):
         if torch.cuda.is_initialized():
             rates["reserved_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
         return rates
+
+
+class FullAttentionCallback(TrainerCallback):
+    """S2-Attn while most steps are taken, full attention in the last `ratio` of them.
+
+    Not in the papers. A model that has only trained inside groups loses some of what full attention, which it is used
+    with, had learnt; a few steps bring that back (README.md, "Does S2-Attn cost quality?").
+    """
+
+    def __init__(self, ratio: float):
+        self.ratio = ratio
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step >= round((1 - self.ratio) * state.max_steps):  # after resuming too
+            use_full_attention(model)
 
 
 class GradientCallback(TrainerCallback):

@@ -29,3 +29,13 @@ rows() { python3 script/experiment/run.py --base "$base" --data "$work/data" --w
 rows --cost --rows longqlora full-attention longlora 16-bit full # first: their texts are then tokenized for all
 rows --jobs "$jobs" --rows all
 python3 script/experiment/report.py --work "$work" --output "$figures"
+
+long=$work/runs/longqlora-8192-0
+python3 script/experiment/passkey.py --base "$base" --adapter "$long" --work "$work/passkey" --jobs 2 \
+    --output_json "$figures/experiment_passkey.json" --figure "$figures/experiment_passkey.png"
+python3 script/experiment/instructions.py --base "$work/passkey/extended" --short_base "$base" \
+    --source "$texts/sft_long_leval.jsonl.xz" --work "$work/instructions" \
+    --output_json "$figures/experiment_instructions.json"
+python3 script/experiment/examples.py --base "$base" --extended "$long" --source "$texts/books-validation.jsonl.xz" \
+    --work "$work/examples" --output_json "$figures/experiment_examples.json" \
+    --long_figure "$figures/longdemo.png" --short_figure "$figures/shortdemo.png"

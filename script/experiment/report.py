@@ -30,6 +30,7 @@ SHOWN = {  # of the figure by length: row -> (label, colour, marker)
     "base": ("base", "#8a8a8a", "x"),
     "untrained-linear": ("interpolated, untrained", "#cc79a7", "v"),
     "longqlora": ("LongQLoRA", "#0072b2", "o"),
+    "full-last": ("the same, full attention at last", "#009e73", "P"),
     "full-attention": ("the same, full attention", "#56b4e9", "s"),
     "longlora": ("LongLoRA's setting", "#e69f00", "^"),
     "full": ("full fine-tuning", "#d55e00", "D"),

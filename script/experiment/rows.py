@@ -61,6 +61,13 @@ def main_rows() -> list[Row]:
             lengths=both,
             also=("shift_short", "nf4", "merged-fp16", "merged-nf4"),
         ),
+        Row(
+            "full-last",
+            "the same, full attention in the last 10 % of the steps",
+            {"full_attention_ratio": 0.1},
+            seeds=close,
+            lengths=both,
+        ),
         Row("full-attention", "the same, full attention", no_s2, seeds=close, lengths=both),
         Row("rolled", "the same, the original's rolled S2", program=ROLLED, seeds=close, also=("rolled",)),
         Row(
@@ -88,6 +95,10 @@ def ablation_rows() -> list[Row]:
         Row("rank-8-embeddings", "rank 8 + embeddings", {**rank_8, "train_embedding": True}),
         *(Row(f"steps-{n}", f"{n} steps", {"max_steps": n}) for n in (100, 200, 700, 1000)),
         *(Row(f"groups-{r:g}", f"groups of {r:g} of the row", {"group_size_ratio": r}) for r in (0.125, 0.5, 1.0)),
+        *(
+            Row(f"last-{x:g}", f"full attention in the last {x:.0%} of the steps", {"full_attention_ratio": x})
+            for x in (0.05, 0.25)
+        ),
         *(Row(f"rate-{x:g}", f"learning rate {x:g}", {"learning_rate": x}) for x in (3e-4, 3e-3)),
         *(Row(f"full-rate-{x:g}", f"full fine-tuning at {x:g}", full(x), program=FULL) for x in (1e-4, 1e-3)),
         Row("rope-yarn", "yarn in place of linear", {"rope_type": "yarn"}),

@@ -420,6 +420,27 @@ def test_dynamic_and_full_attention(train, basic, base_folder, tmp_path):
 # ---- what it trains
 
 
+def test_the_last_steps_train_with_full_attention(train, basic, plain_run, base_folder, tmp_path):
+    always, never = tmp_path / "always", tmp_path / "never"
+    finish(train({**basic, "full_attention_ratio": 1, "output_dir": str(always)}))
+    finish(train({**basic, "use_shift_short_attention": False, "output_dir": str(never)}))
+    shifted, full = losses(plain_run), losses(never)
+    assert abs(shifted[1] - full[1]) > 1e-3
+    assert losses(always) == pytest.approx(full, abs=1e-5)
+    for last, first_full in ((0.3, 3), (0.66, 2)):
+        out = tmp_path / str(last)
+        printed = finish(train({**basic, "full_attention_ratio": last, "output_dir": str(out)}))
+        assert f"full attention in the last {last:.0%} of the steps and when evaluating" in printed
+        mixed = losses(out)
+        for step in range(1, first_full):
+            assert mixed[step] == pytest.approx(shifted[step], abs=1e-6)
+        assert abs(mixed[first_full] - shifted[first_full]) > 1e-3
+    # after a resumption too: the step alone decides
+    shutil.rmtree(out / "checkpoint-3")
+    finish(train({**basic, "full_attention_ratio": 0.66, "output_dir": str(out), "resume_from_checkpoint": True}))
+    assert losses(out) == pytest.approx(mixed, abs=1e-6)
+
+
 def test_sft_learns_answers_and_drops_samples_without_any(train, basic, base_folder, tmp_path):
     lines = [
         {"input": "Who jumps?", "output": "The fox."},
