@@ -6,9 +6,9 @@
 # TEXTS holds books-train, books-validation, proof-train and proof-validation (.jsonl.xz, lines of {"text"}) and
 # sft_long_leval.jsonl.xz ({"input", "output"}). What WORK holds already is not made again: a run that was killed goes on.
 set -euo pipefail
-texts=$1 work=$2 figures=$3 jobs=${4:-12}
+texts=$(realpath "$1") work=$(realpath -m "$2") figures=$(realpath -m "$3") jobs=${4:-12}
 cd "$(dirname "$0")/../.."
-mkdir -p "$work/data" "$work/held-out"
+mkdir -p "$work/data" "$work/held-out" "$figures"
 
 base=$work/base
 [ -d "$base" ] || python3 script/experiment/pretrain.py --minutes 2.5 --output "$base" \
@@ -18,15 +18,18 @@ pieces() { # OUTPUT, least and most tokens, how many, SOURCES: pieces of long te
     [ -f "$1" ] || python3 script/data/build_pretrain.py --tokenizer "$base" --long_texts split --output "$1" \
         --min_tokens "$2" --max_tokens "$3" --num_samples "$4" --source "${@:5}"
 }
-pieces "$work/data/train.jsonl" 8200 9000 2400 "$texts"/{books,proof}-train.jsonl.xz
-for text in books proof; do
-    pieces "$work/held-out/$text.jsonl" 24000 32768 10 "$texts/$text-validation.jsonl.xz"
-    [ -f "$work/data/$text.bin" ] || python3 script/data/tokenize_bin.py --tokenizer "$base" \
-        --source "$work/held-out/$text.jsonl" --output "$work/data/$text.bin"
-done
+held_out() { # TEXT: a file of tokens to evaluate on
+    pieces "$work/held-out/$1.jsonl" 24000 32768 10 "$texts/$1-validation.jsonl.xz"
+    [ -f "$work/data/$1.bin" ] || python3 script/data/tokenize_bin.py --tokenizer "$base" \
+        --source "$work/held-out/$1.jsonl" --output "$work/data/$1.bin"
+}
+pieces "$work/data/train.jsonl" 8200 9000 2400 "$texts"/{books,proof}-train.jsonl.xz & training=$!
+held_out books & books=$!
+held_out proof & proof=$!
+for one in $training $books $proof; do wait "$one"; done
 
 rows() { python3 script/experiment/run.py --base "$base" --data "$work/data" --work "$work" "$@"; }
-rows --cost --rows longqlora full-attention longlora 16-bit full # first: their texts are then tokenized for all
+rows --cost --rows longqlora full-attention longlora 16-bit full --lengths 4096 # texts are tokenized here, for all
 rows --jobs "$jobs" --rows all
 python3 script/experiment/report.py --work "$work" --output "$figures"
 

@@ -1,7 +1,7 @@
 """Pretrain the experiments' base: a Llama of 32 M parameters that reads 1024 tokens of novels and mathematics.
 
     python script/experiment/pretrain.py --train books-train.jsonl.xz proof-train.jsonl.xz \\
-        --validation books-validation.jsonl.xz proof-validation.jsonl.xz --minutes 9 --output output/experiment/base
+        --validation books-validation.jsonl.xz proof-validation.jsonl.xz --minutes 2.5 --output output/experiment/base
     python script/experiment/pretrain.py ... --steps 4 --batch_size 2 --layers 2 --output /tmp/base      # a try on CPU
 
 Writes a folder that `from_pretrained` loads, with pretrain.json, the record of the run, and pretrain.png, its curve.
@@ -25,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from component.error import exit_on_user_error
 from component.source import RecordTally, read_records
+from script.benchmark_result import describe_card
 from script.pretraining import describe, mean_loss, token_stream, train, train_tokenizer
 
 SEQ_LENGTH = 1024  # tokens, the context that the experiments then extend
@@ -43,7 +44,6 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=128, help=f"sequences of {SEQ_LENGTH} tokens per step")
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--matrix_tflops", type=float, help="the card's measured rate, to state the share of it used")
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args()
     if flags.output.exists():
@@ -107,7 +107,8 @@ def main() -> None:
     # forward and backward: 6 FLOP per weight and token; attention's pairs: 12 per token, width and half the length
     flop_per_token = 6 * matrices + 6 * flags.layers * model.config.hidden_size * SEQ_LENGTH
     run["tflops"] = round(flop_per_token * run["tokens_per_second"] / 1e12, 1)
-    run["share_of_matrix_rate"] = round(run["tflops"] / flags.matrix_tflops, 3) if flags.matrix_tflops else None
+    rate = describe_card()["matrix_tflops"]
+    run["share_of_matrix_rate"] = round(run["tflops"] / rate, 3) if rate else None
     model.eval()
     losses = {name: mean_loss(model, stream, SEQ_LENGTH) for name, stream in held_out.items()}
     print({**losses, "tflops": run["tflops"]}, flush=True)

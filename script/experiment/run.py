@@ -34,7 +34,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from component.error import UserError, exit_on_user_error, nearest
 from component.result import hardware, origin, write_json
 from component.rope import extend_context
-from script.experiment.rows import FULL, RECIPE, TOKENS_PER_STEP, Row, all_rows
+from script.experiment.rows import FULL, RECIPE, TOKENS_PER_STEP, Row, all_rows, main_rows
 
 PROTOCOLS = ("longlora", "sliding")
 COST_STEPS = 40
@@ -95,7 +95,8 @@ def do(run: Run, flags: argparse.Namespace) -> dict:
         result |= train(run, flags, folder)
         words = ["--base_model" if run.row.program == FULL else "--peft_model", str(folder)]
     if not flags.cost:
-        tasks = [task("full", words, protocol=name) for name in (PROTOCOLS if run.seed == 0 else PROTOCOLS[:1])]
+        protocols = PROTOCOLS if run.seed == 0 and run.row in main_rows() else PROTOCOLS[:1]
+        tasks = [task("full", words, protocol=name) for name in protocols]
         if run.length == run.row.lengths[0]:
             tasks += further_tasks(run, folder, words, result.get("settings", {}), flags)
         result["evaluation"] = evaluate(run, tasks, flags)
@@ -166,7 +167,7 @@ def further_tasks(run: Run, folder: Path, words: list[str], settings: dict, flag
 
 def evaluate(run: Run, tasks: list[dict], flags: argparse.Namespace) -> dict:
     """{kind: {text: {protocol: results of evaluate.py}}}."""
-    batch = "4" if torch.cuda.is_available() else "1"
+    batch = "32" if torch.cuda.is_available() else "1"
     outputs, asked = [], []
     for one in tasks:
         for file in sorted(flags.data.glob("*.bin")):
