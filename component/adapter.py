@@ -6,6 +6,9 @@ adapters on *all* linear layers to match full fine-tuning. Embeddings and norms 
 """
 
 import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -110,11 +113,20 @@ def add_adapter(
         modules_to_save=full_copies(model, train_embedding, train_norm) or None,
         ensure_weight_tying=train_embedding and model.config.tie_word_embeddings,
     )
-    adapted = get_peft_model(model, config)
+    with quiet_peft():
+        adapted = get_peft_model(model, config)
     for parameter in adapted.parameters():
         if parameter.requires_grad:  # optimizers step in fp32; DeepSpeed's half precision keeps its own fp32 masters
             parameter.data = parameter.data.float()
     return adapted
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Without a warning that is for PEFT: it asks transformers by a name that will be dropped."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
+        yield
 
 
 def check_adapter(source: str, field: str) -> None:
@@ -172,8 +184,10 @@ def fit_adapter(
     """
     cure = "use the base model that it was trained on"
     is_empty = model.device.type == "meta"
+    config.base_model_name_or_path = None  # which PEFT sets; it would warn of the same folder under another name
     try:
-        adapted = get_peft_model(model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=is_empty)
+        with quiet_peft():
+            adapted = get_peft_model(model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=is_empty)
         result = set_peft_model_state_dict(adapted, weights, low_cpu_mem_usage=is_empty)
     except (
         RuntimeError,

@@ -96,7 +96,6 @@ def plan_merge(
             tensors[tied[0] if name in tied else name] = stored  # it is the base that LoRA goes around
             plan.quantised.discard(name)
     weights = stored_tensors(file)
-    model.name_or_path = adapter_config.base_model_name_or_path  # PEFT warns where another folder is named
     adapted = fit_adapter(model, adapter_config, {key: stored.on_meta() for key, stored in weights.items()}, adapter)
     plan.changes = _changes(adapted, weights, set(model.state_dict()) | set(tensors) | set(tied), adapter)
     if tied:

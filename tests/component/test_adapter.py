@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     LlamaConfig,
+    LlamaForCausalLM,
     MistralConfig,
     Qwen2Config,
 )
@@ -538,3 +540,10 @@ def test_reading_leaves_the_folder_alone(bases, saved, tmp_path):
     assert {file.name for file in saved.iterdir()} == {file.name for file in (tmp_path / "copy").iterdir()}
     for file in saved.iterdir():
         assert file.read_bytes() == (tmp_path / "copy" / file.name).read_bytes()
+
+
+def test_loading_an_adapter_warns_of_nothing(base_folder, adapter_folder):
+    model = LlamaForCausalLM.from_pretrained(base_folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_adapter(model, str(adapter_folder))

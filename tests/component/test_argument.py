@@ -293,5 +293,12 @@ def test_the_originals_own_yaml_is_accepted(tmp_path, parse):
     assert training_args.remove_unused_columns is False
 
 
+def test_a_yaml_of_the_originals_keys_is_read_without_a_warning(parse, recwarn):
+    args = parse("gradient_checkpointing: true")[1]
+    assert args.gradient_checkpointing
+    parse("gradient_checkpointing: false")
+    assert not [str(warning.message) for warning in recwarn if "checkpointing" in str(warning.message)]
+
+
 def test_checkpointing_recomputes_without_a_gradient_at_the_embedding(parse):
     assert parse("gradient_checkpointing: true")[1].gradient_checkpointing_kwargs == {"use_reentrant": False}
