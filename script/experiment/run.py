@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 import yaml
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig
 
 from component.error import UserError, exit_on_user_error, nearest
 from component.result import hardware, origin, write_json
@@ -120,12 +120,12 @@ def train(run: Run, flags: argparse.Namespace, folder: Path) -> dict:
 
 
 def stretched(base: Path, folder: Path, run: Run) -> Path:
-    """The base with stretched positions, as a model folder of its own."""
+    """The base with stretched positions, as a model folder of its own: files alone, since threads load no models."""
     config = AutoConfig.from_pretrained(base)
     assert run.row.rope_type
     extend_context(config, run.length, run.row.rope_type)
-    AutoModelForCausalLM.from_pretrained(base, config=config, dtype="auto").save_pretrained(folder)
-    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    shutil.copytree(base, folder, dirs_exist_ok=True)
+    config.save_pretrained(folder)
     return folder
 
 
