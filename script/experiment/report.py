@@ -176,14 +176,15 @@ def draw_lengths(rows: Rows, length: int, file: Path) -> None:
         windows: set[int] = set()
         near = []
         for name, (label, colour, marker) in SHOWN.items():
-            measured = rows.get((name, length), {}).get("perplexity", {}).get("full", {}).get(text, {})
-            points = {w: statistics.mean(values_of(rows[name, length], text, w)) for w in sorted(measured)}
+            row = rows.get((name, length))
+            measured = sorted((row or {}).get("perplexity", {}).get("full", {}).get(text, {}))
+            points = {w: statistics.mean(values) for w in measured if (values := values_of(row, text, w))}
             for axes in (above, below):
                 axes.plot(list(points), list(points.values()), color=colour, marker=marker, label=label, linewidth=1.6)
             windows |= set(points)
             near += [] if label.startswith(("base", "interpolated")) else list(points.values())
         own = values_of(rows.get(("base", length)), text, BASE_CONTEXT)
-        low, high = min(near + own), max(near + own)
+        low, high = min(near + own, default=0), max(near + own, default=1)
         above.set(yscale="log")
         for kind in (above.yaxis.set_major_formatter, above.yaxis.set_minor_formatter):
             kind(lambda value, _: f"{value:g}")
@@ -208,7 +209,10 @@ def draw_positions(rows: Rows, length: int, file: Path) -> None:
 
 
 def draw_sweep(rows: Rows, prefix: str, own: float, label: str, length: int, file: Path) -> None:
-    """Perplexity at the extended length against the number in rows' names; LongQLoRA's own is `own`."""
+    """Perplexity at the extended length against the number in rows' names; LongQLoRA's own is `own`.
+
+    Of the first seed everywhere, the one that all rows have: the same initial weights and order of texts.
+    """
     found: dict[float, dict] = {}
     for (name, n), row in rows.items():
         number = name.removeprefix(prefix)
@@ -220,12 +224,12 @@ def draw_sweep(rows: Rows, prefix: str, own: float, label: str, length: int, fil
         return
     figure, parts = panels(rows, f"{{}}, windows of {length} tokens")
     for (axes,), text in parts:
-        points = {x: statistics.mean(values_of(row, text, length)) for x, row in sorted(found.items())}
+        points = {x: values[0] for x, row in sorted(found.items()) if (values := values_of(row, text, length))}
         axes.plot(list(points), list(points.values()), color="#0072b2", marker="o", linewidth=1.6, label="LongQLoRA")
         for name, (says, colour, _) in SHOWN.items():
-            if name in ("full-attention", "full") and values_of(rows.get((name, length)), text, length):
-                level = statistics.mean(values_of(rows[name, length], text, length))
-                axes.axhline(level, color=colour, linestyle="--", linewidth=1.2, label=says)
+            level = values_of(rows.get((name, length)), text, length)[:1]
+            if name in ("full-attention", "full") and level:
+                axes.axhline(level[0], color=colour, linestyle="--", linewidth=1.2, label=says)
         axes.set(xlabel=label)
         ticks(axes, found)
     finish(figure, parts[0][0][0], file)
