@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,7 +168,7 @@ def further_tasks(run: Run, folder: Path, words: list[str], settings: dict, flag
 
 def evaluate(run: Run, tasks: list[dict], flags: argparse.Namespace) -> dict:
     """{kind: {text: {protocol: results of evaluate.py}}}."""
-    batch = "32" if torch.cuda.is_available() else "1"
+    batch = "16" if torch.cuda.is_available() else "1"
     outputs, asked = [], []
     for one in tasks:
         for file in sorted(flags.data.glob("*.bin")):
@@ -217,8 +218,10 @@ def main() -> None:
             return f"{run.name}: not begun, --time_limit_s is spent"
         try:
             return f"{run.name}: {do(run, flags)['seconds']} s"
-        except UserError as error:
+        except Exception as error:  # of one run: the others go on
             failures.append(run.name)
+            if not isinstance(error, UserError):
+                traceback.print_exc()
             return f"{run.name}: {error}"
 
     with ThreadPoolExecutor(flags.jobs) as pool:
