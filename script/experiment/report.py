@@ -179,7 +179,7 @@ def draw_lengths(rows: Rows, length: int, file: Path) -> None:
             row = rows.get((name, length))
             measured = sorted((row or {}).get("perplexity", {}).get("full", {}).get(text, {}))
             points = {w: statistics.mean(values) for w in measured if (values := values_of(row, text, w))}
-            for axes in (above, below):
+            for axes in (above, below) if points else ():
                 axes.plot(list(points), list(points.values()), color=colour, marker=marker, label=label, linewidth=1.6)
             windows |= set(points)
             near += [] if label.startswith(("base", "interpolated")) else list(points.values())
@@ -201,7 +201,8 @@ def draw_positions(rows: Rows, length: int, file: Path) -> None:
         for (name, kind), (label, colour, line) in BY_POSITION.items():
             buckets = rows.get((name, length), {}).get("by_position", {}).get(kind, {}).get(text, [])
             middles = [(bucket["start"] + bucket["end"]) / 2 for bucket in buckets]
-            axes.plot(middles, [b["perplexity"] for b in buckets], line, color=colour, label=label, linewidth=1.6)
+            if buckets:
+                axes.plot(middles, [b["perplexity"] for b in buckets], line, color=colour, label=label, linewidth=1.6)
         group = (rows.get(("longqlora", length), {}).get("settings") or {}).get("group_size_ratio", 0.25) * length
         axes.axvspan(0, group / 2, color="0.93", zorder=0)
         axes.set(xlabel="position in the window (grey: the first half-group)")
