@@ -45,7 +45,8 @@ def main() -> None:
     config = copy.deepcopy(extended)
     config.use_cache = False  # only generation needs it
     if args.use_shift_short_attention or args.packing:
-        use_shift_short_attention(config, args.group_tokens)
+        full_tokens = args.max_seq_length if args.full_attention_ratio else 0
+        use_shift_short_attention(config, args.group_tokens, full_tokens)
     model = load_base(
         args.model_name_or_path,
         config,

@@ -122,6 +122,7 @@ def _halves(row: int, heads: int, kv_heads: int, spans, group_size: int) -> list
     if all(end - start <= half for start, end in spans):
         halves = [(slice(0, heads), slice(0, kv_heads), 0)]  # no group ends before its document: no need to split
     at_once = max(1, HEAD_TOKENS // spans[-1][1] // (heads // kv_heads))  # key/value heads in one kernel call
+    at_once = min(at_once, max(1, kv_heads - plain_kv))  # never more than of two halves: plans count on that
     return [
         [Run(row, q, kv, start, lengths) for start, lengths in _groups(spans, first_group, group_size)]
         for all_q, all_kv, first_group in halves
@@ -251,19 +252,22 @@ def shift_short_attention_forward(
     return out, None
 
 
-def use_shift_short_attention(config: PretrainedConfig, group_size: int) -> None:
+def use_shift_short_attention(config: PretrainedConfig, group_size: int, full_tokens: int = 0) -> None:
     """Select S2 with groups of `group_size` tokens for the model that is built from `config`.
 
+    Args:
+        full_tokens: of the rows that `use_full_attention` is for, if it is.
+
     Raises:
-        UserError: an odd or too small group, or a model whose sliding window is shorter than a group.
+        UserError: an odd or too small group, or a model whose sliding window is shorter than a group or such a row.
     """
     check_group_size(group_size)
     window = getattr(config, "sliding_window", None)
-    if window is not None and getattr(config, "use_sliding_window", True) and window < group_size:
-        raise UserError(
-            f"group_size: {group_size} tokens, but the model's own sliding window is {window}; "
-            f"use an even group_size of at most {window}"
-        )
+    if window is not None and getattr(config, "use_sliding_window", True) and window < max(group_size, full_tokens):
+        shorter = f"but the model's own sliding window is {window}; "
+        if window < group_size:
+            raise UserError(f"group_size: {group_size} tokens, {shorter}use an even group_size of at most {window}")
+        raise UserError(f"full_attention_ratio: rows of {full_tokens} tokens, {shorter}leave full_attention_ratio out")
     config.group_size = group_size
     config._attn_implementation = NAME
 

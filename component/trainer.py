@@ -140,10 +140,13 @@ class FullAttentionCallback(TrainerCallback):
 
     def __init__(self, ratio: float):
         self.ratio = ratio
+        self.is_full = False
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
-        if state.global_step >= round((1 - self.ratio) * state.max_steps):  # after resuming too
+        last_steps = max(1, round(self.ratio * state.max_steps))  # of however short a run
+        if not self.is_full and state.global_step >= state.max_steps - last_steps:  # after resuming too
             use_full_attention(model)
+            self.is_full = True  # once: walking through all modules leaves the GPU idle
 
 
 class GradientCallback(TrainerCallback):

@@ -81,7 +81,7 @@ def train(
     compiled = torch.compile(model) if training.is_cuda else model
     optimizer = build_optimizer(model, args.learning_rate)
     crop = torch.arange(seq_length, device=device)
-    curve, step, progress, next_report, start = [], 0, 0.0, 0.0, 0.0
+    curve, step, progress, next_report, start, measuring = [], 0, 0.0, 0.0, 0.0, 0.0
     while progress < 1:
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * learning_rate_scale(step, progress)
@@ -100,8 +100,10 @@ def train(
         progress = step / args.steps if args.steps else seconds / (60 * args.minutes)
         if progress >= next_report or progress >= 1:
             next_report += 0.02
-            tokens_per_second = round((step - 1) * args.batch_size * seq_length / max(seconds, 1e-3))
+            training_seconds = seconds - measuring  # without what held-out texts take
+            tokens_per_second = round((step - 1) * args.batch_size * seq_length / max(training_seconds, 1e-3))
             held_out_loss = mean_loss(model, held_out, seq_length)
+            measuring += time.time() - start - seconds
             curve.append({"step": step, "loss": round(train_loss, 4), "held_out_loss": round(held_out_loss, 4)})
             print(f"step {step} ({progress:.0%}): {curve[-1]}, {tokens_per_second:,} tokens/s", flush=True)
     return {

@@ -28,17 +28,42 @@ held_out books & books=$!
 held_out proof & proof=$!
 for one in $training $books $proof; do wait "$one"; done
 
+# from here on nothing that fails stops the rest
+failed=""
+part() { # NAME, COMMAND: done once, what it prints goes to WORK/NAME.log
+    [ -f "$work/$1.done" ] && return
+    if "${@:2}" >"$work/$1.log" 2>&1; then touch "$work/$1.done"; else tail -n 3 "$work/$1.log" && false; fi
+}
 rows() { python3 script/experiment/run.py --base "$base" --data "$work/data" --work "$work" "$@"; }
-rows --cost --rows longqlora full-attention longlora 16-bit full --lengths 4096 # texts are tokenized here, for all
-rows --jobs "$jobs" --rows all
-python3 script/experiment/report.py --work "$work" --output "$figures"
+rows --cost --rows longqlora full-attention longlora 16-bit full --lengths 4096 || failed+=" costs" # tokenizes for all
+# what all else stands beside comes first, once each; then the rest, beside the uses of its models
+rows --jobs "$jobs" --seeds 1 --rows longqlora full-last full-attention full base untrained-{linear,dynamic,yarn} ||
+    failed+=" first-rows"
 
 long=$work/runs/longqlora-8192-0
-python3 script/experiment/passkey.py --base "$base" --adapter "$long" --work "$work/passkey" --jobs 2 \
-    --output_json "$figures/experiment_passkey.json" --figure "$figures/experiment_passkey.png"
-python3 script/experiment/instructions.py --base "$work/passkey/extended" --short_base "$base" \
-    --source "$texts/sft_long_leval.jsonl.xz" --work "$work/instructions" \
-    --output_json "$figures/experiment_instructions.json"
-python3 script/experiment/examples.py --base "$base" --extended "$long" --source "$texts/books-validation.jsonl.xz" \
-    --work "$work/examples" --output_json "$figures/experiment_examples.json" \
-    --long_figure "$figures/longdemo.png" --short_figure "$figures/shortdemo.png"
+passkey() {
+    part passkey python3 script/experiment/passkey.py --base "$base" --adapter "$long" --work "$work/passkey" \
+        --jobs 2 --output_json "$figures/experiment_passkey.json" --figure "$figures/experiment_passkey.png"
+}
+instructions() { # with the extended model that passkey has merged
+    part instructions python3 script/experiment/instructions.py --base "$work/passkey/extended" --short_base "$base" \
+        --source "$texts/sft_long_leval.jsonl.xz" --work "$work/instructions" \
+        --output_json "$figures/experiment_instructions.json"
+}
+examples() {
+    part examples python3 script/experiment/examples.py --base "$base" --extended "$long" \
+        --source "$texts/books-validation.jsonl.xz" --work "$work/examples" \
+        --output_json "$figures/experiment_examples.json" \
+        --long_figure "$figures/longdemo.png" --short_figure "$figures/shortdemo.png"
+}
+(
+    passkey || failed+=" passkey"
+    instructions || failed+=" instructions"
+    case "$failed" in *passkey* | *instructions*) exit 1 ;; esac
+) & long_uses=$!
+examples & examples=$!
+rows --jobs "$jobs" --rows all || failed+=" rows"
+python3 script/experiment/report.py --work "$work" --output "$figures" || failed+=" report"
+wait "$long_uses" || failed+=" passkey-or-instructions"
+wait "$examples" || failed+=" examples"
+[ -z "$failed" ] || { echo "failed:$failed" && exit 1; }

@@ -176,14 +176,15 @@ def draw_lengths(rows: Rows, length: int, file: Path) -> None:
         windows: set[int] = set()
         near = []
         for name, (label, colour, marker) in SHOWN.items():
-            measured = rows.get((name, length), {}).get("perplexity", {}).get("full", {}).get(text, {})
-            points = {w: statistics.mean(values_of(rows[name, length], text, w)) for w in sorted(measured)}
-            for axes in (above, below):
+            row = rows.get((name, length))
+            measured = sorted((row or {}).get("perplexity", {}).get("full", {}).get(text, {}))
+            points = {w: statistics.mean(values) for w in measured if (values := values_of(row, text, w))}
+            for axes in (above, below) if points else ():
                 axes.plot(list(points), list(points.values()), color=colour, marker=marker, label=label, linewidth=1.6)
             windows |= set(points)
             near += [] if label.startswith(("base", "interpolated")) else list(points.values())
         own = values_of(rows.get(("base", length)), text, BASE_CONTEXT)
-        low, high = min(near + own), max(near + own)
+        low, high = min(near + own, default=0), max(near + own, default=1)
         above.set(yscale="log")
         for kind in (above.yaxis.set_major_formatter, above.yaxis.set_minor_formatter):
             kind(lambda value, _: f"{value:g}")
@@ -200,7 +201,8 @@ def draw_positions(rows: Rows, length: int, file: Path) -> None:
         for (name, kind), (label, colour, line) in BY_POSITION.items():
             buckets = rows.get((name, length), {}).get("by_position", {}).get(kind, {}).get(text, [])
             middles = [(bucket["start"] + bucket["end"]) / 2 for bucket in buckets]
-            axes.plot(middles, [b["perplexity"] for b in buckets], line, color=colour, label=label, linewidth=1.6)
+            if buckets:
+                axes.plot(middles, [b["perplexity"] for b in buckets], line, color=colour, label=label, linewidth=1.6)
         group = (rows.get(("longqlora", length), {}).get("settings") or {}).get("group_size_ratio", 0.25) * length
         axes.axvspan(0, group / 2, color="0.93", zorder=0)
         axes.set(xlabel="position in the window (grey: the first half-group)")
@@ -208,7 +210,10 @@ def draw_positions(rows: Rows, length: int, file: Path) -> None:
 
 
 def draw_sweep(rows: Rows, prefix: str, own: float, label: str, length: int, file: Path) -> None:
-    """Perplexity at the extended length against the number in rows' names; LongQLoRA's own is `own`."""
+    """Perplexity at the extended length against the number in rows' names; LongQLoRA's own is `own`.
+
+    Of the first seed everywhere, the one that all rows have: the same initial weights and order of texts.
+    """
     found: dict[float, dict] = {}
     for (name, n), row in rows.items():
         number = name.removeprefix(prefix)
@@ -220,12 +225,12 @@ def draw_sweep(rows: Rows, prefix: str, own: float, label: str, length: int, fil
         return
     figure, parts = panels(rows, f"{{}}, windows of {length} tokens")
     for (axes,), text in parts:
-        points = {x: statistics.mean(values_of(row, text, length)) for x, row in sorted(found.items())}
+        points = {x: values[0] for x, row in sorted(found.items()) if (values := values_of(row, text, length))}
         axes.plot(list(points), list(points.values()), color="#0072b2", marker="o", linewidth=1.6, label="LongQLoRA")
         for name, (says, colour, _) in SHOWN.items():
-            if name in ("full-attention", "full") and values_of(rows.get((name, length)), text, length):
-                level = statistics.mean(values_of(rows[name, length], text, length))
-                axes.axhline(level, color=colour, linestyle="--", linewidth=1.2, label=says)
+            level = values_of(rows.get((name, length)), text, length)[:1]
+            if name in ("full-attention", "full") and level:
+                axes.axhline(level[0], color=colour, linestyle="--", linewidth=1.2, label=says)
         axes.set(xlabel=label)
         ticks(axes, found)
     finish(figure, parts[0][0][0], file)

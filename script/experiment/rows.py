@@ -87,7 +87,7 @@ def main_rows() -> list[Row]:
 
 
 def ablation_rows() -> list[Row]:
-    rank_8 = {"lora_rank": 8, "lora_alpha": 16}
+    rank_8 = {"lora_rank": 8, "lora_alpha": 8}  # as "rank 8" beside them
     rows = [
         *(Row(f"rank-{r}", f"rank {r}", {"lora_rank": r, "lora_alpha": r}) for r in (8, 16, 32, 128, 256)),
         Row("rank-8-attention", "rank 8 on q,k,v,o", {**rank_8, "target_modules": ATTENTION}),

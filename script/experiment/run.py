@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 import yaml
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig
 
 from component.error import UserError, exit_on_user_error, nearest
 from component.result import hardware, origin, write_json
@@ -120,12 +121,12 @@ def train(run: Run, flags: argparse.Namespace, folder: Path) -> dict:
 
 
 def stretched(base: Path, folder: Path, run: Run) -> Path:
-    """The base with stretched positions, as a model folder of its own."""
+    """The base with stretched positions, as a model folder of its own: files alone, since threads load no models."""
     config = AutoConfig.from_pretrained(base)
     assert run.row.rope_type
     extend_context(config, run.length, run.row.rope_type)
-    AutoModelForCausalLM.from_pretrained(base, config=config, dtype="auto").save_pretrained(folder)
-    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    shutil.copytree(base, folder, dirs_exist_ok=True)
+    config.save_pretrained(folder)
     return folder
 
 
@@ -167,7 +168,7 @@ def further_tasks(run: Run, folder: Path, words: list[str], settings: dict, flag
 
 def evaluate(run: Run, tasks: list[dict], flags: argparse.Namespace) -> dict:
     """{kind: {text: {protocol: results of evaluate.py}}}."""
-    batch = "32" if torch.cuda.is_available() else "1"
+    batch = "16" if torch.cuda.is_available() else "1"
     outputs, asked = [], []
     for one in tasks:
         for file in sorted(flags.data.glob("*.bin")):
@@ -217,8 +218,10 @@ def main() -> None:
             return f"{run.name}: not begun, --time_limit_s is spent"
         try:
             return f"{run.name}: {do(run, flags)['seconds']} s"
-        except UserError as error:
+        except Exception as error:  # of one run: the others go on
             failures.append(run.name)
+            if not isinstance(error, UserError):
+                traceback.print_exc()
             return f"{run.name}: {error}"
 
     with ThreadPoolExecutor(flags.jobs) as pool:

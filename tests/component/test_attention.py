@@ -989,6 +989,26 @@ def test_sliding_window_shorter_than_the_group_is_refused():
         use_shift_short_attention(Qwen2Config(**TINY, sliding_window=10, use_sliding_window=True), 12)
 
 
+def test_full_attention_beyond_a_models_own_window_is_refused():
+    with pytest.raises(UserError, match=r"full_attention_ratio.*11 tokens.*window is 10"):
+        use_shift_short_attention(MistralConfig(**TINY, sliding_window=10), 4, 11)
+    use_shift_short_attention(MistralConfig(**TINY, sliding_window=10), 4, 10)
+    use_shift_short_attention(MistralConfig(**TINY, sliding_window=None), 4, 11)
+    use_shift_short_attention(Qwen2Config(**TINY, sliding_window=10, use_sliding_window=False), 4, 11)
+
+
+@pytest.mark.parametrize("rows", [None, [[5, 1, 21], [13, 14]]])
+@pytest.mark.parametrize(("heads", "kv_heads", "at_once"), [(8, 4, 4), (8, 8, 4), (6, 3, 4), (4, 1, 4)])
+def test_groups_that_nobody_fills_are_full_attention(kernel_calls, heads, kv_heads, at_once, rows):
+    """Inside documents, and with no more heads in a kernel call than groups have: memory plans count on that."""
+    inputs = random_inputs(2, heads, kv_heads, 27)
+    position_ids = None if rows is None else positions(*rows)
+    full = shift_short_attention(*inputs, attention.NO_GROUPS, position_ids)
+    assert max(shape[1] for shape in kernel_calls) == at_once
+    assert_equals_loop(inputs, 2 * 27, position_ids)
+    assert_close(full, shift_short_loop(*inputs, 2 * 27, position_ids), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     "config",
     [
