@@ -22,7 +22,7 @@ from component.error import exit_on_user_error
 from component.memory import explaining_out_of_memory, liger_runs, limit_memory, peak_memory, room, use_memory_plan
 from component.model import any_pad_id, check_targets_early, compute_dtype, load_base, load_config, load_tokenizer
 from component.plan import choose, describe_estimate
-from component.report import describe_optimizer, describe_trainable, summary, zero_settings
+from component.report import describe_attention, describe_optimizer, describe_trainable, summary, zero_settings
 from component.rope import extend_context, original_context
 from component.trainer import FullAttentionCallback, LongQLoRATrainer, stand_alone_environment
 from component.workload import workload
@@ -45,8 +45,7 @@ def main() -> None:
     config = copy.deepcopy(extended)
     config.use_cache = False  # only generation needs it
     if args.use_shift_short_attention or args.packing:
-        full_tokens = args.max_seq_length if args.full_attention_ratio else 0
-        use_shift_short_attention(config, args.group_tokens, full_tokens)
+        use_shift_short_attention(config, args.group_tokens, args.max_seq_length if args.full_attention_ratio else 0)
     model = load_base(
         args.model_name_or_path,
         config,
@@ -132,12 +131,10 @@ def plan(args: LongQLoRAArguments, training_args: TrainingArguments, trainer: Lo
     dtype = compute_dtype(training_args.fp16, training_args.bf16)
     rows = training_args.train_batch_size * training_args.gradient_accumulation_steps * training_args.world_size
     optimizer = describe_optimizer(training_args.optim.value, training_args.deepspeed, training_args.max_grad_norm)
-    last = f"in the last {args.full_attention_ratio:.0%} of the steps and " if args.full_attention_ratio else ""
-    attention = f"S2-Attn in groups of {args.group_tokens} tokens, full attention {last}when evaluating"
     return {
         "model": args.model_name_or_path,
         "context": f"{original_context(extended)} -> {args.model_max_length} tokens ({args.rope_type} x {factor:g})",
-        "attention": attention if args.use_shift_short_attention else "full",
+        "attention": describe_attention(args),
         "kernel": describe_kernels(training_args.device, dtype),
         "base": f"{'NF4, double quantisation' if args.load_in_4bit else dtype}, computing in {dtype}",
         "trains": describe_trainable(trainer.model),

@@ -6,6 +6,7 @@ from pathlib import Path
 from torch import nn
 
 from component.adapter import trainable_counts
+from component.argument import LongQLoRAArguments
 
 
 def summary(rows: dict[str, str]) -> str:
@@ -30,6 +31,13 @@ def zero_settings(deepspeed: str | dict | None) -> tuple[int | None, bool]:
 
 def _read_deepspeed(deepspeed: str | dict) -> dict:
     return deepspeed if isinstance(deepspeed, dict) else json.loads(Path(deepspeed).read_text(encoding="utf-8"))
+
+
+def describe_attention(args: LongQLoRAArguments) -> str:
+    if not args.use_shift_short_attention:
+        return "full"
+    last = f"in the last {100 * args.full_attention_ratio:g} % of the steps and " if args.full_attention_ratio else ""
+    return f"S2-Attn in groups of {args.group_tokens} tokens, full attention {last}when evaluating"
 
 
 def describe_optimizer(optim: str, deepspeed: str | dict | None, max_grad_norm: float) -> str:

@@ -23,7 +23,7 @@ held_out() { # TEXT: a file of tokens to evaluate on
     [ -f "$work/data/$1.bin" ] || python3 script/data/tokenize_bin.py --tokenizer "$base" \
         --source "$work/held-out/$1.jsonl" --output "$work/data/$1.bin"
 }
-pieces "$work/data/train.jsonl" 8200 9000 2400 "$texts"/{books,proof}-train.jsonl.xz & training=$!
+pieces "$work/data/train.jsonl" 8200 9000 4000 "$texts"/{books,proof}-train.jsonl.xz & training=$!
 held_out books & books=$!
 held_out proof & proof=$!
 for one in $training $books $proof; do wait "$one"; done

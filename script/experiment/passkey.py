@@ -6,9 +6,10 @@
     python script/experiment/passkey.py --base BASE --work DIR ... --context 4096     # without an adapter
 
 Three contenders: the base, tuned at its own length with full attention; the same, its positions then stretched and
-not trained; and the adapter, merged and tuned at its extended length with S2-Attn. Both trainings take the same steps,
-tokens per step and rank. They read prompts of component/passkey.py of random length (log-uniform) and depth, in the
-very tokens that script/evaluate/passkey.py measures with, and never a key that is measured.
+not trained; and the adapter, merged and tuned at its extended length with S2-Attn, in the last steps with full
+attention. Both trainings take the same steps, tokens per step and rank. They read prompts of component/passkey.py of
+random length (log-uniform) and depth, in the very tokens that script/evaluate/passkey.py measures with, and never a
+key that is measured.
 """
 
 import argparse
@@ -48,6 +49,9 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="(1e-3)")
     parser.add_argument("--rank", type=int, default=64, help="of LoRA, and its alpha (64)")
     parser.add_argument("--group_size_ratio", type=float, default=0.25, help="of LongQLoRA's rows (0.25)")
+    parser.add_argument(
+        "--full_attention_ratio", type=float, default=0.1, help="of LongQLoRA's steps, at the end (0.1)"
+    )
     parser.add_argument("--full_attention", action="store_true", help="no S2-Attn in LongQLoRA's tuning either")
     parser.add_argument("--lengths", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096, 8192])
     parser.add_argument("--depths", type=int, default=9, help="measured, evenly from first line to last (9)")
@@ -141,7 +145,8 @@ def main() -> None:
     extended = merge(flags.adapter, flags.work / "extended") if flags.adapter else flags.base
     context = context_length(load_config(str(extended))) if flags.adapter else flags.context or 8192
     full = {"use_shift_short_attention": False}
-    shifted = full if flags.full_attention else {"group_size_ratio": flags.group_size_ratio}
+    shifted = {"group_size_ratio": flags.group_size_ratio, "full_attention_ratio": flags.full_attention_ratio}
+    shifted = full if flags.full_attention else shifted
 
     def base() -> list[tuple[str, dict[str, Any]]]:
         training = teach("base", flags.base, own, full, flags)

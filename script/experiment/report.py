@@ -76,6 +76,9 @@ def gather(results: list[dict], costs: list[dict], protocol: str) -> Rows:
                     by_window.setdefault(entry["seq_len"], []).append(entry["perplexity"])
                     if entry["seq_len"] == result["length"] and result["seed"] == 0:
                         row["by_position"].setdefault(kind, {})[text] = entry["by_position"]
+    for length in {length for _, length in rows}:  # positions as they are: extended to nothing
+        if ("base", 4096) in rows:
+            rows.setdefault(("base", length), rows["base", 4096])
     for cost in costs:
         row = rows.get((cost["row"], cost["length"]), {})
         row["step_seconds"] = statistics.median(cost["training"]["step_seconds"][5:])

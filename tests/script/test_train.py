@@ -430,7 +430,7 @@ def test_the_last_steps_train_with_full_attention(train, basic, plain_run, base_
     for last, first_full in ((0.3, 3), (0.66, 2)):
         out = tmp_path / str(last)
         printed = finish(train({**basic, "full_attention_ratio": last, "output_dir": str(out)}))
-        assert f"full attention in the last {last:.0%} of the steps and when evaluating" in printed
+        assert f"full attention in the last {100 * last:g} % of the steps and when evaluating" in printed
         mixed = losses(out)
         for step in range(1, first_full):
             assert mixed[step] == pytest.approx(shifted[step], abs=1e-6)
