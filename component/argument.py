@@ -149,13 +149,11 @@ def parse_arguments(argv: list[str]) -> tuple[LongQLoRAArguments, TrainingArgume
 def _training_arguments(file: str, values: dict) -> TrainingArguments:
     # ours, because a run's record counts tokens; and the recomputation that needs no gradient at the embedding
     values = {"include_num_input_tokens_seen": "non_padding", "ddp_find_unused_parameters": False, **values}
-    newer = {item.name for item in dataclasses.fields(TrainingArguments)} & {"activation_checkpointing_kwargs"}
-    if newer:  # transformers 5.23 has new names and warns of the old ones, which the original's YAMLs have
-        old = {
-            key: key.replace("gradient", "activation") for key in values if key.startswith("gradient_checkpointing")
-        }
-        values = {old.get(key, key): value for key, value in values.items()}
-    values.setdefault(newer.pop() if newer else "gradient_checkpointing_kwargs", {"use_reentrant": False})
+    # transformers 5.23 has another name for it, and warns of the one that the original's YAMLs have
+    is_renamed = hasattr(TrainingArguments, "activation_checkpointing_kwargs")
+    name = "activation_checkpointing" if is_renamed else "gradient_checkpointing"
+    values = {key.replace("gradient_checkpointing", name): value for key, value in values.items()}
+    values.setdefault(f"{name}_kwargs", {"use_reentrant": False})
     # each process takes its share of a stream itself: the first one can only deal out batches of equal lengths
     values.setdefault("accelerator_config", {"dispatch_batches": False})
     try:

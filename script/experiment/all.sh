@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything in README.md's "Experiments", from texts to tables and figures, on one GPU (an H200: about 40 minutes).
+# Everything in README.md's "Experiments", from texts to tables and figures, on one GPU (an H200: about 40 minutes, estimated).
 #
 #   bash script/experiment/all.sh TEXTS WORK FIGURES [JOBS]
 #
