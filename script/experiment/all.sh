@@ -10,22 +10,23 @@ texts=$(realpath "$1") work=$(realpath -m "$2") figures=$(realpath -m "$3") jobs
 cd "$(dirname "$0")/../.."
 mkdir -p "$work/data" "$work/held-out" "$figures"
 
-base=$work/base
-[ -d "$base" ] || python3 script/experiment/pretrain.py --minutes 2.5 --output "$base" \
-    --train "$texts"/{books,proof}-train.jsonl.xz --validation "$texts"/{books,proof}-validation.jsonl.xz
+base=$work/base tokenizer=$work/tokenizer
+[ -d "$tokenizer" ] || python3 script/experiment/tokenizer.py --output "$tokenizer" --train "$texts"/{books,proof}-train.jsonl.xz
 
 pieces() { # OUTPUT, least and most tokens, how many, SOURCES: pieces of long texts
-    [ -f "$1" ] || python3 script/data/build_pretrain.py --tokenizer "$base" --long_texts split --output "$1" \
+    [ -f "$1" ] || python3 script/data/build_pretrain.py --tokenizer "$tokenizer" --long_texts split --output "$1" \
         --min_tokens "$2" --max_tokens "$3" --num_samples "$4" --source "${@:5}"
 }
 held_out() { # TEXT: a file of tokens to evaluate on
     pieces "$work/held-out/$1.jsonl" 24000 32768 10 "$texts/$1-validation.jsonl.xz"
-    [ -f "$work/data/$1.bin" ] || python3 script/data/tokenize_bin.py --tokenizer "$base" \
+    [ -f "$work/data/$1.bin" ] || python3 script/data/tokenize_bin.py --tokenizer "$tokenizer" \
         --source "$work/held-out/$1.jsonl" --output "$work/data/$1.bin"
 }
 pieces "$work/data/train.jsonl" 8200 9000 4000 "$texts"/{books,proof}-train.jsonl.xz & training=$!
 held_out books & books=$!
 held_out proof & proof=$!
+[ -d "$base" ] || python3 script/experiment/pretrain.py --tokenizer "$tokenizer" --minutes 2.5 --output "$base" \
+    --train "$texts"/{books,proof}-train.jsonl.xz --validation "$texts"/{books,proof}-validation.jsonl.xz
 for one in $training $books $proof; do wait "$one"; done
 
 # from here on nothing that fails stops the rest

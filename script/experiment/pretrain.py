@@ -1,6 +1,7 @@
 """Pretrain the experiments' base: a Llama of 32 M parameters that reads 1024 tokens of novels and mathematics.
 
-    python script/experiment/pretrain.py --train books-train.jsonl.xz proof-train.jsonl.xz \\
+    python script/experiment/pretrain.py --tokenizer output/experiment/tokenizer \\
+        --train books-train.jsonl.xz proof-train.jsonl.xz \\
         --validation books-validation.jsonl.xz proof-validation.jsonl.xz --minutes 2.5 --output output/experiment/base
     python script/experiment/pretrain.py ... --steps 4 --batch_size 2 --layers 2 --output /tmp/base      # a try on CPU
 
@@ -11,7 +12,6 @@ import argparse
 import json
 import shutil
 import sys
-from itertools import chain
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -24,17 +24,15 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from component.error import exit_on_user_error
-from component.source import RecordTally, read_records
+from component.model import load_tokenizer
 from script.benchmark_result import describe_card
-from script.pretraining import describe, mean_loss, token_stream, train, train_tokenizer
-
-SEQ_LENGTH = 1024  # tokens, the context that the experiments then extend
-VOCAB_SIZE = 8192
-BPE_CHARACTERS = 30_000_000  # of each file that the tokenizer learns from
+from script.experiment.tokenizer import SEQ_LENGTH, texts_of
+from script.pretraining import describe, mean_loss, token_stream, train
 
 
 def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", required=True, help="folder of script/experiment/tokenizer.py")
     parser.add_argument("--train", type=Path, nargs="+", required=True, help='files of {"text"} records')
     parser.add_argument("--validation", type=Path, nargs="+", required=True, help="the same, held out")
     parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
@@ -49,13 +47,6 @@ def parse_flags() -> argparse.Namespace:
     if flags.output.exists():
         parser.error(f"--output {flags.output} exists: remove it or choose another folder")
     return flags
-
-
-def texts_of(file: Path) -> list[str]:
-    tally = RecordTally()
-    texts = [record["text"] for _, record in tally.good(file, read_records(file, ("text",)))]
-    tally.refuse_if_too_many()
-    return texts
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, layers: int) -> LlamaForCausalLM:
@@ -94,8 +85,7 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     texts = {file: texts_of(file) for file in (*flags.train, *flags.validation)}
-    samples = chain.from_iterable(sampled(texts[file]) for file in flags.train)
-    tokenizer = train_tokenizer(samples, VOCAB_SIZE, SEQ_LENGTH)
+    tokenizer = load_tokenizer(flags.tokenizer)
     training = token_stream(tokenizer, [text for file in flags.train for text in texts[file]], flags.seed).to(device)
     held_out = {file.name: token_stream(tokenizer, texts[file], flags.seed).to(device) for file in flags.validation}
     mixed = torch.cat([stream[: 2**16] for stream in held_out.values()])
@@ -121,12 +111,6 @@ def main() -> None:
     (partial / "pretrain.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     draw_curve(run["curve"], partial / "pretrain.png")
     partial.rename(flags.output)
-
-
-def sampled(texts: list[str]) -> list[str]:
-    """The first part of every text, about BPE_CHARACTERS in all."""
-    share = BPE_CHARACTERS // len(texts)
-    return [text[:share] for text in texts]
 
 
 if __name__ == "__main__":

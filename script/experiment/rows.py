@@ -110,8 +110,19 @@ def ablation_rows() -> list[Row]:
             "full attention, learning rate 0.001",
             {"use_shift_short_attention": False, "learning_rate": 1e-3},
         ),
+        Row(
+            "last-0.1-steps-1000",
+            "full attention in the last 10% of the steps, 1000 steps",
+            {"full_attention_ratio": 0.1, "max_steps": 1000},
+        ),
+        Row("full-steps-1000", "full fine-tuning, 1000 steps", full(1e-4) | {"max_steps": 1000}, program=FULL),
         *(Row(f"full-rate-{x:g}", f"full fine-tuning at {x:g}", full(x), program=FULL) for x in (3e-5, 3e-4)),
         Row("rope-yarn", "yarn in place of linear", {"rope_type": "yarn"}),
+        Row(
+            "rope-yarn-last-0.1",
+            "yarn, full attention in the last 10% of the steps",
+            {"rope_type": "yarn", "full_attention_ratio": 0.1},
+        ),
     ]
     return [replace(row, windows=(1024, 4096)) for row in rows]
 

@@ -1,0 +1,51 @@
+"""Train the tokenizer of the experiments' base: a byte-level BPE of 8192 tokens.
+
+    python script/experiment/tokenizer.py --train books-train.jsonl.xz proof-train.jsonl.xz \\
+        --output output/experiment/tokenizer
+"""
+
+import argparse
+import sys
+from itertools import chain
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from component.error import exit_on_user_error
+from component.source import RecordTally, read_records
+from script.pretraining import train_tokenizer
+
+SEQ_LENGTH = 1024  # tokens, the context that the experiments then extend
+VOCAB_SIZE = 8192
+BPE_CHARACTERS = 30_000_000  # of each file that the tokenizer learns from
+
+
+def parse_flags() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", type=Path, nargs="+", required=True, help='files of {"text"} records')
+    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    return parser.parse_args()
+
+
+def texts_of(file: Path) -> list[str]:
+    tally = RecordTally()
+    texts = [record["text"] for _, record in tally.good(file, read_records(file, ("text",)))]
+    tally.refuse_if_too_many()
+    return texts
+
+
+def first_parts(texts: list[str]) -> list[str]:
+    """Of every text the same number of characters, about BPE_CHARACTERS in all."""
+    share = BPE_CHARACTERS // len(texts)
+    return [text[:share] for text in texts]
+
+
+@exit_on_user_error
+def main() -> None:
+    flags = parse_flags()
+    samples = chain.from_iterable(first_parts(texts_of(file)) for file in flags.train)
+    train_tokenizer(samples, VOCAB_SIZE, SEQ_LENGTH).save_pretrained(flags.output)
+
+
+if __name__ == "__main__":
+    main()
