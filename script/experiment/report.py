@@ -109,7 +109,7 @@ def texts_of(rows: Rows) -> list[str]:
 
 def compact(rows: Rows, names: Iterable[str], length: int) -> str:
     """A line per row: perplexity of each text at the base's context and at the extended one, and what a step costs."""
-    columns = [(text, window) for text in texts_of(rows) for window in (BASE_CONTEXT, length)]
+    columns = [(text, window) for text in texts_of(rows) for window in sorted({BASE_CONTEXT, length})]
     head = [f"extended to {length}", *(f"{text} {window}" for text, window in columns), "s/step", "GiB"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in (rows[name, length] for name in names if (name, length) in rows):
@@ -136,7 +136,7 @@ def by_kind(rows: Rows, name: str, length: int) -> str:
     row = rows.get((name, length))
     if row is None or len(row["perplexity"]) < 2:
         return ""
-    columns = [(text, window) for text in texts_of(rows) for window in (BASE_CONTEXT, length)]
+    columns = [(text, window) for text in texts_of(rows) for window in sorted({BASE_CONTEXT, length})]
     head = [row["says"], *(f"{text} {window}" for text, window in columns)]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for kind in row["perplexity"]:
@@ -246,10 +246,10 @@ def main() -> None:
     if not read["results"]:
         raise UserError(f"--work: {flags.work}/results holds no result; run script/experiment/run.py first")
     rows = gather(read["results"], read["cost"], flags.protocol)
-    lengths = sorted({length for _, length in rows})
+    lengths = sorted({length for _, length in rows if length > BASE_CONTEXT})
     main_names, others = [row.name for row in main_rows()], [row.name for row in ablation_rows()]
     tables = [compact(rows, main_names, length) for length in lengths]
-    tables += [compact(rows, ["longqlora", *others], lengths[0])]
+    tables += [compact(rows, ["longqlora", *others], length) for length in (lengths[0], BASE_CONTEXT)]
     tables += [by_kind(rows, name, lengths[0]) for name in ("longqlora", "rolled")]
     tables += [by_window(rows, main_names, length, text) for length in lengths for text in texts_of(rows)]
     flags.output.mkdir(parents=True, exist_ok=True)

@@ -87,6 +87,8 @@ def main_rows() -> list[Row]:
 
 
 def ablation_rows() -> list[Row]:
+    long, cosine, last = {"max_steps": 1000}, {"lr_scheduler_type": "cosine"}, {"full_attention_ratio": 0.1}
+    slow_end = {"full_attention_ratio": 0.25} | cosine
     rank_8 = {"lora_rank": 8, "lora_alpha": 8}  # as "rank 8" beside them
     rows = [
         *(Row(f"rank-{r}", f"rank {r}", {"lora_rank": r, "lora_alpha": r}) for r in (8, 16, 32, 128, 256)),
@@ -103,28 +105,30 @@ def ablation_rows() -> list[Row]:
         Row(
             "last-0.1-rate-0.001",
             "full attention in the last 10% of the steps, learning rate 0.001",
-            {"full_attention_ratio": 0.1, "learning_rate": 1e-3},
+            {**last, "learning_rate": 1e-3},
         ),
         Row(
             "full-attention-rate-0.001",
             "full attention, learning rate 0.001",
             {"use_shift_short_attention": False, "learning_rate": 1e-3},
         ),
-        Row(
-            "last-0.1-steps-1000",
-            "full attention in the last 10% of the steps, 1000 steps",
-            {"full_attention_ratio": 0.1, "max_steps": 1000},
-        ),
-        Row("full-steps-1000", "full fine-tuning, 1000 steps", full(1e-4) | {"max_steps": 1000}, program=FULL),
         *(Row(f"full-rate-{x:g}", f"full fine-tuning at {x:g}", full(x), program=FULL) for x in (3e-5, 3e-4)),
-        Row("rope-yarn", "yarn in place of linear", {"rope_type": "yarn"}),
-        Row(
-            "rope-yarn-last-0.1",
-            "yarn, full attention in the last 10% of the steps",
-            {"rope_type": "yarn", "full_attention_ratio": 0.1},
+        Row("last-0.25-cosine", "full attention in the last 25%, cosine", slow_end),
+        Row("full-cosine", "full fine-tuning, cosine", full(1e-4) | cosine, program=FULL),
+        Row("last-0.1-1000", "full attention in the last 10%, 1000 steps", last | long),
+        Row("last-0.25-cosine-1000", "full attention in the last 25%, cosine, 1000 steps", slow_end | long),
+        Row("full-cosine-1000", "full fine-tuning, cosine, 1000 steps", full(1e-4) | cosine | long, program=FULL),
+        *(Row(rope, f"{rope} in place of linear", {"rope_type": rope}) for rope in ("yarn", "dynamic")),
+        *(
+            Row(f"{rope}-last-0.1", f"{rope}, full attention in the last 10%", {"rope_type": rope} | last)
+            for rope in ("yarn", "dynamic")
         ),
+        Row("yarn-last-0.25-cosine", "yarn, full attention in the last 25%, cosine", {"rope_type": "yarn"} | slow_end),
     ]
-    return [replace(row, windows=(1024, 4096)) for row in rows]
+    # what more training alone does at the base's own length: its positions are not stretched
+    same_length = Row("not-stretched", "more training at 1024 tokens", {"use_shift_short_attention": False})
+    same_length = replace(same_length, lengths=(1024,), windows=(512, 1024))
+    return [*(replace(row, windows=(1024, 4096)) for row in rows), same_length]
 
 
 def full(learning_rate: float) -> dict[str, Any]:
