@@ -23,15 +23,15 @@ import matplotlib.pyplot as plt
 
 from component.error import UserError, exit_on_user_error
 from component.result import save_figure, write_json
-from script.experiment.rows import ablation_rows, main_rows
+from script.experiment.rows import ablation_rows, all_rows, main_rows
 
 BASE_CONTEXT = 1024  # tokens, of script/experiment/pretrain.py's model
 SHOWN = {  # of the figure by length: row -> (label, colour, marker)
     "base": ("base", "#8a8a8a", "x"),
     "untrained-linear": ("interpolated, untrained", "#cc79a7", "v"),
     "longqlora": ("LongQLoRA", "#0072b2", "o"),
-    "full-last": ("the same, full attention at last", "#009e73", "P"),
-    "full-attention": ("the same, full attention", "#56b4e9", "s"),
+    "full-last": ("LongQLoRA, full attention at last", "#56b4e9", "P"),
+    "yarn-last": ("our YAMLs: yarn, full attention at last", "#009e73", "s"),
     "longlora": ("LongLoRA's setting", "#e69f00", "^"),
     "full": ("full fine-tuning", "#d55e00", "D"),
 }
@@ -57,15 +57,20 @@ def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder of run.py, with its results and cost")
     parser.add_argument("--output", type=Path, required=True, help="folder for the JSON, the tables and the figures")
-    parser.add_argument("--protocol", default="longlora", help="of the tables and figures (longlora)")
     return parser.parse_args()
 
 
 def gather(results: list[dict], costs: list[dict], protocol: str) -> Rows:
     """By row and length extended to: what it is, its cost, {kind: {text: {window: perplexities of the seeds}}}, ..."""
     rows: Rows = {}
+    known = all_rows()
     for result in sorted(results, key=lambda result: result["seed"]):
-        new = {"says": result["says"], "settings": result.get("settings"), "seeds": [], "perplexity": {}}
+        new: dict[str, Any] = {
+            "says": known[result["row"]].says,
+            "settings": result.get("settings"),
+            "seeds": [],
+            "perplexity": {},
+        }
         row = rows.setdefault((result["row"], result["length"]), new | {"by_position": {}, "losses": {}})
         row["seeds"].append(result["seed"])
         row["losses"][result["seed"]] = result.get("losses")
@@ -119,16 +124,16 @@ def compact(rows: Rows, names: Iterable[str], length: int) -> str:
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
-def by_window(rows: Rows, names: Iterable[str], length: int, text: str) -> str:
+def by_window(rows: Rows, names: Iterable[str], length: int, text: str, how: str = "") -> str:
     """A line per row, a column per window."""
     found = [rows[name, length] for name in names if (name, length) in rows]
     windows = sorted({window for row in found for window in row["perplexity"]["full"].get(text, {})})
-    head = [f"{text}, extended to {length}", *map(str, windows)]
+    head = [f"{text}, extended to {length}{how}", *map(str, windows)]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     lines += [
         f"| {row['says']} | " + " | ".join(cell(values_of(row, text, w)) for w in windows) + " |" for row in found
     ]
-    return "\n".join(lines) if found else ""
+    return "\n".join(lines) if windows else ""
 
 
 def by_kind(rows: Rows, name: str, length: int) -> str:
@@ -185,7 +190,8 @@ def draw_lengths(rows: Rows, length: int, file: Path) -> None:
             for axes in (above, below) if points else ():
                 axes.plot(list(points), list(points.values()), color=colour, marker=marker, label=label, linewidth=1.6)
             windows |= set(points)
-            near += [] if label.startswith(("base", "interpolated")) else list(points.values())
+            if name not in ("base", "untrained-linear"):
+                near += [value for window, value in points.items() if window <= length]
         own = values_of(rows.get(("base", length)), text, BASE_CONTEXT)
         low, high = min(near + own, default=0), max(near + own, default=1)
         above.set(yscale="log")
@@ -212,31 +218,37 @@ def draw_positions(rows: Rows, length: int, file: Path) -> None:
     finish(figure, parts[0][0][0], file)
 
 
-def draw_sweep(rows: Rows, prefix: str, own: float, label: str, length: int, file: Path) -> None:
-    """Perplexity at the extended length against the number in rows' names; LongQLoRA's own is `own`.
+def draw_sweep(rows: Rows, sweep: "Sweep", length: int, file: Path) -> None:
+    """Perplexity at the extended length against the number in rows' names, a line per kind of row.
 
     Of the first seed everywhere, the one that all rows have: the same initial weights and order of texts.
     """
-    found: dict[float, dict] = {}
-    for (name, n), row in rows.items():
-        number = name.removeprefix(prefix)
-        if n == length and name.startswith(prefix) and number.replace(".", "", 1).isdigit():
-            found[float(number)] = row
-    if ("longqlora", length) in rows:
-        found[own] = rows["longqlora", length]
-    if len(found) < 2:
-        return
+    label, own, series = sweep
     figure, parts = panels(rows, f"{{}}, windows of {length} tokens")
+    numbers = set()
     for (axes,), text in parts:
-        points = {x: values[0] for x, row in sorted(found.items()) if (values := values_of(row, text, length))}
-        axes.plot(list(points), list(points.values()), color="#0072b2", marker="o", linewidth=1.6, label="LongQLoRA")
-        for name, (says, colour, _) in SHOWN.items():
+        for prefix, (main, says, colour) in series.items():
+            found: dict[float, dict] = {own: rows[main, length]} if (main, length) in rows else {}
+            for (name, n), row in rows.items():
+                number = name.removeprefix(prefix)
+                if n == length and name.startswith(prefix) and number.replace(".", "", 1).isdigit():
+                    found[float(number)] = row
+            points = {x: values[0] for x, row in sorted(found.items()) if (values := values_of(row, text, length))}
+            if len(points) > 1:
+                axes.plot(list(points), list(points.values()), color=colour, marker="o", linewidth=1.6, label=says)
+                numbers |= set(points)
+        for name, says, colour in (
+            ("full-attention", "LongQLoRA, full attention", "#8a8a8a"),
+            ("full", "full fine-tuning", "#d55e00"),
+        ):
             level = values_of(rows.get((name, length)), text, length)[:1]
-            if name in ("full-attention", "full") and level:
+            if level:
                 axes.axhline(level[0], color=colour, linestyle="--", linewidth=1.2, label=says)
         axes.set(xlabel=label)
-        ticks(axes, found)
-    finish(figure, parts[0][0][0], file)
+        ticks(axes, numbers)
+    if numbers:
+        finish(figure, parts[0][0][0], file)
+    plt.close(figure)
 
 
 @exit_on_user_error
@@ -245,31 +257,43 @@ def main() -> None:
     read = {kind: [json.loads(f.read_text()) for f in sorted((flags.work / kind).glob("*.json"))] for kind in KEPT}
     if not read["results"]:
         raise UserError(f"--work: {flags.work}/results holds no result; run script/experiment/run.py first")
-    rows = gather(read["results"], read["cost"], flags.protocol)
+    rows, sliding = gather(read["results"], read["cost"], "longlora"), gather(read["results"], [], "sliding")
     lengths = sorted({length for _, length in rows if length > BASE_CONTEXT})
     main_names, others = [row.name for row in main_rows()], [row.name for row in ablation_rows()]
     tables = [compact(rows, main_names, length) for length in lengths]
     tables += [compact(rows, ["longqlora", *others], length) for length in (lengths[0], BASE_CONTEXT)]
     tables += [by_kind(rows, name, lengths[0]) for name in ("longqlora", "rolled")]
     tables += [by_window(rows, main_names, length, text) for length in lengths for text in texts_of(rows)]
+    tables += [
+        by_window(sliding, main_names, n, text, ", sliding windows") for n in lengths for text in texts_of(rows)
+    ]
     flags.output.mkdir(parents=True, exist_ok=True)
     (flags.output / "experiment.md").write_text("\n\n".join(filter(None, tables)) + "\n", encoding="utf-8")
     for length in lengths:
         draw_lengths(rows, length, flags.output / f"experiment_lengths_{length}.png")
     draw_positions(rows, lengths[0], flags.output / "experiment_positions.png")
-    for prefix, own, label in SWEEPS:
-        draw_sweep(rows, prefix, own, label, lengths[0], flags.output / f"experiment_{prefix.strip('-')}.png")
+    for name, sweep in SWEEPS.items():
+        draw_sweep(rows, sweep, lengths[0], flags.output / f"experiment_{name}.png")
     origins = {(one["date"], one["hardware"], json.dumps(one["versions"])) for one in read["results"]}
     dates, cards, versions = (sorted(set(column)) for column in zip(*origins, strict=True))
     record = {"commands": sorted({one["command"] for one in read["results"] + read["cost"]}), "dates": dates}
     record |= {"hardware": cards, "versions": [json.loads(one) for one in versions]}
-    shown = [{"row": name, "length": length, **row} for (name, length), row in rows.items()]
+    shown = [
+        {"row": name, "length": length, **row, "sliding": sliding[name, length]["perplexity"].get("full")}
+        for (name, length), row in rows.items()
+    ]
     write_json(flags.output / "experiment.json", record | {"rows": shown})
     print((flags.output / "experiment.md").read_text(encoding="utf-8"))
 
 
 KEPT = ("results", "cost")
-SWEEPS = (("rank-", 64, "LoRA rank"), ("steps-", 400, "steps"), ("groups-", 0.25, "group / row"))
+Sweep = tuple[str, float, dict[str, tuple[str, str, str]]]  # axis, number of the main rows, {prefix: (main row, ...)}
+S2, YAMLS = ("longqlora", "LongQLoRA", "#0072b2"), ("yarn-last", "our YAMLs: yarn, full attention at last", "#009e73")
+SWEEPS: dict[str, Sweep] = {
+    "rank": ("LoRA rank", 64, {"rank-": S2, "yarn-last-rank-": YAMLS}),
+    "steps": ("steps", 400, {"steps-": S2, "yarn-last-steps-": YAMLS}),
+    "groups": ("group / row", 0.25, {"groups-": S2}),
+}
 
 if __name__ == "__main__":
     main()

@@ -46,7 +46,6 @@ class Row:
 
 def main_rows() -> list[Row]:
     both, close = (4096, 8192), 3
-    no_s2 = {"use_shift_short_attention": False}
     modest = {"target_modules": ATTENTION}
     return [
         Row("base", "base, positions as they are", program=None, rope_type=None),
@@ -61,15 +60,10 @@ def main_rows() -> list[Row]:
             lengths=both,
             also=("shift_short", "nf4", "merged-fp16", "merged-nf4"),
         ),
-        Row(
-            "full-last",
-            "the same, full attention in the last 10 % of the steps",
-            {"full_attention_ratio": 0.1},
-            seeds=close,
-            lengths=both,
-        ),
-        Row("full-attention", "the same, full attention", no_s2, seeds=close, lengths=both),
-        Row("rolled", "the same, the original's rolled S2", program=ROLLED, seeds=close, also=("rolled",)),
+        Row("full-last", "the same, full attention in the last 10 % of the steps", LAST, seeds=close, lengths=both),
+        Row("yarn-last", "**our YAMLs**: that, with yarn in place of linear", YARN | LAST, seeds=close, lengths=both),
+        Row("full-attention", "LongQLoRA, full attention", NO_S2, seeds=close, lengths=both),
+        Row("rolled", "LongQLoRA, the original's rolled S2", program=ROLLED, seeds=close, also=("rolled",)),
         Row(
             "longlora",
             "LongLoRA: 16 bits, rank 8 on q,k,v,o, embeddings, norms",
@@ -81,61 +75,57 @@ def main_rows() -> list[Row]:
         Row("attention-norms", "LoRA on q,k,v,o, + norms", {**modest, "train_norm": True}, seeds=close),
         Row("attention-embeddings", "LoRA on q,k,v,o, + embeddings", {**modest, "train_embedding": True}),
         Row("all", "all linears + norms + embeddings", {"train_norm": True, "train_embedding": True}, seeds=close),
-        Row("full", "full fine-tuning, full attention", full(1e-4), program=FULL, seeds=close, lengths=both),
         Row("16-bit", "LongQLoRA on a 16-bit base", {"load_in_4bit": False}, seeds=close),
+        Row("full", "full fine-tuning, full attention", full(1e-4), program=FULL, seeds=close, lengths=both),
+        Row("full-yarn", "the same, yarn", full(1e-4) | YARN, program=FULL, seeds=close, lengths=both),
     ]
 
 
 def ablation_rows() -> list[Row]:
-    long, cosine, last = {"max_steps": 1000}, {"lr_scheduler_type": "cosine"}, {"full_attention_ratio": 0.1}
+    cosine, rank_8 = {"lr_scheduler_type": "cosine"}, rank(8)
     slow_end = {"full_attention_ratio": 0.25} | cosine
-    rank_8 = {"lora_rank": 8, "lora_alpha": 8}  # as "rank 8" beside them
     rows = [
-        *(Row(f"rank-{r}", f"rank {r}", {"lora_rank": r, "lora_alpha": r}) for r in (8, 16, 32, 128, 256)),
+        *(Row(f"rank-{r}", f"rank {r}", rank(r)) for r in (8, 16, 32, 128, 256)),
         Row("rank-8-attention", "rank 8 on q,k,v,o", {**rank_8, "target_modules": ATTENTION}),
         Row("rank-8-norms", "rank 8 + norms", {**rank_8, "train_norm": True}),
         Row("rank-8-embeddings", "rank 8 + embeddings", {**rank_8, "train_embedding": True}),
         *(Row(f"steps-{n}", f"{n} steps", {"max_steps": n}) for n in (100, 200, 1000)),
         *(Row(f"groups-{r:g}", f"groups of {r:g} of the row", {"group_size_ratio": r}) for r in (0.125, 0.5, 1.0)),
+        Row("rate-0.001", "learning rate 0.001", {"learning_rate": 1e-3}),
         *(
-            Row(f"last-{x:g}", f"full attention in the last {x:.0%} of the steps", {"full_attention_ratio": x})
+            Row(f"last-{x:g}", f"full attention in the last {100 * x:g} %", {"full_attention_ratio": x})
             for x in (0.05, 0.25)
         ),
-        *(Row(f"rate-{x:g}", f"learning rate {x:g}", {"learning_rate": x}) for x in (1e-4, 1e-3)),
-        Row(
-            "last-0.1-rate-0.001",
-            "full attention in the last 10% of the steps, learning rate 0.001",
-            {**last, "learning_rate": 1e-3},
-        ),
-        Row(
-            "full-attention-rate-0.001",
-            "full attention, learning rate 0.001",
-            {"use_shift_short_attention": False, "learning_rate": 1e-3},
-        ),
-        *(Row(f"full-rate-{x:g}", f"full fine-tuning at {x:g}", full(x), program=FULL) for x in (3e-5, 3e-4)),
-        Row("last-0.25-cosine", "full attention in the last 25%, cosine", slow_end),
+        Row("last-0.25-cosine", "full attention in the last 25 %, cosine", slow_end),
+        Row("last-rate-0.001", "full attention in the last 10 %, learning rate 0.001", LAST | {"learning_rate": 1e-3}),
+        Row("last-steps-1000", "full attention in the last 10 %, 1000 steps", LAST | {"max_steps": 1000}),
+        Row("yarn", "yarn", YARN),
+        Row("dynamic-last", "dynamic, full attention in the last 10 %", {"rope_type": "dynamic"} | LAST),
+        Row("yarn-last-0.25-cosine", "yarn, full attention in the last 25 %, cosine", YARN | slow_end),
+        *(Row(f"yarn-last-rank-{r}", f"our YAMLs, rank {r}", YARN | LAST | rank(r)) for r in (8, 32, 256)),
+        *(Row(f"yarn-last-steps-{n}", f"our YAMLs, {n} steps", YARN | LAST | {"max_steps": n}) for n in (100, 1000)),
         Row("full-cosine", "full fine-tuning, cosine", full(1e-4) | cosine, program=FULL),
-        Row("last-0.1-1000", "full attention in the last 10%, 1000 steps", last | long),
-        Row("last-0.25-cosine-1000", "full attention in the last 25%, cosine, 1000 steps", slow_end | long),
-        Row("full-cosine-1000", "full fine-tuning, cosine, 1000 steps", full(1e-4) | cosine | long, program=FULL),
-        *(Row(rope, f"{rope} in place of linear", {"rope_type": rope}) for rope in ("yarn", "dynamic")),
-        *(
-            Row(f"{rope}-last-0.1", f"{rope}, full attention in the last 10%", {"rope_type": rope} | last)
-            for rope in ("yarn", "dynamic")
-        ),
-        Row("yarn-last-0.25-cosine", "yarn, full attention in the last 25%, cosine", {"rope_type": "yarn"} | slow_end),
+        Row("full-steps-1000", "full fine-tuning, 1000 steps", full(1e-4) | {"max_steps": 1000}, program=FULL),
+        *(Row(f"full-rate-{x:g}", f"full fine-tuning at {x:g}", full(x), program=FULL) for x in (3e-5, 3e-4)),
     ]
     # what more training alone does at the base's own length: its positions are not stretched
-    same_length = Row("not-stretched", "more training at 1024 tokens", {"use_shift_short_attention": False})
-    same_length = replace(same_length, lengths=(1024,), windows=(512, 1024))
+    same_length = Row("not-stretched", "more training at 1024 tokens", NO_S2, lengths=(1024,), windows=(512, 1024))
     return [*(replace(row, windows=(1024, 4096)) for row in rows), same_length]
+
+
+def rank(number: int) -> dict[str, Any]:
+    """alpha / rank stays 1."""
+    return {"lora_rank": number, "lora_alpha": number}
 
 
 def full(learning_rate: float) -> dict[str, Any]:
     """Every weight trains: at a lower rate than adapters."""
-    return {"use_shift_short_attention": False, "learning_rate": learning_rate}
+    return NO_S2 | {"learning_rate": learning_rate}
 
 
+NO_S2: dict[str, Any] = {"use_shift_short_attention": False}
+LAST: dict[str, Any] = {"full_attention_ratio": 0.1}
+YARN: dict[str, Any] = {"rope_type": "yarn"}
 ROLLED, FULL = "script/experiment/train_rolled.py", "script/experiment/train_full.py"
 
 

@@ -37,7 +37,6 @@ from component.result import hardware, origin, write_json
 from component.rope import extend_context
 from script.experiment.rows import FULL, RECIPE, TOKENS_PER_STEP, Row, all_rows, main_rows
 
-PROTOCOLS = ("longlora", "sliding")
 COST_STEPS = 40
 
 
@@ -96,8 +95,9 @@ def do(run: Run, flags: argparse.Namespace) -> dict:
         result |= train(run, flags, folder)
         words = ["--base_model" if run.row.program == FULL else "--peft_model", str(folder)]
     if not flags.cost:
-        protocols = PROTOCOLS if run.seed == 0 and run.row in main_rows() else PROTOCOLS[:1]
-        tasks = [task("full", words, protocol=name) for name in protocols]
+        tasks = [task("full", words)]
+        if run.seed == 0 and run.row in main_rows():
+            tasks.append(task("full", [*words, "--seq_len", str(run.length)], protocol="sliding"))
         if run.length == run.row.lengths[0]:
             tasks += further_tasks(run, folder, words, result.get("settings", {}), flags)
         result["evaluation"] = evaluate(run, tasks, flags)

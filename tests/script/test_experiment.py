@@ -31,7 +31,7 @@ def test_every_row_is_a_yaml_that_can_be_trained_with(name, tmp_path):
 
 def test_names_are_given_once():
     names = [row.name for row in main_rows()]
-    assert len(names) == len(set(names)) == 15
+    assert len(names) == len(set(names)) == 17
     assert {"longqlora", "full-attention", "rolled", "full", "longlora", "16-bit"} <= set(names)
 
 
