@@ -23,7 +23,7 @@ from component.memory import explaining_out_of_memory, liger_runs, limit_memory,
 from component.model import any_pad_id, check_targets_early, compute_dtype, load_base, load_config, load_tokenizer
 from component.plan import choose, describe_estimate
 from component.report import describe_attention, describe_optimizer, describe_trainable, summary, zero_settings
-from component.rope import extend_context, original_context
+from component.rope import extend_context, original_context, own_rope_type
 from component.trainer import FullAttentionCallback, LongQLoRATrainer, stand_alone_environment
 from component.workload import workload
 
@@ -39,7 +39,7 @@ def main() -> None:
     extended = load_config(args.model_name_or_path)
     tokenizer = load_tokenizer(args.model_name_or_path, args.model_max_length)
     check_targets_early(extended, args.target_names)
-    factor = extend_context(extended, args.model_max_length, args.rope_type)
+    factor = extend_context(extended, args.model_max_length, args.rope_type or own_rope_type(extended))
     work, memory, expected, memory_line = plan_memory(args, training_args, extended)
     train_set, eval_set, data_lines = load_data(args, training_args, tokenizer)
     config = copy.deepcopy(extended)
@@ -131,9 +131,10 @@ def plan(args: LongQLoRAArguments, training_args: TrainingArguments, trainer: Lo
     dtype = compute_dtype(training_args.fp16, training_args.bf16)
     rows = training_args.train_batch_size * training_args.gradient_accumulation_steps * training_args.world_size
     optimizer = describe_optimizer(training_args.optim.value, training_args.deepspeed, training_args.max_grad_norm)
+    rope = extended.rope_parameters.get("rope_type", "default")
     return {
         "model": args.model_name_or_path,
-        "context": f"{original_context(extended)} -> {args.model_max_length} tokens ({args.rope_type} x {factor:g})",
+        "context": f"{original_context(extended)} -> {args.model_max_length} tokens ({rope} x {factor:g})",
         "attention": describe_attention(args),
         "kernel": describe_kernels(training_args.device, dtype),
         "base": f"{'NF4, double quantisation' if args.load_in_4bit else dtype}, computing in {dtype}",

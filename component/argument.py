@@ -45,7 +45,9 @@ class LongQLoRAArguments:
     streaming: bool = _key("make samples while training, keep none on disk; needs max_steps", False)
     max_bad_fraction: float = _key("share of lines that may be unusable; more are refused", 0.01)
     template: str = _key("spelling of chats: vicuna, or tokenizer (the model's own chat template)", "vicuna")
-    rope_type: str = _key("how positions are stretched: linear, dynamic or yarn", "linear")
+    rope_type: str | None = _key(
+        "how positions are stretched: linear, dynamic or yarn; empty: as the model's are already, else linear", None
+    )
     use_shift_short_attention: bool = _key("S2-Attn while training; false trains with full attention", True)
     group_size_ratio: float = _key("tokens per attention group, as a share of max_seq_length", 0.25)
     group_size: int | None = _key("tokens per attention group, even; overrides group_size_ratio", None)

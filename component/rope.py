@@ -52,6 +52,15 @@ def is_trained_scaling(config: PretrainedConfig) -> bool:
     return rope_parameters(config).get("rope_type") in ("llama3", "longrope")
 
 
+def own_rope_type(config: PretrainedConfig) -> str:
+    """How a model's positions are stretched already, where it is by one of ROPE_TYPES; else linear.
+
+    A model that was extended has learnt its own spacing: tuned further, as for chats, it should keep it.
+    """
+    own = rope_parameters(config).get("rope_type")
+    return own if own in ROPE_TYPES else "linear"
+
+
 def extend_context(config: PretrainedConfig, target_tokens: int, rope_type: str = "linear") -> float:
     """Stretch the positions of `config`, in place, so that `target_tokens` tokens fit.
 

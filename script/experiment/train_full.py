@@ -20,7 +20,7 @@ from component.dataset import load_samples
 from component.error import exit_on_user_error
 from component.memory import peak_memory
 from component.model import any_pad_id, load_config, load_tokenizer
-from component.rope import extend_context
+from component.rope import extend_context, own_rope_type
 from component.trainer import SpeedCallback, stand_alone_environment
 
 
@@ -30,7 +30,7 @@ def main() -> None:
     args, training_args = parse_arguments(sys.argv[1:])
     set_seed(training_args.seed)
     config, tokenizer = load_config(args.model_name_or_path), load_tokenizer(args.model_name_or_path)
-    extend_context(config, args.model_max_length, args.rope_type)
+    extend_context(config, args.model_max_length, args.rope_type or own_rope_type(config))
     config.use_cache = False
     # attention inside packed texts, as train.py has it: in groups that are longer than a row it is full attention
     use_shift_short_attention(config, args.group_tokens)

@@ -46,7 +46,7 @@ def parse(tmp_path):
 def test_defaults_are_the_papers(parse):
     args, training_args = parse()
     assert (args.lora_rank, args.lora_alpha, args.lora_dropout) == (64, 16, 0.05)
-    assert (args.rope_type, args.group_size_ratio, args.group_tokens) == ("linear", 0.25, 2048)
+    assert (args.rope_type, args.group_size_ratio, args.group_tokens) == (None, 0.25, 2048)
     assert args.use_shift_short_attention
     assert args.load_in_4bit
     assert not args.train_embedding

@@ -26,7 +26,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import logging as transformers_logging
 
 from component.error import UserError
-from component.rope import context_length, extend_context, original_context, rope_factor
+from component.rope import context_length, extend_context, original_context, own_rope_type, rope_factor
 
 LLAMA3_SCALING = {
     "rope_type": "llama3",
@@ -204,6 +204,18 @@ def test_llama3_without_scaling_keeps_its_theta():
     config = llama2(max_position_embeddings=8192, rope_theta=500000.0)
     assert extend_context(config, 32768) == 4.0
     assert config.rope_parameters == {"rope_type": "linear", "rope_theta": 500000.0, "factor": 4.0}
+
+
+@pytest.mark.parametrize(("own", "kept"), [("default", "linear"), ("linear", "linear"), ("yarn", "yarn")])
+def test_a_model_that_was_extended_keeps_its_spacing(own, kept):
+    config = llama2()
+    if own != "default":
+        extend_context(config, 16384, own)
+    assert own_rope_type(config) == kept
+
+
+def test_a_spacing_that_we_do_not_make_is_not_kept():
+    assert own_rope_type(llama31()) == "linear"
 
 
 @pytest.mark.parametrize("max_positions", [4096, 16384])  # both are found: as the length before and after stretching

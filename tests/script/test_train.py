@@ -35,6 +35,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from component.rope import extend_context
 from tests.conftest import build_llama
 from tests.reference.shift_short import LOOP
 
@@ -415,6 +416,19 @@ def test_dynamic_and_full_attention(train, basic, base_folder, tmp_path):
     with torch.no_grad():
         loss = sum(float(summed_loss(model.eval(), row)) for row in rows) / sum(row.shape[1] - 1 for row in rows)
     assert losses(tmp_path / "out")[1] == pytest.approx(loss, abs=1e-5)
+
+
+@pytest.mark.parametrize(("asked", "kept"), [(None, "yarn"), ("linear", "linear")])
+def test_an_extended_model_keeps_its_spacing(train, basic, base_folder, tmp_path, asked, kept):
+    """A yarn model that is tuned further, as for chats, by a YAML that says nothing of positions."""
+    model = shutil.copytree(base_folder, tmp_path / "extended")
+    config = AutoConfig.from_pretrained(model)
+    extend_context(config, 192, "yarn")
+    config.save_pretrained(model)
+    settings = {"model_name_or_path": str(model), "max_steps": 1, "output_dir": str(tmp_path / "out")}
+    printed = finish(train({**basic, **settings} | ({"rope_type": asked} if asked else {})))
+    assert f"({kept} x 3)" in printed
+    assert record(tmp_path / "out")["rope_type"] == kept
 
 
 # ---- what it trains
