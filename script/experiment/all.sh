@@ -38,10 +38,10 @@ part() { # NAME, COMMAND: done once, what it prints goes to WORK/NAME.log
 rows() { python3 script/experiment/run.py --base "$base" --data "$work/data" --work "$work" "$@"; }
 rows --cost --rows longqlora full-attention longlora 16-bit full --lengths 4096 || failed+=" costs" # tokenizes for all
 # what all else stands beside comes first, once each; then the rest, beside the uses of its models
-rows --jobs "$jobs" --seeds 1 --rows longqlora full-last full-attention full base untrained-{linear,dynamic,yarn} ||
+rows --jobs "$jobs" --seeds 1 --rows yarn-last longqlora full-last full-attention full{,-yarn} base untrained-{linear,dynamic,yarn} ||
     failed+=" first-rows"
 
-long=$work/runs/longqlora-8192-0
+long=$work/runs/yarn-last-8192-0
 passkey() {
     part passkey python3 script/experiment/passkey.py --base "$base" --adapter "$long" --work "$work/passkey" \
         --jobs 2 --output_json "$figures/experiment_passkey.json" --figure "$figures/experiment_passkey.png"

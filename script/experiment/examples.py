@@ -1,7 +1,7 @@
 """Continuations of real texts by the base and by LongQLoRA, as pictures: behind long prompts, and behind short ones.
 
     python script/experiment/examples.py --base output/experiment/base \\
-        --extended output/experiment/runs/longqlora-8192-0 --source books-validation.jsonl.xz \\
+        --extended output/experiment/runs/yarn-last-8192-0 --source books-validation.jsonl.xz \\
         --work output/experiment/examples --output_json figure/experiment_examples.json \\
         --long_figure figure/longdemo.png --short_figure figure/shortdemo.png
 

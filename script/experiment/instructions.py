@@ -1,6 +1,6 @@
 """Long instruction tuning of an extended model: its loss on answers about held-out documents, before and after.
 
-    python script/experiment/instructions.py --base output/experiment/longqlora-8192-merged \\
+    python script/experiment/instructions.py --base output/experiment/passkey/extended \\
         --short_base output/experiment/base --source sft_long.jsonl.xz --work output/experiment/instructions \\
         --output_json figure/experiment_instructions.json
 

@@ -1,7 +1,7 @@
 """Pass keys found by the base and by LongQLoRA, each after a short instruction tuning for it.
 
     python script/experiment/passkey.py --base output/experiment/base --work output/experiment/passkey \\
-        --adapter output/experiment/runs/longqlora-8192-0 \\
+        --adapter output/experiment/runs/yarn-last-8192-0 \\
         --output_json figure/experiment_passkey.json --figure figure/experiment_passkey.png
     python script/experiment/passkey.py --base BASE --work DIR ... --context 4096     # without an adapter
 
