@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Everything in README.md's "Experiments", from texts to tables and figures, on one GPU (an H200: about 40 minutes, estimated).
+# Everything in README.md's "Experiments", from texts to tables and figures, on one GPU (an H200: about half an hour,
+# by its parts).
 #
 #   bash script/experiment/all.sh TEXTS WORK FIGURES [JOBS]
 #
@@ -11,7 +12,8 @@ cd "$(dirname "$0")/../.."
 mkdir -p "$work/data" "$work/held-out" "$figures"
 
 base=$work/base tokenizer=$work/tokenizer
-[ -d "$tokenizer" ] || python3 script/experiment/tokenizer.py --output "$tokenizer" --train "$texts"/{books,proof}-train.jsonl.xz
+[ -d "$tokenizer" ] || python3 script/experiment/tokenizer.py --output "$tokenizer" \
+    --train "$texts"/{books,proof}-train.jsonl.xz
 
 pieces() { # OUTPUT, least and most tokens, how many, SOURCES: pieces of long texts
     [ -f "$1" ] || python3 script/data/build_pretrain.py --tokenizer "$tokenizer" --long_texts split --output "$1" \
@@ -38,8 +40,8 @@ part() { # NAME, COMMAND: done once, what it prints goes to WORK/NAME.log
 rows() { python3 script/experiment/run.py --base "$base" --data "$work/data" --work "$work" "$@"; }
 rows --cost --rows longqlora full-attention longlora 16-bit full --lengths 4096 || failed+=" costs" # tokenizes for all
 # what all else stands beside comes first, once each; then the rest, beside the uses of its models
-rows --jobs "$jobs" --seeds 1 --rows yarn-last longqlora full-last full-attention full{,-yarn} base untrained-{linear,dynamic,yarn} ||
-    failed+=" first-rows"
+first="yarn-last longqlora full-last full-attention full full-yarn base untrained-linear untrained-dynamic untrained-yarn"
+rows --jobs "$jobs" --seeds 1 --rows $first || failed+=" first-rows"
 
 long=$work/runs/yarn-last-8192-0
 passkey() {
