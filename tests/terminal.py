@@ -4,6 +4,7 @@ import os
 import pty
 import runpy
 import select
+import signal
 import sys
 import time
 from pathlib import Path
@@ -20,6 +21,8 @@ class Terminal:
         self.pid, self.master = pty.fork()
         if self.pid == 0:
             status = 70
+            # as a shell at a terminal starts it, also where the tests run behind an & that ignores Ctrl-C
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             try:
                 status = _run(program, [str(word) for word in words], state, seconds_per_token)
             finally:
