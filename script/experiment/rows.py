@@ -100,6 +100,7 @@ def ablation_rows() -> list[Row]:
         Row("last-rate-0.001", "full attention in the last 10 %, learning rate 0.001", LAST | {"learning_rate": 1e-3}),
         Row("last-steps-1000", "full attention in the last 10 %, 1000 steps", LAST | {"max_steps": 1000}),
         Row("yarn", "yarn", YARN),
+        Row("yarn-full-attention", "yarn, full attention", YARN | NO_S2, lengths=(4096, 8192)),
         Row("dynamic-last", "dynamic, full attention in the last 10 %", {"rope_type": "dynamic"} | LAST),
         Row("yarn-last-0.25-cosine", "yarn, full attention in the last 25 %, cosine", YARN | slow_end),
         *(Row(f"yarn-last-rank-{r}", f"our YAMLs, rank {r}", YARN | LAST | rank(r)) for r in (8, 32, 256)),
@@ -110,7 +111,7 @@ def ablation_rows() -> list[Row]:
     ]
     # what more training alone does at the base's own length: its positions are not stretched
     same_length = Row("not-stretched", "more training at 1024 tokens", NO_S2, lengths=(1024,), windows=(512, 1024))
-    return [*(replace(row, windows=(1024, 4096)) for row in rows), same_length]
+    return [*(replace(row, windows=(1024, *row.lengths)) for row in rows), same_length]
 
 
 def rank(number: int) -> dict[str, Any]:
