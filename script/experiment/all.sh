@@ -38,7 +38,8 @@ part() { # NAME, COMMAND: done once, what it prints goes to WORK/NAME.log
     if "${@:2}" >"$work/$1.log" 2>&1; then touch "$work/$1.done"; else tail -n 3 "$work/$1.log" && false; fi
 }
 rows() { python3 script/experiment/run.py --base "$base" --data "$work/data" --work "$work" "$@"; }
-rows --cost --rows longqlora full-attention longlora 16-bit full --lengths 4096 || failed+=" costs" # tokenizes for all
+costly="longqlora full-attention rolled longlora attention-only attention-norms attention-embeddings all 16-bit full"
+rows --cost --rows $costly --lengths 4096 || failed+=" costs" # each row alone; the first tokenizes for all
 # what all else stands beside comes first, once each; then the rest, beside the uses of its models
 first="yarn-last longqlora full-last full-attention full full-yarn base untrained-linear untrained-dynamic untrained-yarn"
 rows --jobs "$jobs" --seeds 1 --rows $first || failed+=" first-rows"

@@ -34,6 +34,7 @@ SHOWN = {  # of the figure by length: row -> (label, colour, marker)
     "yarn-last": ("our YAMLs: yarn, full attention at last", "#009e73", "s"),
     "longlora": ("LongLoRA's setting", "#e69f00", "^"),
     "full": ("full fine-tuning", "#d55e00", "D"),
+    "full-yarn": ("full fine-tuning, yarn", "#222222", "d"),
 }
 BY_POSITION = {  # (row, kind of evaluation) -> (label, colour, line)
     ("longqlora", "full"): ("causal S2, evaluated with full attention", "#0072b2", "-"),
@@ -41,6 +42,11 @@ BY_POSITION = {  # (row, kind of evaluation) -> (label, colour, line)
     ("rolled", "full"): ("rolled S2, evaluated with full attention", "#d55e00", "-"),
     ("rolled", "rolled"): ("rolled S2, evaluated under rolled S2", "#d55e00", ":"),
     ("full-attention", "full"): ("full attention", "#8a8a8a", "-"),
+}
+LEVELS = {  # of the sweeps: row -> (label, colour)
+    "full-attention": ("LongQLoRA, full attention", "#8a8a8a"),
+    "full": ("full fine-tuning", "#d55e00"),
+    "full-yarn": ("full fine-tuning, yarn", "#222222"),
 }
 KINDS = {
     "full": "adapter on the 16-bit base",
@@ -74,6 +80,8 @@ def gather(results: list[dict], costs: list[dict], protocol: str) -> Rows:
         row = rows.setdefault((result["row"], result["length"]), new | {"by_position": {}, "losses": {}})
         row["seeds"].append(result["seed"])
         row["losses"][result["seed"]] = result.get("losses")
+        if "training" in result:  # of its own process, so the same with others beside it
+            row["reserved_gib"] = result["training"].get("peak_reserved_gib")
         for kind, texts in result["evaluation"].items():
             for text, measured in texts.items():
                 by_window = row["perplexity"].setdefault(kind, {}).setdefault(text, {})
@@ -87,7 +95,6 @@ def gather(results: list[dict], costs: list[dict], protocol: str) -> Rows:
     for cost in costs:
         row = rows.get((cost["row"], cost["length"]), {})
         row["step_seconds"] = statistics.median(cost["training"]["step_seconds"][5:])
-        row["reserved_gib"] = cost["training"].get("peak_reserved_gib")
     return rows
 
 
@@ -237,10 +244,7 @@ def draw_sweep(rows: Rows, sweep: "Sweep", length: int, file: Path) -> None:
             if len(points) > 1:
                 axes.plot(list(points), list(points.values()), color=colour, marker="o", linewidth=1.6, label=says)
                 numbers |= set(points)
-        for name, says, colour in (
-            ("full-attention", "LongQLoRA, full attention", "#8a8a8a"),
-            ("full", "full fine-tuning", "#d55e00"),
-        ):
+        for name, (says, colour) in LEVELS.items():
             level = values_of(rows.get((name, length)), text, length)[:1]
             if level:
                 axes.axhline(level[0], color=colour, linestyle="--", linewidth=1.2, label=says)
