@@ -14,7 +14,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from component.adapter import add_adapter
 from component.argument import LongQLoRAArguments, parse_arguments
-from component.attention import describe_kernels, limit_kernels, use_shift_short_attention
+from component.attention import describe_kernels, has_plain_attention, limit_kernels, use_shift_short_attention
 from component.checkpoint import claim_output, library_versions
 from component.collator import RightPadCollator
 from component.dataset import load_samples
@@ -40,12 +40,14 @@ def main() -> None:
     tokenizer = load_tokenizer(args.model_name_or_path, args.model_max_length)
     check_targets_early(extended, args.target_names)
     factor = extend_context(extended, args.model_max_length, args.rope_type or own_rope_type(extended))
-    work, memory, expected, memory_line = plan_memory(args, training_args, extended)
+    is_ours = attention_is_ours(args, extended)
+    work, memory, expected, memory_line = plan_memory(args, training_args, extended, is_ours)
     train_set, eval_set, data_lines = load_data(args, training_args, tokenizer)
     config = copy.deepcopy(extended)
     config.use_cache = False  # only generation needs it
-    if args.use_shift_short_attention or args.packing:
-        use_shift_short_attention(config, args.group_tokens, args.max_seq_length if args.full_attention_ratio else 0)
+    if is_ours:
+        is_full = not args.use_shift_short_attention or args.full_attention_ratio > 0
+        use_shift_short_attention(config, args.group_tokens, args.max_seq_length if is_full else 0)
     model = load_base(
         args.model_name_or_path,
         config,
@@ -91,7 +93,14 @@ def main() -> None:
     trainer.save_model()
 
 
-def plan_memory(args: LongQLoRAArguments, training_args: TrainingArguments, extended: PretrainedConfig):
+def attention_is_ours(args: LongQLoRAArguments, extended: PretrainedConfig) -> bool:
+    """Whether training attends through component/attention.py; if not, through Hugging Face's full attention."""
+    if args.use_shift_short_attention or args.packing:
+        return True
+    return args.memory_plan and has_plain_attention(extended, args.max_seq_length)  # then a plan can keep its output
+
+
+def plan_memory(args: LongQLoRAArguments, training_args: TrainingArguments, extended: PretrainedConfig, is_ours: bool):
     """What memory and time depend on, the memory plan, its estimate, and a line for the summary."""
     stage, is_offloaded = zero_settings(training_args.deepspeed)
     work = workload(
@@ -101,7 +110,7 @@ def plan_memory(args: LongQLoRAArguments, training_args: TrainingArguments, exte
         train_embedding=args.train_embedding,
         train_norm=args.train_norm,
         tokens=training_args.per_device_train_batch_size * args.max_seq_length,
-        group=args.group_tokens if args.use_shift_short_attention else args.max_seq_length,
+        group=args.group_tokens or args.max_seq_length,
         value_bytes=compute_dtype(training_args.fp16, training_args.bf16).itemsize,
         in_4bit=args.load_in_4bit,
         fused=liger_runs() if args.use_liger_kernel is None else args.use_liger_kernel,
@@ -110,7 +119,8 @@ def plan_memory(args: LongQLoRAArguments, training_args: TrainingArguments, exte
         offload_optimizer=is_offloaded,
     )
     gpu_gib, host_gib = room(work, args.memory_budget_gib, training_args.device)
-    plan, expected = choose(work, gpu_gib, host_gib, **args.levers)
+    levers = args.levers if is_ours else args.levers | {"keep_attention_output": False}
+    plan, expected = choose(work, gpu_gib, host_gib, **levers)
     return work, plan, expected, describe_estimate(work, plan, expected, gpu_gib)
 
 

@@ -84,10 +84,13 @@ class LongQLoRAArguments:
         return {name: getattr(self, name) for name in names}
 
     @property
-    def group_tokens(self) -> int:
-        """Tokens per attention group: `group_size`, or the ratio's share of `max_seq_length`, made even."""
+    def group_tokens(self) -> int | None:
+        """Tokens per attention group: `group_size`, or the ratio's share of `max_seq_length`, made even.
+
+        None without S2-Attn.
+        """
         if not self.use_shift_short_attention:
-            return 2 * self.max_seq_length  # nobody reaches the end of a group: full attention, inside documents
+            return None
         return self.group_size or max(2, int(self.group_size_ratio * self.max_seq_length) // 2 * 2)
 
     def record(self, extended: PretrainedConfig, factor: float) -> dict[str, typing.Any]:
@@ -100,16 +103,14 @@ class LongQLoRAArguments:
             "rope_type": extended.rope_parameters.get("rope_type", "default"),
             "rope_factor": factor,
             "template": self.template if self.sft else None,
-            "group_size": self.group_tokens if self.use_shift_short_attention else None,
+            "group_size": self.group_tokens,
             "arguments": dataclasses.asdict(self),
         }
 
     @property
     def levers(self) -> dict[str, typing.Any]:
         """The parts of a memory plan that are set by hand, the others None."""
-        levers = {name: getattr(self, name) for name in LEVERS}
-        # full attention is SDPA's, which hands out nothing that could be kept
-        return levers if self.use_shift_short_attention else levers | {"keep_attention_output": False}
+        return {name: getattr(self, name) for name in LEVERS}
 
     @property
     def target_names(self) -> list[str] | None:

@@ -29,6 +29,7 @@ from component.kernel import describe_kernels as describe_kernels
 from component.kernel import limit_kernels as limit_kernels
 
 NAME = "shift_short"
+PLAIN = ("llama", "mistral", "qwen2", "qwen3")  # models without capped scores, sinks or windows in some layers
 NO_GROUPS = 2**40  # tokens of a group that no text ever fills: full attention
 HEAD_TOKENS = 2**20  # query heads x tokens of one kernel call: its own sums, in fp32 while going backward, stay small
 
@@ -252,24 +253,39 @@ def shift_short_attention_forward(
     return out, None
 
 
-def use_shift_short_attention(config: PretrainedConfig, group_size: int, full_tokens: int = 0) -> None:
+def use_shift_short_attention(config: PretrainedConfig, group_size: int | None, full_tokens: int = 0) -> None:
     """Select S2 with groups of `group_size` tokens for the model that is built from `config`.
 
     Args:
-        full_tokens: of the rows that `use_full_attention` is for, if it is.
+        group_size: None for full attention by the same kernels, which, unlike Hugging Face's attention, stays inside
+            packed documents and hands out what a memory plan can keep.
+        full_tokens: of the rows that are to be trained with full attention, if any are.
 
     Raises:
         UserError: an odd or too small group, or a model whose sliding window is shorter than a group or such a row.
     """
-    check_group_size(group_size)
-    window = getattr(config, "sliding_window", None)
-    if window is not None and getattr(config, "use_sliding_window", True) and window < max(group_size, full_tokens):
+    if group_size is not None:
+        check_group_size(group_size)
+    window = own_window(config)
+    if window is not None and window < max(group_size or 0, full_tokens):
         shorter = f"but the model's own sliding window is {window}; "
-        if window < group_size:
+        if window < (group_size or 0):
             raise UserError(f"group_size: {group_size} tokens, {shorter}use an even group_size of at most {window}")
-        raise UserError(f"full_attention_ratio: rows of {full_tokens} tokens, {shorter}leave full_attention_ratio out")
-    config.group_size = group_size
+        key = "full_attention_ratio" if group_size else "packing"
+        raise UserError(f"{key}: full attention in rows of {full_tokens} tokens, {shorter}leave {key} out")
+    config.group_size = group_size or NO_GROUPS
     config._attn_implementation = NAME
+
+
+def own_window(config: PretrainedConfig) -> int | None:
+    """Tokens of the model's own sliding window, None if it looks back without end."""
+    return getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+
+
+def has_plain_attention(config: PretrainedConfig, tokens: int) -> bool:
+    """Whether the model's own attention in rows of `tokens` tokens is causal, full, and nothing else besides."""
+    window = own_window(config)
+    return config.model_type in PLAIN and (window is None or window >= tokens)
 
 
 def use_full_attention(model: nn.Module) -> None:

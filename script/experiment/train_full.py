@@ -32,8 +32,7 @@ def main() -> None:
     config, tokenizer = load_config(args.model_name_or_path), load_tokenizer(args.model_name_or_path)
     extend_context(config, args.model_max_length, args.rope_type or own_rope_type(config))
     config.use_cache = False
-    # attention inside packed texts, as train.py has it: in groups that are longer than a row it is full attention
-    use_shift_short_attention(config, args.group_tokens)
+    use_shift_short_attention(config, args.group_tokens)  # attention inside packed texts, as train.py has it
     # weights in fp32, computing under autocast
     model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, config=config, dtype=torch.float32)
     samples, report = load_samples(args.train_file, tokenizer, packing=args.packing, **args.data)

@@ -164,6 +164,7 @@ def test_target_names(text, parse):
         ({"max_seq_length": 1004}, 250),  # 251 is odd: a group moves by half of itself
         ({"max_seq_length": 6}, 2),
         ({"group_size_ratio": 1}, 8192),
+        ({"use_shift_short_attention": False, "group_size": 1000}, None),
     ],
 )
 def test_group_tokens(changes, tokens, parse):

@@ -13,10 +13,26 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GptOssConfig,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from component import attention, kernel
-from component.attention import AttentionMemo, describe_kernels, shift_short_attention, use_shift_short_attention
+from component.attention import (
+    AttentionMemo,
+    describe_kernels,
+    has_plain_attention,
+    shift_short_attention,
+    use_shift_short_attention,
+)
 from component.error import UserError
 from tests.reference.shift_short import LOOP, ROLLED, keys_seen, seen, shift_short_loop, shift_short_rolled
 
@@ -995,6 +1011,27 @@ def test_full_attention_beyond_a_models_own_window_is_refused():
     use_shift_short_attention(MistralConfig(**TINY, sliding_window=10), 4, 10)
     use_shift_short_attention(MistralConfig(**TINY, sliding_window=None), 4, 11)
     use_shift_short_attention(Qwen2Config(**TINY, sliding_window=10, use_sliding_window=False), 4, 11)
+    with pytest.raises(UserError, match=r"packing.*11 tokens.*window is 10"):
+        use_shift_short_attention(MistralConfig(**TINY, sliding_window=10), None, 11)
+    use_shift_short_attention(MistralConfig(**TINY, sliding_window=10), None, 10)
+
+
+@pytest.mark.parametrize(
+    ("config", "is_plain"),  # for rows of 10 and of 11 tokens
+    [
+        (LlamaConfig(**TINY), (True, True)),
+        (Qwen3Config(**TINY), (True, True)),
+        (MistralConfig(**TINY, sliding_window=None), (True, True)),
+        (MistralConfig(**TINY, sliding_window=10), (True, False)),
+        (Qwen2Config(**TINY, sliding_window=10, use_sliding_window=True, max_window_layers=1), (True, False)),
+        (Qwen2Config(**TINY, sliding_window=10, use_sliding_window=False), (True, True)),
+        (Gemma2Config(**TINY), (False, False)),  # its scores are capped
+        (GptOssConfig(**TINY), (False, False)),  # sinks
+    ],
+    ids=lambda value: value.model_type if isinstance(value, PretrainedConfig) else None,
+)
+def test_what_plain_attention_is(config, is_plain):
+    assert (has_plain_attention(config, 10), has_plain_attention(config, 11)) == is_plain
 
 
 @pytest.mark.parametrize("rows", [None, [[5, 1, 21], [13, 14]]])

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from peft import PeftModel
 from transformers import CohereConfig, Gemma2Config, GemmaConfig, GraniteConfig, LlamaForCausalLM, PhiConfig
 
+from component import kernel
 from component import layer as layer_module
+from component.attention import use_shift_short_attention
 from component.checkpoint import write_adapter
 from component.error import UserError
 from component.layer import LeanLayer
@@ -18,6 +20,7 @@ from component.loss import LeanLoss
 from component.memory import explaining_out_of_memory, limit_memory, next_token_losses, room, use_memory_plan
 from component.workload import Workload
 from tests.reference.plain_path import (
+    FAMILIES,
     GROUP,
     LAYERS,
     SIZES,
@@ -82,6 +85,24 @@ def compare(model: PeftModel, *batches: dict, plans: list[dict] = FEW) -> list[P
 @pytest.mark.parametrize("levers", PLANS.values(), ids=PLANS)
 def test_each_lever_and_mixtures(levers):
     compare(tiny_model(), random_batch(2), plans=[levers])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_full_attention_is_that_of_transformers(family, monkeypatch):
+    """By our kernels, whose output a layer that is computed again can keep."""
+    plain, config = tiny_model(family, s2=False), tiny_config(family, s2=False)
+    use_shift_short_attention(config, None)
+    ours, calls = with_lora(tiny_base(config)), []
+    expected = train_pass(plain, random_batch(2))
+    forward = kernel.causal_forward
+    monkeypatch.setattr(kernel, "causal_forward", lambda *args, **how: calls.append(1) or forward(*args, **how))
+    counts = []
+    for levers in ({}, *FEW):
+        calls.clear()
+        assert_same(train_pass(under_plan(ours, **levers), random_batch(2)), expected)
+        counts.append(len(calls))
+    assert counts[0] == 2 * counts[1] > 0
+    assert counts[1:] == [counts[1]] * len(FEW)
 
 
 def test_the_levels_are_really_those(monkeypatch):

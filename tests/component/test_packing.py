@@ -254,8 +254,8 @@ def summed(model: nn.Module, batches: list[dict]) -> tuple[list[float], dict[str
 
 def model_of(family: str, s2: bool, **options) -> nn.Module:
     config = tiny_config(family, s2=s2)
-    if not s2:  # what train.py does for packing without S2-Attn: nobody reaches the end of a group
-        use_shift_short_attention(config, 2 * max(map(sum, ROWS)))
+    if not s2:  # what train.py does for packing without S2-Attn
+        use_shift_short_attention(config, None)
     return with_lora(tiny_base(config), **options)
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, MistralConfig
 
 from component.layer import LeanLayer
 from component.trainer import LongQLoRATrainer
@@ -125,14 +125,28 @@ def test_same_curve(run, changes):
     assert_same_run(ours, theirs)
     assert curve(ours).keys() == set(range(1, 11))
     assert curve(ours, "eval_loss").keys() == {4, 8, 10}
-    # full attention is SDPA's, which hands out nothing that could be kept
-    outputs = " and attention's outputs" if changes.get("use_shift_short_attention", True) else ""
     assert (
-        f"2 layers computed again from their inputs{outputs} "
+        "2 layers computed again from their inputs and attention's outputs "
         "on the host, 1 layers with the MLP computed again, 1 layers kept whole; MLP in tiles of 17 tokens, "
         "logits of 11" in printed
     )
     assert "no plan, memory_plan: false" in plain
+
+
+def test_a_window_of_the_models_own_is_kept(run, base, tmp_path):
+    """Without S2-Attn a Mistral that looks back 16 tokens goes on looking back 16: by transformers' attention."""
+    config = MistralConfig.from_dict(AutoConfig.from_pretrained(base).to_dict() | {"sliding_window": 16})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "mistral")
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "mistral")
+    changes = {"model_name_or_path": str(tmp_path / "mistral"), "use_shift_short_attention": False, "max_steps": 3}
+    (ours, printed), (theirs, _) = run(**changes, **LEVERS), run(**changes, **OFF)
+    assert curve(ours) == pytest.approx(curve(theirs), abs=2e-5)
+    assert "attention's outputs" not in printed
+    config.sliding_window = None
+    config.save_pretrained(tmp_path / "mistral")
+    wide, printed = run(**changes, **LEVERS)
+    assert abs(curve(wide)[1] - curve(ours)[1]) > 1e-4
+    assert "attention's outputs" in printed
 
 
 def test_bf16(run):
