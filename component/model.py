@@ -54,8 +54,13 @@ def load_config(model_name_or_path: str, field: str = "model_name_or_path") -> P
     return config
 
 
-def load_tokenizer(model_name_or_path: str, model_max_length: int | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    model_name_or_path: str, model_max_length: int | None = None, field: str = "model_name_or_path"
+) -> PreTrainedTokenizerBase:
     """The tokenizer of a base model; its vocabulary stays as it is, pad token or none.
+
+    Args:
+        field: the flag that named the folder, for messages.
 
     Raises:
         UserError: no tokenizer there, or one without an end-of-sequence token.
@@ -67,12 +72,12 @@ def load_tokenizer(model_name_or_path: str, model_max_length: int | None = None)
         tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, **options)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise UserError(
-            f"model_name_or_path: {model_name_or_path!r} holds no usable tokenizer ({first_line(error)}); "
+            f"{field}: {model_name_or_path!r} holds no usable tokenizer ({first_line(error)}); "
             "fetch the model's tokenizer files into the same folder"
         ) from error
     if tokenizer.eos_token_id is None:
         raise UserError(
-            f"model_name_or_path: the tokenizer of {model_name_or_path!r} has no end-of-sequence token; "
+            f"{field}: the tokenizer of {model_name_or_path!r} has no end-of-sequence token; "
             "give it one (eos_token in tokenizer_config.json)"
         )
     return tokenizer
@@ -206,7 +211,8 @@ def load_for_inference(
     """What `load_model` loads, and its tokenizer."""
     model = load_model(model_name_or_path, adapter_name_or_path, **options)
     fields = {name: options[name] for name in ("field", "adapter_field") if name in options}
-    return model, load_tokenizer(locate(model_name_or_path, adapter_name_or_path, **fields)[1])
+    own = locate(model_name_or_path, adapter_name_or_path, **fields)[1]
+    return model, load_tokenizer(own, field=options.get("field", "model_name_or_path"))
 
 
 def load_model(

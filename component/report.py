@@ -35,7 +35,7 @@ def _read_deepspeed(deepspeed: str | dict) -> dict:
 
 def describe_attention(args: LongQLoRAArguments) -> str:
     if not args.use_shift_short_attention:
-        return "full"
+        return "full" + (", in every step: full_attention_ratio changes nothing" if args.full_attention_ratio else "")
     last = f"in the last {100 * args.full_attention_ratio:g} % of the steps and " if args.full_attention_ratio else ""
     return f"S2-Attn in groups of {args.group_tokens} tokens, full attention {last}when evaluating"
 

@@ -141,7 +141,7 @@ def main() -> None:
     contender = Contender(None, flags.base_model, flags.peft_model, flags.context_size)
     _, own, is_ours = locate(flags.base_model, flags.peft_model, "base_model", "peft_model")
     stretched_config(own, flags.context_size, is_fixed=is_ours, field="base_model")
-    tokenizer = load_tokenizer(own)
+    tokenizer = load_tokenizer(own, field="base_model")
     PromptMaker(tokenizer).prompt(flags.lengths[0], 0.0, str(KEYS[-1]))  # refused before anything is loaded
     dtype = getattr(torch, flags.dtype) if flags.dtype else None
     model = load_contender(contender, load_in_4bit=flags.load_in_4bit, dtype=dtype)

@@ -85,7 +85,7 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     texts = {file: texts_of(file) for file in (*flags.train, *flags.validation)}
-    tokenizer = load_tokenizer(flags.tokenizer)
+    tokenizer = load_tokenizer(flags.tokenizer, field="--tokenizer")
     training = token_stream(tokenizer, [text for file in flags.train for text in texts[file]], flags.seed).to(device)
     held_out = {file.name: token_stream(tokenizer, texts[file], flags.seed).to(device) for file in flags.validation}
     mixed = torch.cat([stream[: 2**16] for stream in held_out.values()])

@@ -147,6 +147,8 @@ def test_a_tokenizer_that_is_none(own_base, damage):
     with pytest.raises(UserError, match="model_name_or_path") as error:
         load_tokenizer(str(own_base))
     assert str(own_base) in str(error.value)
+    with pytest.raises(UserError, match=r"^--tokenizer: "):
+        load_tokenizer(str(own_base), field="--tokenizer")
 
 
 # ---- weights

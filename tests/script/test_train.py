@@ -437,7 +437,9 @@ def test_an_extended_model_keeps_its_spacing(train, basic, base_folder, tmp_path
 def test_the_last_steps_train_with_full_attention(train, basic, plain_run, base_folder, tmp_path):
     always, never = tmp_path / "always", tmp_path / "never"
     finish(train({**basic, "full_attention_ratio": 1, "output_dir": str(always)}))
-    finish(train({**basic, "use_shift_short_attention": False, "output_dir": str(never)}))
+    without = {"use_shift_short_attention": False, "full_attention_ratio": 0.5}
+    printed = finish(train({**basic, **without, "output_dir": str(never)}))
+    assert "full, in every step: full_attention_ratio changes nothing" in printed
     shifted, full = losses(plain_run), losses(never)
     assert abs(shifted[1] - full[1]) > 1e-3
     assert losses(always) == pytest.approx(full, abs=1e-5)
