@@ -13,19 +13,31 @@ from transformers import PretrainedConfig, TrainingArguments, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from component.adapter import add_adapter
-from component.argument import LongQLoRAArguments, parse_arguments
-from component.attention import describe_kernels, has_plain_attention, limit_kernels, use_shift_short_attention
+from component.attention.shift_short import (
+    describe_kernels,
+    has_plain_attention,
+    limit_kernels,
+    use_shift_short_attention,
+)
 from component.checkpoint import claim_output, library_versions
-from component.collator import RightPadCollator
-from component.dataset import load_samples
+from component.data.collator import RightPadCollator
+from component.data.dataset import load_samples
 from component.error import exit_on_user_error
-from component.memory import explaining_out_of_memory, liger_runs, limit_memory, peak_memory, room, use_memory_plan
+from component.memory.apply import (
+    explaining_out_of_memory,
+    liger_runs,
+    limit_memory,
+    peak_memory,
+    room,
+    use_memory_plan,
+)
+from component.memory.plan import choose, describe_estimate
+from component.memory.workload import workload
 from component.model import any_pad_id, check_targets_early, compute_dtype, load_base, load_config, load_tokenizer
-from component.plan import choose, describe_estimate
-from component.report import describe_attention, describe_optimizer, describe_trainable, summary, zero_settings
 from component.rope import extend_context, original_context, own_rope_type
-from component.trainer import FullAttentionCallback, LongQLoRATrainer, stand_alone_environment
-from component.workload import workload
+from component.train.argument import LongQLoRAArguments, parse_arguments
+from component.train.summary import describe_attention, describe_optimizer, describe_trainable, summary, zero_settings
+from component.train.trainer import FullAttentionCallback, LongQLoRATrainer, stand_alone_environment
 
 
 @exit_on_user_error
@@ -94,7 +106,7 @@ def main() -> None:
 
 
 def attention_is_ours(args: LongQLoRAArguments, extended: PretrainedConfig) -> bool:
-    """Whether training attends through component/attention.py; if not, through Hugging Face's full attention."""
+    """Whether training attends through component/attention; if not, through Hugging Face's full attention."""
     if args.use_shift_short_attention or args.packing:
         return True
     return args.memory_plan and has_plain_attention(extended, args.max_seq_length)  # then a plan can keep its output

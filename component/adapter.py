@@ -20,7 +20,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from component.error import UserError, first_line, nearest
-from component.tensor_file import Stored, read_weights
+from component.storage.tensor_reader import Stored, read_weights
 
 Weight = TypeVar("Weight", torch.Tensor, Stored)
 LEGACY_EXTRAS = "trainable_params.bin"  # LongLoRA's file of trained embeddings and norms, beside the LoRA weights

@@ -19,7 +19,7 @@ from peft import PeftModel
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from component.error import UserError
-from component.folder import open_to_readers
+from component.storage.atomic import open_to_readers
 
 RECORD_FILE = "longqlora.json"
 OUTPUT_ROOT = Path(__file__).resolve().parents[1] / "output"  # where the shipped YAMLs train to

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from component.template import IGNORE_INDEX
+from component.data.chat_template import IGNORE_INDEX
 
 TOKENS_PER_CHUNK = 1024
 

@@ -7,7 +7,8 @@
 
 Every row (size, length, kind) is a process of its own on a model of random weights, and the results are rewritten
 after each. ours_* is `deepspeed train.py` with the settings in OURS, ours_python_* is `python train.py` without
-DeepSpeed; the others are in script/peers.py. `overrides` are keys of train.py's YAML (of a peer: memory_budget_gib).
+DeepSpeed; the others are in script/performance/peers.py. `overrides` are keys of train.py's YAML (of a
+peer: memory_budget_gib).
 All: batch 1, one step per sequence, rank 64 on all linears, NF4 with double quantisation, no dropout, clipping.
 """
 
@@ -37,7 +38,9 @@ import torch
 import yaml
 
 from component.error import UserError, exit_on_user_error, nearest
-from script.benchmark_result import (
+from script.performance.peers import PEERS
+from script.performance.real_shape import SHAPES, make_model
+from script.performance.report import (
     commit,
     describe_card,
     failure,
@@ -48,9 +51,7 @@ from script.benchmark_result import (
     versions,
     write_json,
 )
-from script.demo.stdlib import default_library, split_library
-from script.peers import PEERS
-from script.real_shape import SHAPES, make_model
+from script.shared.stdlib import default_library, split_library
 
 RECIPE = {
     "sft": False,
@@ -230,7 +231,7 @@ def make_rows(folder: Path, length: int, count: int) -> Path:
 def command_of(row: Row, model: Path, data: Path, output: Path) -> tuple[dict, list[str]]:
     """(what sets this kind apart, the command); of ours, the YAML is written too."""
     if not row.kind.startswith("ours"):
-        command = [sys.executable, str(ROOT / "script/peers.py"), row.kind, "--model", str(model)]
+        command = [sys.executable, str(ROOT / "script/performance/peers.py"), row.kind, "--model", str(model)]
         for name, value in {"data": data, "length": row.length, "output_json": output / "one.json"}.items():
             command += [f"--{name}", str(value)]
         for name, value in row.overrides.items():

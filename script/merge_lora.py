@@ -21,17 +21,17 @@ import torch
 from transformers import PretrainedConfig
 
 from component.checkpoint import merged_folder, newest_run, read_record, write_record
+from component.data.token_file import read_tokens
 from component.error import UserError, exit_on_user_error
-from component.folder import atomic_folder, check_target
-from component.merge import save_tokenizer, write_merged, written_beside
-from component.merge_check import CHECKS, check_merged, lengths_to_check, measure_all
-from component.merge_plan import BASES, plan_merge
+from component.evaluate.perplexity import check_measure, longlora_windows
+from component.evaluate.table import comparison
+from component.merge.check import CHECKS, check_merged, lengths_to_check, measure_all
+from component.merge.plan import BASES, plan_merge
+from component.merge.write import save_tokenizer, write_merged, written_beside
 from component.model import load_model, load_tokenizer, locate, stretched_config
-from component.perplexity import check_measure, longlora_windows
 from component.rope import context_length
-from component.shard import shard_bytes
-from component.table import comparison
-from component.token_file import read_tokens
+from component.storage.atomic import atomic_folder, check_target
+from component.storage.tensor_writer import shard_bytes
 
 
 def parse_flags() -> argparse.Namespace:

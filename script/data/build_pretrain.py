@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from transformers import PreTrainedTokenizerBase
 
-from component.build import (
+from component.corpus.flags import (
     add_common_flags,
     check_common_flags,
     journal_path,
@@ -26,19 +26,19 @@ from component.build import (
     origin,
     side_file,
 )
-from component.corpus import LONG_TEXTS, Choice, TextMeasure, choose, write_corpus
-from component.distribution import describe_lengths, draw_lengths
+from component.corpus.length import describe_lengths, draw_lengths
+from component.corpus.pretrain import LONG_TEXTS, Choice, TextMeasure, choose, write_corpus
+from component.corpus.scan import SourceFile, Survey, survey_files
+from component.data.source import resolve_files
+from component.data.token_file import tokenizer_hash
 from component.error import UserError, exit_on_user_error
-from component.result import write_json
-from component.source import resolve_files
-from component.survey import SourceFile, Survey, survey_files
-from component.token_file import tokenizer_hash
+from component.storage.result import write_json
 
 
 def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--source", nargs="+", required=True, help="files, folders or hub ids; see component/source.py"
+        "--source", nargs="+", required=True, help="files, folders or hub ids; see component/data/source.py"
     )
     add_common_flags(parser)
     parser.add_argument("--min_tokens", type=int, default=4096, help="of a text, as training counts them (4096)")

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from transformers import PreTrainedTokenizerBase
 
-from component.build import (
+from component.corpus.flags import (
     add_common_flags,
     check_common_flags,
     journal_path,
@@ -25,14 +25,14 @@ from component.build import (
     origin,
     side_file,
 )
-from component.distribution import describe_lengths, draw_lengths
+from component.corpus.length import describe_lengths, draw_lengths
+from component.corpus.mixture import Mixture, read_mixture
+from component.corpus.scan import SourceFile, Survey, survey_files
+from component.corpus.sft import Example, ExampleMeasure, choose_examples, write_examples
+from component.data.chat_template import TEMPLATES, check_template
+from component.data.token_file import tokenizer_hash
 from component.error import UserError, exit_on_user_error
-from component.example import Example, ExampleMeasure, choose_examples, write_examples
-from component.mixture import Mixture, read_mixture
-from component.result import write_json
-from component.survey import SourceFile, Survey, survey_files
-from component.template import TEMPLATES, check_template
-from component.token_file import tokenizer_hash
+from component.storage.result import write_json
 
 REASONS = ("too_short", "too_long", "empty", "filtered")
 

@@ -13,19 +13,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from component.build import add_common_flags, check_common_flags, open_output, open_tokenizer
-from component.distribution import versions
-from component.documents import documents
+from component.corpus.flags import add_common_flags, check_common_flags, open_output, open_tokenizer
+from component.corpus.length import versions
+from component.corpus.tokenize import documents
+from component.data.source import RecordTally, resolve_files
+from component.data.token_file import BOS, EOS, write_tokens
 from component.error import UserError, exit_on_user_error
-from component.result import command
-from component.source import RecordTally, resolve_files
-from component.token_file import BOS, EOS, write_tokens
+from component.storage.result import command
 
 
 def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--source", nargs="+", required=True, help="files, folders or hub ids; see component/source.py"
+        "--source", nargs="+", required=True, help="files, folders or hub ids; see component/data/source.py"
     )
     add_common_flags(parser)
     parser.add_argument("--bos", choices=BOS, default="each", help="documents that <s> stands before (each)")

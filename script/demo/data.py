@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from script.demo.stdlib import default_library, library_name, split_library
+from script.shared.stdlib import default_library, library_name, split_library
 
 BASE = Path(__file__).resolve().parent / "base"
 LINE_CHARACTERS = 8000  # a little more than 2048 tokens of Python

@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from script.demo.stdlib import default_library, library_name, split_library
-from script.pretraining import describe, mean_loss, token_stream, train, train_tokenizer
+from script.shared.pretraining import describe, mean_loss, token_stream, train, train_tokenizer
+from script.shared.stdlib import default_library, library_name, split_library
 
 SEQ_LENGTH = 512  # tokens, the context that the demo then extends
 VOCAB_SIZE = 4096

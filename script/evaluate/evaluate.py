@@ -7,7 +7,7 @@
         theirs=MODEL:ADAPTER@8192 --seq_len 2048 4096 8192 --data_path FILE.bin --output_json comparison.json
     torchrun --nproc_per_node 4 script/evaluate/evaluate.py ...       # windows shared by 4 GPUs, the same result
 
-Tables for people; --output_json FILE for programs. component/perplexity.py says what the protocols measure.
+Tables for people; --output_json FILE for programs. component/evaluate/perplexity.py says what the protocols measure.
 """
 
 import argparse
@@ -20,7 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from component.contender import (
+from component.data.token_file import read_index, read_tokens
+from component.distributed.world import is_first_process, joined_processes
+from component.error import UserError, exit_on_user_error, first_line
+from component.evaluate.model_spec import (
     Contender,
     check_contender,
     describe_model,
@@ -28,13 +31,10 @@ from component.contender import (
     load_contender,
     parse_contenders,
 )
-from component.error import UserError, exit_on_user_error, first_line
-from component.flag import boolean
-from component.perplexity import PROTOCOLS, Perplexity, measure_perplexity, plan_windows
-from component.process import is_first_process, joined_processes
-from component.result import check_result_file, origin, write_json
-from component.table import comparison, document_line, length_table, position_table
-from component.token_file import read_index, read_tokens
+from component.evaluate.perplexity import PROTOCOLS, Perplexity, measure_perplexity, plan_windows
+from component.evaluate.table import comparison, document_line, length_table, position_table
+from component.inference.flags import boolean
+from component.storage.result import check_result_file, origin, write_json
 
 
 def parse_flags() -> argparse.Namespace:

@@ -4,8 +4,9 @@
         --depths 11 --trials 5 --output_json passkey.json --figure passkey.png
     python script/evaluate/passkey.py --base_model output/RUN-merged --lengths 1024 2048 4096 --load_in_4bit
 
-Every prompt has exactly the tokens it was asked to have (component/passkey.py). Decoding is greedy, with a key-value
-cache. An answer is right if its first number is the key, no digit more or less. The same seed draws the same keys.
+Every prompt has exactly the tokens it was asked to have (component/evaluate/passkey.py). Decoding is greedy, with a
+key-value cache. An answer is right if its first number is the key, no digit more or less. The same seed draws the same
+keys.
 """
 
 import argparse
@@ -27,14 +28,14 @@ from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from component.contender import Contender, describe_model, load_contender
 from component.error import UserError, exit_on_user_error, first_line
-from component.flag import boolean
+from component.evaluate.model_spec import Contender, describe_model, load_contender
+from component.evaluate.passkey import KEYS, PromptMaker, Trial, accuracy, even_depths, run_trials
+from component.evaluate.table import grid
+from component.inference.flags import boolean
 from component.model import load_tokenizer, locate, stretched_config
-from component.passkey import KEYS, PromptMaker, Trial, accuracy, even_depths, run_trials
-from component.result import check_result_file, origin, save_figure, write_json
 from component.rope import context_length
-from component.table import grid
+from component.storage.result import check_result_file, origin, save_figure, write_json
 
 
 def parse_flags() -> argparse.Namespace:

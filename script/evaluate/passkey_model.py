@@ -3,8 +3,9 @@
     python script/evaluate/passkey_model.py --output output/passkey-model
     python script/evaluate/passkey.py --base_model output/passkey-model --lengths 64 128 256 512 1024 --depths 9
 
-It reads nothing but prompts of component/passkey.py, of random length and depth, short ones first. Its tokenizer is
-made here too: words of the prompt, and digits one by one. Writes an ordinary model folder with passkey_model.json.
+It reads nothing but prompts of component/evaluate/passkey.py, of random length and depth, short ones first. Its
+tokenizer is made here too: words of the prompt, and digits one by one. Writes an ordinary model folder with
+passkey_model.json.
 """
 
 import argparse
@@ -22,9 +23,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
 from component.error import UserError, exit_on_user_error
-from component.folder import atomic_folder, check_target
-from component.passkey import FILLER, INTRODUCTION, KEYS, NEEDLE, QUESTION, PromptMaker
-from component.result import origin, write_json
+from component.evaluate.passkey import FILLER, INTRODUCTION, KEYS, NEEDLE, QUESTION, PromptMaker
+from component.storage.atomic import atomic_folder, check_target
+from component.storage.result import origin, write_json
 
 WARMUP_STEPS = 50
 EVERYTHING_ELSE = 0.05  # what a token that is no copy of the key weighs in the loss

@@ -23,7 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from component.error import UserError, exit_on_user_error
-from component.result import check_result_file, save_figure
+from component.storage.result import check_result_file, save_figure
 
 # Okabe and Ito's colours: told apart by every kind of eye
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")

@@ -46,16 +46,16 @@ rows --jobs "$jobs" --seeds 1 --rows $first || failed+=" first-rows"
 
 long=$work/runs/yarn-last-8192-0
 passkey() {
-    part passkey python3 script/experiment/passkey.py --base "$base" --adapter "$long" --work "$work/passkey" \
+    part passkey python3 script/experiment/downstream/passkey.py --base "$base" --adapter "$long" --work "$work/passkey" \
         --jobs 2 --output_json "$figures/experiment_passkey.json" --figure "$figures/experiment_passkey.png"
 }
 instructions() { # with the extended model that passkey has merged
-    part instructions python3 script/experiment/instructions.py --base "$work/passkey/extended" --short_base "$base" \
+    part instructions python3 script/experiment/downstream/instructions.py --base "$work/passkey/extended" --short_base "$base" \
         --source "$texts/sft_long_leval.jsonl.xz" --work "$work/instructions" \
         --output_json "$figures/experiment_instructions.json"
 }
 examples() {
-    part examples python3 script/experiment/examples.py --base "$base" --extended "$long" \
+    part examples python3 script/experiment/downstream/examples.py --base "$base" --extended "$long" \
         --source "$texts/books-validation.jsonl.xz" --work "$work/examples" \
         --output_json "$figures/experiment_examples.json" \
         --long_figure "$figures/longdemo.png" --short_figure "$figures/shortdemo.png"

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from component.attention import shift_short_attention
+from component.attention.shift_short import shift_short_attention
 from component.error import UserError, exit_on_user_error
 from script.evaluate import evaluate
 from script.experiment.train_rolled import rolled_attention

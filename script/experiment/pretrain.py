@@ -25,9 +25,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from component.error import exit_on_user_error
 from component.model import load_tokenizer
-from script.benchmark_result import describe_card
 from script.experiment.tokenizer import SEQ_LENGTH, texts_of
-from script.pretraining import describe, mean_loss, token_stream, train
+from script.performance.report import describe_card
+from script.shared.pretraining import describe, mean_loss, token_stream, train
 
 
 def parse_flags() -> argparse.Namespace:

@@ -22,7 +22,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from component.error import UserError, exit_on_user_error
-from component.result import save_figure, write_json
+from component.storage.result import save_figure, write_json
 from script.experiment.rows import ablation_rows, all_rows, main_rows
 
 BASE_CONTEXT = 1024  # tokens, of script/experiment/pretrain.py's model

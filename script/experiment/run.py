@@ -33,8 +33,8 @@ import yaml
 from transformers import AutoConfig
 
 from component.error import UserError, exit_on_user_error, nearest
-from component.result import hardware, origin, write_json
 from component.rope import extend_context
+from component.storage.result import hardware, origin, write_json
 from script.experiment.rows import FULL, RECIPE, TOKENS_PER_STEP, Row, all_rows, main_rows
 
 COST_STEPS = 40

@@ -13,15 +13,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from transformers import AutoModelForCausalLM, Trainer, set_seed
 
-from component.argument import parse_arguments
-from component.attention import use_shift_short_attention
-from component.collator import RightPadCollator
-from component.dataset import load_samples
+from component.attention.shift_short import use_shift_short_attention
+from component.data.collator import RightPadCollator
+from component.data.dataset import load_samples
 from component.error import exit_on_user_error
-from component.memory import peak_memory
+from component.memory.apply import peak_memory
 from component.model import any_pad_id, load_config, load_tokenizer
 from component.rope import extend_context, own_rope_type
-from component.trainer import SpeedCallback, stand_alone_environment
+from component.train.argument import parse_arguments
+from component.train.trainer import SpeedCallback, stand_alone_environment
 
 
 @exit_on_user_error

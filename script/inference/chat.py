@@ -16,11 +16,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from transformers import PreTrainedModel
 
-from component.cache import PromptCache
-from component.conversation import Conversation, is_command, obey
 from component.error import UserError, exit_on_user_error
-from component.flag import generation_parser
-from component.generation import (
+from component.inference.conversation import Conversation, is_command, obey
+from component.inference.flags import generation_parser
+from component.inference.generate import (
     Stopped,
     describe_context,
     fitted,
@@ -28,7 +27,8 @@ from component.generation import (
     recorded_template,
     stream_continuation,
 )
-from component.terminal import line_editing, prompts
+from component.inference.kv_cache import PromptCache
+from component.inference.terminal import line_editing, prompts
 
 
 def say(text: str) -> None:

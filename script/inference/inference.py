@@ -19,11 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from component.batch import Record, answer_all, answered, read_prompts
-from component.cache import PromptCache
 from component.error import UserError, exit_on_user_error
-from component.flag import generation_parser
-from component.generation import (
+from component.inference.flags import generation_parser
+from component.inference.generate import (
     Stopped,
     continue_text,
     describe_context,
@@ -31,8 +29,10 @@ from component.generation import (
     load_from_flags,
     stream_continuation,
 )
+from component.inference.kv_cache import PromptCache
+from component.inference.prompt_file import Record, answer_all, answered, read_prompts
+from component.inference.terminal import line_editing, prompts, read_prompt
 from component.rope import context_length
-from component.terminal import line_editing, prompts, read_prompt
 
 
 def parse() -> argparse.Namespace:

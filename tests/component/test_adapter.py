@@ -23,20 +23,13 @@ from transformers import (
     Qwen2Config,
 )
 
-from component.adapter import (
-    add_adapter,
-    check_targets,
-    full_copies,
-    linear_names,
-    load_adapter,
-    trainable_counts,
-)
-from component.attention import use_shift_short_attention
+from component.adapter import add_adapter, check_targets, full_copies, linear_names, load_adapter, trainable_counts
+from component.attention.shift_short import use_shift_short_attention
 from component.checkpoint import write_adapter
 from component.error import UserError
 from component.model import load_base, load_config
 from component.rope import extend_context
-from component.tensor_file import read_weights
+from component.storage.tensor_reader import read_weights
 
 LINEAR = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 CPU = torch.device("cpu")

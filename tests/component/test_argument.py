@@ -12,8 +12,8 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 from transformers.training_args import OptimizerNames
 
-from component.argument import LongQLoRAArguments, parse_arguments
 from component.error import UserError
+from component.train.argument import LongQLoRAArguments, parse_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
 MINIMAL = {

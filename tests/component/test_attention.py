@@ -25,8 +25,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from component import attention, kernel
-from component.attention import (
+from component.attention import kernel
+from component.attention import shift_short as attention
+from component.attention.shift_short import (
     AttentionMemo,
     describe_kernels,
     has_plain_attention,

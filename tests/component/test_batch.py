@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from component.batch import answer_all, answered, read_prompts
 from component.error import UserError
+from component.inference.prompt_file import answer_all, answered, read_prompts
 from tests.words import read_lines, write_lines
 
 ASKED = [{"prompt": "a", "id": 1}, {"prompt": "b", "id": 2}, {"prompt": "ç", "id": 3}]

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import torch
 
-from component.breakdown import WindowSum, by_document, by_position, perplexity_of, sum_window
+from component.evaluate.aggregate import WindowSum, by_document, by_position, perplexity_of, sum_window
 
 
 def summed(**changes) -> WindowSum:

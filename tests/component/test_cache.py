@@ -4,8 +4,16 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from component.cache import CACHES, PromptCache, check_cache, common_prefix, group_values, new_cache, tensor_bytes
 from component.error import UserError
+from component.inference.kv_cache import (
+    CACHES,
+    PromptCache,
+    check_cache,
+    common_prefix,
+    group_values,
+    new_cache,
+    tensor_bytes,
+)
 from component.rope import extend_context
 from tests.conftest import build_llama
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import tensor
 
-from component.collator import RightPadCollator
+from component.data.collator import RightPadCollator
 
 LONG = {"input_ids": [1, 5, 6, 7], "labels": [-100, 5, 6, 7]}
 SHORT = {"input_ids": [1, 8], "labels": [-100, 8]}

@@ -5,7 +5,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from component.contender import (
+from component.data.token_file import write_tokens
+from component.error import UserError
+from component.evaluate.model_spec import (
     Contender,
     check_contender,
     describe_model,
@@ -14,8 +16,6 @@ from component.contender import (
     parse_contenders,
     tokenizer_in,
 )
-from component.error import UserError
-from component.token_file import write_tokens
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from component.conversation import Conversation, is_command, obey
+from component.data.chat_template import encode_chat, turns_of
 from component.error import UserError
-from component.template import encode_chat, turns_of
+from component.inference.conversation import Conversation, is_command, obey
 
 
 @pytest.fixture

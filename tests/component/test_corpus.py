@@ -4,10 +4,10 @@ import random
 
 import pytest
 
-from component.corpus import TextMeasure, cut_text
-from component.selection import text_hash
-from component.token_count import TokenCounter
-from component.unpack import BadRecord
+from component.corpus.pretrain import TextMeasure, cut_text
+from component.corpus.sampling import text_hash
+from component.corpus.token_count import TokenCounter
+from component.data.reader import BadRecord
 from tests.conftest import TEXTS
 from tests.words import word_tokenizer
 

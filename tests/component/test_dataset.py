@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from component.dataset import load_samples
+from component.data.dataset import load_samples
 from component.error import UserError
 
 SYSTEM = (
@@ -246,7 +246,7 @@ def hub(monkeypatch, write):
         asked.append((repo_id, filename, repo_type))
         return files[filename]
 
-    monkeypatch.setattr("component.source.hf_hub_download", download)
+    monkeypatch.setattr("component.data.source.hf_hub_download", download)
     monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda self, repo_id, **kwargs: PUBLISHED)
     return asked
 

@@ -3,11 +3,11 @@
 import pytest
 from PIL import Image
 
-from component.distribution import describe_lengths, draw_lengths
+from component.corpus.length import describe_lengths, draw_lengths
 
 
 def test_figures(monkeypatch):
-    monkeypatch.setattr("component.distribution.BINS", 2)
+    monkeypatch.setattr("component.corpus.length.BINS", 2)
     assert describe_lengths([4, 1, 2, 3, 90]) == {
         "texts": 5,
         "tokens": 100,

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from component.error import UserError
-from component.folder import atomic_folder, check_target
+from component.storage.atomic import atomic_folder, check_target
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -69,8 +69,8 @@ def mode(path: Path) -> int:
 
 def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
     program = (
-        "import os, pathlib, signal, component.folder\n"
-        f"with component.folder.atomic_folder(pathlib.Path({str(tmp_path / 'model')!r})) as folder:\n"
+        "import os, pathlib, signal, component.storage.atomic\n"
+        f"with component.storage.atomic.atomic_folder(pathlib.Path({str(tmp_path / 'model')!r})) as folder:\n"
         "    (folder / 'half').mkdir(); (folder / 'half' / 'weights').write_text('')\n"
         "    (folder / 'config').write_text(''); os.kill(os.getpid(), signal.SIGKILL)\n"
     )

@@ -11,13 +11,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from component.cache import PromptCache
+from component.data.chat_template import encode_chat
 from component.error import UserError
-from component.flag import boolean, check_attention, generation_parser
-from component.generation import Stopped, continue_text, fitted, load_from_flags, stream_continuation
+from component.inference.flags import boolean, check_attention, generation_parser
+from component.inference.generate import Stopped, continue_text, fitted, load_from_flags, stream_continuation
+from component.inference.kv_cache import PromptCache
 from component.model import load_for_inference
 from component.rope import extend_context
-from component.template import encode_chat
 from tests.conftest import TEXTS, build_llama
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -276,7 +276,7 @@ def prompts_seen(monkeypatch):
         seen.append(prompt_ids)
         return "An answer."
 
-    monkeypatch.setattr("component.generation.stream_continuation", answer)
+    monkeypatch.setattr("component.inference.generate.stream_continuation", answer)
     return seen
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from component.instruction import PRESETS, mapping_of, render, template_problem
+from component.corpus.mapping import PRESETS, mapping_of, render, template_problem
 
 PAGE = ["<P>", "Google", "was", "founded", "in", "1998", "by", "Larry", "Page", "and", "Sergey", "Brin", ".", "</P>"]
 PROMPT = (

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from component import linear
-from component.layer import Ambience, LeanLayer, lean_layers
+from component.memory import linear
+from component.memory.layer import Ambience, LeanLayer, lean_layers
 from tests.reference.plain_path import (
     LAYERS,
     TOKENS,

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from component import linear
-from component.linear import FusedLoRA, Projection, fuse_lora
+from component.memory import linear
+from component.memory.linear import FusedLoRA, Projection, fuse_lora
 from component.model import _keep_packing
 
 INPUTS, OUTPUTS, RANK, ALPHA = 64, 112, 5, 8

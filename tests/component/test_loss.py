@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import CohereConfig, Gemma2Config, GraniteConfig, TrainingArguments
 
+from component.data.chat_template import IGNORE_INDEX
 from component.loss import LeanLoss, lean_loss, next_token_loss
-from component.template import IGNORE_INDEX
-from component.trainer import LongQLoRATrainer
+from component.train.trainer import LongQLoRATrainer
 from tests.reference.plain_path import (
     SIZES,
     assert_same,

@@ -10,15 +10,15 @@ import torch.nn.functional as F
 from peft import PeftModel
 from transformers import CohereConfig, Gemma2Config, GemmaConfig, GraniteConfig, LlamaForCausalLM, PhiConfig
 
-from component import kernel
-from component import layer as layer_module
-from component.attention import use_shift_short_attention
+from component.attention import kernel
+from component.attention.shift_short import use_shift_short_attention
 from component.checkpoint import write_adapter
 from component.error import UserError
-from component.layer import LeanLayer
 from component.loss import LeanLoss
-from component.memory import explaining_out_of_memory, limit_memory, next_token_losses, room, use_memory_plan
-from component.workload import Workload
+from component.memory import layer as layer_module
+from component.memory.apply import explaining_out_of_memory, limit_memory, next_token_losses, room, use_memory_plan
+from component.memory.layer import LeanLayer
+from component.memory.workload import Workload
 from tests.reference.plain_path import (
     FAMILIES,
     GROUP,

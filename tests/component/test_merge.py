@@ -13,11 +13,11 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Qwen2Config
 
 from component.error import UserError
-from component.merge import Scratch, merged_tensor, nf4_round_trip, save_tokenizer, write_merged
-from component.merge_plan import plan_merge
+from component.merge.plan import plan_merge
+from component.merge.write import Scratch, merged_tensor, nf4_round_trip, save_tokenizer, write_merged
 from component.model import load_base, load_config
 from component.rope import extend_context
-from component.tensor_file import model_tensors
+from component.storage.tensor_reader import model_tensors
 
 CPU = torch.device("cpu")
 LINEAR = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]

@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from component import merge_check
 from component.error import UserError
-from component.merge_check import agreement, check_merged, fixed_ids, lengths_to_check
-from component.merge_plan import MergePlan
+from component.merge import check as merge_check
+from component.merge.check import agreement, check_merged, fixed_ids, lengths_to_check
+from component.merge.plan import MergePlan
 
 CPU = torch.device("cpu")
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from component.corpus.mixture import Mixture, MixtureSource, apportion, read_mixture
 from component.error import UserError
-from component.mixture import Mixture, MixtureSource, apportion, read_mixture
 from tests.words import write_lines
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -116,7 +116,7 @@ def test_no_yaml(tmp_path, content):
 
 
 def test_the_shipped_example_is_right(monkeypatch):
-    monkeypatch.setattr("component.mixture.resolve_files", lambda path, field: [Path(path)])
+    monkeypatch.setattr("component.corpus.mixture.resolve_files", lambda path, field: [Path(path)])
     mixture = read_mixture(ROOT / "script" / "data" / "sft_sources.yaml")
     assert [each.share or each.count for each in mixture.sources] == [2, 2, 1, 3, 5000]
 

@@ -6,7 +6,7 @@ import gc
 import pytest
 import torch
 
-from component.offload import HostStack
+from component.memory.offload import HostStack
 
 ODD = [(3, 7), (1,), (5, 1, 13)]
 

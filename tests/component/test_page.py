@@ -3,10 +3,10 @@
 import pytest
 
 from component.error import UserError
-from component.flag import generation_parser
-from component.page import Page, build_page, import_gradio, meter
+from component.inference.engine import Talk
+from component.inference.flags import generation_parser
+from component.inference.web import Page, build_page, import_gradio, meter
 from component.rope import extend_context
-from component.talk import Talk
 from tests.component.test_text_file import pdf
 from tests.conftest import build_llama
 

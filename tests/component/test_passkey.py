@@ -5,16 +5,8 @@ import torch
 from transformers import AutoTokenizer
 
 from component.error import UserError
-from component.generation import greedy_continuation
-from component.passkey import (
-    PromptMaker,
-    Trial,
-    accuracy,
-    draw_key,
-    even_depths,
-    is_right,
-    run_trials,
-)
+from component.evaluate.passkey import PromptMaker, Trial, accuracy, draw_key, even_depths, is_right, run_trials
+from component.inference.generate import greedy_continuation
 from script.evaluate.passkey_model import make_tokenizer
 
 

@@ -24,10 +24,10 @@ from transformers import (
 )
 
 from component.adapter import add_adapter
+from component.data.token_file import read_tokens
 from component.error import UserError
-from component.memory import next_token_losses
-from component.perplexity import longlora_windows, measure_perplexity, sliding_windows
-from component.token_file import read_tokens
+from component.evaluate.perplexity import longlora_windows, measure_perplexity, sliding_windows
+from component.memory.apply import next_token_losses
 from tests.reference.longlora_perplexity import longlora_perplexity
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -176,7 +176,7 @@ class TestSlidingProtocol:
     ids=["seq_len", "seq_len + 1", "2 seq_len + 1"],
 )
 def test_what_files_of_a_windows_length_hold(length, longlora, sliding, tiny_llama, tokens):
-    """Windows and tokens scored, as component/perplexity.py's table has them."""
+    """Windows and tokens scored, as component/evaluate/perplexity.py's table has them."""
     for protocol, expected in (("longlora", longlora), ("sliding", sliding)):
         if expected is None:
             with pytest.raises(UserError, match="hold no window"):

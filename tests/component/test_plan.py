@@ -7,8 +7,17 @@ import pytest
 import torch
 
 from component.adapter import add_adapter, linear_names, target_layers
-from component.plan import LEVERS, Estimate, MemoryPlan, choose, describe_estimate, estimate, leanest, next_lever
-from component.workload import GIB, Workload, fixed_bytes, step_bytes, workload
+from component.memory.plan import (
+    LEVERS,
+    Estimate,
+    MemoryPlan,
+    choose,
+    describe_estimate,
+    estimate,
+    leanest,
+    next_lever,
+)
+from component.memory.workload import GIB, Workload, fixed_bytes, step_bytes, workload
 from tests.reference.plain_path import GROUP, LAYERS, TOKENS, plan_of, tiny_base, tiny_config
 
 # LLaMA2-7B, 8192 tokens, LoRA of rank 64 on all seven linear layers
@@ -314,7 +323,7 @@ def test_the_next_lever_saves_memory(work, budget):
 
 
 def test_levers_are_fields_of_plan_and_arguments():
-    from component.argument import LongQLoRAArguments
+    from component.train.argument import LongQLoRAArguments
 
     arguments = {field.name for field in dataclasses.fields(LongQLoRAArguments)}
     assert set(FIELDS) - LEVERS.keys() == {"fetch_ahead"}

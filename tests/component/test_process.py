@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from component.distributed.world import gathered, is_first_process, joined_processes, own_share, process_count
 from component.error import UserError
-from component.process import gathered, is_first_process, joined_processes, own_share, process_count
 
 
 def test_one_process_does_everything(monkeypatch):

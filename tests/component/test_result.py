@@ -6,7 +6,7 @@ import math
 import pytest
 
 from component.error import UserError
-from component.result import check_result_file, origin, write_json
+from component.storage.result import check_result_file, origin, write_json
 
 
 def test_written_as_read(tmp_path):

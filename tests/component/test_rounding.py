@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from component.error import UserError
-from component.rounding import measure_rounding, second_half
+from component.evaluate.kv_cache import measure_rounding, second_half
 
 TOKENS = np.random.default_rng(0).integers(2, 300, 200).astype(np.uint16)
 

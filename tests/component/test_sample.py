@@ -11,10 +11,10 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from component.dataset import SHUFFLED_SAMPLES, load_samples
+from component.data.dataset import SHUFFLED_SAMPLES, load_samples
+from component.data.sample import CUT, EMPTY, PIECE, SPLIT, TOO_LONG, WHOLE
+from component.data.token_file import index_path, write_tokens
 from component.error import UserError
-from component.sample import CUT, EMPTY, PIECE, SPLIT, TOO_LONG, WHOLE
-from component.token_file import index_path, write_tokens
 from tests.component.test_dataset import BOS, EOS, PROMPT, A, B, C, D, E, rows, texts, word_tokenizer
 from tests.words import write_lines
 

@@ -4,7 +4,7 @@ import random
 
 import numpy as np
 
-from component.selection import first_of_each, lowest, sample_key, text_hash
+from component.corpus.sampling import first_of_each, lowest, sample_key, text_hash
 
 
 def test_hashes_are_of_whole_texts():

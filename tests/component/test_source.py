@@ -9,9 +9,9 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
+from component.data.reader import BadRecord, array
+from component.data.source import RecordTally, read_records, resolve_files
 from component.error import UserError
-from component.source import RecordTally, read_records, resolve_files
-from component.unpack import BadRecord, array
 
 RECORDS = [{"text": f"text {number}\nof «Größe» 東京 " + "x" * (number % 50), "id": number} for number in range(2000)]
 LINES = "".join(json.dumps(record, ensure_ascii=number % 2 == 0) + "\n" for number, record in enumerate(RECORDS))
@@ -236,7 +236,7 @@ def test_the_hub_out_of_reach():
 def test_the_one_data_file_of_a_hub_data_set(monkeypatch):
     names = [".gitattributes", "README.md", "dataset_infos.json", "data/train.parquet"]
     monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda self, repo_id, **kwargs: names)
-    monkeypatch.setattr("component.source.hf_hub_download", lambda repo, name, **kwargs: f"/cache/{repo}/{name}")
+    monkeypatch.setattr("component.data.source.hf_hub_download", lambda repo, name, **kwargs: f"/cache/{repo}/{name}")
     assert [str(file) for file in resolve_files("owner/dataset", "--source")] == [
         "/cache/owner/dataset/data/train.parquet"
     ]

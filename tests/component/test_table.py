@@ -1,8 +1,8 @@
 """How do people read perplexities?"""
 
-from component.breakdown import Document, PositionBucket
-from component.perplexity import Perplexity
-from component.table import comparison, document_line, length_table, position_table
+from component.evaluate.aggregate import Document, PositionBucket
+from component.evaluate.perplexity import Perplexity
+from component.evaluate.table import comparison, document_line, length_table, position_table
 
 
 def result(seq_len: int, perplexity: float, **changes) -> Perplexity:

@@ -7,11 +7,11 @@ import time
 import pytest
 import torch
 
+from component.data.chat_template import encode_chat
 from component.error import UserError
-from component.flag import generation_parser
+from component.inference.engine import Talk
+from component.inference.flags import generation_parser
 from component.rope import extend_context
-from component.talk import Talk
-from component.template import encode_chat
 from tests.component.test_generation import stock
 from tests.conftest import build_llama
 
@@ -82,7 +82,7 @@ def test_only_one_generates_at_a_time(talk, monkeypatch):
         time.sleep(0.1)
         inside.pop()
 
-    monkeypatch.setattr("component.talk.continue_text", slowly)
+    monkeypatch.setattr("component.inference.engine.continue_text", slowly)
     askers = [
         threading.Thread(target=lambda: list(talk.answer(talk.conversation(), "One?", GREEDY, never)))
         for _ in range(3)

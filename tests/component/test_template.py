@@ -6,9 +6,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from component.data.chat_template import encode_by_tokenizer, encode_chat, encode_conversation, turns_of
+from component.data.sample import chat_problem
 from component.error import UserError
-from component.sample import chat_problem
-from component.template import encode_by_tokenizer, encode_chat, encode_conversation, turns_of
 
 ORIGINAL = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from component.error import UserError
-from component.shard import shard_bytes, write_model
-from component.tensor_file import NAMES, model_tensors, stored_tensors
+from component.storage.tensor_reader import NAMES, model_tensors, stored_tensors
+from component.storage.tensor_writer import shard_bytes, write_model
 
 SHAPES = [(3, 5), (7,), (), (0, 4), (2, 3, 4)]
 

@@ -3,7 +3,7 @@
 import pytest
 
 from component.error import UserError
-from component.text_file import read_text_file
+from component.inference.text_file import read_text_file
 
 
 def pdf(*pages: str) -> bytes:

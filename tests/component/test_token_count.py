@@ -7,9 +7,9 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-import component.token_count
-from component.sample import SampleOptions, encode_texts
-from component.token_count import TokenCounter
+import component.corpus.token_count
+from component.corpus.token_count import TokenCounter
+from component.data.sample import SampleOptions, encode_texts
 from tests.conftest import TEXTS
 from tests.words import word_tokenizer
 
@@ -98,12 +98,12 @@ def test_a_model_whose_words_are_not_counted_apart(options):
 
 
 def test_few_words_are_remembered(monkeypatch):
-    monkeypatch.setattr(component.token_count, "CACHED_WORDS", 20)
+    monkeypatch.setattr(component.corpus.token_count, "CACHED_WORDS", 20)
     count = TokenCounter(llama_like())
     for text in random_texts(20):
         assert count([text, "x" * 100]) == count._count_whole([text, "x" * 100])
         assert len(count.words) <= 60  # one text's words may be more than what is kept
-        assert not any(len(word) > component.token_count.CACHED_CHARACTERS for word in count.words)
+        assert not any(len(word) > component.corpus.token_count.CACHED_CHARACTERS for word in count.words)
 
 
 def test_what_a_tokenizer_json_keeps_of_truncation_does_not_count():

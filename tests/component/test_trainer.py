@@ -9,8 +9,8 @@ import torch
 from transformers import EvalPrediction
 
 from component.adapter import add_adapter
-from component.report import describe_optimizer, describe_trainable, summary
-from component.trainer import any_overflow, stand_alone_environment, token_weighted_loss
+from component.train.summary import describe_optimizer, describe_trainable, summary
+from component.train.trainer import any_overflow, stand_alone_environment, token_weighted_loss
 
 TRAIN_ARGS = "train_args/deepspeed"
 

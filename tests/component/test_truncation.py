@@ -2,7 +2,7 @@
 
 import pytest
 
-from component.truncation import fit_prompt
+from component.inference.context import fit_prompt
 
 TEN = list(range(10))
 

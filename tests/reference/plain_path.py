@@ -13,10 +13,10 @@ from transformers import LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Confi
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from component.adapter import add_adapter
-from component.attention import use_shift_short_attention
-from component.memory import use_memory_plan
+from component.attention.shift_short import use_shift_short_attention
+from component.memory.apply import use_memory_plan
+from component.memory.plan import MemoryPlan
 from component.model import load_base
-from component.plan import MemoryPlan
 
 FAMILIES = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 VOCABULARY = 96

@@ -105,7 +105,7 @@ def test_the_files(build, sources, tmp_path, word_folder):
 
 
 def test_training_reads_it(build, sources, tmp_path, own_cache):
-    from component.dataset import load_samples
+    from component.data.dataset import load_samples
 
     build(*sources)
     samples, report = load_samples(str(tmp_path / "out.jsonl"), word_tokenizer(), 10, sft=False)
@@ -145,7 +145,7 @@ def test_a_sample_does_not_depend_on_processes_or_order(build, tmp_path):
 def test_small_chunks_change_nothing(build, tmp_path, monkeypatch):
     files = many(tmp_path, 200)
     build(*files, output="1.jsonl", num_samples=20)
-    monkeypatch.setattr("component.survey.CHUNK_RECORDS", 3)
+    monkeypatch.setattr("component.corpus.scan.CHUNK_RECORDS", 3)
     build(*files, output="2.jsonl", num_samples=20, num_proc=2)
     assert (tmp_path / "1.jsonl").read_bytes() == (tmp_path / "2.jsonl").read_bytes()
 
@@ -228,7 +228,7 @@ def unfinished(build, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("component.corpus.write_corpus", killed)
+        patch.setattr("component.corpus.pretrain.write_corpus", killed)
         with pytest.raises(KeyboardInterrupt):
             build(*files)
     assert (tmp_path / "out.jsonl.journal").exists()
@@ -236,7 +236,7 @@ def unfinished(build, tmp_path, monkeypatch):
 
 
 def test_nothing_is_measured_twice(build, unfinished, tmp_path, monkeypatch):
-    monkeypatch.setattr("component.corpus.TextMeasure.__call__", None)
+    monkeypatch.setattr("component.corpus.pretrain.TextMeasure.__call__", None)
     assert build(*unfinished).status == 0
     assert len(read_lines(tmp_path / "out.jsonl")) == 52, "all but those of 9 words"
 

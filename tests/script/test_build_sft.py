@@ -7,7 +7,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from component.template import encode_chat
+from component.data.chat_template import encode_chat
 from tests.script.test_build_pretrain import refused, word_folder  # noqa: F401
 from tests.words import read_lines, word_tokenizer, write_lines
 
@@ -87,7 +87,7 @@ def test_the_files(build, sources, tmp_path):
 
 
 def test_training_reads_it(build, sources, tmp_path, own_cache):
-    from component.dataset import load_samples
+    from component.data.dataset import load_samples
 
     build(*sources)
     samples, report = load_samples(str(tmp_path / "out.jsonl"), word_tokenizer(), FRAME + 6, sft=True)
@@ -142,7 +142,7 @@ def test_going_on_and_other_settings(build, sources, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("component.example.write_examples", killed)
+        patch.setattr("component.corpus.sft.write_examples", killed)
         with pytest.raises(KeyboardInterrupt):
             build(*sources)
     refused(build(*sources, max_tokens=99), "max_tokens", "now 99", "--overwrite")

@@ -8,7 +8,7 @@ import pytest
 from tests.conftest import build_llama
 from tests.script.test_wrong_inputs import refused
 
-COMPARE = "script/inference/compare_caches.py"
+COMPARE = "script/evaluate/compare_caches.py"
 
 
 @pytest.fixture

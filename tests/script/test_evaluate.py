@@ -16,9 +16,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-import component.contender
-from component.perplexity import measure_perplexity
-from component.token_file import write_tokens
+import component.evaluate.model_spec
+from component.data.token_file import write_tokens
+from component.evaluate.perplexity import measure_perplexity
 from tests.reference.longlora_perplexity import longlora_perplexity
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -132,7 +132,7 @@ class TestCompare:
             assert without_times(model["results"]) == without_times(alone["results"])
 
     def test_one_model_in_memory_at_a_time(self, evaluate, base_folder, adapter_folder, monkeypatch):
-        loaded, load = [], component.contender.load_model
+        loaded, load = [], component.evaluate.model_spec.load_model
 
         def load_alone(*words, **options):
             assert [model for model in loaded if model() is not None] == []
@@ -140,7 +140,7 @@ class TestCompare:
             loaded.append(weakref.ref(model))
             return model
 
-        monkeypatch.setattr(component.contender, "load_model", load_alone)
+        monkeypatch.setattr(component.evaluate.model_spec, "load_model", load_alone)
         evaluate("--compare", f"a={base_folder}", f"b={adapter_folder}", f"c={base_folder}@128", "--seq_len", 16)
         assert len(loaded) == 3
 
@@ -165,7 +165,7 @@ class TestCompare:
 
     def test_a_window_that_is_too_long(self, run_program, tokens, base_folder, monkeypatch):
         """Is refused before the shorter ones are measured."""
-        monkeypatch.setattr("component.perplexity.measure_perplexity", None)
+        monkeypatch.setattr("component.evaluate.perplexity.measure_perplexity", None)
         outcome = run_program(EVALUATE, "--data_path", tokens, "--base_model", base_folder, "--seq_len", 16, 100)
         assert outcome.status == 1
         assert "150 tokens hold no window of seq_len 100" in outcome.err

@@ -10,8 +10,8 @@ import yaml
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from component.argument import parse_arguments
 from component.error import UserError
+from component.train.argument import parse_arguments
 from script.experiment import measure
 from script.experiment.rows import RECIPE, all_rows, main_rows
 from script.experiment.train_rolled import rolled_shift_short

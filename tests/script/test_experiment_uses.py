@@ -8,21 +8,21 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from transformers import AutoTokenizer
 
+from component.data.chat_template import IGNORE_INDEX, encode_chat
+from component.data.sample import WHOLE, RecordTally, SampleOptions, encode_file, fit
 from component.error import UserError
+from component.evaluate.passkey import NEEDLE, PromptMaker, draw_key
 from component.model import load_tokenizer
-from component.passkey import NEEDLE, PromptMaker, draw_key
-from component.result import save_figure
-from component.sample import WHOLE, RecordTally, SampleOptions, encode_file, fit
-from component.template import IGNORE_INDEX, encode_chat
+from component.storage.result import save_figure
 from script.evaluate.passkey_model import make_tokenizer
-from script.experiment.instructions import end_of_question
-from script.experiment.passages import passages
-from script.experiment.passkey import write_samples
-from script.experiment.passkey_samples import spelling_end_to_end, training_samples
-from script.experiment.split import SHARED_LINE, documents, split
-from script.experiment.transcript import DPI, MARGIN, WIDTH, Block, Measure, draw
+from script.experiment.downstream.instructions import end_of_question
+from script.experiment.downstream.passages import passages
+from script.experiment.downstream.passkey import write_samples
+from script.experiment.downstream.passkey_samples import spelling_end_to_end, training_samples
+from script.experiment.downstream.split import SHARED_LINE, documents, split
+from script.experiment.downstream.transcript import DPI, MARGIN, WIDTH, Block, Measure, draw
 
-EXPERIMENT = "script/experiment/"
+EXPERIMENT = "script/experiment/downstream/"
 DEMO_BASE = "script/demo/base"  # a tokenizer that learnt from real texts; its pieces are words
 WORDS = ["the", "of", "and", "a", "to", "in", "he", "was", "his", "that", "it", "with", "as", "had", "for", "on"]
 

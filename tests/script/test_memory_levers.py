@@ -18,8 +18,8 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, MistralConfig
 
-from component.layer import LeanLayer
-from component.trainer import LongQLoRATrainer
+from component.memory.layer import LeanLayer
+from component.train.trainer import LongQLoRATrainer
 from tests.conftest import TEXTS, build_llama
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -190,7 +190,7 @@ def test_who_computes_again(run, checkpointed, monkeypatch):
     short = {"max_steps": 2, "eval_steps": 1, "lora_dropout": 0.2}
     run(**short, **LEVERS, gradient_checkpointing=True)
     assert checkpointed == [False]
-    monkeypatch.setattr("component.memory.use_memory_plan", lambda *args, **kwargs: "a reason")
+    monkeypatch.setattr("component.memory.apply.use_memory_plan", lambda *args, **kwargs: "a reason")
     fallen, printed = run(**short, **LEVERS)
     assert checkpointed == [False, True]
     assert "no plan, a reason" in printed
@@ -240,8 +240,8 @@ def test_workload_under_zero_3(base, monkeypatch):
     """Counted on a model that ZeRO-3 must not partition; without processes, without a GPU."""
     from transformers.integrations import deepspeed as integration
 
+    from component.memory.workload import workload
     from component.model import check_targets_early, load_config
-    from component.workload import workload
 
     config = load_config(str(base))
     options = {"target_names": None, "rank": 4, "train_norm": True, "tokens": 90, "group": 24}

@@ -24,13 +24,13 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config
 
 from component import checkpoint
-from component import merge as merging
 from component.adapter import add_adapter
 from component.checkpoint import write_adapter, write_record
+from component.data.token_file import read_tokens
+from component.evaluate.perplexity import measure_perplexity
+from component.merge import write as merging
 from component.model import load_base, load_config, load_model
-from component.perplexity import measure_perplexity
 from component.rope import extend_context
-from component.token_file import read_tokens
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = {

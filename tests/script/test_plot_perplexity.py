@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import pytest
 
 from component.error import UserError
-from component.result import write_json
+from component.storage.result import write_json
 from script.evaluate.plot_perplexity import draw, longest_shared, read_models
 
 PLOT = "script/evaluate/plot_perplexity.py"

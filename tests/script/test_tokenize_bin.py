@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from component.token_file import read_index, read_tokens
+from component.data.token_file import read_index, read_tokens
 from tests.conftest import TEXTS
 from tests.script.test_build_pretrain import refused
 from tests.words import write_lines
@@ -33,7 +33,7 @@ def texts(tmp_path):
 
 
 def test_a_file_read_back_is_its_documents(tokenize, texts, tokenizer, tmp_path, base_folder, monkeypatch):
-    monkeypatch.setattr("component.documents.CHUNK_CHARACTERS", 1000)  # about 10 texts
+    monkeypatch.setattr("component.corpus.tokenize.CHUNK_CHARACTERS", 1000)  # about 10 texts
     sources, expected = texts
     outcome = tokenize(*sources, num_proc=1)
     assert outcome.status == 0, outcome.err

@@ -602,7 +602,7 @@ class DieAt:
     def __call__(self) -> None:
         """In the training process: wrap the function that does it."""
         import train
-        from component import trainer
+        from component.train import trainer
 
         owner, name = {
             "adapter": (trainer, "write_adapter"),
@@ -777,9 +777,9 @@ def test_the_command_killed_and_resumed(long_basic, train, tmp_path):
 
 def overflow_at_the_third_step() -> None:
     """An infinity in the last gradient of the group, before DeepSpeed's step looks for one."""
-    import component.trainer
+    import component.train.trainer
 
-    look, calls = component.trainer.any_overflow, []
+    look, calls = component.train.trainer.any_overflow, []
 
     def planting(gradients):
         calls.append(len(calls))
@@ -788,7 +788,7 @@ def overflow_at_the_third_step() -> None:
         print("overflow", look(gradients).tolist())
         return look(gradients)
 
-    component.trainer.any_overflow = planting
+    component.train.trainer.any_overflow = planting
 
 
 @pytest.mark.slow

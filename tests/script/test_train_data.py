@@ -15,7 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from component.token_file import write_tokens
+from component.data.token_file import write_tokens
 from tests.conftest import TEXTS
 from tests.reference.shift_short import LOOP
 from tests.script.test_train import (
@@ -138,7 +138,7 @@ def test_packing_sees_documents_apart(run, monkeypatch):
     apart, _ = run(of_texts(PACKED_TEXTS), **changes)
     packed, _ = run(of_texts(PACKED_TEXTS), packing=True, **changes)
     assert losses(packed) == pytest.approx(losses(apart), abs=1e-5)
-    monkeypatch.setattr("component.attention.document_spans", lambda position_ids: None)
+    monkeypatch.setattr("component.attention.shift_short.document_spans", lambda position_ids: None)
     mixed, _ = run(of_texts(PACKED_TEXTS), packing=True, **changes)
     assert losses(mixed)[1] != pytest.approx(losses(apart)[1], abs=1e-3)
 

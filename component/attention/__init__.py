@@ -1,0 +1,10 @@
+"""Shift short attention: see shift_short.py, segment.py, kernel.py."""
+
+from component.attention.shift_short import (
+    has_plain_attention,
+    shift_short_attention,
+    use_full_attention,
+    use_shift_short_attention,
+)
+
+__all__ = ["has_plain_attention", "shift_short_attention", "use_full_attention", "use_shift_short_attention"]

@@ -1,0 +1,80 @@
+"""What do the programs that build data share? Their common flags, their checks, and the names of their files."""
+
+import argparse
+import os
+from collections.abc import Iterable
+from datetime import date
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from component.corpus.length import versions
+from component.data.token_file import describe_tokenizer
+from component.error import UserError, first_line
+from component.storage.result import command
+
+
+def add_common_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tokenizer", required=True, help="folder or hub id of the model that is to be trained")
+    parser.add_argument("--output", type=Path, required=True, help="the file to write")
+    parser.add_argument("--num_proc", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
+    parser.add_argument("--max_bad_fraction", type=float, default=0.01, help="share of bad lines tolerated (0.01)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output, drop unfinished work")
+
+
+def check_common_flags(flags: argparse.Namespace) -> list[str]:
+    problems = []
+    if flags.num_proc < 1:
+        problems.append(f"--num_proc: {flags.num_proc}; use at least 1")
+    if not 0 <= flags.max_bad_fraction <= 1:
+        problems.append(f"--max_bad_fraction: {flags.max_bad_fraction}; use 0 (none) to 1")
+    if flags.output.is_dir():
+        problems.append(f"--output: {flags.output} is a folder; name a file")
+    return problems
+
+
+def open_output(flags: argparse.Namespace, sources: Iterable[Path]) -> None:
+    """Make the output's folder; refuse to replace what is there. The output comes last: it tells of a whole run."""
+    if any(flags.output.resolve() == source.resolve() for source in sources):
+        raise UserError(f"--output: {flags.output} is one of the files that are read; name another")
+    if flags.output.exists() and not flags.overwrite:
+        raise UserError(f"--output: {flags.output} exists; name another file, or replace it with --overwrite")
+    flags.output.parent.mkdir(parents=True, exist_ok=True)
+
+
+def journal_path(output: Path) -> Path:
+    return output.with_name(f"{output.name}.journal")
+
+
+def side_file(output: Path, suffix: str) -> Path:
+    """FILE.stats.json and the like, beside FILE.jsonl."""
+    return output.with_name(output.name.removesuffix(output.suffix) + suffix)
+
+
+def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """
+    Raises:
+        UserError: no tokenizer there, or one without an end-of-sequence token.
+    """
+    try:
+        # texts longer than any model are counted here: no warning about that
+        tokenizer = AutoTokenizer.from_pretrained(name, model_max_length=10**9, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise UserError(
+            f"--tokenizer: {name!r} holds no usable tokenizer ({first_line(error)}); name the folder or the hub id of "
+            "the model that is to be trained"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"--tokenizer: {name!r} has no end-of-sequence token; give it one in tokenizer_config.json")
+    return tokenizer
+
+
+def origin(flags: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> dict:
+    """How statistics came about."""
+    return {
+        "tokenizer": describe_tokenizer(tokenizer, flags.tokenizer),
+        "flags": {name: str(value) if isinstance(value, Path) else value for name, value in vars(flags).items()},
+        "command": command(),
+        "versions": versions(),
+        "date": str(date.today()),
+    }

@@ -1,0 +1,184 @@
+"""What is mixed, in which shares? The YAML of build_sft.py: which keys it has, and what is wrong with it."""
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from component.corpus.mapping import PRESETS, template_problem
+from component.data.source import resolve_files
+from component.error import UserError, first_line, nearest
+
+TURNS = ("first", "all")
+FILTERS = ("min_tokens", "max_tokens", "contains", "excludes")
+
+
+@dataclass
+class MixtureSource:
+    name: str
+    path: str
+    mapping: Any  # a preset's name, or {input, output} templates
+    share: float | None = None  # relative to the other sources' shares
+    count: int | None = None  # examples, at most; of neither count nor share: all there are
+    turns: str = "first"  # of a conversation: its first question and answer, or all, as {"messages": ...}
+    filters: dict = field(default_factory=dict)
+    files: list[Path] = field(default_factory=list)
+
+
+@dataclass
+class Mixture:
+    sources: list[MixtureSource]
+    total: int | None = None  # examples of all sources together, at most
+
+
+SOURCE_KEYS = ("name", "path", "mapping", "share", "count", "turns", "filters")
+TOP_KEYS = ("sources", "total")
+
+
+def read_mixture(file: Path) -> Mixture:
+    """
+    Raises:
+        UserError: everything that is wrong with the YAML, in one message.
+    """
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"--config: {file} cannot be read: {first_line(error)}") from error
+    if not isinstance(values, dict) or not isinstance(values.get("sources"), list) or not values["sources"]:
+        raise UserError(f"--config: {file} needs `sources:`, a list of {', '.join(SOURCE_KEYS)}")
+    problems = _unknown(values, TOP_KEYS, "")
+    if "total" in values and not _is_count(values["total"]):
+        problems.append(f"total: {values['total']!r}; use a whole number of at least 1")
+    if "total" in values and not any(isinstance(entry, dict) and entry.get("share") for entry in values["sources"]):
+        problems.append("total: no source has a share that it could limit; give sources shares instead of counts")
+    sources = []
+    for at, entry in enumerate(values["sources"]):
+        source, found = _source(entry, f"sources[{at}]")
+        problems += found
+        sources += [source] if source else []
+    names = [source.name for source in sources]
+    problems += [
+        f"name: {name!r} stands twice; give each source its own"
+        for name in sorted(set(names))
+        if names.count(name) > 1
+    ]
+    if problems:
+        raise UserError(f"{file}:\n  " + "\n  ".join(problems))
+    return Mixture(sources, values.get("total"))
+
+
+def _source(entry: object, place: str) -> tuple[MixtureSource | None, list[str]]:
+    if not isinstance(entry, dict):
+        return None, [f"{place}: {entry!r} is no list of keys ({', '.join(SOURCE_KEYS)})"]
+    name = entry.get("name")
+    place = f"{place} ({name})" if name else place
+    problems = _unknown(entry, SOURCE_KEYS, f"{place}: ")
+    problems += [f"{place}: {key} is missing" for key in ("name", "path", "mapping") if not entry.get(key)]
+    problems += [
+        f"{place}: {key}: {entry[key]!r} is no text"
+        for key in ("name", "path")
+        if entry.get(key) and not isinstance(entry[key], str)
+    ]
+    problems += [
+        f"{place}: {problem}"
+        for problem in (
+            *_share_problems(entry),
+            *_mapping_problems(entry.get("mapping")),
+            *_filter_problems(entry.get("filters")),
+        )
+    ]
+    if entry.get("turns", "first") not in TURNS:
+        problems.append(f"{place}: turns: {entry['turns']!r} is none of {', '.join(TURNS)}")
+    files: list[Path] = []
+    if isinstance(entry.get("path"), str) and entry["path"]:
+        try:
+            files = resolve_files(entry["path"], f"{place}: path")
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        return None, problems
+    values = {key: value for key, value in entry.items() if value is not None}
+    return MixtureSource(**values, files=files), []
+
+
+def _share_problems(entry: dict) -> list[str]:
+    share, count = entry.get("share"), entry.get("count")
+    problems = []
+    if share is not None and count is not None:
+        problems.append("share and count exclude each other; leave one out")
+    is_number = isinstance(share, int | float) and not isinstance(share, bool)
+    if share is not None and not (is_number and 0 < share < math.inf):
+        problems.append(f"share: {share!r}; use a number above 0")
+    if count is not None and not _is_count(count):
+        problems.append(f"count: {count!r}; use a whole number of at least 1")
+    return problems
+
+
+def _mapping_problems(mapping: object) -> list[str]:
+    if not mapping:
+        return []  # reported as missing
+    if isinstance(mapping, str):
+        known = ", ".join(PRESETS)
+        return [] if mapping in PRESETS else [f"mapping: {mapping!r} is no preset{nearest(mapping, PRESETS)}: {known}"]
+    if not isinstance(mapping, dict):
+        return [f"mapping: {mapping!r}; use a preset ({', '.join(PRESETS)}) or input and output templates"]
+    problems = _unknown(mapping, ("input", "output"), "mapping: ")
+    for key in ("input", "output"):
+        problem = template_problem(mapping[key]) if key in mapping else "is missing"
+        problems += [f"mapping: {key}: {problem}"] if problem else []
+    return problems
+
+
+def _filter_problems(filters: object) -> list[str]:
+    if filters is None:
+        return []
+    if not isinstance(filters, dict):
+        return [f"filters: {filters!r}; use {', '.join(FILTERS)}"]
+    problems = _unknown(filters, FILTERS, "filters: ")
+    for key in ("min_tokens", "max_tokens"):
+        if key in filters and not _is_count(filters[key]):
+            problems.append(f"filters: {key}: {filters[key]!r}; use a whole number of at least 1")
+    if not problems and filters.get("min_tokens", 0) > filters.get("max_tokens", math.inf):
+        problems.append(f"filters: min_tokens {filters['min_tokens']} is above max_tokens {filters['max_tokens']}")
+    for key in ("contains", "excludes"):
+        try:
+            re.compile(filters.get(key, ""))
+        except (re.error, TypeError) as error:
+            problems.append(f"filters: {key}: {filters[key]!r} is no regular expression ({error})")
+    return problems
+
+
+def _unknown(values: dict, known: Iterable[str], place: str) -> list[str]:
+    known = tuple(known)
+    return [
+        f"{place}unknown key {key!r}{nearest(str(key), known)}; known: {', '.join(known)}"
+        for key in values
+        if key not in known
+    ]
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def apportion(mixture: Mixture, available: list[int]) -> list[int]:
+    """How many examples each source gives, of those it has.
+
+    Counts are taken first. Shares are kept exactly: as many of each as the scarcest source allows, and `total`.
+    """
+    taken = [
+        min(source.count, has) if source.count else 0 if source.share else has
+        for source, has in zip(mixture.sources, available, strict=True)
+    ]
+    shares = [source.share or 0.0 for source in mixture.sources]
+    if not any(shares):
+        return taken
+    unit = min(has / share for share, has in zip(shares, available, strict=True) if share)
+    if mixture.total:
+        unit = min(unit, max(0, mixture.total - sum(taken)) / sum(shares))
+    # what floating point makes of 3 / 0.3 * 0.3 must not cost an example
+    return [count or int(unit * share + 1e-9) for count, share in zip(taken, shares, strict=True)]

@@ -1,0 +1,197 @@
+"""What is a pretraining corpus? Texts of the right length, each once, sampled fairly, in the order of the input.
+
+A text that is too long may be cut: where a paragraph ends, else where a line does, else at a space.
+
+Two passes: the first measures every text (component/corpus/scan.py), then the sample is drawn from the measures alone
+(component/corpus/sampling.py), and the second pass reads the files again and writes what was drawn. No text is kept.
+"""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from component.corpus.sampling import first_of_each, lowest, sample_key, text_hash
+from component.corpus.scan import Chunk, Measured, Survey
+from component.corpus.token_count import MARGIN, TokenCounter
+from component.data.reader import BadRecord
+from component.data.source import read_records
+
+LONG_TEXTS = ("drop", "split")
+UNIT_CHARACTERS = 2000  # at most, of a part of a long line: where there is no better place, cuts fall between parts
+PARAGRAPH, LINE, INSIDE = 2, 1, 0  # what ends with a unit
+
+
+@dataclass
+class Choice:
+    """A text, or a piece of one, that goes into the corpus."""
+
+    file: int
+    number: int  # of the record
+    start: int  # characters
+    end: int
+    tokens: int
+    hashed: str
+
+
+class TextMeasure:
+    """Measures chunks of {key: text}: rows for the texts, or the pieces of texts, of min_tokens to max_tokens."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, min_tokens: int, max_tokens: int, long_texts: str, key: str
+    ):
+        self.count, self.key, self.is_split = TokenCounter(tokenizer), key, long_texts == "split"
+        self.least, self.most = min_tokens, max_tokens
+        # so few bytes are too few tokens, whatever they are: most texts of a crawl need no tokenizing
+        self.too_few_bytes = min_tokens - self.count.around - 1 if self.count.has_at_most_byte_tokens else 0
+
+    def __call__(self, group: int, chunk: Chunk) -> Measured:
+        measured = Measured()
+        counted: list[tuple[int, str]] = []
+        for number, record in chunk:
+            if isinstance(record, BadRecord):
+                measured.bad.append((number, record.problem))
+                continue
+            text = record[self.key]
+            if not text.strip() or (len(text) < self.too_few_bytes and len(text.encode()) < self.too_few_bytes):
+                measured.noted["too_short"] += 1
+            elif not self.is_split and self.count.is_surely_longer(text, self.most):
+                measured.noted["too_long"] += 1
+            elif self.is_split and len(text) > 4 * self.most:  # likely too long: counted piece by piece, not whole
+                self._split(number, text, measured)
+            else:
+                counted.append((number, text))
+        tokens = self.count([text for _, text in counted])
+        for (number, text), count in zip(counted, tokens, strict=True):
+            if count > self.most and self.is_split:
+                self._split(number, text, measured)
+            else:
+                self._take(number, text, 0, len(text), count, measured)
+        measured.rows.sort()
+        return measured
+
+    def _take(self, number: int, text: str, start: int, end: int, tokens: int, measured: Measured) -> None:
+        piece = text[start:end]
+        if tokens < self.least or not piece.strip():
+            measured.noted["too_short"] += 1
+        elif tokens > self.most:
+            measured.noted["too_long"] += 1
+        else:
+            measured.rows.append((number, start, end, tokens, text_hash(piece)))
+
+    def _split(self, number: int, text: str, measured: Measured) -> None:
+        pieces = cut_text(text, self.least, self.most, self.count)
+        measured.noted["split"] += len(pieces) > 1
+        for start, end in pieces:  # one at a time: a whole book's tokens are never in memory
+            (tokens,) = self.count([text[start:end]])
+            self._take(number, text, start, end, tokens, measured)
+
+
+def cut_text(text: str, least: int, most: int, count: TokenCounter) -> list[tuple[int, int]]:
+    """(first, end) characters of pieces of about equal size, as few as `most` tokens allow; together all of `text`.
+
+    The pieces' tokens are estimated from their parts: count them before use.
+    """
+    units = _units(text, min(UNIT_CHARACTERS, max(8, most // 4)))
+    counts = count([text[first:end] for first, end, _ in units])
+    around = count.around
+    upto = [0, *accumulate(tokens - around for tokens in counts)]  # tokens before each unit
+    room = max(least, int((most - around) / MARGIN))
+    if room < upto[-1] <= MARGIN * most and count([text])[0] <= most:  # estimated too long, but is not
+        return [(0, len(text))]
+    pieces, start = [], 0
+    while start < len(units):
+        rest = upto[-1] - upto[start]
+        parts = math.ceil(rest / room)
+        end = len(units) if parts <= 1 else _cut(units, upto, start, rest / parts, least, room)
+        pieces.append((units[start][0], units[end - 1][1]))
+        start = end
+    return [_without_line_ends(text, *piece) for piece in pieces]
+
+
+def _cut(units: list, upto: list[int], start: int, target: float, least: int, room: int) -> int:
+    """The unit to cut before: near `target` tokens behind `start`, at the best kind of end there."""
+    best, best_rank = start + 1, (-1, 0.0)
+    for end in range(start + 1, len(units)):
+        tokens = upto[end] - upto[start]
+        if tokens > room:
+            break
+        is_near = max(least, 0.8 * target) <= tokens
+        rank = (units[end - 1][2] if is_near else -1, -abs(tokens - target))
+        if end == start + 1 or rank > best_rank:
+            best, best_rank = end, rank
+    return best
+
+
+def _units(text: str, longest: int) -> list[tuple[int, int, int]]:
+    """(first character, end, what ends there): lines, and those of more than `longest` characters in parts."""
+    units, start = [], 0
+    while start < len(text):
+        end = text.find("\n", start) + 1 or len(text)
+        while end - start > longest:
+            space = text.rfind(" ", start + 1, start + longest)
+            cut = space if space > 0 else start + longest
+            units.append((start, cut, INSIDE))
+            start = cut
+        units.append((start, end, PARAGRAPH if text[end : end + 1] in ("\n", "\r") else LINE))
+        start = end
+    return units
+
+
+def _without_line_ends(text: str, start: int, end: int) -> tuple[int, int]:
+    """A piece's bounds without line ends at either side; its indentation stays."""
+    while end > start and text[end - 1] in "\r\n":
+        end -= 1
+    while start < end and text[start] in "\r\n":
+        start += 1
+    return start, end
+
+
+def choose(survey: Survey, num_samples: int, seed: int) -> tuple[list[Choice], Counter]:
+    """The sample in input order, and how many duplicates each file holds of texts before them."""
+    kept = sum(count.kept for count in survey.counts)
+    is_first = first_of_each((row[-1] for _, row in survey.rows()), kept)
+    duplicates = Counter(file for (file, _), first in zip(survey.rows(), is_first, strict=True) if not first)
+    keyed = ((sample_key(row[-1], seed), (file, *row)) for file, row in survey.rows())  # equal texts, equal keys
+    return [Choice(*place) for place in sorted(lowest(keyed, num_samples).values())], duplicates
+
+
+def write_corpus(output: Path, survey: Survey, choices: list[Choice], key: str) -> None:
+    """One {"text": ...} per line, whole or not at all.
+
+    Raises:
+        UserError: a file has changed since it was measured.
+    """
+    writing = output.with_name(f".{output.name}.writing")
+    try:
+        with writing.open("w", encoding="utf-8", newline="\n") as lines:
+            for text in tqdm(_texts(survey, choices, key), total=len(choices), desc="writing", unit=" texts"):
+                lines.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+        writing.replace(output)
+    finally:
+        writing.unlink(missing_ok=True)
+
+
+def _texts(survey: Survey, choices: list[Choice], key: str) -> Iterator[str]:
+    waiting = iter(choices)
+    choice = next(waiting, None)
+    for index, file in enumerate(survey.files):
+        if choice is None or choice.file != index:
+            continue
+        for number, record in read_records(file.path, file.keys):
+            while choice is not None and (choice.file, choice.number) == (index, number):
+                text = record[key][choice.start : choice.end] if isinstance(record, dict) else ""
+                if text_hash(text) != choice.hashed:
+                    raise survey.changed(index, number)
+                yield text
+                choice = next(waiting, None)
+            if choice is None or choice.file != index:
+                break
+    if choice is not None:
+        raise survey.changed(choice.file, choice.number)

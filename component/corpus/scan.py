@@ -1,0 +1,215 @@
+"""What is in the files, and how far did a killed run get? Each record is measured once, and the result written down.
+
+The journal beside the output has a first line with all that results depend on (settings, tokenizer, the files' sizes
+and times) and then one line per chunk of records, in input order. A run that finds its own journal goes on behind the
+last whole line; results do not depend on where chunks begin, so its output is that of a run never killed. Chosen
+samples are drawn from the journal too: in memory there are a few chunks, and counts, whatever the input's size.
+"""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tqdm import tqdm
+
+from component.corpus.pool import in_order
+from component.data.reader import BadRecord
+from component.data.source import MAX_REPORTED, RecordTally, read_records
+from component.error import UserError
+
+JOURNAL_FORMAT = 1
+CHUNK_RECORDS, CHUNK_CHARACTERS = 256, 2**20  # of a chunk; it ends with the record that reaches either
+Chunk = list[tuple[int, dict | BadRecord]]
+Row = tuple[int, int, int, int, str]  # record number, first and end character, tokens, hash of the text
+
+
+@dataclass
+class SourceFile:
+    path: Path
+    keys: tuple[str, ...] = ()  # what a record must have; all else is left out. Empty: everything is kept
+    group: int = 0  # the source of a mixture that it belongs to
+
+
+@dataclass
+class Measured:
+    """What became of a chunk."""
+
+    rows: list[Row] = field(default_factory=list)  # what may be chosen
+    noted: Counter = field(default_factory=Counter)  # what else became of texts, as too_short -> how many
+    bad: list[tuple[int, str]] = field(default_factory=list)  # record number, what is wrong with it
+
+
+Measure = Callable[[int, Chunk], Measured]  # of a group and a chunk of its records
+
+
+@dataclass
+class FileCount:
+    read: int = 0
+    bad: int = 0
+    kept: int = 0  # rows
+    noted: Counter = field(default_factory=Counter)
+
+
+class Survey:
+    """The measured files: counts in memory, rows in the journal."""
+
+    def __init__(self, journal: Path, files: list[SourceFile]):
+        self.journal, self.files = journal, files
+        self.counts = [FileCount() for _ in files]
+        self.first_bad: list[str] = []
+        self.at = (0, 0)  # file and record number that the journal ends with
+        self.is_done = False
+
+    def take_in(self, line: dict) -> None:
+        if line.get("done"):
+            self.is_done = True
+            return
+        count = self.counts[line["file"]]
+        count.read += line["read"]
+        count.bad += line["bad"]
+        count.kept += len(line["rows"])
+        count.noted.update(line["noted"])
+        path = self.files[line["file"]].path
+        self.first_bad += [f"{path}:{number}: {problem}" for number, problem in line["problems"]]
+        del self.first_bad[MAX_REPORTED:]
+        self.at = (line["file"], line["last"])
+
+    def rows(self) -> Iterator[tuple[int, Row]]:
+        """(file index, row) in input order."""
+        with self.journal.open(encoding="utf-8") as lines:
+            next(lines)
+            for text in lines:
+                line = json.loads(text)
+                for row in line.get("rows", ()):
+                    yield line["file"], tuple(row)
+
+    def changed(self, file: int, number: int) -> UserError:
+        """To be raised where a record is not the one that was measured. The measures are of no more use."""
+        self.journal.unlink(missing_ok=True)
+        return UserError(f"{self.files[file].path}:{number}: changed while it was read; start again")
+
+    def tally(self) -> RecordTally:
+        empty = [str(file.path) for file, count in zip(self.files, self.counts, strict=True) if not count.read]
+        read, bad = (sum(getattr(count, name) for count in self.counts) for name in ("read", "bad"))
+        return RecordTally(read, bad, self.first_bad, empty)
+
+
+def survey_files(
+    journal: Path, files: list[SourceFile], settings: dict, measure: Measure, *, num_proc: int, overwrite: bool = False
+) -> Survey:
+    """Measure every record of `files`, going on where a killed run with the same settings was.
+
+    Args:
+        settings: all that `measure` depends on, as JSON: another run's journal is told by it.
+        num_proc: processes; 1 measures in this one.
+        overwrite: begin anew where the journal belongs to other settings or files.
+
+    Raises:
+        UserError: the journal belongs to another run, a file cannot be read, a process was killed.
+    """
+    survey = Survey(journal, files)
+    head = {"format": JOURNAL_FORMAT, "settings": settings, "files": [stamp(file) for file in files]}
+    _take_up(survey, head, overwrite)
+    if survey.is_done:
+        return survey
+    with journal.open("a", encoding="utf-8") as out, tqdm(desc="measuring", unit=" texts", smoothing=0.05) as bar:
+        bar.update(sum(count.read for count in survey.counts))
+
+        def work(item: tuple[int, Chunk]) -> Measured:
+            return measure(files[item[0]].group, item[1])
+
+        for (index, chunk), measured in in_order(work, _chunks(files, survey.at), num_proc):
+            line = {
+                "file": index,
+                "last": chunk[-1][0],
+                "read": len(chunk),
+                "bad": len(measured.bad),
+                "problems": measured.bad[:MAX_REPORTED],
+                "noted": dict(measured.noted),
+                "rows": measured.rows,
+            }
+            _write_line(out, line)
+            survey.take_in(line)
+            bar.update(len(chunk))
+        _write_line(out, {"done": True})
+    return survey
+
+
+def stamp(file: SourceFile) -> dict:
+    status = file.path.stat()
+    return {"path": str(file.path), "bytes": status.st_size, "changed": status.st_mtime_ns, "keys": list(file.keys)}
+
+
+def _write_line(out, line: dict) -> None:
+    out.write(json.dumps(line, separators=(",", ":")) + "\n")
+    out.flush()  # a killed process loses what it holds itself, not what the system holds
+
+
+def _take_up(survey: Survey, head: dict, overwrite: bool) -> None:
+    """Read the journal of a killed run, without the line it was killed in; begin one where there is none."""
+    journal = survey.journal
+    if journal.is_file():
+        with journal.open("rb") as lines:
+            found = _whole_line(next(lines, b""))
+            whole = lines.tell()
+            if found == head:
+                while (text := lines.readline()) and (line := _whole_line(text)) is not None:
+                    survey.take_in(line)
+                    whole = lines.tell()
+        if found == head:
+            os.truncate(journal, whole)
+            read = sum(count.read for count in survey.counts)
+            print(f"going on where an earlier run was, after {read:,} texts ({journal})", flush=True)
+            return
+        if found is not None and not overwrite:
+            raise UserError(
+                f"{journal} belongs to an unfinished run with another {_difference(found, head)}; finish that run "
+                "with its own flags and files, or begin anew with --overwrite"
+            )
+    with journal.open("w", encoding="utf-8") as out:
+        _write_line(out, head)
+
+
+def _whole_line(text: bytes) -> dict | None:
+    if not text.endswith(b"\n"):
+        return None
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+def _difference(found: dict, head: dict) -> str:
+    old, new = found.get("settings", {}), head["settings"]
+    names = [f"{name} ({old.get(name)}, now {value})" for name, value in new.items() if old.get(name) != value]
+    return ", ".join(names) or "list of input files, or files that have changed since"
+
+
+def _chunks(files: list[SourceFile], at: tuple[int, int]) -> Iterator[tuple[int, Chunk]]:
+    """The records behind file and number `at`, in chunks that each lie in one file."""
+    for index in range(at[0], len(files)):
+        file, chunk, size = files[index], [], 0
+        for number, record in read_records(file.path, file.keys):
+            if index == at[0] and number <= at[1]:
+                continue
+            if file.keys and isinstance(record, dict):
+                record = {key: record[key] for key in file.keys}
+            chunk.append((number, record))
+            size += _characters(record)
+            if len(chunk) >= CHUNK_RECORDS or size >= CHUNK_CHARACTERS:
+                yield index, chunk
+                chunk, size = [], 0
+        if chunk:
+            yield index, chunk
+
+
+def _characters(value: object) -> int:
+    """How large a record is, roughly."""
+    if isinstance(value, dict):
+        return sum(map(_characters, value.values()))
+    if isinstance(value, list):
+        return sum(map(_characters, value))
+    return len(value) if isinstance(value, str) else 8

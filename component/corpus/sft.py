@@ -1,0 +1,178 @@
+"""What is an instruction corpus? Questions with answers that fit, each once, in the shares asked for, shuffled.
+
+Two passes as in component/corpus/pretrain.py: measure all examples, draw from the measures, write what was drawn.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from component.corpus.mapping import Turns, mapping_of
+from component.corpus.mixture import Mixture, MixtureSource, apportion
+from component.corpus.sampling import first_of_each, lowest, sample_key, text_hash
+from component.corpus.scan import Chunk, Measured, Survey
+from component.corpus.token_count import TokenCounter
+from component.data.chat_template import encode_conversation
+from component.data.reader import BadRecord
+from component.data.source import read_records, text_problem
+
+
+@dataclass
+class Example:
+    """One that goes into the corpus."""
+
+    file: int
+    number: int  # of the record
+    tokens: int
+    hashed: str
+    key: int  # of the corpus' order
+
+
+class ExampleMeasure:
+    """Measures chunks of a mixture's records: a row for each example that may be drawn."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, mixture: Mixture, max_tokens: int, template: str):
+        self.tokenizer, self.sources, self.max_tokens = tokenizer, mixture.sources, max_tokens
+        self.template = template
+        self.count = TokenCounter(tokenizer)
+
+    def __call__(self, group: int, chunk: Chunk) -> Measured:
+        measured, source = Measured(), self.sources[group]
+        for number, record in chunk:
+            try:
+                if isinstance(record, BadRecord):
+                    raise ValueError(record.problem)
+                turns = turns_of(record, source)
+            except ValueError as error:
+                measured.bad.append((number, str(error)))
+                continue
+            reason, tokens = self._examine(turns, source.filters)
+            if reason:
+                measured.noted[reason] += 1
+            else:
+                measured.rows.append((number, 0, 0, tokens, hash_of(turns)))
+        return measured
+
+    def _examine(self, turns: Turns, filters: dict) -> tuple[str, int]:
+        """(why it is left out, or the empty string; tokens as training spells it)."""
+        if not all(question.strip() and answer.strip() for question, answer in turns):
+            return "empty", 0
+        text = "\n".join(part for turn in turns for part in turn)
+        if "contains" in filters and not re.search(filters["contains"], text):
+            return "filtered", 0
+        if "excludes" in filters and re.search(filters["excludes"], text):
+            return "filtered", 0
+        most = min(self.max_tokens, filters.get("max_tokens", self.max_tokens))
+        if self.count.is_surely_longer(text, most):
+            return "too_long", 0
+        tokens = len(encode_conversation(self.tokenizer, list(turns), None, self.template)[0])
+        if tokens < filters.get("min_tokens", 0):
+            return "too_short", tokens
+        return ("too_long" if tokens > most else ""), tokens
+
+
+def turns_of(record: dict, source: MixtureSource) -> Turns:
+    """
+    Raises:
+        ValueError: the record has not the shape of its mapping.
+    """
+    try:
+        turns = mapping_of(source.mapping)(record)
+    except (KeyError, TypeError, IndexError, AttributeError) as error:  # a nested shape that is not the published one
+        raise ValueError(f"not of the shape of {source.mapping} ({type(error).__name__}: {error})") from error
+    for text in (text for turn in turns for text in turn):
+        if problem := text_problem(text):
+            raise ValueError(f"a text of it {problem}")
+    return turns if source.turns == "all" else turns[:1]
+
+
+def hash_of(turns: Turns) -> str:
+    return text_hash(*(text for turn in turns for text in turn))
+
+
+def line_of(turns: Turns, source: MixtureSource) -> str:
+    if source.turns == "all":
+        roles = ("user", "assistant")
+        said = [{"role": role, "content": text} for turn in turns for role, text in zip(roles, turn, strict=True)]
+        return json.dumps({"messages": said}, ensure_ascii=False) + "\n"
+    ((question, answer),) = turns
+    return json.dumps({"input": question, "output": answer}, ensure_ascii=False) + "\n"
+
+
+def choose_examples(survey: Survey, mixture: Mixture, seed: int) -> tuple[list[Example], list[dict]]:
+    """The drawn examples in input order; of each source what was available, and how many were drawn."""
+    kept = sum(count.kept for count in survey.counts)
+    is_first = first_of_each((row[-1] for _, row in survey.rows()), kept)  # of equal ones the first source has it
+    available = [0] * len(mixture.sources)
+    for (file, _), first in zip(survey.rows(), is_first, strict=True):
+        available[survey.files[file].group] += bool(first)
+    quotas = apportion(mixture, available)
+    chosen: list[Example] = []
+    for group, quota in enumerate(quotas):
+        keyed = (
+            (sample_key(row[-1], seed), (file, row[0], row[3], row[4], sample_key(row[-1], seed, "order")))
+            for (file, row), first in zip(survey.rows(), is_first, strict=True)
+            if first and survey.files[file].group == group
+        )
+        chosen += [Example(*place) for place in lowest(keyed, quota).values()]
+    told = [{"available": has, "sampled": quota} for has, quota in zip(available, quotas, strict=True)]
+    return sorted(chosen, key=lambda example: (example.file, example.number)), told
+
+
+def write_examples(output: Path, survey: Survey, mixture: Mixture, examples: list[Example]) -> None:
+    """Write the examples shuffled, whole or not at all.
+
+    They are first written in input order, as they are read, and then copied in the order of their keys: one line is
+    in memory at a time.
+
+    Raises:
+        UserError: a file has changed since it was measured.
+    """
+    ordered, writing = output.with_name(f".{output.name}.ordered"), output.with_name(f".{output.name}.writing")
+    try:
+        places = _write_in_input_order(ordered, survey, mixture, examples)
+        with ordered.open("rb") as lines, writing.open("wb") as shuffled:
+            for _, start, length in sorted(places):
+                lines.seek(start)
+                shuffled.write(lines.read(length))
+        writing.replace(output)
+    finally:
+        ordered.unlink(missing_ok=True)
+        writing.unlink(missing_ok=True)
+
+
+def _write_in_input_order(
+    file: Path, survey: Survey, mixture: Mixture, examples: list[Example]
+) -> list[tuple[int, int, int]]:
+    """(key, first byte, bytes) of each line."""
+    wanted: dict[int, dict[int, Example]] = {}
+    for example in examples:
+        wanted.setdefault(example.file, {})[example.number] = example
+    places, at = [], 0
+    with file.open("wb") as lines, tqdm(total=len(examples), desc="writing", unit=" texts") as bar:
+        for index, numbers in wanted.items():
+            path, source = survey.files[index].path, mixture.sources[survey.files[index].group]
+            for number, record in read_records(path):
+                if number not in numbers or not isinstance(record, dict):
+                    continue
+                example = numbers.pop(number)
+                try:
+                    turns = turns_of(record, source)
+                except ValueError as error:
+                    raise survey.changed(index, number) from error
+                if hash_of(turns) != example.hashed:
+                    raise survey.changed(index, number)
+                line = line_of(turns, source).encode()
+                lines.write(line)
+                places.append((example.key, at, len(line)))
+                at += len(line)
+                bar.update()
+                if not numbers:
+                    break
+            if numbers:
+                raise survey.changed(index, min(numbers))
+    return places

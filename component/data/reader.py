@@ -1,0 +1,161 @@
+"""How is a file of records taken apart? One JSON value, or what is wrong with it, at a time, with its number.
+
+Nothing here knows what a record must hold; component/data/source.py does.
+"""
+
+import codecs
+import gzip
+import io
+import json
+import lzma
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow
+import pyarrow.parquet
+import zstandard
+
+PACKED = (".gz", ".xz", ".zst")
+ROWS = 32  # of a parquet file, decoded at a time: rows may be whole books
+CHUNK = 2**16  # bytes read at a time
+BLANKS = re.compile(r"[ \t\r\n]*")  # as JSON knows them
+# what the decompressors and parquet raise for a file that is cut off or damaged
+DAMAGE = (EOFError, OSError, zlib.error, lzma.LZMAError, zstandard.ZstdError, pyarrow.ArrowException)
+
+
+@dataclass(frozen=True)
+class BadRecord:
+    """Stands where a record should: what is wrong with it."""
+
+    problem: str
+
+
+def read_lines(file: Path) -> Iterator[tuple[int, bytes]]:
+    """(line number from 1, line) of the lines that are not blank; only line feeds end lines."""
+    with _open(file) as lines:
+        for number, line in enumerate(lines, 1):
+            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            if line.strip():
+                yield number, line
+
+
+def json_lines(file: Path) -> Iterator[tuple[int, object]]:
+    return ((number, _parse(line)) for number, line in read_lines(file))
+
+
+def _parse(line: bytes) -> object:
+    """What a line of JSON holds, or what is wrong with it."""
+    try:
+        return json.loads(line.rstrip(b"\r\n").decode())
+    except UnicodeDecodeError as error:
+        return BadRecord(f"not UTF-8 ({error.reason}); convert the file")
+    except (ValueError, RecursionError) as error:
+        return BadRecord(f"not JSON ({getattr(error, 'msg', error)}, column {getattr(error, 'colno', 1)})")
+
+
+def _open(file: Path) -> BinaryIO:
+    suffix = file.suffix.lower()
+    if suffix == ".gz":
+        return gzip.open(file)  # type: ignore[return-value]
+    if suffix == ".xz":
+        return lzma.open(file)  # type: ignore[return-value]
+    return io.BufferedReader(_Zstandard(file), CHUNK) if suffix == ".zst" else file.open("rb")
+
+
+class _Zstandard(io.RawIOBase):
+    """Decompresses frame after frame. The package's own reader takes a file that is cut off for one that ends."""
+
+    def __init__(self, file: Path):
+        self.file, self.rest, self.ready = file.open("rb"), b"", b""
+        self.frame: Any = None  # the decompressor of a frame that has not ended
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self.ready:
+            packed = self.rest or self.file.read(CHUNK)
+            if not packed:
+                if self.frame is not None:
+                    raise EOFError("the file ends inside a zstandard frame")
+                return 0
+            if self.frame is None:
+                self.frame = zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
+            self.ready = self.frame.decompress(packed)
+            self.rest = self.frame.unused_data
+            if self.frame.eof:
+                self.frame = None
+        taken = min(len(buffer), len(self.ready))
+        buffer[:taken], self.ready = self.ready[:taken], self.ready[taken:]
+        return taken
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
+
+
+def rows(file: Path, keys: tuple[str, ...]) -> Iterator[tuple[int, object]]:
+    with pyarrow.parquet.ParquetFile(file) as table:
+        # only the columns asked for are decoded; where one is missing all are, to say what there is instead
+        columns = list(keys) if keys and set(keys) <= set(table.schema_arrow.names) else None
+        number = 0
+        for batch in table.iter_batches(batch_size=ROWS, columns=columns):
+            for row in range(len(batch)):
+                number += 1
+                try:
+                    yield number, batch.slice(row, 1).to_pylist()[0]
+                except UnicodeDecodeError as error:
+                    yield number, BadRecord(f"not UTF-8 ({error.reason}); convert the file")
+
+
+def whole_text(file: Path, key: str) -> Iterator[tuple[int, object]]:
+    with _open(file) as content:
+        try:
+            text = content.read().decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            yield 1, BadRecord(f"not UTF-8 ({error.reason}); convert the file")
+            return
+    if text.strip():
+        yield 1, {key: text}
+
+
+def is_array(file: Path) -> bool:
+    with _open(file) as content:
+        return content.read(CHUNK).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
+
+
+def array(file: Path) -> Iterator[tuple[int, object]]:
+    """The elements of a file that is one JSON array, numbered from 1, one in memory at a time."""
+    with _open(file) as content:
+        decode, characters = json.JSONDecoder().raw_decode, codecs.getincrementaldecoder("utf-8-sig")()
+        pending, at, number, size, is_end = "", 0, 0, CHUNK, False
+        while True:
+            mark = BLANKS.match(pending, at).end()  # type: ignore[union-attr]
+            start = BLANKS.match(pending, mark + 1).end() if mark < len(pending) else mark  # type: ignore[union-attr]
+            before, end = pending[mark : mark + 1], mark if number else start
+            if pending[end : end + 1] == "]":
+                if pending[end + 1 :].strip() or content.read().strip():
+                    raise EOFError(f"something stands behind the array of {number} elements")
+                return
+            if before and before != ("," if number else "["):
+                raise EOFError(f"{before!r} in place of a comma behind element {number} of the array")
+            try:
+                value, end = decode(pending, start)
+                if end == len(pending) and not is_end:  # a number may go on
+                    raise ValueError("unfinished")
+            except (ValueError, RecursionError) as error:
+                if is_end:
+                    raise EOFError(f"element {number + 1} of the array: {error}") from error
+                part = content.read(size)
+                size, is_end = size * 2, not part  # twice as much each time: reading an element stays linear
+                try:
+                    pending, at = pending[at:] + characters.decode(part, final=is_end), 0
+                except UnicodeDecodeError as problem:
+                    raise EOFError(f"not UTF-8 after element {number} of the array") from problem
+                continue
+            number, at, size = number + 1, end, CHUNK
+            yield number, value

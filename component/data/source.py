@@ -1,0 +1,171 @@
+"""Where do texts come from? Files of records, read one record at a time, whatever they are packed in.
+
+JSON Lines (`.jsonl`, `.json`, or any other name), a `.json` file that is one array of objects, `.parquet`, and `.txt`
+(one text per file, under the key "text"); all but parquet also as `.gz`, `.xz` or `.zst`. A record is a dict. What is
+wrong with a bad one is said in its place, and its file and number are known: whoever reads decides how many bad ones
+are too many (`RecordTally`). Memory does not grow with a file, only with its longest record.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, hf_hub_download
+
+from component.data.reader import DAMAGE, PACKED, BadRecord, array, is_array, json_lines, rows, whole_text
+from component.error import UserError
+
+MAX_REPORTED = 5  # bad records named one by one; the rest are counted
+FOLDER_SUFFIXES = (".parquet", *(f".jsonl{pack}" for pack in ("", *PACKED)))
+TEXT_SUFFIXES = tuple(f".txt{pack}" for pack in ("", *PACKED))
+Check = Callable[[dict], str | None]
+
+
+@dataclass
+class RecordTally:
+    """How many records there were, and how many of them were bad."""
+
+    total: int = 0
+    bad: int = 0
+    first: list[str] = field(default_factory=list)  # `file:line: problem` of the first MAX_REPORTED bad ones
+    empty: list[str] = field(default_factory=list)  # files without any record
+
+    def good(self, file: Path, records: Iterator[tuple[int, dict | BadRecord]]) -> Iterator[tuple[int, dict]]:
+        """The records of `file` that are none too bad, each with its number; all are counted."""
+        before = self.total
+        for number, record in records:
+            self.count(file, number, record.problem if isinstance(record, BadRecord) else None)
+            if not isinstance(record, BadRecord):
+                yield number, record
+        if self.total == before:
+            self.empty.append(str(file))
+
+    def count(self, file: Path | str, number: int, problem: str | None) -> None:
+        self.total += 1
+        if problem is not None:
+            self.bad += 1
+            if len(self.first) < MAX_REPORTED:
+                self.first.append(f"{file}:{number}: {problem}")
+
+    def refuse_if_too_many(self, max_bad_fraction: float = 0.01) -> str:
+        """One line about what was left out, empty if nothing was.
+
+        Raises:
+            UserError: there is no record at all, or more than `max_bad_fraction` of them are bad.
+        """
+        if self.total == 0:
+            raise UserError(f"nothing to read in {', '.join(self.empty) or 'no file'}: no record in it; name another")
+        if self.bad > max_bad_fraction * self.total:
+            raise UserError(
+                f"{self.bad:,} of {self.total:,} lines cannot be used, more than max_bad_fraction "
+                f"{max_bad_fraction:g} allows; mend them, or raise it:\n  {self._listing()}"
+            )
+        notes = [f"{self.bad:,} of {self.total:,} lines left out: {self._listing('; ')}"] if self.bad else []
+        notes += [f"nothing in {', '.join(self.empty)}"] if self.empty else []
+        return "; ".join(notes)
+
+    def _listing(self, separator: str = "\n  ") -> str:
+        more = [f"and {self.bad - len(self.first):,} more"] if self.bad > len(self.first) else []
+        return separator.join(self.first + more)
+
+
+def resolve_files(source: str, field: str) -> list[Path]:
+    """The files behind a path or a hub id.
+
+    Of a folder these are its `.jsonl` (packed or not) and `.parquet` files, sorted; its `.txt` files where it has
+    none of those, as a README.txt beside data is no data. `.json` files are taken only by name, for the same reason.
+    """
+    path = Path(source)
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        names = _data_names([entry.name for entry in path.iterdir() if entry.is_file()])
+        if not names:
+            raise UserError(
+                f"{field}: the folder {source} holds no .jsonl file, nor .parquet or .txt; rename the files, "
+                "or name one"
+            )
+        return [path / name for name in names]
+    parts = source.split("/")
+    if len(parts) < 2 or source.startswith((".", "/", "~")):
+        raise UserError(
+            f"{field}: there is no file or folder {source}; name one, or owner/dataset/file.jsonl on the hub"
+        )
+    return [_fetch("/".join(parts[:2]), "/".join(parts[2:]), source, field)]
+
+
+def _data_names(names: list[str]) -> list[str]:
+    names = sorted(name for name in names if not name.startswith("."))
+    found = [name for name in names if name.lower().endswith(FOLDER_SUFFIXES)]
+    return found or [name for name in names if name.lower().endswith(TEXT_SUFFIXES)]
+
+
+def _fetch(repository: str, name: str, source: str, field: str) -> Path:
+    try:
+        if not name:
+            names = _data_names(HfApi().list_repo_files(repository, repo_type="dataset"))
+            if len(names) != 1:
+                listing = ", ".join(names) or "no .jsonl file"
+                raise UserError(f"{field}: {source} holds {listing}; name one as {repository}/FILE.jsonl")
+            name = names[0]
+        return Path(hf_hub_download(repository, name, repo_type="dataset"))
+    except UserError:
+        raise
+    except Exception as error:  # the hub client has a dozen kinds: offline, not found, gated
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{field}: there is no file {source}, and as a hub id it gave: {reason}") from error
+
+
+def read_records(
+    file: Path, keys: tuple[str, ...] = (), check: Check | None = None
+) -> Iterator[tuple[int, dict | BadRecord]]:
+    """(number from 1, record or what is wrong with it): lines of JSON Lines, rows of parquet, the one text of a .txt.
+
+    Args:
+        keys: each must be there and hold a text; a .txt file has its text under the one key that is asked for.
+        check: says what else is wrong with a record, or None.
+
+    Raises:
+        UserError: the file cannot be read, is cut off or damaged.
+    """
+    name = Path(file.name.lower())
+    kind = Path(name.stem).suffix if name.suffix in PACKED else name.suffix
+    try:
+        if name.suffix == ".parquet":
+            found: Iterator[tuple[int, Any]] = rows(file, keys)
+        elif kind == ".txt":
+            found = whole_text(file, keys[0] if len(keys) == 1 else "text")
+        elif kind == ".json" and is_array(file):
+            found = array(file)
+        else:
+            found = json_lines(file)
+        for number, record in found:
+            problem = None if isinstance(record, BadRecord) else record_problem(record, keys, check)
+            yield number, BadRecord(problem) if problem else record
+    except DAMAGE as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{file}: cut off, damaged or not readable ({reason}); fetch or make it again") from error
+
+
+def record_problem(record: object, keys: tuple[str, ...], check: Check | None = None) -> str | None:
+    if not isinstance(record, dict):
+        return f"{json.dumps(record)[:40]} is no object"
+    for key in keys:
+        if key not in record:
+            return f'no "{key}" (its keys: {", ".join(map(str, record)) or "none"})'
+        if problem := text_problem(record[key]):
+            return f'"{key}" {problem}'
+    return check(record) if check else None
+
+
+def text_problem(value: object) -> str | None:
+    """What keeps `value` from being a text that can be encoded."""
+    if not isinstance(value, str):
+        return f"is {json.dumps(value, default=repr)[:40]}, not a text"
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        return f"holds half a character, {value[error.start]!r}, at {error.start}; remove it"
+    return None

@@ -1,0 +1,66 @@
+"""What does it cost to round keys and values? Perplexity and logits with each cache beside the unrounded one's.
+
+The first half of a window is read at once, as a prompt is; the second half token by token, as an answer is generated,
+so that every prediction there sees rounded keys and values.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from component.error import UserError
+from component.inference.kv_cache import new_cache, tensor_bytes
+
+
+@dataclass
+class Rounding:
+    """Figures of one cache; logits are compared with the dynamic cache's, position by position."""
+
+    cache: str
+    bytes_per_window: int  # held at the end of a window
+    perplexity: float  # of the second halves
+    logit_change: float  # mean absolute
+    same_choice: float  # share of positions whose likeliest token stays the likeliest
+
+
+@torch.no_grad()
+def second_half(model: PreTrainedModel, ids: torch.Tensor, implementation: str) -> tuple[torch.Tensor, int]:
+    """Logits (T - T // 2, V) that predict the second half of `ids` (T,), and the bytes of the cache at the end."""
+    cache = new_cache(model.config, implementation)
+    half = len(ids) // 2
+    logits = [model(ids[None, :half], past_key_values=cache).logits[0, -1:]]
+    for at in range(half, len(ids) - 1):
+        logits.append(model(ids[None, at : at + 1], past_key_values=cache).logits[0])
+    return torch.cat(logits).float(), tensor_bytes(cache)
+
+
+def measure_rounding(
+    model: PreTrainedModel, tokens: np.ndarray, caches: Iterable[str], seq_len: int, windows: int
+) -> list[Rounding]:
+    """Each cache over the first `windows` windows of `seq_len` tokens that `tokens` holds.
+
+    Raises:
+        UserError: not a single window.
+    """
+    count = min(windows, len(tokens) // seq_len) if seq_len >= 2 else 0
+    if count < 1:
+        raise UserError(f"--seq_len: {len(tokens)} tokens hold no window of {seq_len}; use from 2 to {len(tokens)}")
+    sums = {name: torch.zeros(3, dtype=torch.float64) for name in caches}
+    held: dict[str, int] = {}
+    for start in tqdm(range(0, count * seq_len, seq_len), unit="window"):
+        ids = torch.from_numpy(tokens[start : start + seq_len].astype(np.int64)).to(model.device)
+        exact, _ = second_half(model, ids, "dynamic")
+        for name, total in sums.items():
+            logits, held[name] = second_half(model, ids, name)
+            loss = cross_entropy(logits, ids[seq_len // 2 :])
+            same = (logits.argmax(-1) == exact.argmax(-1)).float().mean()
+            total += torch.stack([loss, (logits - exact).abs().mean(), same]).double().cpu() / count
+    return [
+        Rounding(name, held[name], float(total[0].exp()), float(total[1]), float(total[2]))
+        for name, total in sums.items()
+    ]

@@ -1,0 +1,144 @@
+"""Can a number be found again in a long text? Passkey retrieval (Landmark Attention, 2305.16300).
+
+A line with a five-digit number lies somewhere among lines that say nothing; at the end the text asks for it. A prompt
+has exactly the tokens that were asked for: it is put together from tokens, not from text, and the last of the lines
+that say nothing is cut where the length wants it.
+"""
+
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from component.error import UserError
+from component.inference.generate import greedy_continuation
+
+INTRODUCTION = "One line of this text holds a pass key. Find it and keep it in mind; the last line asks for it."
+FILLER = (
+    "\nThe river is wide. The boats are slow.",
+    "\nThe hills are far. The clouds are low.",
+    "\nWe walk there. We walk back again.",
+)
+NEEDLE = "\nThe pass key is {key}. Remember it. {key} is the pass key."
+QUESTION = "\nWhat is the pass key? The pass key is"
+KEYS = range(10_000, 100_000)
+TOKENS_TO_SPARE = 3  # generated beyond the key: a digit too many must show
+
+
+@dataclass
+class Prompt:
+    ids: list[int]
+    key: str
+    needle_start: int  # in tokens; the needle lies between whole lines, as near to the depth as they allow
+    needle_end: int
+
+
+@dataclass
+class Trial:
+    length: int  # tokens that were asked for
+    depth: float  # 0: the needle is the first line after the introduction, 1: the last one before the question
+    trial: int
+    prompt_tokens: int  # tokens that the model got
+    needle_start: int
+    expected: str
+    answered: str
+    is_right: bool
+
+
+class PromptMaker:
+    """Passkey prompts in the tokens of one tokenizer."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+        start = tokenizer(INTRODUCTION).input_ids  # with <s>, where the tokenizer writes one
+        self.start = start[:-1] if start[-1] == tokenizer.eos_token_id else start
+        self.lines = [self.tokens_of(line) for line in FILLER]
+        self.question = self.tokens_of(QUESTION)
+
+    def tokens_of(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def prompt(self, length: int, depth: float, key: str) -> Prompt:
+        """The prompt of exactly `length` tokens with `key` at `depth` of what says nothing.
+
+        Raises:
+            UserError: the length has no room for introduction, needle and question.
+        """
+        needle = self.tokens_of(NEEDLE.format(key=key))
+        room = length - len(self.start) - len(needle) - len(self.question)
+        if room < 0:
+            raise UserError(
+                f"--lengths: {length} tokens; with this tokenizer a prompt has at least {length - room}, ask for more"
+            )
+        filler, line_ends = self._filler(room)
+        before = min(line_ends, key=lambda end: abs(end - depth * room))
+        head = self.start + filler[:before]
+        ids = head + needle + filler[before:] + self.question
+        return Prompt(ids, key, len(head), len(head) + len(needle))
+
+    def _filler(self, tokens: int) -> tuple[list[int], list[int]]:
+        """`tokens` tokens of lines that say nothing, and the places between lines, both ends among them."""
+        ids: list[int] = []
+        ends = [0]
+        while len(ids) < tokens:
+            ids += self.lines[(len(ends) - 1) % len(self.lines)]
+            ends.append(min(len(ids), tokens))
+        return ids[:tokens], ends
+
+    def answer_tokens(self, key: str) -> int:
+        """How many tokens an answer gets."""
+        return len(self.tokens_of(f" {key}.")) + TOKENS_TO_SPARE
+
+
+def draw_key(seed: int, length: int, depth: float, trial: int) -> str:
+    """The same for a trial whatever else is measured beside it."""
+    return str(random.Random(f"{seed} {length} {depth:.6f} {trial}").choice(KEYS))
+
+
+def is_right(answered: str, key: str) -> bool:
+    """Whether the first number of the answer is the key, with no digit more or less."""
+    found = re.search(r"\d+", answered)
+    return found is not None and found[0] == key
+
+
+def even_depths(count: int) -> list[float]:
+    """`count` depths from 0 to 1; the middle for a single one."""
+    return [0.5] if count == 1 else [place / (count - 1) for place in range(count)]
+
+
+def run_trials(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    lengths: list[int],
+    depths: list[float],
+    trials: int,
+    seed: int,
+    offload_cache: bool = False,
+) -> Iterator[Trial]:
+    """Greedy answers for each length, depth and trial, one at a time.
+
+    Raises:
+        UserError: a length that is too short for a prompt; before anything is generated.
+    """
+    maker = PromptMaker(tokenizer)
+    settings = [(length, depth, trial) for length in lengths for depth in depths for trial in range(trials)]
+    for length in lengths:
+        maker.prompt(length, 0.0, str(KEYS[-1]))
+    for length, depth, trial in settings:
+        prompt = maker.prompt(length, depth, draw_key(seed, length, depth, trial))
+        tokens = maker.answer_tokens(prompt.key)
+        answer = greedy_continuation(model, tokenizer, prompt.ids, tokens, offload_cache=offload_cache)
+        answered = tokenizer.decode(answer, skip_special_tokens=True)
+        right = is_right(answered, prompt.key)
+        yield Trial(length, depth, trial, len(prompt.ids), prompt.needle_start, prompt.key, answered, right)
+
+
+def accuracy(trials: list[Trial], depths: list[float], lengths: list[int]) -> list[list[float]]:
+    """Share of right answers, one row per depth, one column per length."""
+    of: dict[tuple[float, int], list[bool]] = {}
+    for trial in trials:
+        of.setdefault((trial.depth, trial.length), []).append(trial.is_right)
+    return [[sum(of[depth, length]) / len(of[depth, length]) for length in lengths] for depth in depths]

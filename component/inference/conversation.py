@@ -1,0 +1,113 @@
+"""What has been said, and which prompt does it become? Turns, documents that wait for a question, and commands."""
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from component.data.chat_template import Turns, encode_conversation
+from component.error import UserError, nearest
+from component.inference.kv_cache import common_prefix
+from component.inference.text_file import read_text_file
+
+COMMANDS = {
+    "/file PATH": "put a text file or a PDF in front of the next question",
+    "/clear": "forget the conversation and its documents",
+    "/save FILE": "write the conversation as JSON, as training reads it",
+    "/help": "this list",
+    "/exit": "leave, as Ctrl-D does; Ctrl-C stops an answer",
+}
+
+
+@dataclass
+class Conversation:
+    """Questions and answers, spelt with one template.
+
+    Args:
+        documents: texts that stand in front of the next question.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    template: str
+    turns: Turns = field(default_factory=list)
+    documents: list[str] = field(default_factory=list)
+
+    def prompt_ids(self, question: str) -> list[int]:
+        return self._encode([*self.turns, (self._with_documents(question), None)])
+
+    def used_tokens(self) -> int:
+        return len(self._encode(self.turns)) if self.turns else 0
+
+    def opening_tokens(self) -> int:
+        """How many tokens every conversation begins with, whatever is asked."""
+        return common_prefix(self._encode([("a", None)]), self._encode([("1", None)]))
+
+    def add(self, question: str, answer: str) -> None:
+        self.turns.append((self._with_documents(question), answer))
+        self.documents.clear()
+
+    def clear(self) -> None:
+        self.turns.clear()
+        self.documents.clear()
+
+    def add_file(self, path: str) -> int:
+        """Put a file's text in front of the next question; how many tokens that is."""
+        text = read_text_file(path, "/file")
+        self.documents.append(text)
+        return self.tokens_of(text)
+
+    def tokens_of(self, text: str) -> int:
+        return len(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def save(self, path: str) -> None:
+        """One line of {"messages": …}, one of the formats that instruction tuning reads."""
+        if not self.turns:
+            raise UserError("/save: nothing has been said yet; ask something first")
+        messages = []
+        for question, answer in self.turns:
+            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        try:
+            with Path(path).expanduser().open("x", encoding="utf-8") as file:
+                file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+        except FileExistsError as error:
+            raise UserError(f"/save: {path} exists; name another file") from error
+        except OSError as error:
+            raise UserError(f"/save: {path} cannot be written ({error.strerror}); name another file") from error
+
+    def _with_documents(self, question: str) -> str:
+        return "\n\n".join([*self.documents, question])
+
+    def _encode(self, turns: Turns) -> list[int]:
+        return encode_conversation(self.tokenizer, turns, None, self.template)[0]
+
+
+def is_command(line: str) -> bool:
+    """Whether a line is a command: its first word is a slash and letters, so no path."""
+    return re.match(r"/[a-z]+(\s|$)", line.strip()) is not None
+
+
+def obey(line: str, conversation: Conversation) -> str:
+    """Do what a command says; what to tell its user.
+
+    Raises:
+        UserError: an unknown command, or a file that cannot be read or written.
+    """
+    name, _, operand = line.strip().partition(" ")
+    operand = operand.strip()
+    if name == "/clear":
+        conversation.clear()
+        return "the conversation is forgotten"
+    if name == "/help":
+        return "\n".join(f"{command:<12} {meaning}" for command, meaning in COMMANDS.items())
+    if name in ("/file", "/save") and not operand:
+        raise UserError(f"{name}: no file named; use {name} PATH")
+    if name == "/file":
+        tokens = conversation.add_file(operand)
+        return f"{operand}: {tokens} tokens, in front of the next question"
+    if name == "/save":
+        conversation.save(operand)
+        return f"saved as {operand}"
+    known = [command.split()[0] for command in COMMANDS]
+    raise UserError(f"{name} is no command{nearest(name, known)}; /help lists them")

@@ -1,0 +1,109 @@
+"""How do several people chat with one model over the web? One answer at a time, streamed, and stopped when asked."""
+
+import argparse
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from component.error import UserError
+from component.inference.context import fit_prompt
+from component.inference.conversation import Conversation
+from component.inference.flags import check_sampling
+from component.inference.generate import continue_text, describe_context, recorded_template
+from component.inference.kv_cache import PromptCache
+from component.rope import context_length
+
+
+@dataclass
+class Answer:
+    """What has come of one answer; `notice` says what the asker should know of it."""
+
+    text: str
+    notice: str = ""
+
+
+@dataclass
+class Talk:
+    """One model and its cache. The cache serves whoever asks: what two prompts share is computed once."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    flags: argparse.Namespace
+    cache: PromptCache = field(init=False)
+    turn: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self.cache = PromptCache(self.model.config, self.flags.cache_implementation)
+
+    @property
+    def context(self) -> int:
+        return context_length(self.model.config)
+
+    def conversation(self) -> Conversation:
+        return Conversation(self.tokenizer, recorded_template(self.tokenizer))
+
+    def usage(self, conversation: Conversation) -> str:
+        return describe_context(self.model, conversation.used_tokens(), self.cache)
+
+    def answer(
+        self, conversation: Conversation, question: str, settings: dict, should_stop: Callable[[], bool]
+    ) -> Iterator[Answer]:
+        """The answer as it grows; the conversation has it when it has ended.
+
+        Args:
+            settings: flags of sampling, and `truncate`, in place of those that the program was started with.
+            should_stop: asked after every token, from another thread.
+
+        Raises:
+            UserError: settings that make no sense, or a prompt longer than the context.
+        """
+        flags = argparse.Namespace(**{**vars(self.flags), **settings})
+        check_sampling(flags)
+        asked = conversation.prompt_ids(question)
+        opening = conversation.opening_tokens()
+        kept, cut = fit_prompt(asked, self.context, flags.max_new_tokens, flags.truncate, opening)
+        notice = f"{cut} of {len(asked)} tokens were cut ({flags.truncate})" if cut else ""
+        answer = Answer("", notice)
+        yield answer
+        for piece in self._pieces(kept, flags, should_stop):
+            answer = Answer(answer.text + piece, notice)
+            yield answer
+        if answer.text.strip():
+            conversation.add(question, answer.text)
+
+    def _pieces(
+        self, prompt_ids: list[int], flags: argparse.Namespace, should_stop: Callable[[], bool]
+    ) -> Iterator[str]:
+        """Pieces of text from a thread of their own, which ends with this iterator."""
+        pieces: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
+        is_left = threading.Event()
+
+        def generate() -> None:
+            try:
+                with self.turn:
+                    continue_text(
+                        self.model,
+                        self.tokenizer,
+                        prompt_ids,
+                        flags,
+                        pieces.put,
+                        cache=self.cache,
+                        should_stop=lambda: is_left.is_set() or should_stop(),
+                    )
+                pieces.put(None)
+            except BaseException as error:  # to whoever asked; this thread has nobody to tell
+                if not isinstance(error, UserError):
+                    self.cache.forget()
+                pieces.put(error)
+
+        threading.Thread(target=generate, daemon=True).start()
+        try:
+            while (piece := pieces.get()) is not None:
+                if isinstance(piece, BaseException):
+                    raise piece
+                yield piece
+        finally:
+            is_left.set()

@@ -1,0 +1,77 @@
+"""How does a measurement reach its file? Whole or not at all, as JSON that every program reads, with its origin."""
+
+import json
+import math
+import platform
+import re
+import shlex
+import sys
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from component.error import UserError
+
+
+def check_result_file(path: str | None, field: str) -> None:
+    """Refuse a file that could not be written, before anything is measured."""
+    if path and not Path(path).absolute().parent.is_dir():
+        raise UserError(f"{field}: there is no folder for {path}; make it, or name another")
+    if path and Path(path).is_dir():
+        raise UserError(f"{field}: {path} is a folder; name a file")
+
+
+def origin() -> dict[str, Any]:
+    """The command, hardware, versions and date that a result stands with."""
+    from component.checkpoint import library_versions
+
+    return {"command": command(), "hardware": hardware(), "date": str(date.today()), "versions": library_versions()}
+
+
+def command() -> str:
+    """What was called, as it can be called again."""
+    # a program's own path is where somebody has put this repository: its name is enough
+    script = Path(sys.argv[0]).absolute()
+    root = Path(__file__).resolve().parents[2]
+    name = str(script.relative_to(root)) if script.is_relative_to(root) else script.name
+    return shlex.join(["python", name, *sys.argv[1:]])
+
+
+def hardware() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    information = Path("/proc/cpuinfo")  # Linux
+    names = re.findall(r"model name\s*: (.+)", information.read_text()) if information.is_file() else []
+    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def write_json(path: str | Path, record: dict[str, Any]) -> None:
+    """`record` into `path`, innermost lists and objects on one line each.
+
+    What is infinite or no number becomes null, since JSON knows neither.
+    """
+    file = Path(path)
+    temporary = file.with_name(f".{file.name}.tmp")
+    text = json.dumps(_finite(record), indent=2, allow_nan=False)
+    # line breaks inside of strings are escaped: those that are found here only lay out
+    text = re.sub(r"[\[{]\n[^\[\]{}]*[\]}]", lambda found: re.sub(r"\n\s*", " ", found[0]), text)
+    temporary.write_text(text + "\n", encoding="utf-8")
+    temporary.replace(file)
+
+
+def save_figure(figure: Any, path: str | Path) -> None:
+    """A matplotlib figure as a PNG, whole or not at all."""
+    file = Path(path)
+    temporary = file.with_name(f".{file.name}.tmp")
+    figure.savefig(temporary, dpi=130, format="png")
+    temporary.replace(file)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

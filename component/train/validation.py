@@ -1,0 +1,99 @@
+"""Which values of a YAML make no sense? Each alone, together with others, and on this machine."""
+
+import json
+from pathlib import Path
+
+import torch
+from transformers.integrations import get_available_reporting_integrations
+from transformers.training_args import trainer_log_levels
+
+from component.data.chat_template import TEMPLATES
+from component.data.sample import POLICIES
+from component.rope import ROPE_TYPES
+
+# keys: (what a sane value fulfils, the cure)
+BOUNDS = {
+    "max_seq_length model_max_length": (lambda v: v >= 2, "at least 2 tokens"),
+    "group_size": (lambda v: v >= 2 and v % 2 == 0, "an even number of tokens >= 2"),
+    "group_size_ratio": (lambda v: 0 < v <= 1, "a share in (0, 1], 0.25 as in the paper"),
+    "full_attention_ratio": (lambda v: 0 <= v <= 1, "a share of the steps in [0, 1], as 0.1"),
+    "rope_type": (lambda v: v in ROPE_TYPES, "one of " + ", ".join(ROPE_TYPES)),
+    "truncation_policy": (lambda v: v in POLICIES, "one of " + ", ".join(POLICIES)),
+    "template": (lambda v: v in TEMPLATES, "one of " + ", ".join(TEMPLATES)),
+    "max_bad_fraction": (lambda v: 0 <= v < 1, "a share in [0, 1), as 0.01"),
+    "lora_rank gradient_accumulation_steps": (lambda v: v >= 1, "at least 1"),
+    "per_device_train_batch_size per_device_eval_batch_size": (lambda v: v >= 1, "at least 1"),
+    "lora_alpha memory_budget_gib num_train_epochs save_steps logging_steps": (lambda v: v > 0, "a number above 0"),
+    "keep_layers keep_attention_layers mlp_tile_tokens": (lambda v: v >= 0, "0 or more"),
+    "loss_chunk_tokens": (lambda v: v >= 1, "at least 1"),
+    "lora_dropout": (lambda v: 0 <= v < 1, "a probability in [0, 1)"),
+    "learning_rate": (lambda v: 0 < v < 1, "a number in (0, 1), as 2e-4"),
+    "max_steps": (lambda v: v >= 1 or v == -1, "at least 1, or -1 for whole epochs"),
+    "warmup_steps weight_decay max_grad_norm dataloader_num_workers": (lambda v: v >= 0, "0 or more"),
+    "target_modules": (lambda v: str(v).strip(", []"), "names of linear layers, or leave the key out for all of them"),
+    "log_level log_level_replica": (lambda v: v in trainer_log_levels, "one of " + ", ".join(trainer_log_levels)),
+    "seed data_seed": (lambda v: 0 <= v < 2**32, "0 or more, below 2**32"),
+    "report_to": (
+        lambda v: {*([v] if isinstance(v, str) else v)} <= {"none", "all", *get_available_reporting_integrations()},
+        "none, tensorboard, or a tracker that is installed",
+    ),
+}
+
+
+def insane(values: dict) -> list[str]:
+    """Values of the right type that make no sense, one sentence each."""
+    problems = [
+        f"{key}: {values[key]!r}; use {cure}"
+        for keys, (is_sane, cure) in BOUNDS.items()
+        for key in keys.split()
+        if values.get(key) is not None and not is_sane(values[key])
+    ]
+    longest, target = values.get("max_seq_length"), values.get("model_max_length")
+    if longest and target and longest > target:
+        reach = f"{longest} tokens reach beyond model_max_length, {target}"
+        problems.append(f"max_seq_length: {reach}; raise model_max_length or shorten the samples")
+    if not values.get("output_dir"):
+        problems.append("output_dir: missing; where checkpoints and the adapter go")
+    if values.get("eval_strategy", "no") != "no" and not values.get("eval_file"):
+        problems.append(f"eval_strategy: {values['eval_strategy']}, but no eval_file says on what; add one")
+    if values.get("sft") and values.get("truncation_policy") == "split":
+        problems.append("truncation_policy: split, but a chat (sft: true) cannot be split; use truncate or drop")
+    if values.get("streaming") and (values.get("max_steps") or -1) < 1:
+        problems.append("streaming: true, but nobody knows how long the data is; set max_steps")
+    if values.get("streaming") and "epoch" in (values.get("save_strategy"), values.get("eval_strategy")):
+        problems.append("save_strategy, eval_strategy: epoch, but a stream has no epochs; use steps")
+    if values.get("template", "vicuna") != "vicuna" and values.get("sft") is False:
+        problems.append("template: only chats (sft: true) have one; leave it out")
+    if (values.get("memory_budget_gib") or 0) > 0 and not torch.cuda.is_available():
+        problems.append(f"memory_budget_gib: {values['memory_budget_gib']:g}, but there is no GPU; leave it out")
+    return problems + _impossible_precision(values) + _bad_deepspeed(values.get("deepspeed"))
+
+
+def _impossible_precision(values: dict) -> list[str]:
+    fp16, bf16 = values.get("fp16"), values.get("bf16")
+    if fp16 and bf16:
+        return ["fp16, bf16: both are true; keep one"]
+    on_gpu = torch.cuda.is_available() and not values.get("use_cpu")
+    if not on_gpu and (fp16 or (bf16 and not values.get("use_cpu"))):
+        cure = "leave it out (fp32), or set bf16: true and use_cpu: true"
+        return [f"{'fp16' if fp16 else 'bf16'}: true, but there is no GPU here; {cure}"]
+    name = torch.cuda.get_device_name() if on_gpu else "no GPU"
+    is_old = on_gpu and torch.cuda.get_device_capability() < (8, 0)  # V100, Turing
+    if bf16 and is_old:
+        return [f"bf16: true, but {name} has no bf16; set fp16: true (README.md, 'Hardware')"]
+    if values.get("use_flash_attn") and (is_old or not on_gpu or not (fp16 or bf16)):
+        need = "an Ampere or newer GPU and fp16: true or bf16: true"
+        return [f"use_flash_attn: true needs {need}, here is {name}; leave it out for the fastest that runs"]
+    return []
+
+
+def _bad_deepspeed(config: str | dict | None) -> list[str]:
+    if config is None or isinstance(config, dict):
+        return []
+    if not Path(config).is_file():
+        return [f"deepspeed: there is no file {config}; train_args/deepspeed/ has three"]
+    try:
+        content = json.loads(Path(config).read_text(encoding="utf-8"))
+    except ValueError as error:
+        return [f"deepspeed: {config} is not JSON: {error}"]
+    return [] if isinstance(content, dict) else [f"deepspeed: {config} holds no JSON object, as {{...}}"]

@@ -1,0 +1,165 @@
+"""Continuations of real texts by the base and by LongQLoRA, as pictures: behind long prompts, and behind short ones.
+
+    python script/experiment/downstream/examples.py --base output/experiment/base \\
+        --extended output/experiment/runs/yarn-last-8192-0 --source books-validation.jsonl.xz \\
+        --work output/experiment/examples --output_json figure/experiment_examples.json \\
+        --long_figure figure/longdemo.png --short_figure figure/shortdemo.png
+
+Passages are drawn at random, and the first few are shown: nobody has chosen them. script/inference/inference.py
+continues them; of a prompt beyond its context the base reads the end that fits. Beside the continuations stands the
+perplexity of the text's own next tokens: for the base on what it can read, for the base with stretched positions and
+no training, and for LongQLoRA, both on the whole prompt.
+"""
+
+import argparse
+import json
+import math
+import sys
+from itertools import islice
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+
+import torch
+from matplotlib.figure import Figure
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from component.error import UserError, exit_on_user_error
+from component.inference.context import fit_prompt
+from component.memory.apply import next_token_losses
+from component.model import load_config, load_model, load_tokenizer
+from component.rope import context_length
+from component.storage.result import check_result_file, origin, save_figure, write_json
+from script.experiment.downstream.passages import Passage, passages
+from script.experiment.downstream.transcript import Block, draw
+from script.experiment.run import execute
+
+SHORT_TOKENS = (180, 240)
+SHOWN_CHARACTERS = 420  # of a prompt's end
+GREY, ORANGE, BLUE, GREEN = "#6b6b6b", "#c24e00", "#0072b2", "#00795b"
+
+
+def parse_flags() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", type=Path, required=True, help="the base of script/experiment/pretrain.py")
+    parser.add_argument("--extended", type=Path, required=True, help="LongQLoRA's adapter, or the merged model")
+    parser.add_argument("--source", type=Path, required=True, help='a file of {"text"} records, held out')
+    parser.add_argument("--work", type=Path, required=True, help="folder for prompts, continuations and logs")
+    parser.add_argument("--long_tokens", type=int, nargs=2, default=[3000, 6000], help="of a long prompt (3000 6000)")
+    parser.add_argument("--new_tokens", type=int, default=100, help="to generate, and to score (100)")
+    parser.add_argument("--passages", type=int, default=16, help="of each kind (16)")
+    parser.add_argument("--shown", type=int, default=2, help="of them, in a figure (2)")
+    parser.add_argument("--temperature", type=float, default=0.7, help="of sampling, at top_p 0.9 (0.7)")
+    parser.add_argument("--seed", type=int, default=42, help="of passages and sampling (42)")
+    parser.add_argument("--output_json", required=True, help="file for all continuations and perplexities")
+    parser.add_argument("--long_figure", required=True, help="PNG file: long prompts")
+    parser.add_argument("--short_figure", required=True, help="PNG file: short prompts")
+    flags = parser.parse_args()
+    if not 1 <= flags.shown <= flags.passages:
+        raise UserError(f"--shown: {flags.shown}; use 1 to {flags.passages}, the number of --passages")
+    if not 1 <= flags.long_tokens[0] <= flags.long_tokens[1]:
+        raise UserError(f"--long_tokens: {flags.long_tokens}; name the fewest, then the most")
+    if not flags.source.is_file():
+        raise UserError(f"--source: there is no file {flags.source}; name one of text lines")
+    for name in ("output_json", "long_figure", "short_figure"):
+        check_result_file(getattr(flags, name), f"--{name}")
+    for name in ("base", "extended", "work"):  # programs are run from the repository's root
+        setattr(flags, name, getattr(flags, name).resolve())
+    return flags
+
+
+def continued(name: str, model: list[str], asked: Path, flags: argparse.Namespace) -> list[dict[str, Any]]:
+    """The lines that inference.py writes."""
+    output = flags.work / f"{name}.jsonl"
+    output.unlink(missing_ok=True)  # it would go on behind an earlier one's last line
+    sampling = {"max_new_tokens": flags.new_tokens, "temperature": flags.temperature, "seed": flags.seed}
+    words = [word for key, value in sampling.items() for word in (f"--{key}", str(value))]
+    files = ["--input_jsonl", str(asked), "--output_jsonl", str(output), "--truncate", "left"]
+    execute(["script/inference/inference.py", *model, *files, *words], output.with_suffix(".log"))
+    return [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+
+
+@torch.no_grad()
+def nats(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, passage: Passage, new_tokens: int) -> float:
+    """Loss per token of the true continuation; a prompt is cut as inference.py cuts it, if it must be."""
+    prompt = tokenizer(passage["prompt"]).input_ids
+    prompt, _ = fit_prompt(prompt, context_length(model.config), new_tokens, "left", 1)
+    true = tokenizer(passage["true"], add_special_tokens=False).input_ids
+    ids = torch.tensor([prompt + true], device=model.device)
+    return next_token_losses(model, ids)[0, -len(true) :].mean().item()
+
+
+def picture(found: list[Passage], kind: str, parameters: int, flags: argparse.Namespace) -> Figure:
+    """The first passages of a kind: prompt, both continuations beside each other, the true one."""
+    of_kind, rows = [passage for passage in found if passage["kind"] == kind], []
+    for passage in of_kind[: flags.shown]:
+        count, end = f"{passage['tokens']:,}", passage["prompt"][-SHOWN_CHARACTERS:]
+        if len(passage["prompt"]) > SHOWN_CHARACTERS:
+            end = f"… {end.partition(' ')[2]}"
+        beside = []
+        for name, label, colour in (("base", "Base", ORANGE), ("longqlora", "LongQLoRA", BLUE)):
+            read = passage[name]["prompt_tokens"]
+            part = f"all {count} tokens" if read == passage["tokens"] else f"the last {read:,} of {count} tokens"
+            note = f"perplexity of the true continuation: {math.exp(passage['nats'][name]):.1f}"
+            beside.append(Block(f"{label}, reading {part}", passage[name]["completion"], colour, note))
+        title = f"End of the prompt, {count} tokens of {passage['source']}"
+        rows += [[Block(title, end, GREY)], beside, [Block("True continuation", passage["true"], GREEN)], []]
+    return draw(f"Continuing {kind} prompts, before and after LongQLoRA", rows, caption(of_kind, parameters, flags))
+
+
+def caption(found: list[Passage], parameters: int, flags: argparse.Namespace) -> str:
+    of = {name: math.exp(mean(passage["nats"][name] for passage in found)) for name in found[0]["nats"]}
+    return (
+        f"Models of {parameters / 1e6:.0f} M parameters, pretrained from scratch for minutes: they have style, no "
+        f"sense. The first {flags.shown} of {len(found)} passages drawn at random, none chosen; sampled at "
+        f"temperature {flags.temperature:g}, top_p 0.9, seed {flags.seed}; line breaks are not shown. Perplexity of "
+        f"the next {flags.new_tokens} true tokens, over all {len(found)} passages: base, on what it can read, "
+        f"{of['base']:.1f}; base, positions stretched and untrained, on the whole prompt {of['stretched']:.1f}; "
+        f"LongQLoRA, on the whole prompt {of['longqlora']:.1f}."
+    )
+
+
+@exit_on_user_error
+def main() -> None:
+    flags = parse_flags()
+    flags.work.mkdir(parents=True, exist_ok=True)
+    is_adapter = (flags.extended / "adapter_config.json").is_file()
+    extended = (str(flags.base), str(flags.extended)) if is_adapter else (str(flags.extended), None)
+    context = context_length(load_config(str(flags.extended), "--extended"))
+    if flags.long_tokens[1] + flags.new_tokens > context:
+        raise UserError(
+            f"--long_tokens: {flags.long_tokens[1]}; LongQLoRA's context is {context} tokens, ask for less"
+        )
+    tokenizer = load_tokenizer(str(flags.base), 10**9)  # whole books are taken apart here, without a warning
+    found: list[Passage] = []
+    for kind, limits in (("long", tuple(flags.long_tokens)), ("short", SHORT_TOKENS)):
+        drawn = passages(flags.source, tokenizer, limits, flags.new_tokens, f"{flags.seed} {kind}")
+        found += [passage | {"kind": kind} for passage in islice(drawn, flags.passages)]
+    asked = flags.work / "prompts.jsonl"
+    asked.write_text("".join(json.dumps({"prompt": passage["prompt"]}) + "\n" for passage in found), encoding="utf-8")
+    adapter_words = ["--adapter_name_or_path", str(extended[1])] if is_adapter else []
+    answers = {"base": continued("base", ["--model_name_or_path", str(flags.base)], asked, flags)}
+    answers["longqlora"] = continued("longqlora", ["--model_name_or_path", extended[0], *adapter_words], asked, flags)
+    readers = {
+        "base": ((str(flags.base),), None),
+        "stretched": ((str(flags.base),), context),
+        "longqlora": (extended, None),
+    }
+    parameters = 0
+    for name, (model, context_size) in readers.items():
+        reader = load_model(*model, context_size=context_size)
+        parameters = parameters or reader.num_parameters()
+        for number, passage in enumerate(found):
+            passage.setdefault("nats", {})[name] = nats(reader, tokenizer, passage, flags.new_tokens)
+            if name in answers:
+                passage[name] = {key: answers[name][number][key] for key in ("completion", "prompt_tokens")}
+    save_figure(picture(found, "long", parameters, flags), flags.long_figure)
+    save_figure(picture(found, "short", parameters, flags), flags.short_figure)
+    shown = [passage | {"prompt": passage["prompt"][-SHOWN_CHARACTERS:]} for passage in found]
+    write_json(flags.output_json, {"parameters": parameters, "seed": flags.seed, "passages": shown, **origin()})
+
+
+if __name__ == "__main__":
+    main()

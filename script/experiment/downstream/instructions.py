@@ -1,0 +1,161 @@
+"""Long instruction tuning of an extended model: its loss on answers about held-out documents, before and after.
+
+    python script/experiment/downstream/instructions.py --base output/experiment/passkey/extended \\
+        --short_base output/experiment/base --source sft_long.jsonl.xz --work output/experiment/instructions \\
+        --output_json figure/experiment_instructions.json
+
+build_sft.py keeps what fits into the model's context. Questions about the same document stand on one side of the
+split: records that share a line of 60 characters or more. With --short_base the same tuning at that model's own length
+is the control: of every question only the end is kept, as much as fits, and the answers are the same, token for token.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+
+import yaml
+from transformers import PreTrainedTokenizerBase
+
+from component.data.chat_template import IGNORE_INDEX, encode_chat
+from component.data.source import RecordTally, read_records
+from component.error import UserError, exit_on_user_error
+from component.model import load_config, load_tokenizer
+from component.rope import context_length
+from component.storage.result import check_result_file, origin, write_json
+from script.experiment.downstream.split import Record, documents, split
+from script.experiment.downstream.tuning import tune
+from script.experiment.run import execute
+
+NO_LIMIT = 10**9  # tokens: whole inputs are counted here, without a warning
+
+
+def parse_flags() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", type=Path, required=True, help="the extended model, as merge_lora.py makes it")
+    parser.add_argument("--short_base", type=Path, help="the model before it was extended, for a control")
+    parser.add_argument("--source", type=Path, required=True, help='a file of {"input", "output"} records')
+    parser.add_argument("--work", type=Path, required=True, help="folder for data, runs and logs")
+    parser.add_argument(
+        "--held_out", type=float, default=0.2, help="share of the samples that is not trained on (0.2)"
+    )
+    parser.add_argument("--per_document", type=int, default=10, help="questions about one document, at most (10)")
+    parser.add_argument("--max_answer_tokens", type=int, default=512, help="longer answers are left out (512)")
+    parser.add_argument("--epochs", type=float, default=3.0, help="(3)")
+    parser.add_argument("--max_steps", type=int, default=-1, help="train shorter, to try the script out")
+    parser.add_argument("--samples_per_step", type=int, default=4, help="(4)")
+    parser.add_argument("--learning_rate", type=float, default=3e-4, help="(3e-4)")
+    parser.add_argument("--seed", type=int, default=42, help="of split and training (42)")
+    parser.add_argument("--output_json", required=True, help="file for the results")
+    flags = parser.parse_args()
+    if not 0 < flags.held_out < 1:
+        raise UserError(f"--held_out: {flags.held_out}; use a share between 0 and 1")
+    for name in ("per_document", "max_answer_tokens", "samples_per_step"):
+        if getattr(flags, name) < 1:
+            raise UserError(f"--{name}: {getattr(flags, name)}; use at least 1")
+    if not flags.source.is_file():
+        raise UserError(f"--source: there is no file {flags.source}; name one of input and output lines")
+    check_result_file(flags.output_json, "--output_json")
+    for name in ("base", "short_base", "source", "work"):  # programs are run from the repository's root
+        setattr(flags, name, getattr(flags, name) and getattr(flags, name).resolve())
+    return flags
+
+
+def fitting(flags: argparse.Namespace, context: int) -> tuple[list[Record], dict[str, int]]:
+    """What build_sft.py keeps of the source for `context` tokens, and its counts."""
+    config, output = flags.work / "sources.yaml", flags.work / "fitting.jsonl"
+    source = {"name": flags.source.name, "path": str(flags.source), "mapping": "input_output"}
+    config.write_text(yaml.safe_dump({"sources": [source]}), encoding="utf-8")
+    words = ["--config", config, "--tokenizer", flags.base, "--output", output, "--max_tokens", context, "--overwrite"]
+    execute(["script/data/build_sft.py", *map(str, words), "--seed", str(flags.seed)], flags.work / "build_sft.log")
+    counts = json.loads(output.with_suffix(".stats.json").read_text(encoding="utf-8"))["counts"]
+    return [record for _, record in RecordTally().good(output, read_records(output, ("input", "output")))], counts
+
+
+def lengths(tokenizer: PreTrainedTokenizerBase, record: Record) -> tuple[int, int]:
+    """Tokens of a sample, and of its answer."""
+    ids, labels = encode_chat(tokenizer, [(record["input"], record["output"])])
+    return len(ids), sum(label != IGNORE_INDEX for label in labels)
+
+
+def end_of_question(tokenizer: PreTrainedTokenizerBase, record: Record, context: int) -> Record:
+    """The sample with as much of its question's end as `context` tokens have room for."""
+    starts = [start for start, _ in tokenizer(record["input"], return_offsets_mapping=True).offset_mapping]
+    cut, excess = record, lengths(tokenizer, record)[0] - context
+    dropped = 0
+    while excess > 0:
+        dropped += excess
+        cut = record | {"input": record["input"][starts[dropped] :]}
+        excess = lengths(tokenizer, cut)[0] - context
+    return cut
+
+
+def write_side(file: Path, records: Iterable[Record], tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """The lines that train.py reads, and how much they are."""
+    counts = {"samples": 0, "tokens": 0, "answer_tokens": 0}
+    with file.open("w", encoding="utf-8") as out:
+        for record in records:
+            out.write(json.dumps(record, ensure_ascii=False) + "\n")
+            for name, number in zip(counts, (1, *lengths(tokenizer, record)), strict=True):
+                counts[name] += number
+    return counts
+
+
+def instruct(name: str, model: Path, sides: dict[str, list[Record]], flags: argparse.Namespace) -> dict[str, Any]:
+    """Tune `model` at its own context in WORK/NAME: what it was trained and measured on, loss before and after."""
+    context, tokenizer = context_length(load_config(str(model), "--base")), load_tokenizer(str(model), NO_LIMIT)
+    files = {side: flags.work / f"{name}-{side}.jsonl" for side in sides}
+    cut = {side: [end_of_question(tokenizer, record, context) for record in sides[side]] for side in sides}
+    counts = {side: write_side(files[side], cut[side], tokenizer) for side in sides}
+    run = tune(
+        flags.work / name,
+        model_name_or_path=str(model),
+        train_file=str(files["train"]),
+        eval_file=str(files["held_out"]),
+        eval_on_start=True,
+        max_seq_length=context,
+        model_max_length=context,
+        use_shift_short_attention=name == "extended",
+        per_device_train_batch_size=1,
+        per_device_eval_batch_size=1,
+        gradient_accumulation_steps=flags.samples_per_step,
+        num_train_epochs=flags.epochs,
+        max_steps=flags.max_steps,
+        learning_rate=flags.learning_rate,
+        seed=flags.seed,
+    )
+    before, after = run["eval_losses"][0][1], run["eval_losses"][-1][1]
+    return {"context_tokens": context, "data": counts, "loss_before": before, "loss_after": after, **run}
+
+
+@exit_on_user_error
+def main() -> None:
+    flags = parse_flags()
+    flags.work.mkdir(parents=True, exist_ok=True)
+    context, tokenizer = (
+        context_length(load_config(str(flags.base), "--base")),
+        load_tokenizer(str(flags.base), NO_LIMIT),
+    )
+    records, counts = fitting(flags, context)
+    kept = [record for record in records if lengths(tokenizer, record)[1] <= flags.max_answer_tokens]
+    groups = [group[: flags.per_document] for group in documents(kept)]
+    chosen = split(groups, flags.held_out, flags.seed)
+    sides = {side: [record for group in groups for record in group] for side, groups in chosen.items()}
+    counts = {key: counts[key] for key in ("read", "too_long", "duplicates")}
+    counts |= {"answer_too_long": len(records) - len(kept), "one_of_many": len(kept) - sum(map(len, groups))}
+    counts |= {f"{side}_documents": len(found) for side, found in chosen.items()}
+    models = {"extended": flags.base} | ({"short": flags.short_base} if flags.short_base else {})
+    results = {name: instruct(name, model, sides, flags) for name, model in models.items()}
+    write_json(flags.output_json, {"seed": flags.seed, "source": counts, "models": results, **origin()})
+    print(counts)
+    for name, result in results.items():
+        change = f"{result['loss_before']:.3f} -> {result['loss_after']:.3f} nats per token of held-out answers"
+        print(f"{name}, {result['context_tokens']} tokens: {change}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

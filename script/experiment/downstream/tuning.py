@@ -1,0 +1,61 @@
+"""What do the uses of the experiments' models share? Training, merging and measuring by the product's own programs.
+
+Shared by passkey.py and instructions.py beside it; what a program prints goes to a file beside what it writes.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from component.storage.result import origin
+from script.experiment.rows import RECIPE
+from script.experiment.run import execute
+
+# of this machine: no part of a result
+PATHS = ("model_name_or_path", "train_file", "eval_file", "output_dir", "base_model", "peft_model")
+
+
+def tune(folder: Path, **settings: Any) -> dict[str, Any]:
+    """Train an adapter in `folder` by train.py; its settings and what the run says of itself.
+
+    Returns:
+        {"settings", "training": train_results.json, "losses", "eval_losses"}, losses as [step, nats per token].
+    """
+    precision = {"bf16": True} if torch.cuda.is_available() else {}
+    schedule = {"lr_scheduler_type": "cosine"}  # short trainings: the last steps settle what the first have found
+    settings = RECIPE | precision | schedule | {"sft": True, "output_dir": str(folder)} | settings
+    file = folder.with_name(f"{folder.name}.yaml")
+    file.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    execute(["train.py", "--train_args_file", str(file)], beside(folder, "log"))
+    history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+
+    def curve(name: str) -> list[list[float]]:
+        return [[entry["step"], entry[name]] for entry in history if name in entry]
+
+    training = json.loads((folder / "train_results.json").read_text(encoding="utf-8"))
+    training.pop("step_seconds", None)
+    record = json.loads((folder / "longqlora.json").read_text(encoding="utf-8"))
+    training["trained_tokens"] = record["trained_tokens"]
+    told = {key: value for key, value in settings.items() if key not in PATHS}
+    return {"settings": told, "training": training, "losses": curve("loss"), "eval_losses": curve("eval_loss")}
+
+
+def merge(adapter: Path, folder: Path) -> Path:
+    """The plain model that merge_lora.py makes of an adapter and its base."""
+    words = ["--adapter_name_or_path", str(adapter), "--save_path", str(folder), "--overwrite"]
+    execute(["script/merge_lora.py", *words], beside(folder, "log"))
+    return folder
+
+
+def measured(program: str, words: list[str], output: Path) -> dict[str, Any]:
+    """What a program writes as --output_json, less what the whole experiment says once."""
+    execute([program, *words, "--output_json", str(output)], output.with_suffix(".log"))
+    found = json.loads(output.read_text(encoding="utf-8"))
+    return {key: value for key, value in found.items() if key not in (*PATHS, *origin())}
+
+
+def beside(folder: Path, suffix: str) -> Path:
+    return folder.with_name(f"{folder.name}.{suffix}")

@@ -1,0 +1,93 @@
+"""A thousand steps with every memory lever on beside a thousand without: is the loss the same, does memory grow?
+
+    python script/performance/long_run.py --work output/long-run --output_json figure/long_run.json
+
+Trains the demo's little model twice at the same time, on one GPU or on the CPU, in fp32.
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import psutil
+import torch
+
+from component.checkpoint import library_versions
+
+LEVERS = (
+    "--keep_layers 1 --keep_attention_layers 1 --keep_attention_output true --offload_activations true "
+    "--mlp_tile_tokens 300 --loss_chunk_tokens 200"
+)
+
+
+def command(name: str, work: Path, steps: int) -> str:
+    levers = LEVERS if name == "levers" else "--memory_plan false"
+    return (
+        f"{sys.executable} train.py --train_args_file train_args/demo.yaml --train_file {work}/data/train.jsonl "
+        f"--output_dir {work}/{name} --overwrite_output_dir true --max_steps {steps} --logging_steps 20 "
+        f"--max_seq_length 1024 --lora_dropout 0 --save_strategy no --deepspeed null {levers}"
+    )
+
+
+def host_gib(process: psutil.Process) -> float:
+    """What the process holds of the host's memory now."""
+    try:
+        return round(process.memory_info().rss / 2**30, 3)
+    except psutil.NoSuchProcess:
+        return 0.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder for data and runs")
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--output_json", type=Path, required=True)
+    flags = parser.parse_args()
+    work = flags.work.resolve()
+    subprocess.run([sys.executable, "script/demo/data.py", "--output", f"{work}/data"], cwd=ROOT, check=True)
+    commands = {name: command(name, work, flags.steps) for name in ("levers", "plain")}
+    running = {}
+    for name, line in commands.items():
+        log = (work / f"{name}.log").open("w")
+        running[name] = subprocess.Popen(shlex.split(line), cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+    host: dict[str, list[float]] = {name: [] for name in running}
+    while any(process.poll() is None for process in running.values()):
+        for name, process in running.items():
+            if process.poll() is None:
+                host[name].append(host_gib(psutil.Process(process.pid)))
+        time.sleep(2)
+    shown = {
+        name: line.replace(sys.executable, "python").replace(str(work), "WORK") for name, line in commands.items()
+    }
+    result: dict[str, Any] = {"date": str(date.today()), "commands": shown, "versions": library_versions()}
+    result["hardware"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    for name, process in running.items():
+        if process.returncode:
+            sys.exit(f"{name} failed; see {work}/{name}.log")
+        history = json.loads((work / name / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+        rows = [row for row in history if "loss" in row]
+        result[name] = {
+            "losses": [row["loss"] for row in rows],
+            "reserved_gib": [row.get("reserved_gib") for row in rows],
+            "host_gib": host[name],
+        }
+    gaps = [abs(a - b) for a, b in zip(result["levers"]["losses"], result["plain"]["losses"], strict=True)]
+    result["largest_gap"] = max(gaps)
+    print(f"{flags.steps} steps: losses differ by at most {max(gaps):.2g}")
+    for name in commands:
+        reserved, held = result[name]["reserved_gib"], result[name]["host_gib"]
+        print(f"{name}: GPU {reserved[1]} -> {reserved[-1]} GiB, host {held[len(held) // 3]} -> {held[-1]} GiB")
+    flags.output_json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""Ours beside PEFT's merge_and_unload, on one model of random weights: memory and time, each in its own process.
+
+    python script/performance/merge.py --work /tmp/merge-benchmark --output_json figure/merge.json
+
+Both start from the same files and write 16-bit safetensors; the results are compared tensor by tensor. Needs four
+times the model's size on the disk of --work, and the memory that PEFT takes; all that it writes is removed.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+SHAPE = {  # 1.7 B parameters: LLaMA's proportions, LLaMA2's vocabulary
+    "vocab_size": 32000,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "max_position_embeddings": 4096,
+}
+PEFT = """
+import sys, torch
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+base, adapter, target = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(base, config=AutoConfig.from_pretrained(adapter), dtype=torch.float16)
+PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(target, max_shard_size="5GB")
+AutoTokenizer.from_pretrained(adapter).save_pretrained(target)
+"""
+
+
+def make_model(base: Path, adapter: Path, rank: int) -> int:
+    """A base in fp16 and an adapter on all of its linear layers, both random; the base's parameters."""
+    import torch
+    from tokenizers import Tokenizer, models
+    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+    from component.adapter import add_adapter
+    from component.checkpoint import write_adapter, write_record
+    from component.rope import extend_context
+
+    torch.manual_seed(0)
+    words = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE), dtype=torch.float16)
+    parameters = model.num_parameters()
+    model.save_pretrained(base, max_shard_size="2GB")
+    tokenizer.save_pretrained(base)
+    factor = extend_context(model.config, 8192)
+    adapted = add_adapter(model, rank=rank, alpha=16, dropout=0.0, train_norm=True)
+    for name, parameter in adapted.named_parameters():
+        if ".lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    write_adapter(adapter, adapted, tokenizer, model.config)
+    write_record(adapter, {"base_model": str(base), "rope_type": "linear", "rope_factor": factor})
+    return parameters
+
+
+def timed(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
+    """Wall-clock seconds and the largest resident set of a command, as `/usr/bin/time -v` counts it.
+
+    A process begins with the memory of the one that starts it: this one imports nothing large before it is done.
+    """
+    begin = time.monotonic()
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        sys.exit(f"{' '.join(command)} ended with status {process.returncode}")
+    return {
+        "seconds": round(time.monotonic() - begin, 1),
+        "cpu_seconds": round(used.ru_utime + used.ru_stime, 1),
+        "peak_rss_mb": round(used.ru_maxrss * 1024 / 1e6),
+    }
+
+
+def differences(ours: Path, theirs: Path) -> dict[str, float]:
+    """Between two merged models, over all weights."""
+    from component.storage.tensor_reader import model_tensors
+
+    left, right = model_tensors(str(ours)), model_tensors(str(theirs))
+    assert left.keys() == right.keys()
+    largest, total, count, unequal = 0.0, 0.0, 0, 0
+    for name, stored in left.items():
+        gap = (stored.read().float() - right[name].read().float()).abs()
+        largest, total = max(largest, float(gap.max())), total + float(gap.double().sum())
+        count, unequal = count + gap.numel(), unequal + int((gap > 0).sum())
+    return {"largest": largest, "mean": total / count, "share_unequal": unequal / count}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder for models, on a disk with 12 GB free")
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--repeat", type=int, default=2, help="times that each is run; the fastest counts")
+    parser.add_argument("--output_json", type=Path, required=True)
+    flags = parser.parse_args()
+    flags.work.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=flags.work) as name:
+        work = Path(name)
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+        parameters = make_in_child(work, flags.rank)
+        ours = [sys.executable, "script/merge_lora.py", "--adapter_name_or_path", f"{work}/adapter", "--check", "no"]
+        commands = {
+            "ours": [*ours, "--save_path", f"{work}/ours"],
+            "ours_nf4": [*ours, "--save_path", f"{work}/nf4", "--base", "nf4"],
+            "peft": [sys.executable, "-c", PEFT, f"{work}/base", f"{work}/adapter", f"{work}/peft"],
+        }
+        runs: dict[str, list[dict]] = {name: [] for name in commands}
+        for turn in range(flags.repeat):
+            for name, command in commands.items():
+                if name == "ours_nf4" and turn:
+                    continue  # slow, and there is nothing to be compared with
+                shutil.rmtree(work / name.removeprefix("ours_"), ignore_errors=True)
+                runs[name].append(timed(command, environment))
+                print(name, runs[name][-1], flush=True)
+        write_result(flags.output_json, work, parameters, flags.rank, runs)
+
+
+def make_in_child(work: Path, rank: int) -> int:
+    """In a process that ends, so that its memory is nobody's when others are measured."""
+    program = (
+        "import sys, pathlib; sys.path[:0] = ['.', 'script']; import merge_benchmark as m; "
+        "w = pathlib.Path(sys.argv[1]); print(m.make_model(w / 'base', w / 'adapter', int(sys.argv[2])))"
+    )
+    command = [sys.executable, "-c", program, str(work), str(rank)]
+    done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    return int(done.stdout.split()[-1])
+
+
+def write_result(file: Path, work: Path, parameters: int, rank: int, runs: dict[str, list[dict]]) -> None:
+    from component.storage.result import origin, write_json
+
+    best = {name: min(of_name, key=lambda run: run["seconds"]) for name, of_name in runs.items()}
+    size = sum(shard.stat().st_size for shard in (work / "base").glob("*.safetensors"))
+    result = {
+        "model": {**SHAPE, "parameters": parameters, "bytes": size, "rank": rank},
+        "best": best,
+        "runs": runs,
+        "ours_against_peft": differences(work / "ours", work / "peft"),
+        "cores": os.cpu_count(),
+    }
+    about = origin()
+    about["command"] = about["command"].replace(str(work.parent), "WORK")
+    write_json(file, {**result, **about})
+    for name, run in best.items():
+        print(f"{name:<10} {run['seconds']:>7.1f} s {run['peak_rss_mb']:>7,} MB")
+
+
+if __name__ == "__main__":
+    main()

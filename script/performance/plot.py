@@ -1,0 +1,85 @@
+"""Draw what script/benchmark.py measured: memory and speed against the length of a sequence.
+
+    python script/performance/plot.py figure/benchmark.json --size 7b --output figure/memory.png
+
+A run that ended for want of memory is a cross at the top of the left panel; a point of a run with a budget of its own
+says so; rows with other overrides are left out.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+# kind: (label, colour, marker); blue and orange, ours and not, are told apart by every kind of eye
+KINDS = {
+    "ours_fastest": ("LongQLoRA, fastest in 32 GiB", "#0072b2", "o"),
+    "ours_leanest": ("LongQLoRA, leanest", "#56b4e9", "s"),
+    "unsloth": ("Unsloth", "#d55e00", "^"),
+    "hf": ("transformers + PEFT", "#8a8a8a", "D"),
+    "original": ("original LongQLoRA (fp16, no flash)", "#cc79a7", "v"),
+}
+BUDGET_GIB = 32
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("benchmark", type=Path, help="JSON of script/benchmark.py")
+    parser.add_argument("--size", default="7b")
+    parser.add_argument("--output", type=Path, default=Path("figure/memory.png"))
+    flags = parser.parse_args()
+    results = json.loads(flags.benchmark.read_text(encoding="utf-8"))
+    rows = [
+        row
+        for row in results["rows"]
+        if row["size"] == flags.size and row["overrides"].keys() <= {"memory_budget_gib"}
+    ]
+    title = f"QLoRA of LLaMA2-{flags.size.upper()}, rank 64, one sequence a step, on one {results['hardware']}"
+    draw({kind: [row for row in rows if row["kind"] == kind] for kind in KINDS}, title, flags.output)
+
+
+def draw(rows_of: dict[str, list[dict]], title: str, file: Path) -> None:
+    figure, (memory, speed) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    for kind, (label, colour, marker) in KINDS.items():
+        done = sorted((row for row in rows_of[kind] if "error" not in row), key=lambda row: row["length"])
+        lengths = [row["length"] for row in done]
+        style = {"color": colour, "marker": marker, "label": label, "linewidth": 1.8, "markersize": 6}
+        if done:
+            memory.plot(lengths, [row["peak_reserved_gib"] for row in done], **style)
+            speed.plot(lengths, [row["tokens_per_second"] for row in done], **style)
+        for row in done:
+            if row["overrides"]:
+                note = f"held to {row['overrides']['memory_budget_gib']} GiB"
+                place = (row["length"], row["peak_reserved_gib"])
+                memory.annotate(note, place, (0, -14), textcoords="offset points", fontsize=8, ha="center")
+        too_long = [row["length"] for row in rows_of[kind] if "out of memory" in row.get("error", "").lower()]
+        # x in tokens, y as a share of the panel's height
+        memory.plot(too_long, [0.97] * len(too_long), "x", color=colour, transform=memory.get_xaxis_transform())
+    memory.axhline(BUDGET_GIB, color="black", linewidth=0.9, linestyle=(0, (5, 4)))
+    memory.text(0.01, BUDGET_GIB, f"{BUDGET_GIB} GiB", transform=memory.get_yaxis_transform(), fontsize=9, va="bottom")
+    memory.set(title="GPU memory reserved, GiB (x: out of memory)", yscale="log")
+    memory.set_ylim(top=1.35 * memory.get_ylim()[1])  # room for the crosses
+    gib = [tick for tick in (4, 8, 16, 32, 64, 128) if tick <= memory.get_ylim()[1]]
+    memory.set_yticks(gib, [str(tick) for tick in gib])
+    speed.set(title="tokens per second", ylim=(0, None))
+    lengths = sorted({row["length"] for rows in rows_of.values() for row in rows})
+    for axes in (memory, speed):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(lengths, [f"{length // 1024}k" if length >= 1024 else str(length) for length in lengths])
+        axes.minorticks_off()
+        axes.set_xlabel("tokens in a sequence")
+        axes.grid(axis="y", color="0.9")
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = speed.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    figure.suptitle(title, fontsize=11)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""The shipped YAMLs end to end on models of LLaMA2's true shape with random weights: memory and speed, not quality.
+
+    python script/performance/real_shape.py --size 7b --tokenizer LLAMA2_TOKENIZER --work WORK --output_json FILE
+
+Makes the model, then runs as a user would, under a cap of 32 GiB and with the attention kernels of a V100: deepspeed
+train.py for two optimizer steps, a second launch that resumes for the third, merge_lora.py and evaluate.py at 8192.
+"""
+
+import argparse
+import json
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from datetime import date
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from component.checkpoint import library_versions
+from script.shared.stdlib import default_library, split_library
+
+SHAPES = {  # hidden size, MLP size, layers, heads
+    "7b": (4096, 11008, 32, 32),
+    "13b": (5120, 13824, 40, 40),
+    "tiny": (64, 128, 2, 4),
+}
+YAMLS = {"7b": "llama2-7b-pretrain", "13b": "vicuna-13b-sft", "tiny": "vicuna-13b-sft"}
+
+
+def make_model(size: str, tokenizer: str, folder: Path) -> None:
+    hidden, mlp, layers, heads = SHAPES[size]
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-5,
+        dtype="float16",
+    )
+    torch.set_default_dtype(torch.float16)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = LlamaForCausalLM(config)
+    model.save_pretrained(folder, max_shard_size="4GB")
+    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+
+
+def make_data(folder: Path, seq_len: int) -> None:
+    """Rows of more than `seq_len` tokens in both formats, and a `.bin` of six windows, from the standard library."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = "\n".join(split_library(default_library())[0].values())
+    size = 6 * seq_len  # characters; LLaMA2 makes about one token of three characters of Python
+    rows = [text[start : start + size] for start in range(0, min(len(text), 60 * size) - size, size)]
+    for name, row in (("text", lambda r: {"text": r}), ("sft", lambda r: {"input": r[: size // 4], "output": r})):
+        lines = [json.dumps(row(r)) for r in rows]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(folder.parent / "base", model_max_length=10**9)
+    np.array(tokenizer(text[: 40 * seq_len]).input_ids[: 6 * seq_len], dtype=np.uint16).tofile(folder / "eval.bin")
+
+
+def run(command: str, results: dict, name: str) -> None:
+    print(f"$ {command}", flush=True)
+    start = time.monotonic()
+    subprocess.run(shlex.split(command), cwd=ROOT, check=True)
+    results[name] = {"command": command, "seconds": round(time.monotonic() - start, 1)}
+
+
+def read_training(output: Path) -> dict:
+    metrics = json.loads((output / "train_results.json").read_text(encoding="utf-8"))
+    history = json.loads((output / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    steps = [row for row in history if "loss" in row]
+    return {"metrics": metrics, "steps": steps}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SHAPES, required=True)
+    parser.add_argument("--tokenizer", required=True, help="folder of LLaMA2's tokenizer")
+    parser.add_argument("--work", type=Path, required=True, help="folder for the model and everything made from it")
+    parser.add_argument("--seq_len", type=int, default=8192)
+    parser.add_argument("--overrides", default="--use_flash_attn false --memory_budget_gib 32", help="for train.py")
+    parser.add_argument("--output_json", type=Path, required=True)
+    flags = parser.parse_args()
+    work = flags.work.resolve()
+    results: dict[str, dict] = {}
+    make_model(flags.size, flags.tokenizer, work / "base")
+    make_data(work / "data", flags.seq_len)
+    yaml = f"train_args/{YAMLS[flags.size]}.yaml"
+    data = work / "data" / ("sft.jsonl" if "sft" in yaml else "text.jsonl")
+    train = (
+        f"deepspeed train.py --train_args_file {yaml} --model_name_or_path {work}/base --train_file {data} "
+        f"--output_dir {work}/run --logging_steps 1 --save_steps 1 {flags.overrides}"
+    )
+    run(f"{train} --max_steps 2", results, "train")
+    results["train"] |= read_training(work / "run")
+    run(f"{train} --max_steps 3", results, "resume")
+    results["resume"] |= read_training(work / "run")
+    merge = f"python script/merge_lora.py --adapter_name_or_path {work}/run --save_path {work}/merged"
+    run(merge, results, "merge")
+    shutil.rmtree(work / "run" / "checkpoint-1", ignore_errors=True)
+    evaluate = (
+        f"python script/evaluate/evaluate.py --base_model {work}/merged --seq_len {flags.seq_len} "
+        f"--data_path {work}/data/eval.bin --output_json {work}/evaluation.json"
+    )
+    run(evaluate, results, "evaluate")
+    results["evaluate"]["result"] = json.loads((work / "evaluation.json").read_text(encoding="utf-8"))
+    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
+    origin = {"size": flags.size, "hardware": hardware, "date": str(date.today()), "versions": library_versions()}
+    flags.output_json.write_text(json.dumps({**origin, **results}, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

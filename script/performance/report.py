@@ -1,0 +1,161 @@
+"""What a benchmark's measurements mean: speed, arithmetic, the card they are held against, and a table of them.
+
+    python script/performance/report.py figure/benchmark.json
+
+prints the table that script/benchmark.py ended with.
+"""
+
+import contextlib
+import importlib.metadata
+import json
+import platform
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import torch
+
+from component.checkpoint import library_versions
+from component.error import UserError
+from script.performance.real_shape import SHAPES
+
+VOCABULARY = 32000
+ERROR = re.compile(r"^(?:\[rank\d+\]: ?)?((?:[\w.]*(?:Error|Exception)|error): .*(?:\n +- .*)*)", re.MULTILINE)
+PEAKS = ("estimated_gib", "peak_allocated_gib", "peak_reserved_gib", "device_in_use_gib", "host_peak_gib")
+
+
+def main() -> None:
+    print(table(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))["rows"]))
+
+
+def table(rows: list[dict]) -> str:
+    """One line per row, with the speed against Unsloth's of the same size and length where that was measured."""
+    unsloth = {
+        (row["size"], row["length"]): row["tokens_per_second"]
+        for row in rows
+        if row["kind"] == "unsloth" and not row["overrides"] and "error" not in row
+    }
+    heads = ("tokens/s", "/ unsloth", "of matrix", "estimate", "peak GiB", "reserved", "in use", "host GiB")
+    lines = [f"{'size':<6}{'tokens':>8}  {'kind':<24}" + "".join(f"{head:>11}" for head in heads)]
+    for row in rows:
+        label = " ".join([row["kind"], *(f"{name}={value}" for name, value in row["overrides"].items())])
+        line = f"{row['size']:<6}{row['length']:>8}  {label:<24}"
+        if "error" in row:
+            lines.append(f"{line}  {row['error'][:90]}")
+            continue
+        base = unsloth.get((row["size"], row["length"]))
+        ratio = f"{row['tokens_per_second'] / base:.2f}" if base else "-"
+        cells = [
+            f"{row['tokens_per_second']:.0f}",
+            ratio,
+            row["share_of_matrix_rate"],
+            *(row.get(name) for name in PEAKS),
+        ]
+        lines.append(line + "".join(f"{'-' if cell is None else cell:>11}" for cell in cells))
+    return "\n".join(lines)
+
+
+def speed(length: int, steps: int, found: dict, flop: float, matrix_tflops: float | None) -> dict:
+    """What a table needs of one measurement; what a machine without a GPU cannot know is None."""
+    tokens = found["num_input_tokens_seen"] / steps
+    if tokens != length:
+        return {"error": f"trained on {tokens:g} tokens a step, not {length}"}
+    step_seconds = median_step(found["step_seconds"])
+    share = round(flop / step_seconds / 1e12 / matrix_tflops, 3) if matrix_tflops else None
+    return {
+        "tokens_per_second": round(length / step_seconds, 1),
+        "step_seconds": [round(seconds, 3) for seconds in found["step_seconds"]],
+        "losses": [round(loss, 3) for loss in found["losses"]],
+        "tflop_per_step": round(flop / 1e12, 1),
+        "share_of_matrix_rate": share,
+        **{name: found.get(name) for name in PEAKS},
+    }
+
+
+def median_step(step_seconds: list[float]) -> float:
+    """Without the first step, which compiles kernels and fills pools."""
+    return statistics.median(step_seconds[1:] or step_seconds)
+
+
+def step_flop(size: str, length: int, group: int | None) -> float:
+    """FLOP of a step that recomputes every layer once: 6 T W + 4 T h V + 16 L h P.
+
+    T tokens. W = L (4 h² + 3 h m): the weights of the linear layers of L layers of width h with MLPs of width m, used
+    forward, recomputed, and backward to activations (they are frozen). h V: lm_head, not recomputed. P: the (query,
+    key) pairs that a head looks at, in two products forward, two recomputed and four backward: T (T + 1) / 2 with full
+    attention; in groups of g, T (g + 1) / 2 - g² / 8, the mean of heads whose groups are moved and of the others.
+    LoRA's own products (3 % for 7B) are left out. A run that recomputes less is credited as if it had not: its share
+    of the matrix rate says how near it is to its arithmetic at that rate, and may exceed 1.
+    """
+    hidden, mlp, layers, _ = SHAPES[size]
+    pairs = length * (length + 1) / 2 if group is None else length * (group + 1) / 2 - group**2 / 8
+    weights = layers * (4 * hidden**2 + 3 * hidden * mlp)
+    return 6 * length * weights + 4 * length * hidden * VOCABULARY + 16 * layers * hidden * pairs
+
+
+def describe_card() -> dict:
+    """Name, and the bf16 rate of one of the 7B's matrix products in TFLOP/s (8192 tokens, MLP up)."""
+    if not torch.cuda.is_available():
+        return {"hardware": platform.processor() or platform.machine(), "matrix_tflops": None}
+    left = torch.randn(8192, 4096, device="cuda", dtype=torch.bfloat16)
+    right = torch.randn(4096, 11008, device="cuda", dtype=torch.bfloat16)
+    milliseconds = []
+    for _ in range(50):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        left @ right
+        end.record()
+        torch.cuda.synchronize()
+        milliseconds.append(start.elapsed_time(end))
+    tflops = 2 * 8192 * 4096 * 11008 / statistics.median(milliseconds[10:]) / 1e9
+    return {"hardware": torch.cuda.get_device_name(), "matrix_tflops": round(tflops, 1)}
+
+
+def versions() -> dict[str, str]:
+    found = library_versions()
+    for name in ("unsloth", "liger-kernel"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def commit() -> str | None:
+    """None where there is no git, as in an archive of the files."""
+    try:
+        words = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+        return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def read_results(file: Path, resume: bool) -> dict:
+    if not file.exists():
+        return {"rows": []}
+    if not resume:
+        raise UserError(f"--output_json: {file} exists; --resume adds to it, or name another file")
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def write_json(file: Path, results: dict) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    new = file.with_name(f".{file.name}.part")
+    new.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    new.rename(file)
+
+
+if __name__ == "__main__":
+    main()
+
+
+def failure(log: str, status: int | None, limit_s: float) -> str:
+    """What went wrong, in one line."""
+    if status is None:
+        return f"not done after {limit_s:g} s"
+    errors = [" ".join(error.split())[:300] for error in ERROR.findall(log)]
+    out_of_memory = [error for error in errors if "out of memory" in error.lower()]
+    return [*out_of_memory[:1], *errors[-1:], f"ended with status {status}"][0]
