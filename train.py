@@ -12,32 +12,26 @@ import sys
 from transformers import PretrainedConfig, TrainingArguments, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from component.adapter import add_adapter
-from component.attention.shift_short import (
-    describe_kernels,
-    has_plain_attention,
-    limit_kernels,
-    use_shift_short_attention,
-)
-from component.checkpoint import claim_output, library_versions
+from component.adapter import add_adapter, check_targets_early
+from component.attention.interface import has_plain_attention, use_shift_short_attention
+from component.attention.shift_short import limit_kernels
+from component.checkpoint import claim_output
+from component.cli import exit_on_user_error
 from component.data.collator import RightPadCollator
 from component.data.dataset import load_samples
-from component.error import exit_on_user_error
-from component.memory.apply import (
-    explaining_out_of_memory,
-    liger_runs,
-    limit_memory,
-    peak_memory,
-    room,
-    use_memory_plan,
-)
+from component.memory.apply import liger_runs, use_memory_plan
+from component.memory.budget import explaining_out_of_memory, limit_memory, peak_memory, room
 from component.memory.plan import choose, describe_estimate
 from component.memory.workload import workload
-from component.model import any_pad_id, check_targets_early, compute_dtype, load_base, load_config, load_tokenizer
-from component.rope import extend_context, original_context, own_rope_type
+from component.model import compute_dtype, load_base, load_config
+from component.rope import extend_context, own_rope_type
+from component.storage.result import library_versions
+from component.tokenizer import any_pad_id, load_tokenizer
 from component.train.argument import LongQLoRAArguments, parse_arguments
-from component.train.summary import describe_attention, describe_optimizer, describe_trainable, summary, zero_settings
-from component.train.trainer import FullAttentionCallback, LongQLoRATrainer, stand_alone_environment
+from component.train.callback import FullAttentionCallback
+from component.train.summary import plan, summary
+from component.train.trainer import LongQLoRATrainer
+from component.train.zero import stand_alone_environment, zero_settings
 
 
 @exit_on_user_error
@@ -146,26 +140,6 @@ def load_data(args: LongQLoRAArguments, training_args: TrainingArguments, tokeni
                 sets[field], report = load_samples(source, tokenizer, field=field, **args.data, **how)
                 lines[field] = str(report)
     return sets["train_file"], sets.get("eval_file"), lines
-
-
-def plan(args: LongQLoRAArguments, training_args: TrainingArguments, trainer: LongQLoRATrainer, extended, factor):
-    """What is about to happen, name and text."""
-    dtype = compute_dtype(training_args.fp16, training_args.bf16)
-    rows = training_args.train_batch_size * training_args.gradient_accumulation_steps * training_args.world_size
-    optimizer = describe_optimizer(training_args.optim.value, training_args.deepspeed, training_args.max_grad_norm)
-    rope = extended.rope_parameters.get("rope_type", "default")
-    return {
-        "model": args.model_name_or_path,
-        "context": f"{original_context(extended)} -> {args.model_max_length} tokens ({rope} x {factor:g})",
-        "attention": describe_attention(args),
-        "kernel": describe_kernels(training_args.device, dtype),
-        "base": f"{'NF4, double quantisation' if args.load_in_4bit else dtype}, computing in {dtype}",
-        "trains": describe_trainable(trainer.model),
-        "weights": f"{trainer.model.get_memory_footprint() / 2**30:.2f} GiB on {training_args.device}",
-        "optimizer": optimizer,
-        "step": f"{rows} samples, at most {rows * args.max_seq_length:,} tokens",
-        "output": training_args.output_dir,
-    }
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ adapters on *all* linear layers to match full fine-tuning. Embeddings and norms 
 `modules_to_save`), as LongLoRA (2309.12307, section 3.3) does for low ranks.
 """
 
-import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,19 +16,17 @@ from huggingface_hub import hf_hub_download
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils import set_peft_model_state_dict
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from component.error import UserError, first_line, nearest
+from component.model import without_weights
 from component.storage.tensor_reader import Stored, read_weights
 
 Weight = TypeVar("Weight", torch.Tensor, Stored)
 LEGACY_EXTRAS = "trainable_params.bin"  # LongLoRA's file of trained embeddings and norms, beside the LoRA weights
-
-
-def without_weights(config: PretrainedConfig) -> PreTrainedModel:
-    """The model of `config` on the meta device, whole under ZeRO-3 too: `from_config` would partition it."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM._model_mapping[type(config)](copy.deepcopy(config))
 
 
 def linear_names(model: PreTrainedModel) -> list[str]:
@@ -253,3 +250,9 @@ def trainable_counts(model: nn.Module) -> dict[str, int]:
             kind = "LoRA" if ".lora_" in name else "norms" if "norm" in name else "embeddings"
             counts[kind] += getattr(parameter, "ds_numel", parameter.numel())
     return {kind: count for kind, count in counts.items() if count}
+
+
+def check_targets_early(config: PretrainedConfig, target_names: list[str] | None) -> None:
+    """Refuse a target that is no linear layer of the model, before any weight is loaded."""
+    if target_names is not None:
+        check_targets(without_weights(config), target_names)

@@ -6,7 +6,6 @@ last and lists every file with its size, so a folder that was cut off while bein
 """
 
 import contextlib
-import importlib.metadata
 import json
 import os
 import re
@@ -23,17 +22,6 @@ from component.storage.atomic import open_to_readers
 
 RECORD_FILE = "longqlora.json"
 OUTPUT_ROOT = Path(__file__).resolve().parents[1] / "output"  # where the shipped YAMLs train to
-
-
-def library_versions() -> dict[str, str]:
-    names = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed", "accelerate")
-    return {name: importlib.metadata.version(name) for name in names if _is_installed(name)}
-
-
-def _is_installed(name: str) -> bool:
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return bool(importlib.metadata.version(name))
-    return False
 
 
 def write_adapter(

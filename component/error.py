@@ -5,10 +5,7 @@ defect of ours and keeps its traceback.
 """
 
 import difflib
-import functools
-import os
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
@@ -27,18 +24,3 @@ def first_line(error: BaseException) -> str:
     if "trust_remote_code" in str(error):
         return "it brings code of its own, which is never run here"
     return lines[0]
-
-
-def exit_on_user_error(main: Callable[[], None]) -> Callable[[], None]:
-    """Let a program end with status 1 and the message alone when its user made a mistake."""
-
-    @functools.wraps(main)
-    def wrapper() -> None:
-        try:
-            main()
-        except UserError as error:
-            if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # one message, not one per GPU
-                print(f"error: {error}", file=sys.stderr, flush=True)
-            sys.exit(1)
-
-    return wrapper

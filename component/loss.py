@@ -4,13 +4,15 @@
 computed right after its loss, while its logits are there, and what is left of it is the gradient of the hidden states.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from component.data.chat_template import IGNORE_INDEX
+from component.data import IGNORE_INDEX
 
 TOKENS_PER_CHUNK = 1024
 
@@ -124,3 +126,42 @@ def _chunk(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 def _inner(module: nn.Module) -> nn.Module:
     """The module that trains inside PEFT's wrapper of a fully trained one."""
     return module.modules_to_save[module.active_adapters[0]] if hasattr(module, "modules_to_save") else module
+
+
+@torch.no_grad()
+def next_token_losses(
+    model: PreTrainedModel, input_ids: Tensor, chunk: int = TOKENS_PER_CHUNK, **inputs: Tensor
+) -> Tensor:
+    """Loss in nats of each token but the first, given those before it; logits exist for `chunk` tokens at a time.
+
+    Args:
+        model: a causal language model, PEFT's wrapper around it or not.
+        input_ids: (B, T), T at least 2.
+        inputs: attention_mask or position_ids, (B, T); the losses of padding mean nothing.
+
+    Returns:
+        (B, T - 1) in fp32; entry t is the loss of token t + 1.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    hidden = base.get_decoder()(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
+    losses = [
+        F.cross_entropy(_logits(base, part).transpose(1, 2), target, reduction="none")
+        for part, target in zip(hidden[:, :-1].split(chunk, 1), input_ids[:, 1:].split(chunk, 1), strict=True)
+    ]
+    return torch.cat(losses, dim=1)
+
+
+def chunked_logits(model: PreTrainedModel, input_ids: Tensor, chunk: int = TOKENS_PER_CHUNK) -> Iterator[Tensor]:
+    """(B, T, V) in fp32 as parts (B, `chunk`, V), each to be forgotten before the next is made."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    hidden = base.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+    yield from (_logits(base, part) for part in hidden.split(chunk, 1))
+
+
+def _logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """(B, T, V) in fp32 from (B, T, hidden size), scaled and capped as some Llama relatives do."""
+    config = model.config
+    scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)  # Cohere; Granite
+    logits = model.get_output_embeddings()(hidden).float().mul_(scale)
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+    return logits if cap is None else cap * torch.tanh(logits / cap)

@@ -13,19 +13,13 @@ All: batch 1, one step per sequence, rank 64 on all linears, NF4 with double qua
 """
 
 import argparse
-import contextlib
 import json
-import multiprocessing
-import os
 import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from datetime import date
 from pathlib import Path
@@ -33,24 +27,16 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-
 import torch
 import yaml
 
-from component.error import UserError, exit_on_user_error, nearest
+from component.cli import exit_on_user_error
+from component.error import UserError, nearest
 from script.performance.peers import PEERS
-from script.performance.real_shape import SHAPES, make_model
-from script.performance.report import (
-    commit,
-    describe_card,
-    failure,
-    read_results,
-    speed,
-    step_flop,
-    table,
-    versions,
-    write_json,
-)
+from script.performance.report import commit, failure, read_results, speed, step_flop, table, versions, write_json
+from script.shared.card import describe_card
+from script.shared.program import in_a_process, run
+from script.shared.random_llama import SHAPES, make_model
 from script.shared.stdlib import default_library, split_library
 
 RECIPE = {
@@ -253,40 +239,10 @@ def command_of(row: Row, model: Path, data: Path, output: Path) -> tuple[dict, l
     return settings, [*launcher, "train.py", "--train_args_file", str(file)]
 
 
-def run(command: list[str], log: Path, limit_s: float, cwd: Path) -> int | None:
-    """The command's status, None if it was ended after `limit_s` seconds; what it prints goes to `log`."""
-    path = f"{os.environ['PATH']}{os.pathsep}{Path(sys.executable).parent}"  # where pip puts deepspeed and ninja
-    environment = {"HF_HUB_OFFLINE": "1", **os.environ, "PATH": path}
-    executable = shutil.which(command[0], path=path) or command[0]
-    with log.open("w", encoding="utf-8") as file:
-        process = subprocess.Popen(
-            [executable, *command[1:]],
-            cwd=cwd,
-            env=environment,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # DeepSpeed's launcher has children, which are ended with it
-        )
-        try:
-            return process.wait(limit_s)
-        except subprocess.TimeoutExpired:
-            return None
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
 def read_ours(output: Path) -> dict:
     metrics = json.loads((output / "train_results.json").read_text(encoding="utf-8"))
     history = json.loads((output / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     return metrics | {"losses": [entry["loss"] for entry in history if "loss" in entry]}
-
-
-def in_a_process(function: Callable, *arguments):
-    """`function`'s result. This process itself never touches the GPU: its own part of it would be measured too."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
 
 
 def key(found: dict) -> dict:

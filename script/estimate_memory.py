@@ -12,13 +12,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from component.error import UserError, exit_on_user_error
-from component.memory.apply import CONTEXT_GIB, LIBRARIES_GIB, USABLE
+from component.adapter import check_targets_early
+from component.cli import exit_on_user_error
+from component.error import UserError
+from component.memory.budget import CONTEXT_GIB, LIBRARIES_GIB, USABLE
 from component.memory.plan import choose, estimate, leanest, next_lever
 from component.memory.workload import GIB, Workload, paged_bytes, workload
-from component.model import check_targets_early, load_config
-from component.train.summary import zero_settings
+from component.model import load_config
 from component.train.validation import BOUNDS
+from component.train.zero import zero_settings
 
 STEP = 1024  # tokens between the lengths that are tried
 

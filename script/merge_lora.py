@@ -21,17 +21,19 @@ import torch
 from transformers import PretrainedConfig
 
 from component.checkpoint import merged_folder, newest_run, read_record, write_record
+from component.cli import exit_on_user_error
 from component.data.token_file import read_tokens
-from component.error import UserError, exit_on_user_error
-from component.evaluate.perplexity import check_measure, longlora_windows
+from component.error import UserError
+from component.evaluate.perplexity import check_measure, longlora_windows, measure_all
 from component.evaluate.table import comparison
-from component.merge.check import CHECKS, check_merged, lengths_to_check, measure_all
+from component.loading import load_model, locate, stretched_config
+from component.merge.check import CHECKS, check_merged, lengths_to_check
 from component.merge.plan import BASES, plan_merge
-from component.merge.write import save_tokenizer, write_merged, written_beside
-from component.model import load_model, load_tokenizer, locate, stretched_config
+from component.merge.write import write_merged, written_beside
 from component.rope import context_length
 from component.storage.atomic import atomic_folder, check_target
 from component.storage.tensor_writer import shard_bytes
+from component.tokenizer import load_tokenizer, save_tokenizer
 
 
 def parse_flags() -> argparse.Namespace:

@@ -26,8 +26,9 @@ from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalL
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from component.adapter import add_adapter
-from component.checkpoint import library_versions, write_adapter, write_record
+from component.checkpoint import write_adapter, write_record
 from component.rope import extend_context
+from component.storage.result import library_versions
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog, and the dog does not mind at all.",

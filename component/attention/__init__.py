@@ -1,10 +1,6 @@
-"""Shift short attention: see shift_short.py, segment.py, kernel.py."""
+"""Shift short attention: see interface.py, shift_short.py, segment.py, kernel.py."""
 
-from component.attention.shift_short import (
-    has_plain_attention,
-    shift_short_attention,
-    use_full_attention,
-    use_shift_short_attention,
-)
+from component.attention.interface import has_plain_attention, use_full_attention, use_shift_short_attention
+from component.attention.shift_short import shift_short_attention
 
 __all__ = ["has_plain_attention", "shift_short_attention", "use_full_attention", "use_shift_short_attention"]

@@ -7,13 +7,16 @@ Shapes: B rows, T tokens, H query heads, Hkv key/value heads, D head size.
 """
 
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from component.attention import kernel
+from component.attention.kernel import describe_kernels as describe_kernels
+from component.attention.kernel import limit_kernels as limit_kernels
 
 # One call of the variable-length kernel in place of more runs than this, if they are shorter than that on average:
 # launches, and kernels too small for the GPU, would take longer than computing
@@ -122,3 +125,15 @@ def _backward(run: Run, inputs, grads, grad_out, out, residue: kernel.Residue, s
     shares_kv = run.heads.start > 0 and run.kv_heads.start == 0  # with earlier heads, whose runs have been here
     for grad, part in ((key, parts[1]), (value, parts[2])):
         grad.add_(part) if shares_kv else grad.copy_(part)
+
+
+def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float | None, dropout: float) -> Tensor:
+    """Causal attention by SDPA, (b, h, t, D): grouped heads without repeating keys and values where it can."""
+    attend = F.scaled_dot_product_attention
+    options: dict[str, Any] = {"is_causal": True, "scale": scale, "dropout_p": dropout}
+    per_kv = query.shape[1] // key.shape[1]
+    if per_kv == 1 or kernel.choose(query, key, value) != kernel.EFFICIENT:
+        return attend(query, key, value, enable_gqa=per_kv > 1, **options)
+    # The memory-efficient kernel knows no grouped heads: one call for each member of a group
+    members = query.unflatten(1, (key.shape[1], per_kv)).unbind(2)
+    return torch.stack([attend(member, key, value, **options) for member in members], dim=2).flatten(1, 2)

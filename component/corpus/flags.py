@@ -6,12 +6,11 @@ from collections.abc import Iterable
 from datetime import date
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from component.corpus.length import versions
-from component.data.token_file import describe_tokenizer
-from component.error import UserError, first_line
-from component.storage.result import command
+from component.error import UserError
+from component.storage.result import command, versions
+from component.tokenizer import describe_tokenizer
 
 
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
@@ -49,24 +48,6 @@ def journal_path(output: Path) -> Path:
 def side_file(output: Path, suffix: str) -> Path:
     """FILE.stats.json and the like, beside FILE.jsonl."""
     return output.with_name(output.name.removesuffix(output.suffix) + suffix)
-
-
-def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """
-    Raises:
-        UserError: no tokenizer there, or one without an end-of-sequence token.
-    """
-    try:
-        # texts longer than any model are counted here: no warning about that
-        tokenizer = AutoTokenizer.from_pretrained(name, model_max_length=10**9, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise UserError(
-            f"--tokenizer: {name!r} holds no usable tokenizer ({first_line(error)}); name the folder or the hub id of "
-            "the model that is to be trained"
-        ) from error
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"--tokenizer: {name!r} has no end-of-sequence token; give it one in tokenizer_config.json")
-    return tokenizer
 
 
 def origin(flags: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> dict:

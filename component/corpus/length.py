@@ -1,8 +1,6 @@
 """How long are the texts? Figures for programs (JSON) and one for people (PNG)."""
 
-import importlib.metadata
 import math
-import platform
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +10,6 @@ from component.storage.result import save_figure
 PERCENTILES = (1, 5, 10, 25, 50, 75, 90, 95, 99)
 BINS = 40
 BLUE, DARK = "#0072b2", "#d55e00"
-LIBRARIES = ("transformers", "tokenizers", "pyarrow", "zstandard", "numpy", "matplotlib")
 
 
 def describe_lengths(tokens: list[int] | np.ndarray) -> dict:
@@ -89,7 +86,3 @@ def draw_lengths(lengths_of: dict[str, dict], file: Path, title: str) -> None:
 
 def lengths_span(lengths_of: dict[str, dict]) -> tuple[int, int]:
     return min(each["min"] for each in lengths_of.values()), max(each["max"] for each in lengths_of.values())
-
-
-def versions() -> dict[str, str]:
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in LIBRARIES}

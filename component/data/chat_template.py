@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from component.data import IGNORE_INDEX
 from component.error import UserError, first_line
 
 TEMPLATES = ("vicuna", "tokenizer")
@@ -16,7 +17,6 @@ SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-IGNORE_INDEX = -100  # torch's cross-entropy leaves out labels of this value
 ROLES = {"system": "system", "user": "user", "human": "user"} | dict.fromkeys(
     ("assistant", "gpt", "bot", "chatgpt", "model"), "assistant"
 )

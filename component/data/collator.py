@@ -7,7 +7,7 @@ A pad token is told from a real one by where it stands, not by its value: where 
 import torch
 from torch import Tensor
 
-from component.data.chat_template import IGNORE_INDEX
+from component.data import IGNORE_INDEX
 
 
 class RightPadCollator:

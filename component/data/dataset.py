@@ -20,25 +20,12 @@ from torch.utils.data import get_worker_info
 from transformers import PreTrainedTokenizerBase
 
 from component.data.chat_template import check_template
+from component.data.document import SampleOptions, check_source, open_tokens
 from component.data.packing import PackedRows
-from component.data.sample import (
-    CUT,
-    DROPPED,
-    EMPTY,
-    PIECE,
-    SPLIT,
-    TOO_LONG,
-    SampleOptions,
-    generate_samples,
-    generate_stream,
-    open_tokens,
-    read_usable,
-)
-from component.data.source import RecordTally, resolve_files
-from component.data.token_file import index_path
+from component.data.sample import CUT, DROPPED, EMPTY, PIECE, SPLIT, TOO_LONG, generate_samples, generate_stream
+from component.data.source import resolve_files
 from component.error import UserError
 
-SAMPLE_FORMAT = 2  # raise it with every change of what a line becomes
 FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), "fate": Value("uint8")})
 SHUFFLED_SAMPLES = 256  # of a stream: one in so many is drawn next
 
@@ -172,35 +159,3 @@ def tokenise(
     counts = tuple(np.bincount(fates, minlength=6).tolist())
     report = DataReport(files, lines, len(dataset), int(lengths.sum()), counts, bad)
     return dataset.remove_columns("fate"), lengths, report
-
-
-def check_source(
-    source: str, tokenizer: PreTrainedTokenizerBase, options: SampleOptions, field: str
-) -> tuple[list[tuple], int, str]:
-    """(file, its and its index's state, format) of each; lines or documents; what is wrong with some, if not too many.
-
-    Only a file of tokens has an index, which says where its documents start.
-    """
-    tally = RecordTally()
-    if source.endswith(".bin"):
-        files = [Path(source)]
-        tally.total = len(open_tokens(source, tokenizer, options, field)[1])
-    else:
-        files = resolve_files(source, field)
-        for file in files:
-            for _ in tally.good(file, read_usable(file, options)):
-                pass
-    try:
-        bad = tally.refuse_if_too_many(options.max_bad_fraction)
-    except UserError as error:
-        # the commonest reason: the other kind of file
-        need = 'sft: false takes lines of {"text"}, sft: true of {"input", "output"} or {"messages"}, JSON objects all'
-        raise UserError(f"{field}: {error}\n{need}") from error
-    # what is kept is keyed by these: neither a changed file nor changed code may be served yesterday's tokens
-    stamps = [(str(file), *_state(file), *_state(index_path(file)), SAMPLE_FORMAT) for file in files]
-    return stamps, tally.total, bad
-
-
-def _state(file: Path) -> tuple[int, int]:
-    """Size and time of a file, zeros if there is none."""
-    return (file.stat().st_size, file.stat().st_mtime_ns) if file.is_file() else (0, 0)

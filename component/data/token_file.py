@@ -4,7 +4,6 @@
 there is one, says where each document starts, which tokenizer made the ids, and what stands around documents.
 """
 
-import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
@@ -15,6 +14,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from component.error import UserError, first_line
+from component.tokenizer import describe_tokenizer, tokenizer_hash
 
 INDEX_FORMAT = 1  # raise it with every change of what the index means
 BOS, EOS = ("each", "first", "none"), ("each", "none")
@@ -116,30 +116,6 @@ def _check_shape(index: TokenIndex) -> None:
         raise ValueError("offsets that go back, or beyond the last token")
     if not isinstance(index.tokenizer["sha256"], str):
         raise TypeError("tokenizer without a sha256")
-
-
-def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 over what decides the ids of a text: two tokenizers of one hash give the same ids.
-
-    Padding, truncation, decoding and what is put around a text are left out: they change while a tokenizer is in
-    use, and a file of tokens says itself what stands around its documents.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        decides: dict = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab()}
-    else:
-        # written "always" and read back as "first" by transformers' LlamaTokenizer; texts get the same ids by both,
-        # but for those with a special token in the middle
-        decides = json.loads(backend.to_str().replace('"prepend_scheme":"always"', '"prepend_scheme":"first"'))
-        for key in ("padding", "truncation", "decoder", "post_processor"):
-            decides.pop(key, None)
-    specials = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
-    canonical = json.dumps({**decides, "specials": specials}, sort_keys=True, ensure_ascii=True)
-    return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def describe_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> dict:
-    return {"name": name, "vocab_size": len(tokenizer), "sha256": tokenizer_hash(tokenizer)}
 
 
 def check_tokenizer(index: TokenIndex, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:

@@ -4,21 +4,19 @@ A contender is `NAME=MODEL[:ADAPTER][@TOKENS]`: a model, an adapter around it, a
 adapter folder may stand alone in MODEL's place: it knows its base.
 """
 
-import gc
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from component.data.token_file import check_tokenizer, read_index
 from component.error import UserError
-from component.model import load_model, load_tokenizer, locate, stretched_config
+from component.loading import load_model, locate, stretched_config
 from component.rope import context_length, rope_factor
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+from component.tokenizer import tokenizer_in
 
 
 @dataclass(frozen=True)
@@ -82,18 +80,6 @@ def check_contender(contender: Contender, data_path: str) -> str:
     return "the file's"
 
 
-def tokenizer_in(model_name_or_path: str) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a model; None for a folder that has none at all.
-
-    Raises:
-        UserError: a tokenizer that cannot be used.
-    """
-    folder = Path(model_name_or_path)
-    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        return None
-    return load_tokenizer(model_name_or_path)
-
-
 def load_contender(contender: Contender, *, load_in_4bit: bool, dtype: torch.dtype | None) -> PreTrainedModel:
     return load_model(
         contender.base_model,
@@ -117,10 +103,3 @@ def describe_model(model: PreTrainedModel, load_in_4bit: bool) -> dict[str, Any]
         "rope_factor": rope_factor(model.config),
         "context_tokens": context_length(model.config),
     }
-
-
-def free_memory() -> None:
-    """Give back what a model held that nobody names any more: the next one wants the room."""
-    gc.collect()  # modules and their hooks refer to each other
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

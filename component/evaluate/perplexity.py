@@ -22,7 +22,7 @@ component/evaluate/aggregate.py.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,7 +41,8 @@ from component.evaluate.aggregate import (
     perplexity_of,
     sum_window,
 )
-from component.memory.apply import next_token_losses
+from component.loading import default_device, free_memory, inference_dtype
+from component.loss import next_token_losses
 
 PROTOCOLS = ("longlora", "sliding")
 
@@ -210,3 +211,17 @@ def _cost(begin: float, read: int) -> tuple[float, float, float | None, float | 
     peaks = gathered([(torch.cuda.max_memory_allocated() / 2**30, torch.cuda.max_memory_reserved() / 2**30)])
     allocated, reserved = (max(values) for values in zip(*peaks, strict=True))
     return seconds, read / seconds, allocated, reserved
+
+
+def measure_all(
+    loaders: Mapping[str, Callable[..., PreTrainedModel]], tokens, seq_len: int
+) -> dict[str, list[Perplexity]]:
+    """Perplexity of several models, one in memory at a time."""
+    device = default_device()
+    results = {}
+    for name, load in loaders.items():
+        model = load(dtype=inference_dtype(device), device=device)
+        results[name] = [measure_perplexity(model, tokens, seq_len=seq_len, stride=seq_len, position_buckets=0)]
+        del model
+        free_memory()
+    return results

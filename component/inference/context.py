@@ -1,5 +1,16 @@
 """Which part of a prompt is kept when it is longer than the model's context?"""
 
+import argparse
+import sys
+
+from transformers import (
+    PreTrainedModel,
+)
+
+from component.error import UserError
+from component.inference.kv_cache import PromptCache
+from component.rope import context_length
+
 TRUNCATIONS = ("middle", "left")
 
 
@@ -22,3 +33,31 @@ def fit_prompt(
     opening = min(opening, limit)
     first = max(opening, limit // 2) if truncate == "middle" else opening
     return prompt_ids[:first] + prompt_ids[first + excess :], excess
+
+
+def fitted(model: PreTrainedModel, prompt_ids: list[int], flags: argparse.Namespace, opening: int = 1) -> list[int]:
+    """A prompt cut as `--truncate` says, if it must be; the user is told how much has gone."""
+    context = context_length(model.config)
+    kept, cut = fit_prompt(prompt_ids, context, flags.max_new_tokens, flags.truncate, opening)
+    if cut:
+        where = "from the middle of" if flags.truncate == "middle" else "from the start of"
+        print(f"{cut} tokens cut {where} a prompt of {len(prompt_ids)}", file=sys.stderr, flush=True)
+    return kept
+
+
+def _room(model: PreTrainedModel, prompt_ids: list[int]) -> int:
+    context = context_length(model.config)
+    if len(prompt_ids) >= context:
+        raise UserError(
+            f"the prompt has {len(prompt_ids)} tokens, the model's context {context}; shorten the prompt, cut it with "
+            "--truncate middle or left, or use a model that was extended further"
+        )
+    return context - len(prompt_ids)
+
+
+def describe_context(model: PreTrainedModel, used: int, cache: PromptCache | None = None) -> str:
+    context = context_length(model.config)
+    text = f"{used} of {context} tokens of context used ({used / context:.0%})"
+    if cache is not None:
+        text += f", {cache.implementation} cache {cache.bytes_held / 2**20:.1f} MiB"
+    return text

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from component.error import UserError
-from component.inference.context import fit_prompt
+from component.inference.context import describe_context, fit_prompt
 from component.inference.conversation import Conversation
 from component.inference.flags import check_sampling
-from component.inference.generate import continue_text, describe_context, recorded_template
+from component.inference.generate import continue_text
 from component.inference.kv_cache import PromptCache
+from component.loading import recorded_template
 from component.rope import context_length
 
 

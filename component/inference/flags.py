@@ -2,13 +2,26 @@
 
 import argparse
 import importlib.util
+import io
+import logging
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
 
+from component.checkpoint import RECORD_FILE, merged_folder, newest_run
+from component.cli import boolean
 from component.error import UserError
 from component.inference.context import TRUNCATIONS
-from component.inference.kv_cache import CACHES
+from component.inference.kv_cache import CACHES, check_cache
+from component.loading import load_for_inference
 
 # kernels of attention, and the package that each needs
 ATTENTIONS = {
@@ -17,13 +30,6 @@ ATTENTIONS = {
     "flash_attention_2": "flash_attn",
     "flash_attention_3": "flash_attn_interface",
 }
-
-
-def boolean(text: str) -> bool:
-    """For flags that take `True` and `False`, as the original's evaluation does, and also stand alone."""
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return text.lower() == "true"
 
 
 def generation_parser(description: str | None) -> argparse.ArgumentParser:
@@ -78,3 +84,35 @@ def check_attention(implementation: str | None) -> None:
     lack = lack or (f"no package {package}" if importlib.util.find_spec(package) is None else None)
     if lack:
         raise UserError(f"--attn_implementation: {implementation}, but there is {lack} here; use sdpa")
+
+
+def load_from_flags(flags: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model that the flags name, or the newest finished run: merged if it has been, else base and adapter."""
+    check_sampling(flags)
+    check_attention(flags.attn_implementation)
+    check_cache(flags.cache_implementation)
+    model_path, adapter = flags.model_name_or_path, flags.adapter_name_or_path
+    if model_path is None and adapter is None:
+        run = newest_run()
+        merged = merged_folder(run)
+        model_path, adapter = (str(merged), None) if _is_merged(run, merged) else (None, str(run))
+    print(f"model: {model_path or 'the base of'} {adapter or ''}".rstrip(), file=sys.stderr, flush=True)
+    logging.getLogger("transformers").setLevel(logging.ERROR)  # it warns of positions beyond the unstretched length
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="strict")  # under LANG=C broken bytes would pass, and end in the tokenizer
+    set_seed(flags.seed)
+    model, tokenizer = load_for_inference(
+        model_path, adapter, context_size=flags.context_size, load_in_4bit=flags.load_in_4bit
+    )
+    if flags.attn_implementation:
+        plain = model.get_base_model() if isinstance(model, PeftModel) else model
+        plain.set_attn_implementation(flags.attn_implementation)
+    return model, tokenizer
+
+
+def _is_merged(run: Path, merged: Path) -> bool:
+    """Whether `merged` was made from `run` as it is now, not from an earlier training under the same name."""
+    record = merged / RECORD_FILE
+    if not record.is_file():
+        return merged.is_dir()
+    return record.stat().st_mtime >= (run / RECORD_FILE).stat().st_mtime

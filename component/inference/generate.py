@@ -1,15 +1,10 @@
 """How is text continued? The choice of model, and one streamed generation, shared by inference, chat and web."""
 
 import argparse
-import io
-import logging
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import (
     GenerationConfig,
     PreTrainedModel,
@@ -17,54 +12,10 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
     TextStreamer,
-    set_seed,
 )
 
-from component.checkpoint import RECORD_FILE, merged_folder, newest_run, read_record
-from component.error import UserError
-from component.inference.context import fit_prompt
-from component.inference.flags import check_attention, check_sampling
-from component.inference.kv_cache import PromptCache, check_cache
-from component.model import load_for_inference
-from component.rope import context_length
-
-
-def load_from_flags(flags: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model that the flags name, or the newest finished run: merged if it has been, else base and adapter."""
-    check_sampling(flags)
-    check_attention(flags.attn_implementation)
-    check_cache(flags.cache_implementation)
-    model_path, adapter = flags.model_name_or_path, flags.adapter_name_or_path
-    if model_path is None and adapter is None:
-        run = newest_run()
-        merged = merged_folder(run)
-        model_path, adapter = (str(merged), None) if _is_merged(run, merged) else (None, str(run))
-    print(f"model: {model_path or 'the base of'} {adapter or ''}".rstrip(), file=sys.stderr, flush=True)
-    logging.getLogger("transformers").setLevel(logging.ERROR)  # it warns of positions beyond the unstretched length
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="strict")  # under LANG=C broken bytes would pass, and end in the tokenizer
-    set_seed(flags.seed)
-    model, tokenizer = load_for_inference(
-        model_path, adapter, context_size=flags.context_size, load_in_4bit=flags.load_in_4bit
-    )
-    if flags.attn_implementation:
-        plain = model.get_base_model() if isinstance(model, PeftModel) else model
-        plain.set_attn_implementation(flags.attn_implementation)
-    return model, tokenizer
-
-
-def recorded_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """How the model was taught to chat: as the record beside its tokenizer says; Vicuna's way where there is none."""
-    record = read_record(tokenizer.name_or_path) or {}
-    return record.get("template") or "vicuna"
-
-
-def _is_merged(run: Path, merged: Path) -> bool:
-    """Whether `merged` was made from `run` as it is now, not from an earlier training under the same name."""
-    record = merged / RECORD_FILE
-    if not record.is_file():
-        return merged.is_dir()
-    return record.stat().st_mtime >= (run / RECORD_FILE).stat().st_mtime
+from component.inference.context import _room
+from component.inference.kv_cache import PromptCache
 
 
 class Stopped(KeyboardInterrupt):
@@ -161,26 +112,6 @@ def stream_continuation(
     return text
 
 
-def fitted(model: PreTrainedModel, prompt_ids: list[int], flags: argparse.Namespace, opening: int = 1) -> list[int]:
-    """A prompt cut as `--truncate` says, if it must be; the user is told how much has gone."""
-    context = context_length(model.config)
-    kept, cut = fit_prompt(prompt_ids, context, flags.max_new_tokens, flags.truncate, opening)
-    if cut:
-        where = "from the middle of" if flags.truncate == "middle" else "from the start of"
-        print(f"{cut} tokens cut {where} a prompt of {len(prompt_ids)}", file=sys.stderr, flush=True)
-    return kept
-
-
-def _room(model: PreTrainedModel, prompt_ids: list[int]) -> int:
-    context = context_length(model.config)
-    if len(prompt_ids) >= context:
-        raise UserError(
-            f"the prompt has {len(prompt_ids)} tokens, the model's context {context}; shorten the prompt, cut it with "
-            "--truncate middle or left, or use a model that was extended further"
-        )
-    return context - len(prompt_ids)
-
-
 def _generation_config(
     tokenizer: PreTrainedTokenizerBase, flags: argparse.Namespace, max_new_tokens: int
 ) -> GenerationConfig:
@@ -221,11 +152,3 @@ def greedy_continuation(
     input_ids = torch.tensor([prompt_ids], device=model.get_input_embeddings().weight.device)
     output = model.generate(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), generation_config=config)
     return output[0, len(prompt_ids) :].tolist()
-
-
-def describe_context(model: PreTrainedModel, used: int, cache: PromptCache | None = None) -> str:
-    context = context_length(model.config)
-    text = f"{used} of {context} tokens of context used ({used / context:.0%})"
-    if cache is not None:
-        text += f", {cache.implementation} cache {cache.bytes_held / 2**20:.1f} MiB"
-    return text

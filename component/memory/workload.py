@@ -11,7 +11,8 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig
 
-from component.adapter import full_copies, linear_names, target_layers, without_weights
+from component.adapter import full_copies, linear_names, target_layers
+from component.model import without_weights
 
 GIB = 2**30
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # of a weight: its value, its share of a block's scale, and of that's scale

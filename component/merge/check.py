@@ -6,7 +6,7 @@ in fp16 and 2^-8 in bf16, where the adapter on its base keeps the two apart.
 
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import psutil
@@ -14,11 +14,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from component.error import UserError
-from component.evaluate.model_spec import free_memory
-from component.evaluate.perplexity import Perplexity, measure_perplexity
-from component.memory.apply import chunked_logits
+from component.loading import default_device, free_memory, inference_dtype
+from component.loss import chunked_logits
 from component.merge.plan import MergePlan
-from component.model import default_device, inference_dtype
 from component.rope import context_length
 
 CHECKS = ("auto", "yes", "no", "only")
@@ -159,17 +157,3 @@ def check_merged(
                 "and if that is no nearer, merge with PEFT itself and tell us"
             )
     return found
-
-
-def measure_all(
-    loaders: Mapping[str, Callable[..., PreTrainedModel]], tokens, seq_len: int
-) -> dict[str, list[Perplexity]]:
-    """Perplexity of several models, one in memory at a time."""
-    device = default_device()
-    results = {}
-    for name, load in loaders.items():
-        model = load(dtype=inference_dtype(device), device=device)
-        results[name] = [measure_perplexity(model, tokens, seq_len=seq_len, stride=seq_len, position_buckets=0)]
-        del model
-        free_memory()
-    return results

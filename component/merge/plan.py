@@ -15,8 +15,9 @@ from peft.tuners import lora
 from torch import nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from component.adapter import find_adapter, fit_adapter, match_extras, without_weights
+from component.adapter import find_adapter, fit_adapter, match_extras
 from component.error import UserError
+from component.model import without_weights
 from component.storage.tensor_reader import Stored, model_tensors, stored_tensors
 
 BASES = ("fp16", "nf4")

@@ -8,16 +8,14 @@ import contextlib
 import itertools
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from component.error import UserError
 from component.merge.plan import Change, MergePlan
-from component.storage.tensor_reader import fetch
 from component.storage.tensor_writer import write_model
 
 ROWS = 512  # that are summed at a time
@@ -35,19 +33,6 @@ class Scratch:
             self._bytes.pop(use, None)  # before the larger piece is taken
             self._bytes[use] = torch.empty(size, dtype=torch.uint8)
         return self._bytes[use][:size]
-
-
-def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, sources: Iterable[str]) -> None:
-    """All that a tokenizer is read from; sentencepiece's own file too, which llama.cpp and older programs read.
-
-    Args:
-        sources: folders or hub ids of models, the first that has that file gives it.
-    """
-    tokenizer.save_pretrained(folder)
-    files = (fetch(source, "tokenizer.model") for source in sources)
-    found = next((file for file in files if file), None)
-    if found and not (folder / found.name).exists():
-        shutil.copyfile(found, folder / found.name)
 
 
 def write_merged(folder: Path, plan: MergePlan, *, max_shard_bytes: int = 5 * 10**9) -> None:

@@ -1,5 +1,7 @@
 """How does a measurement reach its file? Whole or not at all, as JSON that every program reads, with its origin."""
 
+import contextlib
+import importlib.metadata
 import json
 import math
 import platform
@@ -25,7 +27,7 @@ def check_result_file(path: str | None, field: str) -> None:
 
 def origin() -> dict[str, Any]:
     """The command, hardware, versions and date that a result stands with."""
-    from component.checkpoint import library_versions
+    from component.storage.result import library_versions
 
     return {"command": command(), "hardware": hardware(), "date": str(date.today()), "versions": library_versions()}
 
@@ -75,3 +77,21 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def library_versions() -> dict[str, str]:
+    names = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed", "accelerate")
+    return {name: importlib.metadata.version(name) for name in names if _is_installed(name)}
+
+
+def _is_installed(name: str) -> bool:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return bool(importlib.metadata.version(name))
+    return False
+
+
+LIBRARIES = ("transformers", "tokenizers", "pyarrow", "zstandard", "numpy", "matplotlib")
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in LIBRARIES}

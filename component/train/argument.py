@@ -17,7 +17,7 @@ from transformers import PretrainedConfig, TrainingArguments
 from component.error import UserError, nearest
 from component.memory.plan import LEVERS
 from component.train.validation import insane
-from component.train.yaml_file import coerce
+from component.train.yaml_file import _read_yaml, coerce
 
 DEFAULT_FILE = "./train_args/llama2-7b-pretrain.yaml"
 
@@ -196,32 +196,6 @@ def _parse_command_line(argv: list[str]) -> tuple[str, dict]:
         except yaml.YAMLError as error:
             raise UserError(f"--{key}: {value!r} is no YAML value; put quotes around it, as in '\"a: b\"'") from error
     return known.train_args_file, overrides
-
-
-class _NoDuplicates(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys without a word."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key_node, _ in node.value:
-            if not isinstance(key_node, yaml.ScalarNode):
-                raise yaml.MarkedYAMLError(None, None, "a key must be a name", key_node.start_mark)
-            if key_node.value in seen:
-                raise yaml.MarkedYAMLError(None, None, f"{key_node.value} is set twice", key_node.start_mark)
-            seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
-
-
-def _read_yaml(file: str) -> dict:
-    if not Path(file).is_file():
-        raise UserError(f"--train_args_file: there is no file {file}; train_args/ has one for each run we ship")
-    try:
-        values = yaml.load(Path(file).read_text(encoding="utf-8"), Loader=_NoDuplicates)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--train_args_file: {file} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"--train_args_file: {file} holds no 'key: value' lines")
-    return values
 
 
 def _hints(cls: type) -> dict[str, typing.Any]:

@@ -1,12 +1,15 @@
 """What does a run say of itself before its first step?"""
 
-import json
-from pathlib import Path
-
 from torch import nn
+from transformers import TrainingArguments
 
 from component.adapter import trainable_counts
+from component.attention.shift_short import describe_kernels
+from component.model import compute_dtype
+from component.rope import original_context
 from component.train.argument import LongQLoRAArguments
+from component.train.trainer import LongQLoRATrainer
+from component.train.zero import describe_optimizer
 
 
 def summary(rows: dict[str, str]) -> str:
@@ -21,18 +24,6 @@ def describe_trainable(model: nn.Module) -> str:
     return f"{sum(counts.values()):,} parameters ({parts})"
 
 
-def zero_settings(deepspeed: str | dict | None) -> tuple[int | None, bool]:
-    """ZeRO's stage, None without DeepSpeed, and whether the optimizer's states are in host memory."""
-    if not deepspeed:
-        return None, False
-    zero = _read_deepspeed(deepspeed).get("zero_optimization", {})
-    return zero.get("stage", 0), zero.get("offload_optimizer", {}).get("device", "none") != "none"
-
-
-def _read_deepspeed(deepspeed: str | dict) -> dict:
-    return deepspeed if isinstance(deepspeed, dict) else json.loads(Path(deepspeed).read_text(encoding="utf-8"))
-
-
 def describe_attention(args: LongQLoRAArguments) -> str:
     if not args.use_shift_short_attention:
         return "full" + (", in every step: full_attention_ratio changes nothing" if args.full_attention_ratio else "")
@@ -40,14 +31,21 @@ def describe_attention(args: LongQLoRAArguments) -> str:
     return f"S2-Attn in groups of {args.group_tokens} tokens, full attention {last}when evaluating"
 
 
-def describe_optimizer(optim: str, deepspeed: str | dict | None, max_grad_norm: float) -> str:
-    """The optimizer that will really run: DeepSpeed's configuration changes it behind the YAML's back."""
-    if not deepspeed:
-        return optim
-    stage, is_offloaded = zero_settings(deepspeed)
-    notes = [f"ZeRO-{stage}"]
-    if is_offloaded:
-        notes.append(f"DeepSpeed's CPU Adam in place of {optim}, because the optimizer is offloaded")
-    if "gradient_clipping" not in _read_deepspeed(deepspeed) and max_grad_norm:
-        notes.append(f"max_grad_norm {max_grad_norm} is ignored: the DeepSpeed file lacks gradient_clipping")
-    return f"{optim} ({'; '.join(notes)})"
+def plan(args: LongQLoRAArguments, training_args: TrainingArguments, trainer: LongQLoRATrainer, extended, factor):
+    """What is about to happen, name and text."""
+    dtype = compute_dtype(training_args.fp16, training_args.bf16)
+    rows = training_args.train_batch_size * training_args.gradient_accumulation_steps * training_args.world_size
+    optimizer = describe_optimizer(training_args.optim.value, training_args.deepspeed, training_args.max_grad_norm)
+    rope = extended.rope_parameters.get("rope_type", "default")
+    return {
+        "model": args.model_name_or_path,
+        "context": f"{original_context(extended)} -> {args.model_max_length} tokens ({rope} x {factor:g})",
+        "attention": describe_attention(args),
+        "kernel": describe_kernels(training_args.device, dtype),
+        "base": f"{'NF4, double quantisation' if args.load_in_4bit else dtype}, computing in {dtype}",
+        "trains": describe_trainable(trainer.model),
+        "weights": f"{trainer.model.get_memory_footprint() / 2**30:.2f} GiB on {training_args.device}",
+        "optimizer": optimizer,
+        "step": f"{rows} samples, at most {rows * args.max_seq_length:,} tokens",
+        "output": training_args.output_dir,
+    }

@@ -6,22 +6,18 @@ run says what it is about to do before its first step.
 """
 
 import math
-import os
-import socket
-import time
-from collections import deque
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn.utils import get_total_norm
-from transformers import EvalPrediction, PretrainedConfig, Trainer, TrainerCallback
+from transformers import EvalPrediction, PretrainedConfig, Trainer
 
-from component.attention.shift_short import use_full_attention
 from component.checkpoint import remove_old_checkpoints, write_adapter, write_record
-from component.data.chat_template import IGNORE_INDEX
-from component.memory.apply import next_token_losses, note_device_memory
+from component.data import IGNORE_INDEX
+from component.loss import next_token_losses
+from component.train.callback import SpeedCallback
+from component.train.zero import GradientCallback
 
 
 class LongQLoRATrainer(Trainer):
@@ -100,96 +96,7 @@ class LongQLoRATrainer(Trainer):
         return None, (losses * is_learnt).sum(1), is_learnt.sum(1)
 
 
-class SpeedCallback(TrainerCallback):
-    """Seconds and tokens of each optimizer step: its passes and its update, nothing between steps.
-
-    Tokens are the Trainer's num_input_tokens_seen, of all processes, without padding.
-    """
-
-    def __init__(self) -> None:
-        self.step_seconds: deque[float] = deque(maxlen=100)
-        self._seconds, self._tokens = 0.0, 0  # since the last log
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self._began, self._seen = time.perf_counter(), state.num_input_tokens_seen
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if args.device.type == "cuda":
-            torch.cuda.synchronize()
-        self.step_seconds.append(time.perf_counter() - self._began)
-        if args.device.type == "cuda":
-            note_device_memory()
-        self._seconds += self.step_seconds[-1]
-        self._tokens += state.num_input_tokens_seen - self._seen
-
-    def since_last_time(self) -> dict[str, float]:
-        """`tokens_per_second` of the steps since this was last asked, and on a GPU `reserved_gib`, the most so far."""
-        rates = {"tokens_per_second": round(self._tokens / self._seconds, 1)} if self._tokens else {}
-        self._seconds, self._tokens = 0.0, 0
-        if torch.cuda.is_initialized():
-            rates["reserved_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
-        return rates
-
-
-class FullAttentionCallback(TrainerCallback):
-    """S2-Attn while most steps are taken, full attention in the last `ratio` of them.
-
-    Not in the papers. A model that has only trained inside groups loses some of what full attention, which it is used
-    with, had learnt; a few steps bring that back (README.md, "Experiments").
-    """
-
-    def __init__(self, ratio: float):
-        self.ratio = ratio
-        self.is_full = False
-
-    def on_step_begin(self, args, state, control, model=None, **kwargs):
-        last_steps = max(1, round(self.ratio * state.max_steps))  # of however short a run
-        if not self.is_full and state.global_step >= state.max_steps - last_steps:  # after resuming too
-            use_full_attention(model)
-            self.is_full = True  # once: walking through all modules leaves the GPU idle
-
-
-class GradientCallback(TrainerCallback):
-    """Lets DeepSpeed's ZeRO-1 and 2 without offload look at all gradients at once, where it would take each by itself.
-
-    For overflows and for their norm, 71 ms of a 7B's 547 at 8192 tokens on an H200: it has 448 LoRA matrices.
-    """
-
-    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
-        zero = getattr(optimizer, "optimizer", None)  # accelerate wraps it
-        if not hasattr(zero, "has_overflow_partitioned_grads_serial"):
-            return
-        zero.has_overflow_partitioned_grads_serial = lambda: any_overflow(zero.averaged_gradients)
-        norm_of = zero.get_grad_norm_direct  # it sums over processes too
-
-        def get_grad_norm_direct(gradients, params, norm_type=2):
-            total = get_total_norm([gradient.float() for gradient in gradients], norm_type)
-            return norm_of([total.reshape(1)], params[:1], norm_type)
-
-        zero.get_grad_norm_direct = get_grad_norm_direct
-
-
-def any_overflow(gradients: dict[int, list[torch.Tensor | None] | None]) -> torch.Tensor:
-    """(1,) bool: whether an infinity or NaN is in the gradients of any parameter group, as DeepSpeed keeps them."""
-    tensors = [tensor for group in gradients.values() for tensor in group or () if tensor is not None]
-    return ~get_total_norm(tensors, norm_type=math.inf).isfinite().reshape(1)
-
-
 def token_weighted_loss(prediction: EvalPrediction) -> dict[str, float]:
     """`loss` in nats per token over all rows, and its `perplexity`."""
     loss = float(prediction.predictions.sum() / max(prediction.label_ids.sum(), 1))
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}  # exp overflows a float beyond 709
-
-
-def stand_alone_environment() -> None:
-    """What a launcher would set, for plain `python train.py`.
-
-    Without it DeepSpeed looks for MPI, and on several GPUs the Trainer splits batches by nn.DataParallel, which cannot
-    hold 4-bit weights.
-    """
-    if "RANK" in os.environ:
-        return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)

@@ -1,15 +1,13 @@
 """Which values of a YAML make no sense? Each alone, together with others, and on this machine."""
 
-import json
-from pathlib import Path
-
 import torch
 from transformers.integrations import get_available_reporting_integrations
 from transformers.training_args import trainer_log_levels
 
 from component.data.chat_template import TEMPLATES
-from component.data.sample import POLICIES
+from component.data.document import POLICIES
 from component.rope import ROPE_TYPES
+from component.train.zero import _bad_deepspeed
 
 # keys: (what a sane value fulfils, the cure)
 BOUNDS = {
@@ -85,15 +83,3 @@ def _impossible_precision(values: dict) -> list[str]:
         need = "an Ampere or newer GPU and fp16: true or bf16: true"
         return [f"use_flash_attn: true needs {need}, here is {name}; leave it out for the fastest that runs"]
     return []
-
-
-def _bad_deepspeed(config: str | dict | None) -> list[str]:
-    if config is None or isinstance(config, dict):
-        return []
-    if not Path(config).is_file():
-        return [f"deepspeed: there is no file {config}; train_args/deepspeed/ has three"]
-    try:
-        content = json.loads(Path(config).read_text(encoding="utf-8"))
-    except ValueError as error:
-        return [f"deepspeed: {config} is not JSON: {error}"]
-    return [] if isinstance(content, dict) else [f"deepspeed: {config} holds no JSON object, as {{...}}"]

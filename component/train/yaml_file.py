@@ -4,8 +4,11 @@ import enum
 import math
 import types
 import typing
+from pathlib import Path
 
-from component.error import nearest
+import yaml
+
+from component.error import UserError, nearest
 
 
 def coerce(value: typing.Any, hint: typing.Any) -> typing.Any:
@@ -56,3 +59,29 @@ def _spelt(hint: typing.Any) -> str:
 
 def _members(hint: typing.Any) -> tuple:
     return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+class _NoDuplicates(yaml.SafeLoader):
+    """PyYAML keeps the last of two equal keys without a word."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(None, None, "a key must be a name", key_node.start_mark)
+            if key_node.value in seen:
+                raise yaml.MarkedYAMLError(None, None, f"{key_node.value} is set twice", key_node.start_mark)
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(file: str) -> dict:
+    if not Path(file).is_file():
+        raise UserError(f"--train_args_file: there is no file {file}; train_args/ has one for each run we ship")
+    try:
+        values = yaml.load(Path(file).read_text(encoding="utf-8"), Loader=_NoDuplicates)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--train_args_file: {file} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"--train_args_file: {file} holds no 'key: value' lines")
+    return values

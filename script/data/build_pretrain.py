@@ -17,22 +17,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from transformers import PreTrainedTokenizerBase
 
-from component.corpus.flags import (
-    add_common_flags,
-    check_common_flags,
-    journal_path,
-    open_output,
-    open_tokenizer,
-    origin,
-    side_file,
-)
+from component.cli import exit_on_user_error
+from component.corpus.flags import add_common_flags, check_common_flags, journal_path, open_output, origin, side_file
 from component.corpus.length import describe_lengths, draw_lengths
 from component.corpus.pretrain import LONG_TEXTS, Choice, TextMeasure, choose, write_corpus
 from component.corpus.scan import SourceFile, Survey, survey_files
 from component.data.source import resolve_files
-from component.data.token_file import tokenizer_hash
-from component.error import UserError, exit_on_user_error
+from component.error import UserError
 from component.storage.result import write_json
+from component.tokenizer import open_tokenizer, tokenizer_hash
 
 
 def parse_flags() -> argparse.Namespace:

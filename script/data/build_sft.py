@@ -16,23 +16,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from transformers import PreTrainedTokenizerBase
 
-from component.corpus.flags import (
-    add_common_flags,
-    check_common_flags,
-    journal_path,
-    open_output,
-    open_tokenizer,
-    origin,
-    side_file,
-)
+from component.cli import exit_on_user_error
+from component.corpus.flags import add_common_flags, check_common_flags, journal_path, open_output, origin, side_file
 from component.corpus.length import describe_lengths, draw_lengths
 from component.corpus.mixture import Mixture, read_mixture
 from component.corpus.scan import SourceFile, Survey, survey_files
 from component.corpus.sft import Example, ExampleMeasure, choose_examples, write_examples
 from component.data.chat_template import TEMPLATES, check_template
-from component.data.token_file import tokenizer_hash
-from component.error import UserError, exit_on_user_error
+from component.error import UserError
 from component.storage.result import write_json
+from component.tokenizer import open_tokenizer, tokenizer_hash
 
 REASONS = ("too_short", "too_long", "empty", "filtered")
 

@@ -24,7 +24,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from component.checkpoint import library_versions
+from component.storage.result import library_versions
 
 BASE, DATA, RUN, MERGED = "script/demo/base", "output/demo-data", "output/demo", "output/demo-merged"
 LENGTHS = ["256", "512", "1024", "2048"]

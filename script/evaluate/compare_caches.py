@@ -13,11 +13,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from component.cli import exit_on_user_error
 from component.data.token_file import read_tokens
-from component.error import exit_on_user_error
 from component.evaluate.kv_cache import measure_rounding
 from component.inference.kv_cache import CACHES, check_cache
-from component.model import load_model
+from component.loading import load_model
 from component.storage.result import check_result_file, origin, write_json
 
 

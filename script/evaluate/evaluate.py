@@ -20,20 +20,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
+from component.cli import boolean, exit_on_user_error
 from component.data.token_file import read_index, read_tokens
 from component.distributed.world import is_first_process, joined_processes
-from component.error import UserError, exit_on_user_error, first_line
-from component.evaluate.model_spec import (
-    Contender,
-    check_contender,
-    describe_model,
-    free_memory,
-    load_contender,
-    parse_contenders,
-)
+from component.error import UserError, first_line
+from component.evaluate.model_spec import Contender, check_contender, describe_model, load_contender, parse_contenders
 from component.evaluate.perplexity import PROTOCOLS, Perplexity, measure_perplexity, plan_windows
 from component.evaluate.table import comparison, document_line, length_table, position_table
-from component.inference.flags import boolean
+from component.loading import free_memory
 from component.storage.result import check_result_file, origin, write_json
 
 

@@ -17,25 +17,22 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
-from matplotlib.axes import Axes
-from matplotlib.collections import QuadMesh
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from component.error import UserError, exit_on_user_error, first_line
+from component.cli import boolean, exit_on_user_error
+from component.error import UserError, first_line
+from component.evaluate.figure import draw
 from component.evaluate.model_spec import Contender, describe_model, load_contender
 from component.evaluate.passkey import KEYS, PromptMaker, Trial, accuracy, even_depths, run_trials
 from component.evaluate.table import grid
-from component.inference.flags import boolean
-from component.model import load_tokenizer, locate, stretched_config
+from component.loading import locate, stretched_config
 from component.rope import context_length
-from component.storage.result import check_result_file, origin, save_figure, write_json
+from component.storage.result import check_result_file, origin, write_json
+from component.tokenizer import load_tokenizer
 
 
 def parse_flags() -> argparse.Namespace:
@@ -74,44 +71,6 @@ def check_flags(flags: argparse.Namespace) -> list[float]:
     if outside:
         raise UserError(f"--depths: {outside[0]:g}; use one whole number of depths, or places from 0 to 1")
     return sorted(set(flags.depths))
-
-
-def heat_map(axes: Axes, shares: list[list[float]], depths: list[float], lengths: list[int], context: int) -> QuadMesh:
-    """A row per depth, a column per length, and a line where the model's context ends."""
-    image = axes.pcolormesh(shares, cmap="cividis", vmin=0, vmax=1, edgecolors="white", linewidth=1.5)
-    axes.invert_yaxis()  # as one reads: the beginning of the text is at the top
-    for row, line in enumerate(shares):
-        for column, share in enumerate(line):
-            ink = "black" if share > 0.55 else "white"
-            place = (column + 0.5, row + 0.5)
-            axes.annotate(f"{100 * share:.0f}", place, ha="center", va="center", fontsize=8.5, color=ink)
-    if has_context_line(lengths, context):
-        axes.axvline(sum(length <= context for length in lengths), color="#d55e00", linewidth=3)
-    axes.set_xticks([place + 0.5 for place in range(len(lengths))], [str(length) for length in lengths])
-    axes.set_yticks([place + 0.5 for place in range(len(depths))], [f"{100 * depth:.0f} %" for depth in depths])
-    axes.set(xlabel="tokens of the prompt", ylabel="depth of the pass key in the text")
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    return image
-
-
-def has_context_line(lengths: list[int], context: int) -> bool:
-    """Whether the context ends between two of the lengths."""
-    return min(lengths) <= context < max(lengths)
-
-
-def colour_bar(figure: Figure, image: QuadMesh, axes: Any) -> None:
-    bar = figure.colorbar(image, ax=axes, format=lambda share, _: f"{100 * share:.0f} %", shrink=0.9)
-    bar.outline.set_visible(False)  # type: ignore[operator]
-
-
-def draw(shares: list[list[float]], depths: list[float], lengths: list[int], context: int, file: str) -> None:
-    width, height = max(2.6 + 0.6 * len(lengths), 5.2), max(1.7 + 0.32 * len(depths), 3.0)
-    figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
-    colour_bar(figure, heat_map(axes, shares, depths, lengths, context), axes)
-    ends = f" (orange line: the model's context of {context} tokens ends)"
-    figure.suptitle("Pass keys found, per cent" + ends * has_context_line(lengths, context), fontsize=10)
-    save_figure(figure, file)
 
 
 def measure(model, tokenizer, depths: list[float], flags: argparse.Namespace) -> list[Trial]:

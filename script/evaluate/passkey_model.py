@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
-from component.error import UserError, exit_on_user_error
+from component.cli import exit_on_user_error
+from component.error import UserError
 from component.evaluate.passkey import FILLER, INTRODUCTION, KEYS, NEEDLE, QUESTION, PromptMaker
 from component.storage.atomic import atomic_folder, check_target
 from component.storage.result import origin, write_json

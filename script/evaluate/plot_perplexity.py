@@ -14,15 +14,14 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from component.error import UserError, exit_on_user_error
+from component.cli import exit_on_user_error
+from component.error import UserError
+from component.evaluate.figure import draw_lengths, draw_positions, finish, longest_shared
 from component.storage.result import check_result_file, save_figure
 
 # Okabe and Ito's colours: told apart by every kind of eye
@@ -63,12 +62,6 @@ def _checked(model: dict[str, Any]) -> dict[str, Any]:
     return {"protocol": model["protocol"], "data_path": model["data_path"], "rows": rows}
 
 
-def longest_shared(models: list[dict[str, Any]]) -> int | None:
-    """The longest length that all models were measured at by position, if there is one."""
-    lengths = [{row["seq_len"] for row in model["rows"] if row.get("by_position")} for model in models]
-    return max(set.intersection(*lengths), default=None)
-
-
 def draw(models: list[dict[str, Any]], file: Path) -> None:
     length = longest_shared(models)
     panels = 2 if length else 1
@@ -99,29 +92,6 @@ def draw(models: list[dict[str, Any]], file: Path) -> None:
     figure.suptitle(f"Perplexity on {data}, protocol {models[0]['protocol']}", fontsize=11, parse_math=False)
     save_figure(figure, file)
     plt.close(figure)
-
-
-def draw_lengths(panel: Axes, model: dict[str, Any], style: dict[str, Any]) -> None:
-    rows = [row for row in model["rows"] if row["perplexity"] is not None]
-    panel.plot([row["seq_len"] for row in rows], [row["perplexity"] for row in rows], label=model["name"], **style)
-
-
-def draw_positions(panel: Axes, model: dict[str, Any], length: int, style: dict[str, Any]) -> None:
-    """Each bucket as a point in its middle."""
-    (row,) = [row for row in model["rows"] if row["seq_len"] == length][:1]
-    buckets = [bucket for bucket in row["by_position"] if bucket["tokens"] and bucket["perplexity"] is not None]
-    middles = [(bucket["start"] + bucket["end"]) / 2 for bucket in buckets]
-    panel.plot(middles, [bucket["perplexity"] for bucket in buckets], **style)
-
-
-def finish(panel: Axes) -> None:
-    """A logarithmic scale with plain numbers at 1, 2, 5 times powers of ten."""
-    panel.set_yscale("log")
-    panel.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    panel.yaxis.set_minor_locator(NullLocator())
-    panel.grid(axis="y", color="0.9")
-    panel.spines[["top", "right"]].set_visible(False)
 
 
 @exit_on_user_error

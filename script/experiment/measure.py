@@ -22,7 +22,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from component.attention.shift_short import shift_short_attention
-from component.error import UserError, exit_on_user_error
+from component.cli import exit_on_user_error
+from component.error import UserError
 from script.evaluate import evaluate
 from script.experiment.train_rolled import rolled_attention
 

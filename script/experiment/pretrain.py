@@ -23,10 +23,10 @@ import matplotlib.pyplot as plt
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from component.error import exit_on_user_error
-from component.model import load_tokenizer
+from component.cli import exit_on_user_error
+from component.tokenizer import load_tokenizer
 from script.experiment.tokenizer import SEQ_LENGTH, texts_of
-from script.performance.report import describe_card
+from script.shared.card import describe_card
 from script.shared.pretraining import describe, mean_loss, token_stream, train
 
 

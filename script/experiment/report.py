@@ -12,42 +12,18 @@ import statistics
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from component.cli import exit_on_user_error
+from component.error import UserError
+from component.storage.result import write_json
+from script.experiment.figure import KEPT, Sweep, draw_lengths, draw_positions, draw_sweep
+from script.experiment.results import BASE_CONTEXT, Rows, gather, texts_of, values_of
+from script.experiment.rows import ablation_rows, main_rows
 
-from component.error import UserError, exit_on_user_error
-from component.storage.result import save_figure, write_json
-from script.experiment.rows import ablation_rows, all_rows, main_rows
-
-BASE_CONTEXT = 1024  # tokens, of script/experiment/pretrain.py's model
-SHOWN = {  # of the figure by length: row -> (label, colour, marker)
-    "base": ("base", "#8a8a8a", "x"),
-    "untrained-linear": ("interpolated, untrained", "#cc79a7", "v"),
-    "longqlora": ("LongQLoRA", "#0072b2", "o"),
-    "full-last": ("LongQLoRA, full attention at last", "#56b4e9", "P"),
-    "yarn-last": ("our YAMLs: yarn, full attention at last", "#009e73", "s"),
-    "longlora": ("LongLoRA's setting", "#e69f00", "^"),
-    "full": ("full fine-tuning", "#d55e00", "D"),
-    "full-yarn": ("full fine-tuning, yarn", "#222222", "d"),
-}
-BY_POSITION = {  # (row, kind of evaluation) -> (label, colour, line)
-    ("longqlora", "full"): ("causal S2, evaluated with full attention", "#0072b2", "-"),
-    ("longqlora", "shift_short"): ("causal S2, evaluated under S2", "#0072b2", ":"),
-    ("rolled", "full"): ("rolled S2, evaluated with full attention", "#d55e00", "-"),
-    ("rolled", "rolled"): ("rolled S2, evaluated under rolled S2", "#d55e00", ":"),
-    ("full-attention", "full"): ("full attention", "#8a8a8a", "-"),
-}
-LEVELS = {  # of the sweeps: row -> (label, colour)
-    "full-attention": ("LongQLoRA, full attention", "#8a8a8a"),
-    "full": ("full fine-tuning", "#d55e00"),
-    "full-yarn": ("full fine-tuning, yarn", "#222222"),
-}
 KINDS = {
     "full": "adapter on the 16-bit base",
     "nf4": "adapter on the NF4 base it was trained on",
@@ -56,7 +32,6 @@ KINDS = {
     "shift_short": "under S2",
     "rolled": "under rolled S2",
 }
-Rows = dict[tuple[str, int], dict[str, Any]]
 
 
 def parse_flags() -> argparse.Namespace:
@@ -64,44 +39,6 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, required=True, help="folder of run.py, with its results and cost")
     parser.add_argument("--output", type=Path, required=True, help="folder for the JSON, the tables and the figures")
     return parser.parse_args()
-
-
-def gather(results: list[dict], costs: list[dict], protocol: str) -> Rows:
-    """By row and length extended to: what it is, its cost, {kind: {text: {window: perplexities of the seeds}}}, ..."""
-    rows: Rows = {}
-    known = all_rows()
-    for result in sorted(results, key=lambda result: result["seed"]):
-        new: dict[str, Any] = {
-            "says": known[result["row"]].says,
-            "settings": result.get("settings"),
-            "seeds": [],
-            "perplexity": {},
-        }
-        row = rows.setdefault((result["row"], result["length"]), new | {"by_position": {}, "losses": {}})
-        row["seeds"].append(result["seed"])
-        row["losses"][result["seed"]] = result.get("losses")
-        if "training" in result:  # of its own process, so the same with others beside it
-            row["reserved_gib"] = result["training"].get("peak_reserved_gib")
-        for kind, texts in result["evaluation"].items():
-            for text, measured in texts.items():
-                by_window = row["perplexity"].setdefault(kind, {}).setdefault(text, {})
-                for entry in measured.get(protocol, []):
-                    by_window.setdefault(entry["seq_len"], []).append(entry["perplexity"])
-                    if entry["seq_len"] == result["length"] and result["seed"] == 0:
-                        row["by_position"].setdefault(kind, {})[text] = entry["by_position"]
-    for length in {length for _, length in rows}:  # positions as they are: extended to nothing
-        if ("base", 4096) in rows:
-            rows.setdefault(("base", length), rows["base", 4096])
-    for cost in costs:
-        row = rows.get((cost["row"], cost["length"]), {})
-        row["step_seconds"] = statistics.median(cost["training"]["step_seconds"][5:])
-    return rows
-
-
-def values_of(row: dict | None, text: str, window: int, kind: str = "full") -> list[float]:
-    """Of the seeds; [] where nothing was measured, or nothing finite."""
-    found = (row or {}).get("perplexity", {}).get(kind, {}).get(text, {}).get(window, [])
-    return [value for value in found if value is not None]
 
 
 def cell(values: list[float]) -> str:
@@ -113,10 +50,6 @@ def cell(values: list[float]) -> str:
         return "> 1000"
     spread = f" ± {(max(values) - min(values)) / 2:.2f}" if len(values) > 1 else ""
     return f"{mean:.2f}{spread}"
-
-
-def texts_of(rows: Rows) -> list[str]:
-    return sorted({text for row in rows.values() for text in row["perplexity"].get("full", {})})
 
 
 def compact(rows: Rows, names: Iterable[str], length: int) -> str:
@@ -156,105 +89,6 @@ def by_kind(rows: Rows, name: str, length: int) -> str:
     return "\n".join(lines)
 
 
-def panels(rows: Rows, title: str = "{}", lines: int = 1):
-    """A figure with `lines` panels above each other per text, and (the text's panels, text)."""
-    texts = texts_of(rows)
-    size = (5.4 * len(texts), 0.8 + 3.6 * lines)
-    figure, axes = plt.subplots(lines, len(texts), figsize=size, layout="constrained", squeeze=False)
-    for column, text in zip(axes.T, texts, strict=True):
-        column[0].set(title=title.format(text))
-        for one in column:
-            one.set(ylabel="perplexity")
-            one.grid(axis="y", color="0.9")
-            one.spines[["top", "right"]].set_visible(False)
-    return figure, [(list(column), text) for column, text in zip(axes.T, texts, strict=True)]
-
-
-def finish(figure, axes, file: Path) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    if len(labels) > 1:
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), frameon=False)
-    save_figure(figure, file)
-    plt.close(figure)
-
-
-def ticks(axes, places: Iterable[float]) -> None:
-    axes.set_xscale("log")
-    axes.set_xticks(sorted(places), [f"{place:g}" for place in sorted(places)])
-    axes.xaxis.minorticks_off()
-
-
-def draw_lengths(rows: Rows, length: int, file: Path) -> None:
-    """Perplexity against the window: all rows above, those near the base's own perplexity below."""
-    figure, parts = panels(rows, f"{{}}, extended to {length}", lines=2)
-    for (above, below), text in parts:
-        windows: set[int] = set()
-        near = []
-        for name, (label, colour, marker) in SHOWN.items():
-            row = rows.get((name, length))
-            measured = sorted((row or {}).get("perplexity", {}).get("full", {}).get(text, {}))
-            points = {w: statistics.mean(values) for w in measured if (values := values_of(row, text, w))}
-            for axes in (above, below) if points else ():
-                axes.plot(list(points), list(points.values()), color=colour, marker=marker, label=label, linewidth=1.6)
-            windows |= set(points)
-            if name not in ("base", "untrained-linear"):
-                near += [value for window, value in points.items() if window <= length]
-        own = values_of(rows.get(("base", length)), text, BASE_CONTEXT)
-        low, high = min(near + own, default=0), max(near + own, default=1)
-        above.set(yscale="log")
-        for kind in (above.yaxis.set_major_formatter, above.yaxis.set_minor_formatter):
-            kind(lambda value, _: f"{value:g}")
-        below.set(xlabel="tokens of the window", ylim=(low - 0.1 * (high - low), high + 0.1 * (high - low)))
-        for axes in (above, below):
-            ticks(axes, windows)
-    finish(figure, parts[0][0][0], file)
-
-
-def draw_positions(rows: Rows, length: int, file: Path) -> None:
-    """Perplexity by position in the window, for rolled and causal S2."""
-    figure, parts = panels(rows, f"{{}}, windows of {length} tokens")
-    for (axes,), text in parts:
-        for (name, kind), (label, colour, line) in BY_POSITION.items():
-            buckets = rows.get((name, length), {}).get("by_position", {}).get(kind, {}).get(text, [])
-            middles = [(bucket["start"] + bucket["end"]) / 2 for bucket in buckets]
-            if buckets:
-                axes.plot(middles, [b["perplexity"] for b in buckets], line, color=colour, label=label, linewidth=1.6)
-        group = (rows.get(("longqlora", length), {}).get("settings") or {}).get("group_size_ratio", 0.25) * length
-        axes.axvspan(0, group / 2, color="0.93", zorder=0)
-        axes.set(xlabel="position in the window (grey: the first half-group)")
-    finish(figure, parts[0][0][0], file)
-
-
-def draw_sweep(rows: Rows, sweep: "Sweep", length: int, file: Path) -> None:
-    """Perplexity at the extended length against the number in rows' names, a line per kind of row.
-
-    Of the first seed everywhere, the one that all rows have: the same initial weights and order of texts.
-    """
-    label, own, series = sweep
-    figure, parts = panels(rows, f"{{}}, windows of {length} tokens")
-    numbers = set()
-    for (axes,), text in parts:
-        for prefix, (main, says, colour) in series.items():
-            found: dict[float, dict] = {own: rows[main, length]} if (main, length) in rows else {}
-            for (name, n), row in rows.items():
-                number = name.removeprefix(prefix)
-                if n == length and name.startswith(prefix) and number.replace(".", "", 1).isdigit():
-                    found[float(number)] = row
-            points = {x: values[0] for x, row in sorted(found.items()) if (values := values_of(row, text, length))}
-            if len(points) > 1:
-                axes.plot(list(points), list(points.values()), color=colour, marker="o", linewidth=1.6, label=says)
-                numbers |= set(points)
-        for name, (says, colour) in LEVELS.items():
-            level = values_of(rows.get((name, length)), text, length)[:1]
-            if level:
-                axes.axhline(level[0], color=colour, linestyle="--", linewidth=1.2, label=says)
-        axes.set(xlabel=label)
-        ticks(axes, numbers)
-    if numbers:
-        finish(figure, parts[0][0][0], file)
-    plt.close(figure)
-
-
 @exit_on_user_error
 def main() -> None:
     flags = parse_flags()
@@ -290,14 +124,11 @@ def main() -> None:
     print((flags.output / "experiment.md").read_text(encoding="utf-8"))
 
 
-KEPT = ("results", "cost")
-Sweep = tuple[str, float, dict[str, tuple[str, str, str]]]  # axis, number of the main rows, {prefix: (main row, ...)}
 S2, YAMLS = ("longqlora", "LongQLoRA", "#0072b2"), ("yarn-last", "our YAMLs: yarn, full attention at last", "#009e73")
 SWEEPS: dict[str, Sweep] = {
     "rank": ("LoRA rank", 64, {"rank-": S2, "yarn-last-rank-": YAMLS}),
     "steps": ("steps", 400, {"steps-": S2, "yarn-last-steps-": YAMLS}),
     "groups": ("group / row", 0.25, {"groups-": S2}),
 }
-
 if __name__ == "__main__":
     main()

@@ -13,10 +13,7 @@ Results: WORK/results/ROW-LENGTH-SEED.json, WORK/cost/ROW-LENGTH-SEED.json.
 
 import argparse
 import json
-import os
-import shlex
 import shutil
-import subprocess
 import sys
 import time
 import traceback
@@ -27,15 +24,16 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-
 import torch
 import yaml
 from transformers import AutoConfig
 
-from component.error import UserError, exit_on_user_error, nearest
+from component.cli import exit_on_user_error
+from component.error import UserError, nearest
 from component.rope import extend_context
 from component.storage.result import hardware, origin, write_json
 from script.experiment.rows import FULL, RECIPE, TOKENS_PER_STEP, Row, all_rows, main_rows
+from script.shared.program import execute
 
 COST_STEPS = 40
 
@@ -184,20 +182,6 @@ def evaluate(run: Run, tasks: list[dict], flags: argparse.Namespace) -> dict:
     for kind, text, protocol, output in outputs:
         found.setdefault(kind, {}).setdefault(text, {})[protocol] = json.loads(output.read_text())["results"]
     return found
-
-
-def execute(words: list[str], log: Path) -> None:
-    """Run one of our programs; what it prints goes to `log`."""
-    with log.open("w", encoding="utf-8") as stream:
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
-        done = subprocess.run(
-            [sys.executable, *words], cwd=ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT
-        )
-    if done.returncode:
-        last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-        raise UserError(
-            f"{shlex.join(words[:3])} ended with status {done.returncode}: {' '.join(last)[:300]}; see {log}"
-        )
 
 
 @exit_on_user_error

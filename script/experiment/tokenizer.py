@@ -11,8 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from component.cli import exit_on_user_error
 from component.data.source import RecordTally, read_records
-from component.error import exit_on_user_error
 from script.shared.pretraining import train_tokenizer
 
 SEQ_LENGTH = 1024  # tokens, the context that the experiments then extend

@@ -13,15 +13,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from transformers import AutoModelForCausalLM, Trainer, set_seed
 
-from component.attention.shift_short import use_shift_short_attention
+from component.attention.interface import use_shift_short_attention
+from component.cli import exit_on_user_error
 from component.data.collator import RightPadCollator
 from component.data.dataset import load_samples
-from component.error import exit_on_user_error
-from component.memory.apply import peak_memory
-from component.model import any_pad_id, load_config, load_tokenizer
+from component.memory.budget import peak_memory
+from component.model import load_config
 from component.rope import extend_context, own_rope_type
+from component.tokenizer import any_pad_id, load_tokenizer
 from component.train.argument import parse_arguments
-from component.train.trainer import SpeedCallback, stand_alone_environment
+from component.train.callback import SpeedCallback
+from component.train.zero import stand_alone_environment
 
 
 @exit_on_user_error

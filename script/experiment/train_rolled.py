@@ -17,7 +17,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import train
-from component.attention.shift_short import NAME, TrainingMask
+from component.attention.interface import NAME, TrainingMask
 
 
 def rolled_attention(

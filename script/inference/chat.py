@@ -16,19 +16,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from transformers import PreTrainedModel
 
-from component.error import UserError, exit_on_user_error
+from component.cli import exit_on_user_error
+from component.error import UserError
+from component.inference.context import describe_context, fitted
 from component.inference.conversation import Conversation, is_command, obey
-from component.inference.flags import generation_parser
-from component.inference.generate import (
-    Stopped,
-    describe_context,
-    fitted,
-    load_from_flags,
-    recorded_template,
-    stream_continuation,
-)
+from component.inference.flags import generation_parser, load_from_flags
+from component.inference.generate import Stopped, stream_continuation
 from component.inference.kv_cache import PromptCache
 from component.inference.terminal import line_editing, prompts
+from component.loading import recorded_template
 
 
 def say(text: str) -> None:

@@ -19,16 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from component.error import UserError, exit_on_user_error
-from component.inference.flags import generation_parser
-from component.inference.generate import (
-    Stopped,
-    continue_text,
-    describe_context,
-    fitted,
-    load_from_flags,
-    stream_continuation,
-)
+from component.cli import exit_on_user_error
+from component.error import UserError
+from component.inference.context import describe_context, fitted
+from component.inference.flags import generation_parser, load_from_flags
+from component.inference.generate import Stopped, continue_text, stream_continuation
 from component.inference.kv_cache import PromptCache
 from component.inference.prompt_file import Record, answer_all, answered, read_prompts
 from component.inference.terminal import line_editing, prompts, read_prompt

@@ -13,10 +13,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from component.error import UserError, exit_on_user_error
+from component.cli import exit_on_user_error
+from component.error import UserError
 from component.inference.engine import Talk
-from component.inference.flags import generation_parser
-from component.inference.generate import load_from_flags
+from component.inference.flags import generation_parser, load_from_flags
 from component.inference.web import import_gradio, serve
 
 

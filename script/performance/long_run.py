@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 import psutil
 import torch
 
-from component.checkpoint import library_versions
+from component.storage.result import library_versions
 
 LEVERS = (
     "--keep_layers 1 --keep_attention_layers 1 --keep_attention_output true --offload_activations true "

@@ -42,7 +42,7 @@ def main() -> None:
     import torch
     from transformers import AutoTokenizer
 
-    from component.memory.apply import limit_memory
+    from component.memory.budget import limit_memory
 
     limit_memory(flags.memory_budget_gib)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -116,7 +116,7 @@ def train(model, batches: list, dtype, device: str) -> dict:
     import torch
     from bitsandbytes.optim import PagedAdamW32bit
 
-    from component.memory.apply import note_device_memory, peak_memory
+    from component.memory.budget import note_device_memory, peak_memory
 
     on_gpu = device == "cuda"
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -8,7 +8,6 @@ prints the table that script/benchmark.py ended with.
 import contextlib
 import importlib.metadata
 import json
-import platform
 import re
 import statistics
 import subprocess
@@ -17,12 +16,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-
-import torch
-
-from component.checkpoint import library_versions
 from component.error import UserError
-from script.performance.real_shape import SHAPES
+from component.storage.result import library_versions
+from script.shared.random_llama import SHAPES
 
 VOCABULARY = 32000
 ERROR = re.compile(r"^(?:\[rank\d+\]: ?)?((?:[\w.]*(?:Error|Exception)|error): .*(?:\n +- .*)*)", re.MULTILINE)
@@ -96,24 +92,6 @@ def step_flop(size: str, length: int, group: int | None) -> float:
     pairs = length * (length + 1) / 2 if group is None else length * (group + 1) / 2 - group**2 / 8
     weights = layers * (4 * hidden**2 + 3 * hidden * mlp)
     return 6 * length * weights + 4 * length * hidden * VOCABULARY + 16 * layers * hidden * pairs
-
-
-def describe_card() -> dict:
-    """Name, and the bf16 rate of one of the 7B's matrix products in TFLOP/s (8192 tokens, MLP up)."""
-    if not torch.cuda.is_available():
-        return {"hardware": platform.processor() or platform.machine(), "matrix_tflops": None}
-    left = torch.randn(8192, 4096, device="cuda", dtype=torch.bfloat16)
-    right = torch.randn(4096, 11008, device="cuda", dtype=torch.bfloat16)
-    milliseconds = []
-    for _ in range(50):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        left @ right
-        end.record()
-        torch.cuda.synchronize()
-        milliseconds.append(start.elapsed_time(end))
-    tflops = 2 * 8192 * 4096 * 11008 / statistics.median(milliseconds[10:]) / 1e9
-    return {"hardware": torch.cuda.get_device_name(), "matrix_tflops": round(tflops, 1)}
 
 
 def versions() -> dict[str, str]:

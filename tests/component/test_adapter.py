@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from component.adapter import add_adapter, check_targets, full_copies, linear_names, load_adapter, trainable_counts
-from component.attention.shift_short import use_shift_short_attention
+from component.attention.interface import use_shift_short_attention
 from component.checkpoint import write_adapter
 from component.error import UserError
 from component.model import load_base, load_config

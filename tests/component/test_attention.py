@@ -25,15 +25,10 @@ from transformers import (
     Qwen3Config,
 )
 
-from component.attention import kernel
-from component.attention import shift_short as attention
-from component.attention.shift_short import (
-    AttentionMemo,
-    describe_kernels,
-    has_plain_attention,
-    shift_short_attention,
-    use_shift_short_attention,
-)
+from component.attention import interface as attention
+from component.attention import kernel, segment, shift_short
+from component.attention.interface import has_plain_attention, use_shift_short_attention
+from component.attention.shift_short import AttentionMemo, describe_kernels, shift_short_attention
 from component.error import UserError
 from tests.reference.shift_short import LOOP, ROLLED, keys_seen, seen, shift_short_loop, shift_short_rolled
 
@@ -287,7 +282,7 @@ def test_sdpa_without_grouped_heads_gives_the_same(monkeypatch, heads, kv_heads)
     inputs = random_inputs(2, heads, kv_heads, 23)
 
     def plain(query, key, value):
-        return attention._causal(query, key, value, None, 0.0)
+        return segment._causal(query, key, value, None, 0.0)
 
     grouped = with_gradients(plain, inputs)
     monkeypatch.setattr(kernel, "choose", lambda *_: kernel.EFFICIENT)
@@ -1076,7 +1071,7 @@ def test_a_share_of_the_heads_at_a_time(monkeypatch, heads, kv_heads, head_token
     whole = shift_short_attention(query, key, value, 8)
     whole_gradients = torch.autograd.grad(whole.square().sum(), (query, key, value))
     at_once, calls[:] = max(calls), []
-    monkeypatch.setattr(attention, "HEAD_TOKENS", head_tokens)
+    monkeypatch.setattr(shift_short, "HEAD_TOKENS", head_tokens)
     parts = shift_short_attention(query, key, value, 8)
     assert max(calls) <= at_once
     if kv_heads > 2 and head_tokens == 1:  # one key/value head in each call

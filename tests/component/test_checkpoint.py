@@ -18,7 +18,6 @@ from component.checkpoint import (
     checkpoint_to_resume,
     checkpoints,
     claim_output,
-    library_versions,
     merged_folder,
     newest_run,
     newest_whole_checkpoint,
@@ -29,6 +28,7 @@ from component.checkpoint import (
 )
 from component.error import UserError
 from component.model import load_base, load_config
+from component.storage.result import library_versions
 
 RECORD = {"base_model": "/models/base", "rope_type": "linear", "rope_factor": 2.0}
 

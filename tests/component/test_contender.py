@@ -14,8 +14,8 @@ from component.evaluate.model_spec import (
     load_contender,
     parse_contender,
     parse_contenders,
-    tokenizer_in,
 )
+from component.tokenizer import tokenizer_in
 
 
 @pytest.mark.parametrize(

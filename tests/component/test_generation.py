@@ -11,12 +11,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from component.cli import boolean
 from component.data.chat_template import encode_chat
 from component.error import UserError
-from component.inference.flags import boolean, check_attention, generation_parser
-from component.inference.generate import Stopped, continue_text, fitted, load_from_flags, stream_continuation
+from component.inference.context import fitted
+from component.inference.flags import check_attention, generation_parser, load_from_flags
+from component.inference.generate import Stopped, continue_text, stream_continuation
 from component.inference.kv_cache import PromptCache
-from component.model import load_for_inference
+from component.loading import load_for_inference
 from component.rope import extend_context
 from tests.conftest import TEXTS, build_llama
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import CohereConfig, Gemma2Config, GraniteConfig, TrainingArguments
 
-from component.data.chat_template import IGNORE_INDEX
+from component.data import IGNORE_INDEX
 from component.loss import LeanLoss, lean_loss, next_token_loss
 from component.train.trainer import LongQLoRATrainer
 from tests.reference.plain_path import (

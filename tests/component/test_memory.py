@@ -11,12 +11,13 @@ from peft import PeftModel
 from transformers import CohereConfig, Gemma2Config, GemmaConfig, GraniteConfig, LlamaForCausalLM, PhiConfig
 
 from component.attention import kernel
-from component.attention.shift_short import use_shift_short_attention
+from component.attention.interface import use_shift_short_attention
 from component.checkpoint import write_adapter
 from component.error import UserError
-from component.loss import LeanLoss
+from component.loss import LeanLoss, next_token_losses
 from component.memory import layer as layer_module
-from component.memory.apply import explaining_out_of_memory, limit_memory, next_token_losses, room, use_memory_plan
+from component.memory.apply import use_memory_plan
+from component.memory.budget import explaining_out_of_memory, limit_memory, room
 from component.memory.layer import LeanLayer
 from component.memory.workload import Workload
 from tests.reference.plain_path import (

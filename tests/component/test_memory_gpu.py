@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from component.adapter import add_adapter
-from component.attention.shift_short import use_shift_short_attention
+from component.attention.interface import use_shift_short_attention
 from component.memory.apply import liger_runs, use_memory_plan
 from component.memory.plan import MemoryPlan
 

@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Qw
 
 from component.error import UserError
 from component.merge.plan import plan_merge
-from component.merge.write import Scratch, merged_tensor, nf4_round_trip, save_tokenizer, write_merged
+from component.merge.write import Scratch, merged_tensor, nf4_round_trip, write_merged
 from component.model import load_base, load_config
 from component.rope import extend_context
 from component.storage.tensor_reader import model_tensors
+from component.tokenizer import save_tokenizer
 
 CPU = torch.device("cpu")
 LINEAR = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]

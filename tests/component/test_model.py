@@ -23,16 +23,10 @@ from transformers import (
 from component.adapter import add_adapter
 from component.checkpoint import write_adapter, write_record
 from component.error import UserError
-from component.model import (
-    any_pad_id,
-    compute_dtype,
-    load_base,
-    load_config,
-    load_for_inference,
-    load_tokenizer,
-    stretched_config,
-)
+from component.loading import load_for_inference, stretched_config
+from component.model import compute_dtype, load_base, load_config
 from component.rope import extend_context
+from component.tokenizer import any_pad_id, load_tokenizer
 from tests.conftest import build_llama
 
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from component.attention.shift_short import use_shift_short_attention
+from component.attention.interface import use_shift_short_attention
 from component.data.collator import RightPadCollator
 from component.data.packing import OPEN_ROWS, PackedRows, join, pack, pack_stream
 from tests.reference.plain_path import (

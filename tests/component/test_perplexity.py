@@ -27,7 +27,7 @@ from component.adapter import add_adapter
 from component.data.token_file import read_tokens
 from component.error import UserError
 from component.evaluate.perplexity import longlora_windows, measure_perplexity, sliding_windows
-from component.memory.apply import next_token_losses
+from component.loss import next_token_losses
 from tests.reference.longlora_perplexity import longlora_perplexity
 
 ROOT = Path(__file__).resolve().parents[2]

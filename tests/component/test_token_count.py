@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 import component.corpus.token_count
 from component.corpus.token_count import TokenCounter
-from component.data.sample import SampleOptions, encode_texts
+from component.data.document import SampleOptions, encode_texts
 from tests.conftest import TEXTS
 from tests.words import word_tokenizer
 

@@ -9,8 +9,9 @@ import pytest
 from tokenizers import Tokenizer, normalizers
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
-from component.data.token_file import check_tokenizer, read_index, read_tokens, tokenizer_hash, write_tokens
+from component.data.token_file import check_tokenizer, read_index, read_tokens, write_tokens
 from component.error import UserError
+from component.tokenizer import tokenizer_hash
 from tests.words import word_tokenizer
 
 DOCUMENTS = [[3, 4], [], [5, 6, 7]]

@@ -9,8 +9,9 @@ import torch
 from transformers import EvalPrediction
 
 from component.adapter import add_adapter
-from component.train.summary import describe_optimizer, describe_trainable, summary
-from component.train.trainer import any_overflow, stand_alone_environment, token_weighted_loss
+from component.train.summary import describe_trainable, summary
+from component.train.trainer import token_weighted_loss
+from component.train.zero import any_overflow, describe_optimizer, stand_alone_environment
 
 TRAIN_ARGS = "train_args/deepspeed"
 

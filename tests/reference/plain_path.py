@@ -13,7 +13,7 @@ from transformers import LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Confi
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from component.adapter import add_adapter
-from component.attention.shift_short import use_shift_short_attention
+from component.attention.interface import use_shift_short_attention
 from component.memory.apply import use_memory_plan
 from component.memory.plan import MemoryPlan
 from component.model import load_base

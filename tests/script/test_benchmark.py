@@ -13,7 +13,7 @@ from transformers import TrainerState, TrainingArguments
 
 from component.error import UserError
 from component.train.argument import LongQLoRAArguments
-from component.train.trainer import SpeedCallback
+from component.train.callback import SpeedCallback
 from script.benchmark import KINDS, OURS, Row, asked_rows, command_of, is_done, make_rows
 from script.performance.peers import rolled_s2
 from script.performance.report import failure, median_step, read_results, speed, step_flop, table
@@ -83,7 +83,7 @@ def test_overrides_of_peers():
 def test_what_a_run_says_of_its_speed(monkeypatch):
     """Two steps of 2 and 3 seconds and 100 tokens each, with a minute between them that belongs to neither."""
     times = iter([0.0, 2.0, 62.0, 65.0, 70.0, 71.0])
-    monkeypatch.setattr("component.train.trainer.time.perf_counter", lambda: next(times))
+    monkeypatch.setattr("component.train.callback.time.perf_counter", lambda: next(times))
     arguments = argparse.Namespace(device=torch.device("cpu"))
     state, callback = TrainerState(num_input_tokens_seen=1000), SpeedCallback()
 

@@ -8,12 +8,14 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from transformers import AutoTokenizer
 
-from component.data.chat_template import IGNORE_INDEX, encode_chat
-from component.data.sample import WHOLE, RecordTally, SampleOptions, encode_file, fit
+from component.data import IGNORE_INDEX
+from component.data.chat_template import encode_chat
+from component.data.document import SampleOptions, encode_file
+from component.data.sample import WHOLE, RecordTally, fit
 from component.error import UserError
 from component.evaluate.passkey import NEEDLE, PromptMaker, draw_key
-from component.model import load_tokenizer
 from component.storage.result import save_figure
+from component.tokenizer import load_tokenizer
 from script.evaluate.passkey_model import make_tokenizer
 from script.experiment.downstream.instructions import end_of_question
 from script.experiment.downstream.passages import passages

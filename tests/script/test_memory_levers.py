@@ -240,8 +240,9 @@ def test_workload_under_zero_3(base, monkeypatch):
     """Counted on a model that ZeRO-3 must not partition; without processes, without a GPU."""
     from transformers.integrations import deepspeed as integration
 
+    from component.adapter import check_targets_early
     from component.memory.workload import workload
-    from component.model import check_targets_early, load_config
+    from component.model import load_config
 
     config = load_config(str(base))
     options = {"target_names": None, "rank": 4, "train_norm": True, "tokens": 90, "group": 24}

@@ -28,8 +28,9 @@ from component.adapter import add_adapter
 from component.checkpoint import write_adapter, write_record
 from component.data.token_file import read_tokens
 from component.evaluate.perplexity import measure_perplexity
+from component.loading import load_model
 from component.merge import write as merging
-from component.model import load_base, load_config, load_model
+from component.model import load_base, load_config
 from component.rope import extend_context
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -6,8 +6,9 @@ import matplotlib.pyplot as plt
 import pytest
 
 from component.error import UserError
+from component.evaluate.figure import longest_shared
 from component.storage.result import write_json
-from script.evaluate.plot_perplexity import draw, longest_shared, read_models
+from script.evaluate.plot_perplexity import draw, read_models
 
 PLOT = "script/evaluate/plot_perplexity.py"
 

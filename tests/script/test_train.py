@@ -777,9 +777,9 @@ def test_the_command_killed_and_resumed(long_basic, train, tmp_path):
 
 def overflow_at_the_third_step() -> None:
     """An infinity in the last gradient of the group, before DeepSpeed's step looks for one."""
-    import component.train.trainer
+    import component.train.zero
 
-    look, calls = component.train.trainer.any_overflow, []
+    look, calls = component.train.zero.any_overflow, []
 
     def planting(gradients):
         calls.append(len(calls))
@@ -788,7 +788,7 @@ def overflow_at_the_third_step() -> None:
         print("overflow", look(gradients).tolist())
         return look(gradients)
 
-    component.train.trainer.any_overflow = planting
+    component.train.zero.any_overflow = planting
 
 
 @pytest.mark.slow

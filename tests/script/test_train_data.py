@@ -138,7 +138,7 @@ def test_packing_sees_documents_apart(run, monkeypatch):
     apart, _ = run(of_texts(PACKED_TEXTS), **changes)
     packed, _ = run(of_texts(PACKED_TEXTS), packing=True, **changes)
     assert losses(packed) == pytest.approx(losses(apart), abs=1e-5)
-    monkeypatch.setattr("component.attention.shift_short.document_spans", lambda position_ids: None)
+    monkeypatch.setattr("component.attention.interface.document_spans", lambda position_ids: None)
     mixed, _ = run(of_texts(PACKED_TEXTS), packing=True, **changes)
     assert losses(mixed)[1] != pytest.approx(losses(apart)[1], abs=1e-3)
 

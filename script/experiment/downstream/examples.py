@@ -26,15 +26,18 @@ import torch
 from matplotlib.figure import Figure
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from component.error import UserError, exit_on_user_error
+from component.cli import exit_on_user_error
+from component.error import UserError
 from component.inference.context import fit_prompt
-from component.memory.apply import next_token_losses
-from component.model import load_config, load_model, load_tokenizer
+from component.loading import load_model
+from component.loss import next_token_losses
+from component.model import load_config
 from component.rope import context_length
 from component.storage.result import check_result_file, origin, save_figure, write_json
+from component.tokenizer import load_tokenizer
 from script.experiment.downstream.passages import Passage, passages
 from script.experiment.downstream.transcript import Block, draw
-from script.experiment.run import execute
+from script.shared.program import execute
 
 SHORT_TOKENS = (180, 240)
 SHOWN_CHARACTERS = 420  # of a prompt's end

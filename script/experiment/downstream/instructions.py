@@ -21,15 +21,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 import yaml
 from transformers import PreTrainedTokenizerBase
 
-from component.data.chat_template import IGNORE_INDEX, encode_chat
+from component.cli import exit_on_user_error
+from component.data import IGNORE_INDEX
+from component.data.chat_template import encode_chat
 from component.data.source import RecordTally, read_records
-from component.error import UserError, exit_on_user_error
-from component.model import load_config, load_tokenizer
+from component.error import UserError
+from component.model import load_config
 from component.rope import context_length
 from component.storage.result import check_result_file, origin, write_json
+from component.tokenizer import load_tokenizer
 from script.experiment.downstream.split import Record, documents, split
 from script.experiment.downstream.tuning import tune
-from script.experiment.run import execute
+from script.shared.program import execute
 
 NO_LIMIT = 10**9  # tokens: whole inputs are counted here, without a warning
 

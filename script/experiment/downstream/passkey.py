@@ -28,12 +28,14 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from component.checkpoint import read_record
-from component.error import UserError, exit_on_user_error
+from component.cli import exit_on_user_error
+from component.error import UserError
+from component.evaluate.figure import colour_bar, heat_map
 from component.evaluate.passkey import KEYS, PromptMaker, draw_key, even_depths
-from component.model import load_config, load_tokenizer
+from component.model import load_config
 from component.rope import context_length
 from component.storage.result import check_result_file, origin, save_figure, write_json
-from script.evaluate.passkey import colour_bar, heat_map
+from component.tokenizer import load_tokenizer
 from script.experiment.downstream.passkey_samples import spelling_end_to_end, training_samples
 from script.experiment.downstream.tuning import measured, merge, tune
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from component.data.chat_template import Turns, encode_by_tokenizer
 from component.error import UserError
 from component.evaluate.passkey import KEYS, NEEDLE, Prompt, PromptMaker
-from component.model import load_tokenizer
+from component.tokenizer import load_tokenizer
 
 END_TO_END = "{% for message in messages %}{{ message.content }}{% endfor %}"
 SHORTEST_FILLER = 16  # tokens

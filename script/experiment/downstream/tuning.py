@@ -12,7 +12,7 @@ import yaml
 
 from component.storage.result import origin
 from script.experiment.rows import RECIPE
-from script.experiment.run import execute
+from script.shared.program import execute
 
 # of this machine: no part of a result
 PATHS = ("model_name_or_path", "train_file", "eval_file", "output_dir", "base_model", "peft_model")

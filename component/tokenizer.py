@@ -1,0 +1,114 @@
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from component.error import UserError, first_line
+from component.storage.tensor_reader import fetch
+
+
+def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """
+    Raises:
+        UserError: no tokenizer there, or one without an end-of-sequence token.
+    """
+    try:
+        # texts longer than any model are counted here: no warning about that
+        tokenizer = AutoTokenizer.from_pretrained(name, model_max_length=10**9, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise UserError(
+            f"--tokenizer: {name!r} holds no usable tokenizer ({first_line(error)}); name the folder or the hub id of "
+            "the model that is to be trained"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"--tokenizer: {name!r} has no end-of-sequence token; give it one in tokenizer_config.json")
+    return tokenizer
+
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+
+
+def tokenizer_in(model_name_or_path: str) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a model; None for a folder that has none at all.
+
+    Raises:
+        UserError: a tokenizer that cannot be used.
+    """
+    folder = Path(model_name_or_path)
+    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    return load_tokenizer(model_name_or_path)
+
+
+def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, sources: Iterable[str]) -> None:
+    """All that a tokenizer is read from; sentencepiece's own file too, which llama.cpp and older programs read.
+
+    Args:
+        sources: folders or hub ids of models, the first that has that file gives it.
+    """
+    tokenizer.save_pretrained(folder)
+    files = (fetch(source, "tokenizer.model") for source in sources)
+    found = next((file for file in files if file), None)
+    if found and not (folder / found.name).exists():
+        shutil.copyfile(found, folder / found.name)
+
+
+def load_tokenizer(
+    model_name_or_path: str, model_max_length: int | None = None, field: str = "model_name_or_path"
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a base model; its vocabulary stays as it is, pad token or none.
+
+    Args:
+        field: the flag that named the folder, for messages.
+
+    Raises:
+        UserError: no tokenizer there, or one without an end-of-sequence token.
+    """
+    options = {"padding_side": "right", "truncation_side": "right", "trust_remote_code": False}
+    if model_max_length is not None:
+        options["model_max_length"] = model_max_length
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, **options)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise UserError(
+            f"{field}: {model_name_or_path!r} holds no usable tokenizer ({first_line(error)}); "
+            "fetch the model's tokenizer files into the same folder"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"{field}: the tokenizer of {model_name_or_path!r} has no end-of-sequence token; "
+            "give it one (eos_token in tokenizer_config.json)"
+        )
+    return tokenizer
+
+
+def any_pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """An id to stand in padded places; they are masked by position, so which one does not matter."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 over what decides the ids of a text: two tokenizers of one hash give the same ids.
+
+    Padding, truncation, decoding and what is put around a text are left out: they change while a tokenizer is in
+    use, and a file of tokens says itself what stands around its documents.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        decides: dict = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab()}
+    else:
+        # written "always" and read back as "first" by transformers' LlamaTokenizer; texts get the same ids by both,
+        # but for those with a special token in the middle
+        decides = json.loads(backend.to_str().replace('"prepend_scheme":"always"', '"prepend_scheme":"first"'))
+        for key in ("padding", "truncation", "decoder", "post_processor"):
+            decides.pop(key, None)
+    specials = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
+    canonical = json.dumps({**decides, "specials": specials}, sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def describe_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> dict:
+    return {"name": name, "vocab_size": len(tokenizer), "sha256": tokenizer_hash(tokenizer)}

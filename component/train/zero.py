@@ -1,0 +1,86 @@
+import json
+import math
+import os
+import socket
+from pathlib import Path
+
+import torch
+from torch.nn.utils import get_total_norm
+from transformers import TrainerCallback
+
+
+def zero_settings(deepspeed: str | dict | None) -> tuple[int | None, bool]:
+    """ZeRO's stage, None without DeepSpeed, and whether the optimizer's states are in host memory."""
+    if not deepspeed:
+        return None, False
+    zero = _read_deepspeed(deepspeed).get("zero_optimization", {})
+    return zero.get("stage", 0), zero.get("offload_optimizer", {}).get("device", "none") != "none"
+
+
+def _read_deepspeed(deepspeed: str | dict) -> dict:
+    return deepspeed if isinstance(deepspeed, dict) else json.loads(Path(deepspeed).read_text(encoding="utf-8"))
+
+
+def describe_optimizer(optim: str, deepspeed: str | dict | None, max_grad_norm: float) -> str:
+    """The optimizer that will really run: DeepSpeed's configuration changes it behind the YAML's back."""
+    if not deepspeed:
+        return optim
+    stage, is_offloaded = zero_settings(deepspeed)
+    notes = [f"ZeRO-{stage}"]
+    if is_offloaded:
+        notes.append(f"DeepSpeed's CPU Adam in place of {optim}, because the optimizer is offloaded")
+    if "gradient_clipping" not in _read_deepspeed(deepspeed) and max_grad_norm:
+        notes.append(f"max_grad_norm {max_grad_norm} is ignored: the DeepSpeed file lacks gradient_clipping")
+    return f"{optim} ({'; '.join(notes)})"
+
+
+def _bad_deepspeed(config: str | dict | None) -> list[str]:
+    if config is None or isinstance(config, dict):
+        return []
+    if not Path(config).is_file():
+        return [f"deepspeed: there is no file {config}; train_args/deepspeed/ has three"]
+    try:
+        content = json.loads(Path(config).read_text(encoding="utf-8"))
+    except ValueError as error:
+        return [f"deepspeed: {config} is not JSON: {error}"]
+    return [] if isinstance(content, dict) else [f"deepspeed: {config} holds no JSON object, as {{...}}"]
+
+
+class GradientCallback(TrainerCallback):
+    """Lets DeepSpeed's ZeRO-1 and 2 without offload look at all gradients at once, where it would take each by itself.
+
+    For overflows and for their norm, 71 ms of a 7B's 547 at 8192 tokens on an H200: it has 448 LoRA matrices.
+    """
+
+    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+        zero = getattr(optimizer, "optimizer", None)  # accelerate wraps it
+        if not hasattr(zero, "has_overflow_partitioned_grads_serial"):
+            return
+        zero.has_overflow_partitioned_grads_serial = lambda: any_overflow(zero.averaged_gradients)
+        norm_of = zero.get_grad_norm_direct  # it sums over processes too
+
+        def get_grad_norm_direct(gradients, params, norm_type=2):
+            total = get_total_norm([gradient.float() for gradient in gradients], norm_type)
+            return norm_of([total.reshape(1)], params[:1], norm_type)
+
+        zero.get_grad_norm_direct = get_grad_norm_direct
+
+
+def any_overflow(gradients: dict[int, list[torch.Tensor | None] | None]) -> torch.Tensor:
+    """(1,) bool: whether an infinity or NaN is in the gradients of any parameter group, as DeepSpeed keeps them."""
+    tensors = [tensor for group in gradients.values() for tensor in group or () if tensor is not None]
+    return ~get_total_norm(tensors, norm_type=math.inf).isfinite().reshape(1)
+
+
+def stand_alone_environment() -> None:
+    """What a launcher would set, for plain `python train.py`.
+
+    Without it DeepSpeed looks for MPI, and on several GPUs the Trainer splits batches by nn.DataParallel, which cannot
+    hold 4-bit weights.
+    """
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)

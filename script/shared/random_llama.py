@@ -1,0 +1,28 @@
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+SHAPES = {  # hidden size, MLP size, layers, heads
+    "7b": (4096, 11008, 32, 32),
+    "13b": (5120, 13824, 40, 40),
+    "tiny": (64, 128, 2, 4),
+}
+
+
+def make_model(size: str, tokenizer: str, folder: Path) -> None:
+    hidden, mlp, layers, heads = SHAPES[size]
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-5,
+        dtype="float16",
+    )
+    torch.set_default_dtype(torch.float16)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = LlamaForCausalLM(config)
+    model.save_pretrained(folder, max_shard_size="4GB")
+    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
