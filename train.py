@@ -15,13 +15,13 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from component.adapter import add_adapter, check_targets_early
 from component.attention.interface import has_plain_attention, use_shift_short_attention
 from component.attention.shift_short import limit_kernels
-from component.checkpoint import claim_output
+from component.checkpoint import prepare_output_dir
 from component.cli import exit_on_user_error
 from component.data.collator import RightPadCollator
 from component.data.dataset import load_samples
 from component.memory.apply import liger_runs, use_memory_plan
-from component.memory.budget import explaining_out_of_memory, limit_memory, peak_memory, room
-from component.memory.plan import choose, describe_estimate
+from component.memory.budget import available_memory, explaining_out_of_memory, limit_memory, peak_memory
+from component.memory.plan import choose_plan, describe_estimate
 from component.memory.workload import workload
 from component.model import compute_dtype, load_base, load_config
 from component.rope import extend_context, own_rope_type
@@ -31,14 +31,16 @@ from component.train.argument import LongQLoRAArguments, parse_arguments
 from component.train.callback import FullAttentionCallback
 from component.train.summary import plan, summary
 from component.train.trainer import LongQLoRATrainer
-from component.train.zero import stand_alone_environment, zero_settings
+from component.train.zero import single_process_environment, zero_settings
 
 
 @exit_on_user_error
 def main() -> None:
-    stand_alone_environment()
+    single_process_environment()
     args, training_args = parse_arguments(sys.argv[1:])
-    resume = claim_output(training_args.output_dir, training_args.resume_from_checkpoint, args.overwrite_output_dir)
+    resume = prepare_output_dir(
+        training_args.output_dir, training_args.resume_from_checkpoint, args.overwrite_output_dir
+    )
     set_seed(training_args.seed)
     limit_memory(args.memory_budget_gib)
     limit_kernels(args.use_flash_attn)
@@ -124,9 +126,9 @@ def plan_memory(args: LongQLoRAArguments, training_args: TrainingArguments, exte
         zero=stage is not None,
         offload_optimizer=is_offloaded,
     )
-    gpu_gib, host_gib = room(work, args.memory_budget_gib, training_args.device)
-    levers = args.levers if is_ours else args.levers | {"keep_attention_output": False}
-    plan, expected = choose(work, gpu_gib, host_gib, **levers)
+    gpu_gib, host_gib = available_memory(work, args.memory_budget_gib, training_args.device)
+    memory_options = args.memory_options if is_ours else args.memory_options | {"keep_attention_output": False}
+    plan, expected = choose_plan(work, gpu_gib, host_gib, **memory_options)
     return work, plan, expected, describe_estimate(work, plan, expected, gpu_gib)
 
 

@@ -23,9 +23,9 @@ from transformers import (
 
 from component.error import UserError, first_line, nearest
 from component.model import without_weights
-from component.storage.tensor_reader import Stored, read_weights
+from component.storage.tensor_reader import TensorRef, read_weights
 
-Weight = TypeVar("Weight", torch.Tensor, Stored)
+Weight = TypeVar("Weight", torch.Tensor, TensorRef)
 LEGACY_EXTRAS = "trainable_params.bin"  # LongLoRA's file of trained embeddings and norms, beside the LoRA weights
 
 

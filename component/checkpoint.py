@@ -155,7 +155,7 @@ def newest_run(root: Path = OUTPUT_ROOT) -> Path:
     return max(finished, key=lambda record: record.stat().st_mtime).parent
 
 
-def claim_output(output_dir: str, resume: str | None, overwrite: bool) -> str | None:
+def prepare_output_dir(output_dir: str, resume: str | None, overwrite: bool) -> str | None:
     """Make sure that a run may write into `output_dir`; the checkpoint that it starts from, or None.
 
     Raises:

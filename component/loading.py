@@ -43,7 +43,7 @@ def inference_dtype(device: torch.device) -> torch.dtype:
     return torch.float16 if device.type == "cuda" else torch.float32
 
 
-def locate(
+def resolve_model(
     model_name_or_path: str | None,
     adapter_name_or_path: str | None,
     field: str = "model_name_or_path",
@@ -72,7 +72,7 @@ def load_for_inference(
     """What `load_model` loads, and its tokenizer."""
     model = load_model(model_name_or_path, adapter_name_or_path, **options)
     fields = {name: options[name] for name in ("field", "adapter_field") if name in options}
-    own = locate(model_name_or_path, adapter_name_or_path, **fields)[1]
+    own = resolve_model(model_name_or_path, adapter_name_or_path, **fields)[1]
     return model, load_tokenizer(own, field=options.get("field", "model_name_or_path"))
 
 
@@ -98,15 +98,15 @@ def load_model(
     Raises:
         UserError: nothing loadable, an adapter that does not fit, or contradictory context sizes.
     """
-    base, own, is_ours = locate(model_name_or_path, adapter_name_or_path, field, adapter_field)
-    config = stretched_config(own, context_size, is_fixed=is_ours, field=field)
+    base, own, is_ours = resolve_model(model_name_or_path, adapter_name_or_path, field, adapter_field)
+    config = extended_config_of(own, context_size, is_fixed=is_ours, field=field)
     device = device or default_device()
     dtype = dtype or inference_dtype(device)
     model = load_base(base, config, dtype=dtype, load_in_4bit=load_in_4bit, device=device).eval()
     return load_adapter(model, adapter_name_or_path) if adapter_name_or_path else model
 
 
-def stretched_config(
+def extended_config_of(
     source: str, context_size: int | None, *, is_fixed: bool = False, field: str = "model_name_or_path"
 ) -> PretrainedConfig:
     """The config in `source`, stretched to `context_size` tokens unless it already says how far it is stretched.

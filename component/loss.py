@@ -17,7 +17,7 @@ from component.data import IGNORE_INDEX
 TOKENS_PER_CHUNK = 1024
 
 
-class LeanLoss(nn.Module):
+class ChunkedLoss(nn.Module):
     """Mixed into the class of a causal language model: with labels it gives the loss in training, and no logits."""
 
     loss_chunk: int = TOKENS_PER_CHUNK
@@ -45,8 +45,8 @@ class LeanLoss(nn.Module):
         return CausalLMOutputWithPast(loss=next_token_loss(hidden, labels, head, items, self.loss_chunk))
 
 
-def lean_loss(model: PreTrainedModel, chunk: int) -> bool:
-    """Mix `LeanLoss` into `model`; False if its logits are more than one plain linear layer of the hidden states."""
+def use_chunked_loss(model: PreTrainedModel, chunk: int) -> bool:
+    """Mix `ChunkedLoss` into `model`; False if its logits are not one plain linear layer of the hidden states."""
     config = model.config
     is_scaled = any(
         getattr(config, name, None) for name in ("logit_scale", "logits_scaling", "final_logit_softcapping")
@@ -54,7 +54,7 @@ def lean_loss(model: PreTrainedModel, chunk: int) -> bool:
     if is_scaled or not isinstance(_inner(model.get_output_embeddings()), nn.Linear):
         return False
     # under its own name: the Trainer looks there whether labels are to be shifted, and saved configs name it
-    model.__class__ = type(type(model).__name__, (LeanLoss, type(model)), {})
+    model.__class__ = type(type(model).__name__, (ChunkedLoss, type(model)), {})
     model.loss_chunk = chunk
     return True
 

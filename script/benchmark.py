@@ -58,7 +58,7 @@ RECIPE = {
 }
 ON_CARD = "./train_args/deepspeed/deepspeed_config_s2_no_offload.json"
 ON_HOST = "./train_args/deepspeed/deepspeed_config_s2.json"
-LEANEST = {
+MINIMUM_MEMORY = {
     "keep_layers": 0,
     "keep_attention_layers": 0,
     "keep_attention_output": False,
@@ -68,7 +68,7 @@ LEANEST = {
 }
 OURS = {
     "fastest": {"bf16": True, "memory_budget_gib": 32, "deepspeed": ON_CARD},
-    "leanest": {"bf16": True, "memory_budget_gib": 32, "deepspeed": ON_HOST, **LEANEST},
+    "leanest": {"bf16": True, "memory_budget_gib": 32, "deepspeed": ON_HOST, **MINIMUM_MEMORY},
     "v100": {
         "fp16": True,
         "use_flash_attn": False,

@@ -16,7 +16,7 @@ from component.adapter import check_targets_early
 from component.cli import exit_on_user_error
 from component.error import UserError
 from component.memory.budget import CONTEXT_GIB, LIBRARIES_GIB, USABLE
-from component.memory.plan import choose, estimate, leanest, next_lever
+from component.memory.plan import choose_plan, estimate, minimum_memory_plan, next_memory_option
 from component.memory.workload import GIB, Workload, paged_bytes, workload
 from component.model import load_config
 from component.train.validation import BOUNDS
@@ -50,9 +50,9 @@ def parse_flags() -> argparse.Namespace:
 
 
 def read_workload(flags: argparse.Namespace) -> Workload:
-    for keys, (is_sane, cure) in BOUNDS.items():
+    for keys, (is_valid, cure) in BOUNDS.items():
         for key in keys.split():
-            if getattr(flags, key, None) is not None and not is_sane(getattr(flags, key)):
+            if getattr(flags, key, None) is not None and not is_valid(getattr(flags, key)):
                 raise UserError(f"--{key}: {getattr(flags, key)!r}; use {cure}")
     config = load_config(flags.model_name_or_path)
     targets = flags.target_modules.split(",") if flags.target_modules else None
@@ -82,7 +82,7 @@ def longest(work: Workload, budget_gib: float, host_gib: float) -> int:
     """The longest sample, in tokens, for which the leanest plan fits."""
 
     def fits(tokens: int) -> bool:
-        found = estimate(replace(work, tokens=tokens), leanest())
+        found = estimate(replace(work, tokens=tokens), minimum_memory_plan())
         return found.peak_gib <= budget_gib and found.host_gib <= host_gib
 
     low, high = 0, STEP
@@ -101,9 +101,9 @@ def main() -> None:
     budget = USABLE * flags.memory_budget_gib
     rows = []
     for name, limit in (("fastest", budget), ("leanest", 0.0)):
-        plan, found = choose(work, limit, flags.host_gib)
+        plan, found = choose_plan(work, limit, flags.host_gib)
         rows.append({"name": name, "plan": asdict(plan), **asdict(found)})
-        fit = "fits" if found.peak_gib <= budget else f"does NOT fit; next: {next_lever(work, plan)}"
+        fit = "fits" if found.peak_gib <= budget else f"does NOT fit; next: {next_memory_option(work, plan)}"
         print(f"{name}: {found.peak_gib:.1f} GiB of {flags.memory_budget_gib:g} at {found.moment}: {fit}")
         print(f"  {plan.describe(work.layers)}")
         if found.host_gib:

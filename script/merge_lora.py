@@ -26,10 +26,10 @@ from component.data.token_file import read_tokens
 from component.error import UserError
 from component.evaluate.perplexity import check_measure, longlora_windows, measure_all
 from component.evaluate.table import comparison
-from component.loading import load_model, locate, stretched_config
+from component.loading import extended_config_of, load_model, resolve_model
 from component.merge.check import CHECKS, check_merged, lengths_to_check
 from component.merge.plan import BASES, plan_merge
-from component.merge.write import write_merged, written_beside
+from component.merge.write import variants_on_disk, write_merged
 from component.rope import context_length
 from component.storage.atomic import atomic_folder, check_target
 from component.storage.tensor_writer import shard_bytes
@@ -93,10 +93,10 @@ def main() -> None:
     flags = parse_flags()
     adapter = Path(flags.adapter_name_or_path) if flags.adapter_name_or_path else newest_run()
     target = Path(flags.save_path) if flags.save_path else merged_folder(adapter)
-    base, own, is_ours = locate(flags.model_name_or_path, str(adapter))
+    base, own, is_ours = resolve_model(flags.model_name_or_path, str(adapter))
     check_flags(flags, target, base, adapter)
     max_shard_bytes = shard_bytes(flags.max_shard_size)
-    config, tokenizer = stretched_config(own, flags.context_size, is_fixed=is_ours), load_tokenizer(own)
+    config, tokenizer = extended_config_of(own, flags.context_size, is_fixed=is_ours), load_tokenizer(own)
     tokens, seq_len = measured_tokens(flags, config) if flags.measure else (None, 0)
     kinds = BASES if flags.measure else (flags.base,)
     plans = {
@@ -122,7 +122,7 @@ def main() -> None:
         write_merged(folder, plan, max_shard_bytes=max_shard_bytes)
         check(folder)
         if tokens is not None:
-            with written_beside(folder, plans, flags.base) as merged:
+            with variants_on_disk(folder, plans, flags.base) as merged:
                 models = {f"adapter on {kind}": load for kind, load in adapted.items()}
                 models |= {f"merged into {kind}": partial(load_model, str(merged[kind])) for kind in kinds}
                 print(comparison(measure_all(models, tokens, seq_len)), flush=True)

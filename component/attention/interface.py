@@ -8,7 +8,7 @@ from transformers.masking_utils import sdpa_mask
 
 from component.attention.kernel import describe_kernels as describe_kernels
 from component.attention.kernel import limit_kernels as limit_kernels
-from component.attention.segment import AttentionMemo
+from component.attention.segment import SavedAttention
 from component.attention.shift_short import _attend, check_group_size, document_spans
 from component.error import UserError
 
@@ -83,7 +83,7 @@ def shift_short_attention_forward(
     scaling: float | None = None,
     dropout: float = 0.0,
     position_ids: Tensor | None = None,
-    attention_memo: AttentionMemo | None = None,
+    saved_attention: SavedAttention | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: S2 while `module` trains, stock SDPA otherwise.
@@ -114,7 +114,7 @@ def shift_short_attention_forward(
                 "shift short attention needs right padding (padding_side='right')"
             )
         documents = attention_mask.documents(position_ids)
-    out = _attend(query, key, value, module.config.group_size, documents, scaling, dropout, attention_memo)
+    out = _attend(query, key, value, module.config.group_size, documents, scaling, dropout, saved_attention)
     return out, None
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.backends import cuda
 from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 
-CUDNN, FLASH, EFFICIENT, CPU_FLASH, VARIED = "cuDNN", "flash", "memory-efficient", "CPU flash", "flash, varied lengths"
+CUDNN, FLASH, EFFICIENT, CPU_FLASH, VARLEN = "cuDNN", "flash", "memory-efficient", "CPU flash", "flash, varied lengths"
 BACKENDS = {
     int(SDPBackend.CUDNN_ATTENTION): CUDNN,
     int(SDPBackend.FLASH_ATTENTION): FLASH,
@@ -27,7 +27,7 @@ CUDNN_TOKENS = 128  # cuDNN compiles anew for each length: it gets multiples of 
 aten: Any = torch.ops.aten
 
 
-class Residue(NamedTuple):
+class SavedForBackward(NamedTuple):
     """What the backward needs beside inputs and output; the first of `tensors` is the log-sum-exp."""
 
     kernel: str
@@ -35,14 +35,14 @@ class Residue(NamedTuple):
     longest: int = 0  # sequence in tokens, of varied lengths
 
 
-def choose(query: Tensor, key: Tensor, value: Tensor) -> str | None:
+def select_kernel(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     """The kernel for (b, h, t, D), (b, hk, t, D) twice; None: no fused one, SDPA alone can compute this."""
     if query.device.type not in ("cpu", "cuda") or not query.dtype == key.dtype == value.dtype:
         return None
     name = _sdpa_choice(query, key, value)
     if name is None and query.shape[1] > key.shape[1]:  # one call for each member of a group of heads?
         name = _sdpa_choice(query[:, :: query.shape[1] // key.shape[1]], key, value)
-    if name == CUDNN and query.shape[2] % CUDNN_TOKENS and takes_varied_lengths(query, key, value):
+    if name == CUDNN and query.shape[2] % CUDNN_TOKENS and supports_varlen(query, key, value):
         return FLASH
     return None if name == FLASH and query.shape[3] % 8 else name  # SDPA pads such heads, the operator refuses them
 
@@ -56,7 +56,7 @@ def _sdpa_choice(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     return CPU_FLASH if name == FLASH and query.device.type == "cpu" else name
 
 
-def takes_varied_lengths(query: Tensor, key: Tensor, value: Tensor) -> bool:
+def supports_varlen(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether `causal_forward` takes `lengths` for tensors like these: CUDA's flash kernel does."""
     if not query.is_cuda or query.shape[3] % 8 or not query.dtype == key.dtype == value.dtype:
         return False
@@ -75,7 +75,7 @@ def causal_forward(
     *,
     kernel: str | None = None,
     lengths: Sequence[int] | None = None,
-) -> tuple[Tensor, Residue]:
+) -> tuple[Tensor, SavedForBackward]:
     """Causal attention: (b, h, t, D), (b, hk, t, D) twice -> (b, h, t, D) and what the backward needs.
 
     Args:
@@ -83,25 +83,31 @@ def causal_forward(
         lengths: in tokens, with sum t, of sequences behind each other that don't see one another; then b is 1.
     """
     if lengths is not None:
-        ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(query.device)
-        return _varied_forward(query, key, value, ends, max(lengths), scale)
-    kernel = kernel or choose(query, key, value)
+        cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(query.device)
+        return _varlen_forward(query, key, value, cu_seqlens, max(lengths), scale)
+    kernel = kernel or select_kernel(query, key, value)
     assert kernel is not None, "no fused kernel: ask choose() first"
     if query.shape[1] == key.shape[1] or kernel in GROUPED:
         out, tensors = _forward(kernel, query, key, value, scale)
-        return out, Residue(kernel, tensors)
+        return out, SavedForBackward(kernel, tensors)
     parts = [_forward(kernel, member, key, value, scale) for member in _members(query, key)]
     out = torch.stack([out for out, _ in parts], dim=2).flatten(1, 2)
-    return out, Residue(kernel, tuple(tensor for _, tensors in parts for tensor in tensors))
+    return out, SavedForBackward(kernel, tuple(tensor for _, tensors in parts for tensor in tensors))
 
 
 def causal_backward(
-    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, residue: Residue, scale: float | None
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    saved: SavedForBackward,
+    scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients by query, key and value, shaped like them; `grad_out` and `out` are (b, h, t, D), D contiguous."""
-    kernel, tensors, _ = residue
-    if kernel == VARIED:
-        return _varied_backward(grad_out, query, key, value, out, residue, scale)
+    kernel, tensors, _ = saved
+    if kernel == VARLEN:
+        return _varlen_backward(grad_out, query, key, value, out, saved, scale)
     if query.shape[1] == key.shape[1] or kernel in GROUPED:
         return _backward(kernel, grad_out, query, key, value, out, tensors, scale)
     grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
@@ -172,17 +178,17 @@ def _laid_out_like(like: Tensor, tensor: Tensor) -> Tensor:
     return torch.empty_strided(like.shape, like.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
-def _varied_forward(query, key, value, ends, longest, scale) -> tuple[Tensor, Residue]:
+def _varlen_forward(query, key, value, cu_seqlens, longest, scale) -> tuple[Tensor, SavedForBackward]:
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (t, h, D)
-    options = (ends, ends, longest, longest, 0.0, True, False)
+    options = (cu_seqlens, cu_seqlens, longest, longest, 0.0, True, False)
     out, lse, seed, offset, _ = aten._flash_attention_forward(q, k, v, *options, scale=scale)
-    return out.transpose(0, 1)[None], Residue(VARIED, (lse, seed, offset, ends), longest)
+    return out.transpose(0, 1)[None], SavedForBackward(VARLEN, (lse, seed, offset, cu_seqlens), longest)
 
 
-def _varied_backward(grad_out, query, key, value, out, residue, scale) -> tuple[Tensor, Tensor, Tensor]:
+def _varlen_backward(grad_out, query, key, value, out, saved, scale) -> tuple[Tensor, Tensor, Tensor]:
     inputs = (tensor[0].transpose(0, 1) for tensor in (grad_out, query, key, value, out))
-    lse, seed, offset, ends = residue.tensors
-    options = (lse, ends, ends, residue.longest, residue.longest, 0.0, True, seed, offset)
+    lse, seed, offset, cu_seqlens = saved.tensors
+    options = (lse, cu_seqlens, cu_seqlens, saved.longest, saved.longest, 0.0, True, seed, offset)
     grads = aten._flash_attention_backward(*inputs, *options, scale=scale)
     dq, dk, dv = (grad.transpose(0, 1)[None] for grad in grads)
     return dq, dk, dv
@@ -200,7 +206,7 @@ def limit_kernels(use_flash_attn: bool | None) -> None:
 def describe_kernels(device: torch.device, dtype: torch.dtype) -> str:
     """The kernels that may run on `device` for `dtype`, the preferred one first; math is SDPA's unfused one."""
     probe = torch.empty(1, 1, CUDNN_TOKENS, 64, device=device, dtype=dtype)
-    names = [choose(probe, probe, probe)]  # asked first: PyTorch sets its order then, by the GPU
+    names = [select_kernel(probe, probe, probe)]  # asked first: PyTorch sets its order then, by the GPU
     if device.type == "cuda":
         params = _params(probe, probe, probe)
         can = {

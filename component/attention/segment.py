@@ -20,10 +20,10 @@ from component.attention.kernel import limit_kernels as limit_kernels
 
 # One call of the variable-length kernel in place of more runs than this, if they are shorter than that on average:
 # launches, and kernels too small for the GPU, would take longer than computing
-VARIED_RUNS, VARIED_TOKENS = 8, 4096
+VARLEN_SEGMENTS, VARLEN_TOKENS = 8, 4096
 
 
-class Run(NamedTuple):
+class Segment(NamedTuple):
     """Groups of tokens behind each other in one row, in some of its heads; each group attends causally to itself."""
 
     row: int
@@ -37,7 +37,7 @@ class Run(NamedTuple):
         """(B, n, T, D) -> (groups, heads, length of a group, D); groups of varied lengths are left as one."""
         # one call in place of four that would say the same: there are dozens of views per layer
         by_row, by_head, by_token, by_number = tensor.stride()
-        groups = 1 if self.kernel == kernel.VARIED else len(self.lengths)
+        groups = 1 if self.kernel == kernel.VARLEN else len(self.lengths)
         length = sum(self.lengths) // groups
         start = tensor.storage_offset() + self.row * by_row + heads.start * by_head + self.start * by_token
         return tensor.as_strided(
@@ -50,27 +50,27 @@ class Run(NamedTuple):
         return self.view(query, self.heads), self.view(key, self.kv_heads), self.view(value, self.kv_heads)
 
 
-def with_kernels(runs: list[Run], query: Tensor, key: Tensor, value: Tensor) -> list[Run]:
+def with_kernels(segments: list[Segment], query: Tensor, key: Tensor, value: Tensor) -> list[Segment]:
     """The same `runs`, which make up some heads of a row, or one in place of them, with the kernel for each."""
-    lengths = tuple(length for run in runs for length in run.lengths)
-    if len(runs) > VARIED_RUNS and sum(lengths) < VARIED_TOKENS * len(runs):
-        varied = runs[0]._replace(lengths=lengths, kernel=kernel.VARIED)
-        if kernel.takes_varied_lengths(*varied.inputs(query, key, value)):
+    lengths = tuple(length for segment in segments for length in segment.lengths)
+    if len(segments) > VARLEN_SEGMENTS and sum(lengths) < VARLEN_TOKENS * len(segments):
+        varied = segments[0]._replace(lengths=lengths, kernel=kernel.VARLEN)
+        if kernel.supports_varlen(*varied.inputs(query, key, value)):
             return [varied]
-    return [run._replace(kernel=kernel.choose(*run.inputs(query, key, value))) for run in runs]
+    return [segment._replace(kernel=kernel.select_kernel(*segment.inputs(query, key, value))) for segment in segments]
 
 
-class AttentionMemo:
+class SavedAttention:
     """What one layer's attention computed in one forward pass: recomputing the layer, kernels need not run again.
 
     Whoever drops a layer's activations makes one per layer and pass and gives it to both calls of the layer, as the
-    keyword argument `attention_memo`. It stays empty where no fused kernel runs: then all is computed again.
+    keyword argument `saved_attention`. It stays empty where no fused kernel runs: then all is computed again.
     """
 
     def __init__(self) -> None:
         self.out: Tensor | None = None  # (B, T, H, D); may be moved to the host, and back before the second call
-        self.residues: list[kernel.Residue] = []  # one per run: above all 4 bytes per token and head
-        self.runs: list[Run] = []
+        self.saved_parts: list[kernel.SavedForBackward] = []  # one per run: above all 4 bytes per token and head
+        self.segments: list[Segment] = []
 
 
 class FusedAttention(torch.autograd.Function):
@@ -80,17 +80,17 @@ class FusedAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, runs: list[Run], scale: float | None, memo: AttentionMemo | None):
-        if memo is not None and memo.out is not None:
-            out, residues = memo.out.detach(), memo.residues
+    def forward(ctx, query, key, value, segments: list[Segment], scale: float | None, kept: SavedAttention | None):
+        if kept is not None and kept.out is not None:
+            out, saved_parts = kept.out.detach(), kept.saved_parts
         else:
             out = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
-            residues = [_forward(run, query, key, value, out, scale) for run in runs]
-            if memo is not None:
-                memo.out, memo.residues, memo.runs = out.detach(), residues, runs
-        ctx.runs, ctx.scale = runs, scale
-        ctx.residues = [(residue._replace(tensors=()), len(residue.tensors)) for residue in residues]
-        ctx.save_for_backward(query, key, value, out, *(tensor for residue in residues for tensor in residue.tensors))
+            saved_parts = [_forward(segment, query, key, value, out, scale) for segment in segments]
+            if kept is not None:
+                kept.out, kept.saved_parts, kept.segments = out.detach(), saved_parts, segments
+        ctx.segments, ctx.scale = segments, scale
+        ctx.saved_parts = [(saved._replace(tensors=()), len(saved.tensors)) for saved in saved_parts]
+        ctx.save_for_backward(query, key, value, out, *(tensor for saved in saved_parts for tensor in saved.tensors))
         return out
 
     @staticmethod
@@ -100,29 +100,30 @@ class FusedAttention(torch.autograd.Function):
         inputs, rest = (query, key, value), iter(tensors)
         grads = [torch.empty_like(tensor) for tensor in inputs]
         grad_out = grad_out.contiguous()
-        for run, (residue, count) in zip(ctx.runs, ctx.residues, strict=True):
-            residue = residue._replace(tensors=tuple(islice(rest, count)))
-            _backward(run, inputs, grads, grad_out, out, residue, ctx.scale)
+        for segment, (saved, count) in zip(ctx.segments, ctx.saved_parts, strict=True):
+            saved = saved._replace(tensors=tuple(islice(rest, count)))
+            _backward(segment, inputs, grads, grad_out, out, saved, ctx.scale)
         return *grads, None, None, None
 
 
-def _forward(run: Run, query, key, value, out, scale) -> kernel.Residue:
+def _forward(segment: Segment, query, key, value, out, scale) -> kernel.SavedForBackward:
     """Writes the output of `run` into `out` (B, T, H, D)."""
-    lengths = run.lengths if run.kernel == kernel.VARIED else None
-    views = run.inputs(query, key, value)
-    part, residue = kernel.causal_forward(*views, scale, kernel=run.kernel, lengths=lengths)
-    run.view(out.transpose(1, 2), run.heads).copy_(part)
-    return residue
+    lengths = segment.lengths if segment.kernel == kernel.VARLEN else None
+    views = segment.inputs(query, key, value)
+    part, saved = kernel.causal_forward(*views, scale, kernel=segment.kernel, lengths=lengths)
+    segment.view(out.transpose(1, 2), segment.heads).copy_(part)
+    return saved
 
 
-def _backward(run: Run, inputs, grads, grad_out, out, residue: kernel.Residue, scale) -> None:
+def _backward(segment: Segment, inputs, grads, grad_out, out, saved: kernel.SavedForBackward, scale) -> None:
     """Writes the gradients of `run` into `grads`, laid out as `inputs`; `grad_out` and `out` are (B, T, H, D)."""
-    grad_out, out = (run.view(tensor.transpose(1, 2), run.heads) for tensor in (grad_out, out))
-    query, key, value = run.inputs(*inputs)
-    parts = kernel.causal_backward(grad_out, query, key, value, out, residue, scale)
-    query, key, value = run.inputs(*grads)
+    grad_out, out = (segment.view(tensor.transpose(1, 2), segment.heads) for tensor in (grad_out, out))
+    query, key, value = segment.inputs(*inputs)
+    parts = kernel.causal_backward(grad_out, query, key, value, out, saved, scale)
+    query, key, value = segment.inputs(*grads)
     query.copy_(parts[0])
-    shares_kv = run.heads.start > 0 and run.kv_heads.start == 0  # with earlier heads, whose runs have been here
+    # with earlier heads, whose segments have been here
+    shares_kv = segment.heads.start > 0 and segment.kv_heads.start == 0
     for grad, part in ((key, parts[1]), (value, parts[2])):
         grad.add_(part) if shares_kv else grad.copy_(part)
 
@@ -132,7 +133,7 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float | None, drop
     attend = F.scaled_dot_product_attention
     options: dict[str, Any] = {"is_causal": True, "scale": scale, "dropout_p": dropout}
     per_kv = query.shape[1] // key.shape[1]
-    if per_kv == 1 or kernel.choose(query, key, value) != kernel.EFFICIENT:
+    if per_kv == 1 or kernel.select_kernel(query, key, value) != kernel.EFFICIENT:
         return attend(query, key, value, enable_gqa=per_kv > 1, **options)
     # The memory-efficient kernel knows no grouped heads: one call for each member of a group
     members = query.unflatten(1, (key.shape[1], per_kv)).unbind(2)

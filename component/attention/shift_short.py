@@ -5,7 +5,7 @@ from torch import Tensor
 
 from component.attention.kernel import describe_kernels as describe_kernels
 from component.attention.kernel import limit_kernels as limit_kernels
-from component.attention.segment import AttentionMemo, FusedAttention, Run, _causal, with_kernels
+from component.attention.segment import FusedAttention, SavedAttention, Segment, _causal, with_kernels
 from component.error import UserError
 
 HEAD_TOKENS = 2**20  # query heads x tokens of one kernel call: its own sums, in fp32 while going backward, stay small
@@ -20,7 +20,7 @@ def shift_short_attention(
     *,
     scale: float | None = None,
     dropout: float = 0.0,
-    attention_memo: AttentionMemo | None = None,
+    saved_attention: SavedAttention | None = None,
 ) -> Tensor:
     """Causal attention inside groups, the second half of the heads in groups moved by half a group.
 
@@ -36,7 +36,7 @@ def shift_short_attention(
             start there too, and no token sees another document. None: each row is one document.
         scale: of the scores before the softmax; D ** -0.5 if None.
         dropout: probability of dropping an attention weight.
-        attention_memo: filled, or, where an earlier call with the same inputs has filled it, used in place of kernels.
+        saved_attention: filled by this call; if an earlier call with the same inputs filled it, no kernel runs.
 
     Returns:
         (B, T, H, D).
@@ -46,7 +46,7 @@ def shift_short_attention(
     """
     check_group_size(group_size)
     documents = document_spans(position_ids) if position_ids is not None else None
-    return _attend(query, key, value, group_size, documents, scale, dropout, attention_memo)
+    return _attend(query, key, value, group_size, documents, scale, dropout, saved_attention)
 
 
 def check_group_size(group_size: int) -> None:
@@ -68,28 +68,28 @@ def document_spans(position_ids: Tensor) -> list[list[tuple[int, int]]] | None:
     return [list(zip(row, [*row[1:], length], strict=True)) for row in starts]
 
 
-def _attend(query, key, value, group_size, documents, scale, dropout, memo) -> Tensor:
+def _attend(query, key, value, group_size, documents, scale, dropout, saved_attention) -> Tensor:
     """(B, T, H, D); `documents` as from `document_spans`, one list per row or one for all rows alike."""
     if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:  # as it does for SDPA
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
-    if memo is not None and memo.out is not None:
-        return FusedAttention.apply(query, key, value, memo.runs, scale, memo)
+    if saved_attention is not None and saved_attention.out is not None:
+        return FusedAttention.apply(query, key, value, saved_attention.segments, scale, saved_attention)
     documents = documents or [[(0, query.shape[2])]]
     documents = documents * len(query) if len(documents) == 1 else documents
     plan = [_halves(row, query.shape[1], key.shape[1], spans, group_size) for row, spans in enumerate(documents)]
     if dropout == 0:
-        runs = [run for row in plan for half in row for run in with_kernels(half, query, key, value)]
-        if all(run.kernel for run in runs):
-            return FusedAttention.apply(query, key, value, runs, scale, memo)
+        segments = [segment for row in plan for half in row for segment in with_kernels(half, query, key, value)]
+        if all(segment.kernel for segment in segments):
+            return FusedAttention.apply(query, key, value, segments, scale, saved_attention)
 
-    def attend(run: Run) -> Tensor:  # (t, h, D)
-        return _causal(*run.inputs(query, key, value), scale, dropout).transpose(1, 2).flatten(0, 1)
+    def attend(segment: Segment) -> Tensor:  # (t, h, D)
+        return _causal(*segment.inputs(query, key, value), scale, dropout).transpose(1, 2).flatten(0, 1)
 
     return torch.stack([torch.cat([torch.cat(list(map(attend, half))) for half in row], dim=1) for row in plan])
 
 
-def _halves(row: int, heads: int, kv_heads: int, spans, group_size: int) -> list[list[Run]]:
+def _halves(row: int, heads: int, kv_heads: int, spans, group_size: int) -> list[list[Segment]]:
     """The runs of the unshifted and of the shifted heads in a row whose documents are `spans`."""
     plain_kv = kv_heads // 2
     plain = plain_kv * (heads // kv_heads) if kv_heads > 1 else heads // 2
@@ -102,7 +102,7 @@ def _halves(row: int, heads: int, kv_heads: int, spans, group_size: int) -> list
     at_once = max(1, HEAD_TOKENS // spans[-1][1] // (heads // kv_heads))  # key/value heads in one kernel call
     at_once = min(at_once, max(1, kv_heads - plain_kv))  # never more than of two halves: plans count on that
     return [
-        [Run(row, q, kv, start, lengths) for start, lengths in _groups(spans, first_group, group_size)]
+        [Segment(row, q, kv, start, lengths) for start, lengths in _groups(spans, first_group, group_size)]
         for all_q, all_kv, first_group in halves
         for q, kv in _portions(all_q, all_kv, at_once)
     ]

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from component.corpus.sampling import first_of_each, lowest, sample_key, text_hash
-from component.corpus.scan import Chunk, Measured, Survey
+from component.corpus.scan import Chunk, Scan, ScannedChunk
 from component.corpus.token_count import MARGIN, TokenCounter
 from component.data.reader import BadRecord
 from component.data.source import read_records
@@ -51,8 +51,8 @@ class TextMeasure:
         # so few bytes are too few tokens, whatever they are: most texts of a crawl need no tokenizing
         self.too_few_bytes = min_tokens - self.count.around - 1 if self.count.has_at_most_byte_tokens else 0
 
-    def __call__(self, group: int, chunk: Chunk) -> Measured:
-        measured = Measured()
+    def __call__(self, group: int, chunk: Chunk) -> ScannedChunk:
+        measured = ScannedChunk()
         counted: list[tuple[int, str]] = []
         for number, record in chunk:
             if isinstance(record, BadRecord):
@@ -76,7 +76,7 @@ class TextMeasure:
         measured.rows.sort()
         return measured
 
-    def _take(self, number: int, text: str, start: int, end: int, tokens: int, measured: Measured) -> None:
+    def _take(self, number: int, text: str, start: int, end: int, tokens: int, measured: ScannedChunk) -> None:
         piece = text[start:end]
         if tokens < self.least or not piece.strip():
             measured.noted["too_short"] += 1
@@ -85,7 +85,7 @@ class TextMeasure:
         else:
             measured.rows.append((number, start, end, tokens, text_hash(piece)))
 
-    def _split(self, number: int, text: str, measured: Measured) -> None:
+    def _split(self, number: int, text: str, measured: ScannedChunk) -> None:
         pieces = cut_text(text, self.least, self.most, self.count)
         measured.noted["split"] += len(pieces) > 1
         for start, end in pieces:  # one at a time: a whole book's tokens are never in memory
@@ -153,16 +153,16 @@ def _without_line_ends(text: str, start: int, end: int) -> tuple[int, int]:
     return start, end
 
 
-def choose(survey: Survey, num_samples: int, seed: int) -> tuple[list[Choice], Counter]:
+def sample_texts(scan: Scan, num_samples: int, seed: int) -> tuple[list[Choice], Counter]:
     """The sample in input order, and how many duplicates each file holds of texts before them."""
-    kept = sum(count.kept for count in survey.counts)
-    is_first = first_of_each((row[-1] for _, row in survey.rows()), kept)
-    duplicates = Counter(file for (file, _), first in zip(survey.rows(), is_first, strict=True) if not first)
-    keyed = ((sample_key(row[-1], seed), (file, *row)) for file, row in survey.rows())  # equal texts, equal keys
+    kept = sum(count.kept for count in scan.counts)
+    is_first = first_of_each((row[-1] for _, row in scan.rows()), kept)
+    duplicates = Counter(file for (file, _), first in zip(scan.rows(), is_first, strict=True) if not first)
+    keyed = ((sample_key(row[-1], seed), (file, *row)) for file, row in scan.rows())  # equal texts, equal keys
     return [Choice(*place) for place in sorted(lowest(keyed, num_samples).values())], duplicates
 
 
-def write_corpus(output: Path, survey: Survey, choices: list[Choice], key: str) -> None:
+def write_corpus(output: Path, scan: Scan, choices: list[Choice], key: str) -> None:
     """One {"text": ...} per line, whole or not at all.
 
     Raises:
@@ -171,27 +171,27 @@ def write_corpus(output: Path, survey: Survey, choices: list[Choice], key: str) 
     writing = output.with_name(f".{output.name}.writing")
     try:
         with writing.open("w", encoding="utf-8", newline="\n") as lines:
-            for text in tqdm(_texts(survey, choices, key), total=len(choices), desc="writing", unit=" texts"):
+            for text in tqdm(_texts(scan, choices, key), total=len(choices), desc="writing", unit=" texts"):
                 lines.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
         writing.replace(output)
     finally:
         writing.unlink(missing_ok=True)
 
 
-def _texts(survey: Survey, choices: list[Choice], key: str) -> Iterator[str]:
+def _texts(scan: Scan, choices: list[Choice], key: str) -> Iterator[str]:
     waiting = iter(choices)
     choice = next(waiting, None)
-    for index, file in enumerate(survey.files):
+    for index, file in enumerate(scan.files):
         if choice is None or choice.file != index:
             continue
         for number, record in read_records(file.path, file.keys):
             while choice is not None and (choice.file, choice.number) == (index, number):
                 text = record[key][choice.start : choice.end] if isinstance(record, dict) else ""
                 if text_hash(text) != choice.hashed:
-                    raise survey.changed(index, number)
+                    raise scan.changed(index, number)
                 yield text
                 choice = next(waiting, None)
             if choice is None or choice.file != index:
                 break
     if choice is not None:
-        raise survey.changed(choice.file, choice.number)
+        raise scan.changed(choice.file, choice.number)

@@ -34,7 +34,7 @@ class SourceFile:
 
 
 @dataclass
-class Measured:
+class ScannedChunk:
     """What became of a chunk."""
 
     rows: list[Row] = field(default_factory=list)  # what may be chosen
@@ -42,7 +42,7 @@ class Measured:
     bad: list[tuple[int, str]] = field(default_factory=list)  # record number, what is wrong with it
 
 
-Measure = Callable[[int, Chunk], Measured]  # of a group and a chunk of its records
+Measure = Callable[[int, Chunk], ScannedChunk]  # of a group and a chunk of its records
 
 
 @dataclass
@@ -53,7 +53,7 @@ class FileCount:
     noted: Counter = field(default_factory=Counter)
 
 
-class Survey:
+class Scan:
     """The measured files: counts in memory, rows in the journal."""
 
     def __init__(self, journal: Path, files: list[SourceFile]):
@@ -97,9 +97,9 @@ class Survey:
         return RecordTally(read, bad, self.first_bad, empty)
 
 
-def survey_files(
+def scan_files(
     journal: Path, files: list[SourceFile], settings: dict, measure: Measure, *, num_proc: int, overwrite: bool = False
-) -> Survey:
+) -> Scan:
     """Measure every record of `files`, going on where a killed run with the same settings was.
 
     Args:
@@ -110,18 +110,18 @@ def survey_files(
     Raises:
         UserError: the journal belongs to another run, a file cannot be read, a process was killed.
     """
-    survey = Survey(journal, files)
+    scan = Scan(journal, files)
     head = {"format": JOURNAL_FORMAT, "settings": settings, "files": [stamp(file) for file in files]}
-    _take_up(survey, head, overwrite)
-    if survey.is_done:
-        return survey
+    _take_up(scan, head, overwrite)
+    if scan.is_done:
+        return scan
     with journal.open("a", encoding="utf-8") as out, tqdm(desc="measuring", unit=" texts", smoothing=0.05) as bar:
-        bar.update(sum(count.read for count in survey.counts))
+        bar.update(sum(count.read for count in scan.counts))
 
-        def work(item: tuple[int, Chunk]) -> Measured:
+        def work(item: tuple[int, Chunk]) -> ScannedChunk:
             return measure(files[item[0]].group, item[1])
 
-        for (index, chunk), measured in in_order(work, _chunks(files, survey.at), num_proc):
+        for (index, chunk), measured in in_order(work, _chunks(files, scan.at), num_proc):
             line = {
                 "file": index,
                 "last": chunk[-1][0],
@@ -132,10 +132,10 @@ def survey_files(
                 "rows": measured.rows,
             }
             _write_line(out, line)
-            survey.take_in(line)
+            scan.take_in(line)
             bar.update(len(chunk))
         _write_line(out, {"done": True})
-    return survey
+    return scan
 
 
 def stamp(file: SourceFile) -> dict:
@@ -148,20 +148,20 @@ def _write_line(out, line: dict) -> None:
     out.flush()  # a killed process loses what it holds itself, not what the system holds
 
 
-def _take_up(survey: Survey, head: dict, overwrite: bool) -> None:
+def _take_up(scan: Scan, head: dict, overwrite: bool) -> None:
     """Read the journal of a killed run, without the line it was killed in; begin one where there is none."""
-    journal = survey.journal
+    journal = scan.journal
     if journal.is_file():
         with journal.open("rb") as lines:
             found = _whole_line(next(lines, b""))
             whole = lines.tell()
             if found == head:
                 while (text := lines.readline()) and (line := _whole_line(text)) is not None:
-                    survey.take_in(line)
+                    scan.take_in(line)
                     whole = lines.tell()
         if found == head:
             os.truncate(journal, whole)
-            read = sum(count.read for count in survey.counts)
+            read = sum(count.read for count in scan.counts)
             print(f"going on where an earlier run was, after {read:,} texts ({journal})", flush=True)
             return
         if found is not None and not overwrite:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from component.corpus.mapping import Turns, mapping_of
 from component.corpus.mixture import Mixture, MixtureSource, apportion
 from component.corpus.sampling import first_of_each, lowest, sample_key, text_hash
-from component.corpus.scan import Chunk, Measured, Survey
+from component.corpus.scan import Chunk, Scan, ScannedChunk
 from component.corpus.token_count import TokenCounter
 from component.data.chat_template import encode_conversation
 from component.data.reader import BadRecord
@@ -40,8 +40,8 @@ class ExampleMeasure:
         self.template = template
         self.count = TokenCounter(tokenizer)
 
-    def __call__(self, group: int, chunk: Chunk) -> Measured:
-        measured, source = Measured(), self.sources[group]
+    def __call__(self, group: int, chunk: Chunk) -> ScannedChunk:
+        measured, source = ScannedChunk(), self.sources[group]
         for number, record in chunk:
             try:
                 if isinstance(record, BadRecord):
@@ -103,27 +103,27 @@ def line_of(turns: Turns, source: MixtureSource) -> str:
     return json.dumps({"input": question, "output": answer}, ensure_ascii=False) + "\n"
 
 
-def choose_examples(survey: Survey, mixture: Mixture, seed: int) -> tuple[list[Example], list[dict]]:
+def choose_examples(scan: Scan, mixture: Mixture, seed: int) -> tuple[list[Example], list[dict]]:
     """The drawn examples in input order; of each source what was available, and how many were drawn."""
-    kept = sum(count.kept for count in survey.counts)
-    is_first = first_of_each((row[-1] for _, row in survey.rows()), kept)  # of equal ones the first source has it
+    kept = sum(count.kept for count in scan.counts)
+    is_first = first_of_each((row[-1] for _, row in scan.rows()), kept)  # of equal ones the first source has it
     available = [0] * len(mixture.sources)
-    for (file, _), first in zip(survey.rows(), is_first, strict=True):
-        available[survey.files[file].group] += bool(first)
+    for (file, _), first in zip(scan.rows(), is_first, strict=True):
+        available[scan.files[file].group] += bool(first)
     quotas = apportion(mixture, available)
     chosen: list[Example] = []
     for group, quota in enumerate(quotas):
         keyed = (
             (sample_key(row[-1], seed), (file, row[0], row[3], row[4], sample_key(row[-1], seed, "order")))
-            for (file, row), first in zip(survey.rows(), is_first, strict=True)
-            if first and survey.files[file].group == group
+            for (file, row), first in zip(scan.rows(), is_first, strict=True)
+            if first and scan.files[file].group == group
         )
         chosen += [Example(*place) for place in lowest(keyed, quota).values()]
     told = [{"available": has, "sampled": quota} for has, quota in zip(available, quotas, strict=True)]
     return sorted(chosen, key=lambda example: (example.file, example.number)), told
 
 
-def write_examples(output: Path, survey: Survey, mixture: Mixture, examples: list[Example]) -> None:
+def write_examples(output: Path, scan: Scan, mixture: Mixture, examples: list[Example]) -> None:
     """Write the examples shuffled, whole or not at all.
 
     They are first written in input order, as they are read, and then copied in the order of their keys: one line is
@@ -134,7 +134,7 @@ def write_examples(output: Path, survey: Survey, mixture: Mixture, examples: lis
     """
     ordered, writing = output.with_name(f".{output.name}.ordered"), output.with_name(f".{output.name}.writing")
     try:
-        places = _write_in_input_order(ordered, survey, mixture, examples)
+        places = _write_in_input_order(ordered, scan, mixture, examples)
         with ordered.open("rb") as lines, writing.open("wb") as shuffled:
             for _, start, length in sorted(places):
                 lines.seek(start)
@@ -146,7 +146,7 @@ def write_examples(output: Path, survey: Survey, mixture: Mixture, examples: lis
 
 
 def _write_in_input_order(
-    file: Path, survey: Survey, mixture: Mixture, examples: list[Example]
+    file: Path, scan: Scan, mixture: Mixture, examples: list[Example]
 ) -> list[tuple[int, int, int]]:
     """(key, first byte, bytes) of each line."""
     wanted: dict[int, dict[int, Example]] = {}
@@ -155,7 +155,7 @@ def _write_in_input_order(
     places, at = [], 0
     with file.open("wb") as lines, tqdm(total=len(examples), desc="writing", unit=" texts") as bar:
         for index, numbers in wanted.items():
-            path, source = survey.files[index].path, mixture.sources[survey.files[index].group]
+            path, source = scan.files[index].path, mixture.sources[scan.files[index].group]
             for number, record in read_records(path):
                 if number not in numbers or not isinstance(record, dict):
                     continue
@@ -163,9 +163,9 @@ def _write_in_input_order(
                 try:
                     turns = turns_of(record, source)
                 except ValueError as error:
-                    raise survey.changed(index, number) from error
+                    raise scan.changed(index, number) from error
                 if hash_of(turns) != example.hashed:
-                    raise survey.changed(index, number)
+                    raise scan.changed(index, number)
                 line = line_of(turns, source).encode()
                 lines.write(line)
                 places.append((example.key, at, len(line)))
@@ -174,5 +174,5 @@ def _write_in_input_order(
                 if not numbers:
                     break
             if numbers:
-                raise survey.changed(index, min(numbers))
+                raise scan.changed(index, min(numbers))
     return places

@@ -73,12 +73,12 @@ def encode_by_tokenizer(
     spans, text = [], ""
     for user, assistant in turns:
         messages.append({"role": "user", "content": user})
-        prompt = _spell(tokenizer, messages, opens_answer=True)
+        prompt = _render(tokenizer, messages, opens_answer=True)
         if assistant is None:
             whole = prompt
         else:
             messages.append({"role": "assistant", "content": assistant})
-            whole = _spell(tokenizer, messages, opens_answer=False)
+            whole = _render(tokenizer, messages, opens_answer=False)
             spans.append((len(prompt), len(whole.rstrip())))  # ChatML puts a line break behind the end
         if not (prompt.startswith(text) and whole.startswith(prompt)):
             raise UserError(
@@ -102,7 +102,7 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
         raise UserError(f"template: tokenizer, but {tokenizer.name_or_path or 'it'} has {lack}; use template: vicuna")
 
 
-def _spell(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], opens_answer: bool) -> str:
+def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], opens_answer: bool) -> str:
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opens_answer)
     except Exception as error:  # jinja's own, and whatever the template raises

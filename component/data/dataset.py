@@ -38,27 +38,29 @@ class DataReport:
     lines: int
     samples: int
     tokens: int
-    fates: tuple[int, ...]  # documents by WHOLE, CUT, ...
+    outcomes: tuple[int, ...]  # documents by WHOLE, CUT, ...
     bad: str = ""  # what was said of lines that cannot be used
     packed: str = ""
 
     @property
     def cut(self) -> int:
-        return self.fates[CUT]
+        return self.outcomes[CUT]
 
     @property
     def dropped(self) -> int:
         """Documents without anything to learn, and those that are too long if such are left out."""
-        return self.fates[TOO_LONG] + self.fates[EMPTY]
+        return self.outcomes[TOO_LONG] + self.outcomes[EMPTY]
 
     def __str__(self) -> str:
         text = f"{self.samples:,} samples, {self.tokens:,} tokens from {', '.join(self.files)}"
-        fates, of = self.fates, f"of {self.lines:,} lines"
+        outcomes, of = self.outcomes, f"of {self.lines:,} lines"
         notes = [
-            f"{fates[CUT]:,} cut to max_seq_length" if fates[CUT] else "",
-            f"{fates[SPLIT]:,} {of} split into {fates[SPLIT] + fates[PIECE]:,} samples" if fates[SPLIT] else "",
-            f"{fates[TOO_LONG]:,} {of} dropped: longer than max_seq_length" if fates[TOO_LONG] else "",
-            f"{fates[EMPTY]:,} {of} dropped: nothing to learn in them" if fates[EMPTY] else "",
+            f"{outcomes[CUT]:,} cut to max_seq_length" if outcomes[CUT] else "",
+            f"{outcomes[SPLIT]:,} {of} split into {outcomes[SPLIT] + outcomes[PIECE]:,} samples"
+            if outcomes[SPLIT]
+            else "",
+            f"{outcomes[TOO_LONG]:,} {of} dropped: longer than max_seq_length" if outcomes[TOO_LONG] else "",
+            f"{outcomes[EMPTY]:,} {of} dropped: nothing to learn in them" if outcomes[EMPTY] else "",
             self.bad,
             self.packed,
         ]
@@ -151,11 +153,11 @@ def tokenise(
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
         raise
-    fates = dataset.data.column("fate").to_numpy()
+    outcomes = dataset.data.column("fate").to_numpy()
     lengths = pyarrow.compute.list_value_length(dataset.data.column("input_ids")).to_numpy()
-    kept = np.flatnonzero(~np.isin(fates, DROPPED))
+    kept = np.flatnonzero(~np.isin(outcomes, DROPPED))
     if len(kept) < len(dataset):
         dataset, lengths = dataset.select(kept), lengths[kept]
-    counts = tuple(np.bincount(fates, minlength=6).tolist())
+    counts = tuple(np.bincount(outcomes, minlength=6).tolist())
     report = DataReport(files, lines, len(dataset), int(lengths.sum()), counts, bad)
     return dataset.remove_columns("fate"), lengths, report

@@ -18,7 +18,7 @@ from component.inference.kv_cache import new_cache, tensor_bytes
 
 
 @dataclass
-class Rounding:
+class QuantizedCacheResult:
     """Figures of one cache; logits are compared with the dynamic cache's, position by position."""
 
     cache: str
@@ -39,9 +39,9 @@ def second_half(model: PreTrainedModel, ids: torch.Tensor, implementation: str) 
     return torch.cat(logits).float(), tensor_bytes(cache)
 
 
-def measure_rounding(
+def measure_cache_quantization(
     model: PreTrainedModel, tokens: np.ndarray, caches: Iterable[str], seq_len: int, windows: int
-) -> list[Rounding]:
+) -> list[QuantizedCacheResult]:
     """Each cache over the first `windows` windows of `seq_len` tokens that `tokens` holds.
 
     Raises:
@@ -61,6 +61,6 @@ def measure_rounding(
             same = (logits.argmax(-1) == exact.argmax(-1)).float().mean()
             total += torch.stack([loss, (logits - exact).abs().mean(), same]).double().cpu() / count
     return [
-        Rounding(name, held[name], float(total[0].exp()), float(total[1]), float(total[2]))
+        QuantizedCacheResult(name, held[name], float(total[0].exp()), float(total[1]), float(total[2]))
         for name, total in sums.items()
     ]

@@ -14,13 +14,13 @@ from transformers import PreTrainedModel
 
 from component.data.token_file import check_tokenizer, read_index
 from component.error import UserError
-from component.loading import load_model, locate, stretched_config
+from component.loading import extended_config_of, load_model, resolve_model
 from component.rope import context_length, rope_factor
 from component.tokenizer import tokenizer_in
 
 
 @dataclass(frozen=True)
-class Contender:
+class ModelSpec:
     name: str | None  # None for the only one, named by its own flags
     base_model: str | None
     peft_model: str | None
@@ -36,7 +36,7 @@ class Contender:
         return "peft_model" if self.name is None else f"--compare {self.name}"
 
 
-def parse_contender(text: str) -> Contender:
+def parse_model_spec(text: str) -> ModelSpec:
     """The contender that `NAME=MODEL[:ADAPTER][@TOKENS]` spells.
 
     Raises:
@@ -49,27 +49,27 @@ def parse_contender(text: str) -> Contender:
     if not (name and is_named and model) or (has_adapter and not adapter):
         raise UserError(f"--compare: {text!r}; spell it NAME=MODEL, NAME=MODEL:ADAPTER, and @TOKENS to stretch it")
     if (Path(model) / "adapter_config.json").is_file() and not adapter:
-        return Contender(name, None, model, tokens)
-    return Contender(name, model, adapter or None, tokens)
+        return ModelSpec(name, None, model, tokens)
+    return ModelSpec(name, model, adapter or None, tokens)
 
 
-def parse_contenders(texts: list[str]) -> list[Contender]:
-    contenders = [parse_contender(text) for text in texts]
-    names = [str(contender.name) for contender in contenders]
+def parse_model_specs(texts: list[str]) -> list[ModelSpec]:
+    specs = [parse_model_spec(text) for text in texts]
+    names = [str(spec.name) for spec in specs]
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"--compare: {name} names {names.count(name)} models; give each its own name")
-    return contenders
+    return specs
 
 
-def check_contender(contender: Contender, data_path: str) -> str:
+def check_model_spec(spec: ModelSpec, data_path: str) -> str:
     """Refuse what cannot be loaded, or tokens that are not this model's, before any weight is loaded.
 
     Returns:
         One line on whether the tokenizer was compared with the file's.
     """
-    _, own, is_ours = locate(contender.base_model, contender.peft_model, contender.field, contender.adapter_field)
-    stretched_config(own, contender.context_size, is_fixed=is_ours, field=contender.field)
+    _, own, is_ours = resolve_model(spec.base_model, spec.peft_model, spec.field, spec.adapter_field)
+    extended_config_of(own, spec.context_size, is_fixed=is_ours, field=spec.field)
     index = read_index(data_path)
     if index is None:
         return f"not checked: there is no index {Path(data_path).name}.json that says which one made the file"
@@ -80,15 +80,15 @@ def check_contender(contender: Contender, data_path: str) -> str:
     return "the file's"
 
 
-def load_contender(contender: Contender, *, load_in_4bit: bool, dtype: torch.dtype | None) -> PreTrainedModel:
+def load_model_spec(spec: ModelSpec, *, load_in_4bit: bool, dtype: torch.dtype | None) -> PreTrainedModel:
     return load_model(
-        contender.base_model,
-        contender.peft_model,
-        context_size=contender.context_size,
+        spec.base_model,
+        spec.peft_model,
+        context_size=spec.context_size,
         load_in_4bit=load_in_4bit,
         dtype=dtype,
-        field=contender.field,
-        adapter_field=contender.adapter_field,
+        field=spec.field,
+        adapter_field=spec.adapter_field,
     )
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from component.error import UserError
-from component.inference.generate import greedy_continuation
+from component.inference.generate import generate_greedy
 
 INTRODUCTION = "One line of this text holds a pass key. Find it and keep it in mind; the last line asks for it."
 FILLER = (
@@ -130,7 +130,7 @@ def run_trials(
     for length, depth, trial in settings:
         prompt = maker.prompt(length, depth, draw_key(seed, length, depth, trial))
         tokens = maker.answer_tokens(prompt.key)
-        answer = greedy_continuation(model, tokenizer, prompt.ids, tokens, offload_cache=offload_cache)
+        answer = generate_greedy(model, tokenizer, prompt.ids, tokens, offload_cache=offload_cache)
         answered = tokenizer.decode(answer, skip_special_tokens=True)
         right = is_right(answered, prompt.key)
         yield Trial(length, depth, trial, len(prompt.ids), prompt.needle_start, prompt.key, answered, right)

@@ -35,7 +35,9 @@ def fit_prompt(
     return prompt_ids[:first] + prompt_ids[first + excess :], excess
 
 
-def fitted(model: PreTrainedModel, prompt_ids: list[int], flags: argparse.Namespace, opening: int = 1) -> list[int]:
+def truncate_prompt(
+    model: PreTrainedModel, prompt_ids: list[int], flags: argparse.Namespace, opening: int = 1
+) -> list[int]:
     """A prompt cut as `--truncate` says, if it must be; the user is told how much has gone."""
     context = context_length(model.config)
     kept, cut = fit_prompt(prompt_ids, context, flags.max_new_tokens, flags.truncate, opening)

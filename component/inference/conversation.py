@@ -88,7 +88,7 @@ def is_command(line: str) -> bool:
     return re.match(r"/[a-z]+(\s|$)", line.strip()) is not None
 
 
-def obey(line: str, conversation: Conversation) -> str:
+def run_command(line: str, conversation: Conversation) -> str:
     """Do what a command says; what to tell its user.
 
     Raises:

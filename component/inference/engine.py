@@ -12,7 +12,7 @@ from component.error import UserError
 from component.inference.context import describe_context, fit_prompt
 from component.inference.conversation import Conversation
 from component.inference.flags import check_sampling
-from component.inference.generate import continue_text
+from component.inference.generate import generate
 from component.inference.kv_cache import PromptCache
 from component.loading import recorded_template
 from component.rope import context_length
@@ -27,7 +27,7 @@ class Answer:
 
 
 @dataclass
-class Talk:
+class Engine:
     """One model and its cache. The cache serves whoever asks: what two prompts share is computed once."""
 
     model: PreTrainedModel
@@ -82,10 +82,10 @@ class Talk:
         pieces: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
         is_left = threading.Event()
 
-        def generate() -> None:
+        def work() -> None:
             try:
                 with self.turn:
-                    continue_text(
+                    generate(
                         self.model,
                         self.tokenizer,
                         prompt_ids,
@@ -100,7 +100,7 @@ class Talk:
                     self.cache.forget()
                 pieces.put(error)
 
-        threading.Thread(target=generate, daemon=True).start()
+        threading.Thread(target=work, daemon=True).start()
         try:
             while (piece := pieces.get()) is not None:
                 if isinstance(piece, BaseException):

@@ -70,8 +70,8 @@ def check_sampling(flags: argparse.Namespace) -> None:
         "seed": (0 <= flags.seed < 2**32, "0 or more, below 2**32"),
         "context_size": (flags.context_size is None or flags.context_size >= 1, "at least 1 token"),
     }
-    for name, (is_sane, cure) in bounds.items():
-        if not is_sane:
+    for name, (is_valid, cure) in bounds.items():
+        if not is_valid:
             raise UserError(f"--{name}: {getattr(flags, name)}; use {cure}")
 
 

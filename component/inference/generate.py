@@ -52,7 +52,7 @@ class _Stop(StoppingCriteria):
         return torch.full((len(input_ids),), self.should_stop(), device=input_ids.device)  # type: ignore[return-value]
 
 
-def continue_text(
+def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompt_ids: list[int],
@@ -93,7 +93,7 @@ def continue_text(
     return tokenizer.decode(writer.ids, skip_special_tokens=True)
 
 
-def stream_continuation(
+def stream_generation(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompt_ids: list[int],
@@ -102,7 +102,7 @@ def stream_continuation(
 ) -> str:
     """Print the continuation of `prompt_ids` as it is generated, then a line break; returns it."""
     try:
-        text = continue_text(
+        text = generate(
             model, tokenizer, prompt_ids, flags, lambda piece: print(piece, end="", flush=True), cache=cache
         )
     except Stopped:
@@ -127,7 +127,7 @@ def _generation_config(
     )
 
 
-def greedy_continuation(
+def generate_greedy(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompt_ids: list[int],

@@ -9,7 +9,7 @@ from typing import Any
 from component.error import UserError, first_line
 from component.inference.context import TRUNCATIONS
 from component.inference.conversation import Conversation
-from component.inference.engine import Talk
+from component.inference.engine import Engine
 from component.inference.text_file import read_text_file
 
 TITLE = "LongQLoRA: chat about a long document"
@@ -49,12 +49,12 @@ def meter(tokens: int, context: int, what: str) -> str:
 class Page:
     """The handlers of one page; a visitor's state is a dictionary of conversation, document and its name."""
 
-    def __init__(self, talk: Talk) -> None:
-        self.talk = talk
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
         self.stops: dict[str, threading.Event] = {}
 
     def blank(self) -> str:
-        return f'<div class="quiet">No document. The model reads {self.talk.context:,} tokens at a time.</div>'
+        return f'<div class="quiet">No document. The model reads {self.engine.context:,} tokens at a time.</div>'
 
     def open_document(self, path: str | None) -> tuple[dict | None, str, list]:
         """(state, meter, empty chat) of a visitor who has brought a file, or taken it away."""
@@ -89,11 +89,11 @@ class Page:
         shown = [*chat, {"role": "user", "content": question}]
         bar = self._usage_meter(conversation, state)
         try:
-            for answer in self.talk.answer(conversation, question, settings, stop.is_set):
+            for answer in self.engine.answer(conversation, question, settings, stop.is_set):
                 note = answer.notice or ("" if answer.text else "reading …")
                 yield [*shown, {"role": "assistant", "content": answer.text}], state, bar, note
             ending = " · ".join(part for part in (answer.notice, "stopped" if stop.is_set() else "") if part)
-            usage = self.talk.usage(conversation)
+            usage = self.engine.usage(conversation)
             final = [*shown, {"role": "assistant", "content": answer.text or "(nothing)"}]
             yield final, state, self._usage_meter(conversation, state), f"{usage}{' · ' if ending else ''}{ending}"
         except (UserError, RuntimeError) as error:  # RuntimeError: out of memory, which the next question may not need
@@ -104,24 +104,24 @@ class Page:
                 del self.stops[visitor]
 
     def _conversation(self, state: dict) -> Conversation:
-        conversation = self.talk.conversation()
+        conversation = self.engine.conversation()
         if state.get("document"):
             conversation.documents.append(state["document"])
         return conversation
 
     def _document_meter(self, document: str, name: str) -> str:
-        return meter(self.talk.conversation().tokens_of(document), self.talk.context, name)
+        return meter(self.engine.conversation().tokens_of(document), self.engine.context, name)
 
     def _usage_meter(self, conversation: Conversation, state: dict) -> str:
         if not conversation.turns:
             return self._document_meter(state["document"], state["name"]) if state.get("document") else self.blank()
         name = f"{state['name']} and the chat" if state.get("document") else "the chat"
-        return meter(conversation.used_tokens(), self.talk.context, name)
+        return meter(conversation.used_tokens(), self.engine.context, name)
 
 
-def build_page(talk: Talk) -> Any:
+def build_page(engine: Engine) -> Any:
     """The page as Gradio blocks, ready to be launched."""
-    gradio, page, flags = import_gradio(), Page(talk), talk.flags
+    gradio, page, flags = import_gradio(), Page(engine), engine.flags
     with gradio.Blocks(title=TITLE, analytics_enabled=False) as blocks:
         state = gradio.State(None)
         gradio.Markdown(f"## {TITLE}")
@@ -131,7 +131,7 @@ def build_page(talk: Talk) -> Any:
                     label="Document (text or PDF)", file_types=FILE_TYPES, height=120, elem_id="document"
                 )
                 bar = gradio.HTML(page.blank(), elem_id="meter")
-                settings = _settings(gradio, flags, talk.context)
+                settings = _settings(gradio, flags, engine.context)
             with gradio.Column(scale=2, min_width=400):
                 chat = gradio.Chatbot(
                     show_label=False,
@@ -203,7 +203,7 @@ def _connect(gradio: Any, page: Page, parts: tuple, settings: dict[str, Any]) ->
         forgotten(page.forget, state, [state, bar, chat], show_progress="hidden")
 
 
-def serve(talk: Talk, host: str, port: int) -> None:
+def serve(engine: Engine, host: str, port: int) -> None:
     """Until Ctrl-C.
 
     Raises:
@@ -213,7 +213,7 @@ def serve(talk: Talk, host: str, port: int) -> None:
     plain = ["system-ui", "sans-serif"]
     theme = gradio.themes.Default(font=plain, font_mono=["monospace"])  # fonts of the visitor's machine: no download
     try:
-        build_page(talk).launch(
+        build_page(engine).launch(
             server_name=host,
             server_port=port,
             share=False,

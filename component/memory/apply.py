@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from component.loss import lean_loss
+from component.loss import use_chunked_loss
 from component.memory.layer import LeanLayer, lean_layers
 from component.memory.linear import fuse_lora
-from component.memory.offload import HostStack
+from component.memory.offload import ActivationOffloader
 from component.memory.plan import MemoryPlan
 
 
@@ -28,13 +28,13 @@ def use_memory_plan(model: nn.Module, plan: MemoryPlan, *, fused: bool) -> str |
     if any(hasattr(parameter, "ds_id") for parameter in base.parameters()):
         return "ZeRO-3 gathers each weight through its module's own forward"
     fuse_lora(model)
-    lean_loss(base, plan.loss_chunk_tokens)
+    use_chunked_loss(base, plan.loss_chunk_tokens)
     layers = lean_layers(base)
     if fused:
         _use_liger_kernels(base, layers)
     if not layers:
         return f"the decoder layers of {type(base).__name__} are not among those that a plan is written for"
-    stack = HostStack(plan.fetch_ahead) if plan.offload_activations else None
+    stack = ActivationOffloader(plan.fetch_ahead) if plan.offload_activations else None
     for layer, level in zip(layers, plan.levels(len(layers)), strict=True):
         layer.level, layer.stack, layer.tile = level, stack, plan.mlp_tile_tokens
         layer.keeps_attention_output = plan.keep_attention_output

@@ -7,7 +7,7 @@ import psutil
 import torch
 
 from component.error import UserError, first_line
-from component.memory.plan import MemoryPlan, estimate, next_lever
+from component.memory.plan import MemoryPlan, estimate, next_memory_option
 from component.memory.workload import Workload, paged_bytes
 
 CONTEXT_GIB = 0.6  # CUDA's own, which `mem_get_info` already leaves out
@@ -16,7 +16,7 @@ USABLE = 0.98  # of a budget: estimates are that good
 HOST_SHARE = 0.8  # of the host memory that is free: pinned memory cannot be swapped out
 
 
-def room(work: Workload, budget_gib: float | None, device: torch.device) -> tuple[float, float]:
+def available_memory(work: Workload, budget_gib: float | None, device: torch.device) -> tuple[float, float]:
     """GiB that a plan may take of the GPU and of the host; infinite where there is no GPU to run out of.
 
     `budget_gib` caps PyTorch's allocator; what lies outside of it must find room on the card too.
@@ -38,7 +38,7 @@ def explaining_out_of_memory(work: Workload, plan: MemoryPlan) -> Iterator[None]
         peak = estimate(work, plan).peak_gib
         raise UserError(
             f"the GPU is out of memory ({first_line(error)}); the plan was estimated at {peak:.1f} GiB. "
-            f"Next: {next_lever(work, plan)}"
+            f"Next: {next_memory_option(work, plan)}"
         ) from error
 
 

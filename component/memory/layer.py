@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from component.attention.shift_short import AttentionMemo
-from component.memory.linear import Gradients, Projection, compute_in, in_order
-from component.memory.offload import HostStack
+from component.attention.shift_short import SavedAttention
+from component.memory.linear import Gradients, LoRALinear, compute_in, in_order
+from component.memory.offload import ActivationOffloader
 
 LEVELS = ("nothing", "attention", "everything")
 LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
@@ -34,7 +34,7 @@ class LeanLayer(nn.Module):
     level: str = "everything"
     tile: int = 0  # tokens per MLP tile; 0: one tile
     keeps_attention_output: bool = False  # of a layer that keeps nothing else: attention's kernel runs once
-    stack: HostStack | None = None  # where the input of a layer that keeps nothing waits; None: on the GPU
+    stack: ActivationOffloader | None = None  # where the input of a layer that keeps nothing waits; None: on the GPU
 
     def prepare(self) -> None:
         """Look up once what every forward pass needs; the adapter must be in place."""
@@ -77,7 +77,7 @@ def lean_layers(model: nn.Module) -> list[LeanLayer]:
 def _fits(layer: nn.Module) -> bool:
     if type(layer).__name__ not in LAYERS:
         return False
-    return all(Projection.fits(getattr(layer.mlp, name)) for name in ("gate_proj", "up_proj", "down_proj"))
+    return all(LoRALinear.fits(getattr(layer.mlp, name)) for name in ("gate_proj", "up_proj", "down_proj"))
 
 
 class FusedMLP:
@@ -87,7 +87,7 @@ class FusedMLP:
         mlp = layer.mlp
         self.norm = layer.post_attention_layernorm
         self.activate = lambda gate, up: mlp.act_fn(gate) * up  # Liger's one kernel takes its place where it runs
-        self.gate, self.up, self.down = (Projection(p) for p in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+        self.gate, self.up, self.down = (LoRALinear(p) for p in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
         self.norm_parameters = _trained(self.norm)
         self.parameters = [
             *self.norm_parameters,
@@ -191,10 +191,10 @@ class _RecomputedLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, layer: LeanLayer, call: dict, tile: int, *trained: nn.Parameter) -> Tensor:
         ctx.layer, ctx.call, ctx.tile, ctx.trained = layer, call, tile, trained
-        ctx.ambience = Ambience(hidden.device, layer.draws)
-        ctx.memo = AttentionMemo() if layer.keeps_attention_output else None
+        ctx.ambience = RngAndAutocastState(hidden.device, layer.draws)
+        ctx.memo = SavedAttention() if layer.keeps_attention_output else None
         if ctx.memo is not None:
-            ctx.call = call = {**call, "attention_memo": ctx.memo}
+            ctx.call = call = {**call, "saved_attention": ctx.memo}
         middle = layer.attend(hidden, call)
         out, ctx.kept = layer.second_half.forward(middle, tile, keep=False)
         waiting = [hidden] + ([ctx.memo.out] if ctx.memo is not None and ctx.memo.out is not None else [])
@@ -231,7 +231,7 @@ class _RecomputedLayer(torch.autograd.Function):
         return dx, None, None, None, *in_order(sums, ctx.trained)
 
 
-class Ambience:
+class RngAndAutocastState:
     """Random numbers, if any are drawn, and autocast as they were in the forward pass, for computing it again."""
 
     def __init__(self, device: torch.device, draws: bool = True):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 Gradients = dict[nn.Parameter, Tensor]  # summed over tiles of tokens in fp32
 
 
-class Projection:
+class LoRALinear:
     """One linear layer as a pair of functions on plain tensors: `forward`, and `backward` that needs no graph.
 
     The layer's weight and bias are frozen; LoRA's matrices, if it has them, are what trains.
@@ -139,11 +139,11 @@ def _drop(x: Tensor, probability: float, seed: int | None) -> Tensor:
     return (x * keep).div_(1 - probability)
 
 
-class _LoRALinear(torch.autograd.Function):
-    """`Projection` as a function that autograd knows, for layers that Hugging Face's code calls."""
+class _LoRALinearFunction(torch.autograd.Function):
+    """`LoRALinear` as a function that autograd knows, for layers that Hugging Face's code calls."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, projection: Projection, *trained: nn.Parameter) -> Tensor:
+    def forward(ctx, x: Tensor, projection: LoRALinear, *trained: nn.Parameter) -> Tensor:
         ctx.seed, ctx.projection, ctx.shape, ctx.trained = projection.draw(), projection, x.shape, trained
         flat = x.reshape(-1, x.shape[-1])
         y, low = projection.forward(flat, ctx.seed)
@@ -165,20 +165,20 @@ def compute_in(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
-class FusedLoRA(nn.Module):
-    """Mixed into the class of a PEFT layer: training goes through `_LoRALinear`, all else as PEFT does it."""
+class FusedLoRALayer(nn.Module):
+    """Mixed into the class of a PEFT layer: training goes through `_LoRALinearFunction`, all else as PEFT does it."""
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         # without gradients too: a layer that is computed again must draw the same dropout mask both times
         trains = self.training and not self.disable_adapters and not self.merged
         if not trains or args or kwargs:
             return super().forward(x, *args, **kwargs)
-        return _LoRALinear.apply(compute_in(x), self.projection, *self.projection.parameters)
+        return _LoRALinearFunction.apply(compute_in(x), self.projection, *self.projection.parameters)
 
 
 def fuse_lora(model: nn.Module) -> None:
-    """Let every LoRA layer of `model` that `Projection` can compute do so while it trains."""
+    """Let every LoRA layer of `model` that `LoRALinear` can compute do so while it trains."""
     for layer in model.modules():
-        if isinstance(layer, LoraLayer) and Projection.fits(layer):
-            layer.__class__ = type(f"Fused{type(layer).__name__}", (FusedLoRA, type(layer)), {})
-            layer.projection = Projection(layer)
+        if isinstance(layer, LoraLayer) and LoRALinear.fits(layer):
+            layer.__class__ = type(f"Fused{type(layer).__name__}", (FusedLoRALayer, type(layer)), {})
+            layer.projection = LoRALinear(layer)

@@ -13,7 +13,7 @@ from torch import Tensor
 from component.error import UserError
 
 
-class HostStack:
+class ActivationOffloader:
     """Tensors of a GPU kept in host memory between forward and backward. On a CPU it keeps plain copies."""
 
     def __init__(self, fetches_ahead: bool = True) -> None:
@@ -25,9 +25,9 @@ class HostStack:
         self._leaving: tuple[list[Tensor], torch.cuda.Event] | None = None
         self._stream: torch.cuda.Stream | None = None
 
-    def __deepcopy__(self, memo: dict) -> "HostStack":
+    def __deepcopy__(self, memo: dict) -> "ActivationOffloader":
         """A copied model gets a stack of its own, with nothing on it."""
-        return HostStack(self.fetches_ahead)
+        return ActivationOffloader(self.fetches_ahead)
 
     @property
     def nbytes(self) -> int:

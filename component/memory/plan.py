@@ -139,7 +139,7 @@ def _cost(work: Workload, plan: MemoryPlan, size: Sizes, counts: tuple[int, int,
     return cost
 
 
-def choose(
+def choose_plan(
     work: Workload, budget_gib: float = math.inf, host_gib: float = math.inf, **by_hand: Any
 ) -> tuple[MemoryPlan, Estimate]:
     """The fastest plan within `budget_gib` of the GPU and `host_gib` of the host; of those equally fast the leanest.
@@ -158,7 +158,7 @@ def choose(
     return min(plans, key=lambda pair: (pair[1].peak_gib, pair[1].cost))
 
 
-LEVERS = {  # what to change in a YAML when memory does not suffice, the cheapest first: (from, to, words)
+MEMORY_OPTIONS = {  # what to change in a YAML when memory does not suffice, the cheapest first: (from, to, words)
     "keep_layers": "keep_layers: 0 (every layer is computed again)",
     "keep_attention_layers": "keep_attention_layers: 0 (every layer is computed again)",
     "keep_attention_output": "keep_attention_output: false (attention's kernel runs twice)",
@@ -166,7 +166,7 @@ LEVERS = {  # what to change in a YAML when memory does not suffice, the cheapes
     "mlp_tile_tokens": "mlp_tile_tokens: 2048 (the MLP in smaller tiles)",
     "loss_chunk_tokens": "loss_chunk_tokens: 256 (fewer logits at a time)",
 }
-LEANEST: dict[str, Any] = {
+MINIMUM_MEMORY: dict[str, Any] = {
     "keep_layers": 0,
     "keep_attention_layers": 0,
     "keep_attention_output": False,
@@ -176,15 +176,15 @@ LEANEST: dict[str, Any] = {
 }
 
 
-def leanest() -> MemoryPlan:
+def minimum_memory_plan() -> MemoryPlan:
     """The plan of least memory, whatever it costs."""
-    return MemoryPlan(**LEANEST, fetch_ahead=False)
+    return MemoryPlan(**MINIMUM_MEMORY, fetch_ahead=False)
 
 
-def next_lever(work: Workload, plan: MemoryPlan) -> str:
+def next_memory_option(work: Workload, plan: MemoryPlan) -> str:
     """The setting of a YAML that saves memory next, at the least cost."""
-    for name, words in LEVERS.items():
-        leaner = replace(plan, **{name: LEANEST[name]})
+    for name, words in MEMORY_OPTIONS.items():
+        leaner = replace(plan, **{name: MINIMUM_MEMORY[name]})
         if estimate(work, leaner).peak_gib < 0.99 * estimate(work, plan).peak_gib:
             return words
     if work.zero and not work.offload_optimizer:
@@ -201,7 +201,7 @@ def describe_estimate(work: Workload, plan: MemoryPlan, expected: Estimate, budg
     if expected.host_gib:
         line += f", {expected.host_gib:.1f} GiB of the host pinned"
     if expected.peak_gib > budget_gib:
-        line += f". It will hardly fit; next: {next_lever(work, plan)}"
+        line += f". It will hardly fit; next: {next_memory_option(work, plan)}"
     return line
 
 

@@ -18,18 +18,18 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from component.adapter import find_adapter, fit_adapter, match_extras
 from component.error import UserError
 from component.model import without_weights
-from component.storage.tensor_reader import Stored, model_tensors, stored_tensors
+from component.storage.tensor_reader import TensorRef, model_tensors, tensors_in
 
 BASES = ("fp16", "nf4")
 
 
 @dataclass
-class Change:
+class TensorUpdate:
     """What an adapter does to one tensor of the base."""
 
-    trained: Stored | None = None  # stands in its place
-    lora_a: Stored | None = None  # (rank, in)
-    lora_b: Stored | None = None  # (out, rank)
+    trained: TensorRef | None = None  # stands in its place
+    lora_a: TensorRef | None = None  # (rank, in)
+    lora_b: TensorRef | None = None  # (out, rank)
     scaling: float = 0.0
     is_embedding: bool = False  # whose weight is (in, out)
 
@@ -41,8 +41,8 @@ class MergePlan:
     config: PretrainedConfig  # of the merged model
     generation_config: GenerationConfig | None
     dtype: torch.dtype  # of its weights
-    tensors: dict[str, Stored]  # of the base, by name, in the order that they lie on the disk
-    changes: dict[str, Change]
+    tensors: dict[str, TensorRef]  # of the base, by name, in the order that they lie on the disk
+    changes: dict[str, TensorUpdate]
     quantised: set[str] = field(default_factory=set)  # taken as the NF4 weights that training saw
 
     @property
@@ -93,18 +93,18 @@ def plan_merge(
     adapter_config, file, extras = find_adapter(adapter)
     _check_kind(adapter_config, adapter)
     if extras is not None:
-        for name, stored in match_extras(model, stored_tensors(extras), extras).items():
+        for name, stored in match_extras(model, tensors_in(extras), extras).items():
             tensors[tied[0] if name in tied else name] = stored  # it is the base that LoRA goes around
             plan.quantised.discard(name)
-    weights = stored_tensors(file)
+    weights = tensors_in(file)
     adapted = fit_adapter(model, adapter_config, {key: stored.on_meta() for key, stored in weights.items()}, adapter)
-    plan.changes = _changes(adapted, weights, set(model.state_dict()) | set(tensors) | set(tied), adapter)
+    plan.changes = _updates(adapted, weights, set(model.state_dict()) | set(tensors) | set(tied), adapter)
     if tied:
         _tie(plan, *tied)
     return plan
 
 
-def _of_model(base: str, model: PreTrainedModel) -> dict[str, Stored]:
+def _of_model(base: str, model: PreTrainedModel) -> dict[str, TensorRef]:
     """The base's tensors that belong to `model`; a head that is its embedding is left out."""
     wanted, found, tied = model.state_dict(), model_tensors(base), _tied_names(model)
     for name in tied[1:]:
@@ -160,9 +160,11 @@ def _check_kind(config: PeftConfig, adapter: str) -> None:
         raise UserError(f"{kind}: init_lora_weights is {start!r}, which changed the base before training; {cure}")
 
 
-def _changes(adapted: PeftModel, weights: dict[str, Stored], known: set[str], adapter: str) -> dict[str, Change]:
+def _updates(
+    adapted: PeftModel, weights: dict[str, TensorRef], known: set[str], adapter: str
+) -> dict[str, TensorUpdate]:
     """By name of the base's tensor; every key of the adapter is one part of one change."""
-    changes: dict[str, Change] = {}
+    changes: dict[str, TensorUpdate] = {}
     for key, stored in weights.items():
         path, _, part = key.removeprefix("base_model.model.").rpartition(".lora_")
         match = re.fullmatch(r"(embedding_)?([AB])(\.weight)?", part)
@@ -170,20 +172,20 @@ def _changes(adapted: PeftModel, weights: dict[str, Stored], known: set[str], ad
             layer = adapted.base_model.model.get_submodule(path)
             if type(layer) not in (lora.Linear, lora.Embedding) or layer.lora_variant:
                 raise UserError(f"{adapter}: {key} is of a kind of LoRA that is not merged here; use PEFT itself")
-            change = changes.setdefault(f"{path}.weight", Change())
+            change = changes.setdefault(f"{path}.weight", TensorUpdate())
             change.scaling, change.is_embedding = layer.scaling["default"], bool(match[1])
             setattr(change, f"lora_{match[2].lower()}", stored)
             continue
         name = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
         if name not in known:
             raise UserError(f"{adapter}: {key} is neither LoRA nor a weight of the base; merge it with PEFT itself")
-        changes.setdefault(name, Change()).trained = stored
+        changes.setdefault(name, TensorUpdate()).trained = stored
     return changes
 
 
 def _tie(plan: MergePlan, embedding: str, head: str) -> None:
     """One matrix as long as the adapter does the same to both of its uses; otherwise two."""
-    ours, theirs = (plan.changes.get(name, Change()) for name in (embedding, head))
+    ours, theirs = (plan.changes.get(name, TensorUpdate()) for name in (embedding, head))
     if ours == theirs or _is_one_copy(ours, theirs):
         plan.changes.pop(head, None)
         return
@@ -191,7 +193,7 @@ def _tie(plan: MergePlan, embedding: str, head: str) -> None:
     plan.config.tie_word_embeddings = False
 
 
-def _is_one_copy(ours: Change, theirs: Change) -> bool:
+def _is_one_copy(ours: TensorUpdate, theirs: TensorUpdate) -> bool:
     """PEFT saves a tied matrix that was trained whole twice."""
     if ours.trained is None or theirs.trained is None or ours.lora_a or theirs.lora_a:
         return False

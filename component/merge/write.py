@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from component.error import UserError
-from component.merge.plan import Change, MergePlan
+from component.merge.plan import MergePlan, TensorUpdate
 from component.storage.tensor_writer import write_model
 
 ROWS = 512  # that are summed at a time
@@ -63,7 +63,7 @@ def write_merged(folder: Path, plan: MergePlan, *, max_shard_bytes: int = 5 * 10
 
 
 @contextlib.contextmanager
-def written_beside(folder: Path, plans: dict[str, MergePlan], written: str) -> Iterator[dict[str, Path]]:
+def variants_on_disk(folder: Path, plans: dict[str, MergePlan], written: str) -> Iterator[dict[str, Path]]:
     """Folders of the merged models of all `plans`, of which `folder` is that of `written`; for as long as it takes."""
     with tempfile.TemporaryDirectory(dir=folder) as spare:
         folders = {kind: Path(spare) / kind for kind in plans} | {written: folder}
@@ -81,7 +81,7 @@ def merged_tensor(plan: MergePlan, name: str, scratch: Scratch) -> torch.Tensor:
     Raises:
         UserError: it is infinite or no number in the result's type.
     """
-    change = plan.changes.get(name, Change())
+    change = plan.changes.get(name, TensorUpdate())
     stored = change.trained or plan.tensors[name]
     weight = stored.read(scratch("weight", stored.size))
     if not stored.dtype.is_floating_point:
@@ -99,7 +99,7 @@ def merged_tensor(plan: MergePlan, name: str, scratch: Scratch) -> torch.Tensor:
     return weight
 
 
-def _add_lora(weight: torch.Tensor, change: Change, dtype: torch.dtype, scratch: Scratch) -> torch.Tensor:
+def _add_lora(weight: torch.Tensor, change: TensorUpdate, dtype: torch.dtype, scratch: Scratch) -> torch.Tensor:
     """W + scaling B A (out, in), summed in fp32 and rounded once; in PEFT's order, to the last bit in fp32."""
     assert change.lora_a is not None
     assert change.lora_b is not None

@@ -1,7 +1,7 @@
 """Where do a model's tensors lie, and how is one of them read?
 
-A `Stored` is a tensor in a file, known by type and shape, unread. Reading copies it out of the file with plain reads:
-the pages of a memory-mapped file would count as the process's own until the system wants them back.
+A `TensorRef` is a tensor in a file, known by type and shape, unread. Reading copies it out of the file with plain
+reads: the pages of a memory-mapped file would count as the process's own until the system wants them back.
 """
 
 import functools
@@ -41,7 +41,7 @@ MODEL_FILES = (
 
 
 @dataclass(frozen=True)
-class Stored:
+class TensorRef:
     """A tensor in a file."""
 
     file: Path
@@ -81,7 +81,7 @@ class Stored:
         return values.view(self.dtype).reshape(self.shape)
 
 
-def stored_tensors(file: Path) -> dict[str, Stored]:
+def tensors_in(file: Path) -> dict[str, TensorRef]:
     """What a .safetensors or .bin file holds; no code in it runs.
 
     Raises:
@@ -89,7 +89,7 @@ def stored_tensors(file: Path) -> dict[str, Stored]:
     """
     if file.suffix != ".safetensors":
         return {
-            name: Stored(file, name, tensor.dtype, tuple(tensor.shape)) for name, tensor in _unpickled(file).items()
+            name: TensorRef(file, name, tensor.dtype, tuple(tensor.shape)) for name, tensor in _unpickled(file).items()
         }
     try:
         return dict(_read_header(file))
@@ -98,7 +98,7 @@ def stored_tensors(file: Path) -> dict[str, Stored]:
         raise UserError(f"{file} is damaged or holds more than weights ({reason}); fetch or train it again") from error
 
 
-def _read_header(file: Path) -> Iterator[tuple[str, Stored]]:
+def _read_header(file: Path) -> Iterator[tuple[str, TensorRef]]:
     end = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -108,7 +108,7 @@ def _read_header(file: Path) -> Iterator[tuple[str, Stored]]:
     header.pop("__metadata__", None)
     for name, entry in header.items():
         first, last = entry["data_offsets"]
-        stored = Stored(file, name, NAMES[entry["dtype"]], tuple(entry["shape"]), 8 + length + first)
+        stored = TensorRef(file, name, NAMES[entry["dtype"]], tuple(entry["shape"]), 8 + length + first)
         if first < 0 or last - first != stored.size or 8 + length + last > end:
             raise ValueError(f"{name} does not lie inside of it")
         yield name, stored
@@ -117,7 +117,7 @@ def _read_header(file: Path) -> Iterator[tuple[str, Stored]]:
 def read_weights(file: Path) -> dict[str, torch.Tensor]:
     """All tensors of a file, by name."""
     if file.suffix == ".safetensors":
-        return {name: stored.read() for name, stored in stored_tensors(file).items()}
+        return {name: stored.read() for name, stored in tensors_in(file).items()}
     return {name: tensor.clone() for name, tensor in _unpickled(file).items()}
 
 
@@ -140,7 +140,7 @@ def _unpickled(file: Path) -> dict[str, torch.Tensor]:
     return weights
 
 
-def model_tensors(model_name_or_path: str) -> dict[str, Stored]:
+def model_tensors(model_name_or_path: str) -> dict[str, TensorRef]:
     """The tensors of a model folder or hub id, in the order that they lie on the disk.
 
     Raises:
@@ -153,7 +153,7 @@ def model_tensors(model_name_or_path: str) -> dict[str, Stored]:
             continue
         try:
             if file.suffix != ".json":
-                return stored_tensors(file)
+                return tensors_in(file)
             return _sharded(model_name_or_path, file)
         except UserError as error:
             raise UserError(f"{source} ({error})") from error
@@ -162,14 +162,14 @@ def model_tensors(model_name_or_path: str) -> dict[str, Stored]:
     raise UserError(f"{source}: it has none of {', '.join(MODEL_FILES)}; name a folder with weights")
 
 
-def _sharded(model_name_or_path: str, index: Path) -> dict[str, Stored]:
+def _sharded(model_name_or_path: str, index: Path) -> dict[str, TensorRef]:
     places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    found: dict[str, Stored] = {}
+    found: dict[str, TensorRef] = {}
     for shard in sorted(set(places.values())):
         file = fetch(model_name_or_path, shard)
         if file is None:
             raise UserError(f"{shard} is missing; fetch it again")
-        found |= {name: stored for name, stored in stored_tensors(file).items() if places.get(name) == shard}
+        found |= {name: stored for name, stored in tensors_in(file).items() if places.get(name) == shard}
     absent = sorted(places.keys() - found.keys())
     if absent:
         raise UserError(f"{places[absent[0]]} lacks {absent[0]}; fetch it again")

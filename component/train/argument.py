@@ -15,9 +15,9 @@ import yaml
 from transformers import PretrainedConfig, TrainingArguments
 
 from component.error import UserError, nearest
-from component.memory.plan import LEVERS
-from component.train.validation import insane
-from component.train.yaml_file import _read_yaml, coerce
+from component.memory.plan import MEMORY_OPTIONS
+from component.train.validation import validate
+from component.train.yaml_file import _read_yaml, parse_value
 
 DEFAULT_FILE = "./train_args/llama2-7b-pretrain.yaml"
 
@@ -108,9 +108,9 @@ class LongQLoRAArguments:
         }
 
     @property
-    def levers(self) -> dict[str, typing.Any]:
+    def memory_options(self) -> dict[str, typing.Any]:
         """The parts of a memory plan that are set by hand, the others None."""
-        return {name: getattr(self, name) for name in LEVERS}
+        return {name: getattr(self, name) for name in MEMORY_OPTIONS}
 
     @property
     def target_names(self) -> list[str] | None:
@@ -134,7 +134,7 @@ def parse_arguments(argv: list[str]) -> tuple[LongQLoRAArguments, TrainingArgume
     typed: dict[str, typing.Any] = {}
     for key, value in values.items():
         try:
-            typed[key] = coerce(value, known[key])
+            typed[key] = parse_value(value, known[key])
         except KeyError:
             problems.append(f"{key}: unknown key{nearest(str(key), known)}")
         except ValueError as error:
@@ -142,7 +142,7 @@ def parse_arguments(argv: list[str]) -> tuple[LongQLoRAArguments, TrainingArgume
     for item in dataclasses.fields(LongQLoRAArguments):
         if item.default is dataclasses.MISSING and item.name not in values:
             problems.append(f"{item.name}: missing; {item.metadata['help']}")
-    problems += insane(typed)
+    problems += validate(typed)
     if problems:
         raise UserError(f"{file} cannot be trained with:\n" + "\n".join(f"  - {problem}" for problem in problems))
     args = LongQLoRAArguments(**{key: value for key, value in typed.items() if key in ours})

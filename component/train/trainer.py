@@ -90,10 +90,10 @@ class LongQLoRATrainer(Trainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """(None, summed loss of each row, its number of labels): `token_weighted_loss` puts them together."""
         inputs = self._prepare_inputs(inputs)
-        is_learnt = inputs.pop("labels")[:, 1:] != IGNORE_INDEX
+        has_label = inputs.pop("labels")[:, 1:] != IGNORE_INDEX
         with self.accelerator.autocast():  # which the wrapped model would bring along
             losses = next_token_losses(self.accelerator.unwrap_model(model), **inputs)
-        return None, (losses * is_learnt).sum(1), is_learnt.sum(1)
+        return None, (losses * has_label).sum(1), has_label.sum(1)
 
 
 def token_weighted_loss(prediction: EvalPrediction) -> dict[str, float]:

@@ -38,13 +38,13 @@ BOUNDS = {
 }
 
 
-def insane(values: dict) -> list[str]:
+def validate(values: dict) -> list[str]:
     """Values of the right type that make no sense, one sentence each."""
     problems = [
         f"{key}: {values[key]!r}; use {cure}"
-        for keys, (is_sane, cure) in BOUNDS.items()
+        for keys, (is_valid, cure) in BOUNDS.items()
         for key in keys.split()
-        if values.get(key) is not None and not is_sane(values[key])
+        if values.get(key) is not None and not is_valid(values[key])
     ]
     longest, target = values.get("max_seq_length"), values.get("model_max_length")
     if longest and target and longest > target:

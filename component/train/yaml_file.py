@@ -11,19 +11,19 @@ import yaml
 from component.error import UserError, nearest
 
 
-def coerce(value: typing.Any, hint: typing.Any) -> typing.Any:
+def parse_value(value: typing.Any, hint: typing.Any) -> typing.Any:
     """`value` as the type that `hint` asks for ('2e-4', which YAML 1.1 reads as a string, becomes a float)."""
     origin = typing.get_origin(hint)
     members = sorted(_members(hint), key=lambda member: member is str)  # every string is a str: try that last
     if len(members) > 1:
         if isinstance(members[0], enum.EnumMeta):  # `OptimizerNames | str` means a name of the former
-            return coerce(value, members[0])
+            return parse_value(value, members[0])
         for member in members:
             try:
-                return coerce(value, member)
+                return parse_value(value, member)
             except ValueError:
                 continue
-        raise ValueError(f"{value!r} is not {_spelt(hint)}")
+        raise ValueError(f"{value!r} is not {_type_name(hint)}")
     if hint is typing.Any or (hint is type(None) and value is None):
         return value
     if hint in (bool, str) and isinstance(value, hint):
@@ -39,20 +39,20 @@ def coerce(value: typing.Any, hint: typing.Any) -> typing.Any:
         raise ValueError(f"{value!r} is none of {', '.join(names)}{nearest(str(value), names)}")
     if (origin or hint) in (dict, list) and isinstance(value, origin or hint):
         return value
-    raise ValueError(f"{value!r} is not {_spelt(hint)}")
+    raise ValueError(f"{value!r} is not {_type_name(hint)}")
 
 
 def _number(value: int | float | str, kind: type) -> int | float:
     try:
         number = float(value)
     except ValueError:
-        raise ValueError(f"{value!r} is not {_spelt(kind)}") from None
+        raise ValueError(f"{value!r} is not {_type_name(kind)}") from None
     if not math.isfinite(number) or (kind is int and not number.is_integer()):
-        raise ValueError(f"{value!r} is not {_spelt(kind)}")
+        raise ValueError(f"{value!r} is not {_type_name(kind)}")
     return kind(number)
 
 
-def _spelt(hint: typing.Any) -> str:
+def _type_name(hint: typing.Any) -> str:
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "empty"}
     return " or ".join(names.get(member, getattr(member, "__name__", str(member))) for member in _members(hint))
 

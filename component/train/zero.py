@@ -72,7 +72,7 @@ def any_overflow(gradients: dict[int, list[torch.Tensor | None] | None]) -> torc
     return ~get_total_norm(tensors, norm_type=math.inf).isfinite().reshape(1)
 
 
-def stand_alone_environment() -> None:
+def single_process_environment() -> None:
     """What a launcher would set, for plain `python train.py`.
 
     Without it DeepSpeed looks for MPI, and on several GPUs the Trainer splits batches by nn.DataParallel, which cannot

@@ -20,8 +20,8 @@ from transformers import PreTrainedTokenizerBase
 from component.cli import exit_on_user_error
 from component.corpus.flags import add_common_flags, check_common_flags, journal_path, open_output, origin, side_file
 from component.corpus.length import describe_lengths, draw_lengths
-from component.corpus.pretrain import LONG_TEXTS, Choice, TextMeasure, choose, write_corpus
-from component.corpus.scan import SourceFile, Survey, survey_files
+from component.corpus.pretrain import LONG_TEXTS, Choice, TextMeasure, sample_texts, write_corpus
+from component.corpus.scan import Scan, SourceFile, scan_files
 from component.data.source import resolve_files
 from component.error import UserError
 from component.storage.result import write_json
@@ -54,7 +54,7 @@ def check_flags(flags: argparse.Namespace) -> None:
         raise UserError("\n  ".join(problems))
 
 
-def statistics(flags: argparse.Namespace, survey: Survey, choices: list[Choice], duplicates: Counter) -> dict:
+def statistics(flags: argparse.Namespace, scan: Scan, choices: list[Choice], duplicates: Counter) -> dict:
     sampled = Counter(choice.file for choice in choices)
     sources = [
         {
@@ -67,7 +67,7 @@ def statistics(flags: argparse.Namespace, survey: Survey, choices: list[Choice],
             "kept": count.kept - duplicates[index],
             "sampled": sampled[index],
         }
-        for index, (file, count) in enumerate(zip(survey.files, survey.counts, strict=True))
+        for index, (file, count) in enumerate(zip(scan.files, scan.counts, strict=True))
     ]
     names = list(sources[0])[1:]
     return {
@@ -77,10 +77,10 @@ def statistics(flags: argparse.Namespace, survey: Survey, choices: list[Choice],
     }
 
 
-def measure(flags: argparse.Namespace, files: list[SourceFile], tokenizer: PreTrainedTokenizerBase) -> Survey:
+def measure(flags: argparse.Namespace, files: list[SourceFile], tokenizer: PreTrainedTokenizerBase) -> Scan:
     names = ("min_tokens", "max_tokens", "long_texts", "text_key")
     settings = {"program": "build_pretrain"} | {name: getattr(flags, name) for name in names}
-    return survey_files(
+    return scan_files(
         journal_path(flags.output),
         files,
         settings | {"tokenizer": tokenizer_hash(tokenizer)},
@@ -90,14 +90,14 @@ def measure(flags: argparse.Namespace, files: list[SourceFile], tokenizer: PreTr
     )
 
 
-def write(flags: argparse.Namespace, survey: Survey, choices: list[Choice], stats: dict) -> str:
+def write(flags: argparse.Namespace, scan: Scan, choices: list[Choice], stats: dict) -> str:
     """The three files, the corpus last; one line about it."""
     write_json(side_file(flags.output, ".stats.json"), stats)
     lengths = stats["lengths"]
     title = f"{flags.output.name}: {lengths['texts']:,} texts, {lengths['tokens']:,} tokens"
     draw_lengths({"": lengths}, side_file(flags.output, ".png"), f"{title}, median {lengths['median']:,.0f}")
-    write_corpus(flags.output, survey, choices, flags.text_key)
-    survey.journal.unlink()
+    write_corpus(flags.output, scan, choices, flags.text_key)
+    scan.journal.unlink()
     return f"{title} -> {flags.output}"
 
 
@@ -115,16 +115,16 @@ def main() -> None:
         f"{flags.tokenizer}, longer ones: {flags.long_texts}; {flags.num_proc} processes",
         flush=True,
     )
-    survey = measure(flags, files, tokenizer)
-    note = survey.tally().refuse_if_too_many(flags.max_bad_fraction)
-    choices, duplicates = choose(survey, flags.num_samples, flags.seed)
+    scan = measure(flags, files, tokenizer)
+    note = scan.tally().refuse_if_too_many(flags.max_bad_fraction)
+    choices, duplicates = sample_texts(scan, flags.num_samples, flags.seed)
     if not choices:
         raise UserError(
             f"--source: no text of {flags.min_tokens:,} to {flags.max_tokens:,} tokens in it; change --min_tokens or "
             "--max_tokens, or cut longer texts with --long_texts split"
         )
-    stats = statistics(flags, survey, choices, duplicates) | origin(flags, tokenizer)
-    told = write(flags, survey, choices, stats)
+    stats = statistics(flags, scan, choices, duplicates) | origin(flags, tokenizer)
+    told = write(flags, scan, choices, stats)
     counts = ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in stats["counts"].items())
     print("\n".join(filter(None, [note, counts, told])), flush=True)
 

@@ -20,7 +20,7 @@ from component.cli import exit_on_user_error
 from component.corpus.flags import add_common_flags, check_common_flags, journal_path, open_output, origin, side_file
 from component.corpus.length import describe_lengths, draw_lengths
 from component.corpus.mixture import Mixture, read_mixture
-from component.corpus.scan import SourceFile, Survey, survey_files
+from component.corpus.scan import Scan, SourceFile, scan_files
 from component.corpus.sft import Example, ExampleMeasure, choose_examples, write_examples
 from component.data.chat_template import TEMPLATES, check_template
 from component.error import UserError
@@ -49,13 +49,13 @@ def check_flags(flags: argparse.Namespace) -> None:
         raise UserError("\n  ".join(problems))
 
 
-def statistics(survey: Survey, mixture: Mixture, examples: list[Example], told: list[dict]) -> dict:
+def statistics(scan: Scan, mixture: Mixture, examples: list[Example], told: list[dict]) -> dict:
     sources = []
     for group, source in enumerate(mixture.sources):
-        counts = [count for file, count in zip(survey.files, survey.counts, strict=True) if file.group == group]
+        counts = [count for file, count in zip(scan.files, scan.counts, strict=True) if file.group == group]
         noted = sum((count.noted for count in counts), Counter())
         kept = sum(count.kept for count in counts)
-        lengths = [example.tokens for example in examples if survey.files[example.file].group == group]
+        lengths = [example.tokens for example in examples if scan.files[example.file].group == group]
         sources.append(
             {
                 "name": source.name,
@@ -88,11 +88,11 @@ def report(stats: dict, mixture: Mixture) -> str:
     return "\n".join(lines)
 
 
-def measure(flags: argparse.Namespace, mixture: Mixture, tokenizer: PreTrainedTokenizerBase) -> Survey:
+def measure(flags: argparse.Namespace, mixture: Mixture, tokenizer: PreTrainedTokenizerBase) -> Scan:
     files = [SourceFile(file, group=group) for group, source in enumerate(mixture.sources) for file in source.files]
     rules = [[source.name, source.mapping, source.turns, source.filters] for source in mixture.sources]
     settings = {"program": "build_sft", "max_tokens": flags.max_tokens, "template": flags.template}
-    return survey_files(
+    return scan_files(
         journal_path(flags.output),
         files,
         settings | {"sources": rules, "tokenizer": tokenizer_hash(tokenizer)},
@@ -102,7 +102,7 @@ def measure(flags: argparse.Namespace, mixture: Mixture, tokenizer: PreTrainedTo
     )
 
 
-def write(flags: argparse.Namespace, survey: Survey, mixture: Mixture, examples: list[Example], stats: dict) -> str:
+def write(flags: argparse.Namespace, scan: Scan, mixture: Mixture, examples: list[Example], stats: dict) -> str:
     """The three files, the corpus last; one line about it."""
     write_json(side_file(flags.output, ".stats.json"), stats)
     lengths = stats["lengths"]
@@ -112,8 +112,8 @@ def write(flags: argparse.Namespace, survey: Survey, mixture: Mixture, examples:
         side_file(flags.output, ".png"),
         f"{title}, median {lengths['median']:,.0f}",
     )
-    write_examples(flags.output, survey, mixture, examples)
-    survey.journal.unlink()
+    write_examples(flags.output, scan, mixture, examples)
+    scan.journal.unlink()
     return f"{title} -> {flags.output}"
 
 
@@ -131,15 +131,15 @@ def main() -> None:
         f"{flags.num_proc} processes",
         flush=True,
     )
-    survey = measure(flags, mixture, tokenizer)
-    note = survey.tally().refuse_if_too_many(flags.max_bad_fraction)
-    examples, told = choose_examples(survey, mixture, flags.seed)
+    scan = measure(flags, mixture, tokenizer)
+    note = scan.tally().refuse_if_too_many(flags.max_bad_fraction)
+    examples, told = choose_examples(scan, mixture, flags.seed)
     if not examples:
         raise UserError(
             f"--config: no example of {flags.config} fits; raise --max_tokens, or loosen filters and shares"
         )
-    stats = statistics(survey, mixture, examples, told) | origin(flags, tokenizer)
-    written = write(flags, survey, mixture, examples, stats)
+    stats = statistics(scan, mixture, examples, told) | origin(flags, tokenizer)
+    written = write(flags, scan, mixture, examples, stats)
     print("\n".join(filter(None, [note, report(stats, mixture), written])), flush=True)
 
 

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from component.cli import exit_on_user_error
 from component.data.token_file import read_tokens
-from component.evaluate.kv_cache import measure_rounding
+from component.evaluate.kv_cache import measure_cache_quantization
 from component.inference.kv_cache import CACHES, check_cache
 from component.loading import load_model
 from component.storage.result import check_result_file, origin, write_json
@@ -37,7 +37,7 @@ def main() -> None:
         check_cache(name)
     model = load_model(flags.model_name_or_path, context_size=flags.context_size)
     tokens = read_tokens(flags.data_path, model.config.vocab_size)
-    rows = measure_rounding(model, tokens, caches, flags.seq_len, flags.windows)
+    rows = measure_cache_quantization(model, tokens, caches, flags.seq_len, flags.windows)
     print(f"{'cache':<10}{'MiB':>8}{'perplexity':>12}{'logits change by':>18}{'same likeliest token':>22}")
     for row in rows:
         mebibytes = row.bytes_per_window / 2**20

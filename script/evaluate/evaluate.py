@@ -24,7 +24,13 @@ from component.cli import boolean, exit_on_user_error
 from component.data.token_file import read_index, read_tokens
 from component.distributed.world import is_first_process, joined_processes
 from component.error import UserError, first_line
-from component.evaluate.model_spec import Contender, check_contender, describe_model, load_contender, parse_contenders
+from component.evaluate.model_spec import (
+    ModelSpec,
+    check_model_spec,
+    describe_model,
+    load_model_spec,
+    parse_model_specs,
+)
 from component.evaluate.perplexity import PROTOCOLS, Perplexity, measure_perplexity, plan_windows
 from component.evaluate.table import comparison, document_line, length_table, position_table
 from component.loading import free_memory
@@ -52,7 +58,7 @@ def parse_flags() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def check_flags(flags: argparse.Namespace) -> list[Contender]:
+def check_flags(flags: argparse.Namespace) -> list[ModelSpec]:
     """Refuse what can be told to be wrong before a model is loaded; the models to measure."""
     alone = [name for name in ("base_model", "peft_model", "context_size") if getattr(flags, name)]
     if flags.compare and alone:
@@ -69,20 +75,20 @@ def check_flags(flags: argparse.Namespace) -> list[Contender]:
         raise UserError(f"--data_path: there is no file {flags.data_path}; name a .bin file of token ids")
     check_result_file(flags.output_json, "--output_json")
     if flags.compare:
-        return parse_contenders(flags.compare)
-    return [Contender(None, flags.base_model, flags.peft_model, flags.context_size)]
+        return parse_model_specs(flags.compare)
+    return [ModelSpec(None, flags.base_model, flags.peft_model, flags.context_size)]
 
 
-def measure(contender: Contender, tokenizer: str, flags: argparse.Namespace) -> tuple[dict, list[Perplexity]]:
+def measure(spec: ModelSpec, tokenizer: str, flags: argparse.Namespace) -> tuple[dict, list[Perplexity]]:
     """Load one model and measure it at every length; its setting and its results."""
     in_4bit = flags.load_in_4bit or flags.low_rank_training
     dtype = getattr(torch, flags.dtype) if flags.dtype else None
-    model = load_contender(contender, load_in_4bit=in_4bit, dtype=dtype)
+    model = load_model_spec(spec, load_in_4bit=in_4bit, dtype=dtype)
     tokens, index = read_tokens(flags.data_path, model.config.vocab_size), read_index(flags.data_path)
     setting = {
-        "name": contender.name,
-        "base_model": contender.base_model,
-        "peft_model": contender.peft_model,
+        "name": spec.name,
+        "base_model": spec.base_model,
+        "peft_model": spec.peft_model,
         "data_path": flags.data_path,
         "tokenizer": tokenizer,
         "protocol": flags.protocol,
@@ -134,15 +140,15 @@ def show(results: dict[str, list[Perplexity]], flags: argparse.Namespace) -> Non
 @exit_on_user_error
 def main() -> None:
     flags = parse_flags()
-    contenders = check_flags(flags)
+    specs = check_flags(flags)
     with joined_processes():
-        tokenizers = [check_contender(contender, flags.data_path) for contender in contenders]
+        tokenizers = [check_model_spec(spec, flags.data_path) for spec in specs]
         results: dict[str, list[Perplexity]] = {}
         models: list[dict[str, Any]] = []
-        for contender, tokenizer in zip(contenders, tokenizers, strict=True):
-            setting, rows = measure(contender, tokenizer, flags)
+        for spec, tokenizer in zip(specs, tokenizers, strict=True):
+            setting, rows = measure(spec, tokenizer, flags)
             free_memory()
-            results[contender.name or "perplexity"] = rows
+            results[spec.name or "perplexity"] = rows
             models.append({**setting, "results": [dataclasses.asdict(row) for row in rows]})
             say(length_table(rows))
         show(results, flags)

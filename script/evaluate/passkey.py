@@ -26,10 +26,10 @@ from tqdm import tqdm
 from component.cli import boolean, exit_on_user_error
 from component.error import UserError, first_line
 from component.evaluate.figure import draw
-from component.evaluate.model_spec import Contender, describe_model, load_contender
+from component.evaluate.model_spec import ModelSpec, describe_model, load_model_spec
 from component.evaluate.passkey import KEYS, PromptMaker, Trial, accuracy, even_depths, run_trials
 from component.evaluate.table import grid
-from component.loading import locate, stretched_config
+from component.loading import extended_config_of, resolve_model
 from component.rope import context_length
 from component.storage.result import check_result_file, origin, write_json
 from component.tokenizer import load_tokenizer
@@ -98,13 +98,13 @@ def main() -> None:
     flags = parse_flags()
     depths = check_flags(flags)
     flags.lengths = sorted(set(flags.lengths))
-    contender = Contender(None, flags.base_model, flags.peft_model, flags.context_size)
-    _, own, is_ours = locate(flags.base_model, flags.peft_model, "base_model", "peft_model")
-    stretched_config(own, flags.context_size, is_fixed=is_ours, field="base_model")
+    spec = ModelSpec(None, flags.base_model, flags.peft_model, flags.context_size)
+    _, own, is_ours = resolve_model(flags.base_model, flags.peft_model, "base_model", "peft_model")
+    extended_config_of(own, flags.context_size, is_fixed=is_ours, field="base_model")
     tokenizer = load_tokenizer(own, field="base_model")
     PromptMaker(tokenizer).prompt(flags.lengths[0], 0.0, str(KEYS[-1]))  # refused before anything is loaded
     dtype = getattr(torch, flags.dtype) if flags.dtype else None
-    model = load_contender(contender, load_in_4bit=flags.load_in_4bit, dtype=dtype)
+    model = load_model_spec(spec, load_in_4bit=flags.load_in_4bit, dtype=dtype)
     setting = {"base_model": flags.base_model, "peft_model": flags.peft_model}
     setting |= {**describe_model(model, flags.load_in_4bit), "decoding": "greedy", "seed": flags.seed}
     print("\n".join(f"{name:<14} {value}" for name, value in setting.items() if value is not None), flush=True)

@@ -23,12 +23,12 @@ from component.rope import extend_context, own_rope_type
 from component.tokenizer import any_pad_id, load_tokenizer
 from component.train.argument import parse_arguments
 from component.train.callback import SpeedCallback
-from component.train.zero import stand_alone_environment
+from component.train.zero import single_process_environment
 
 
 @exit_on_user_error
 def main() -> None:
-    stand_alone_environment()
+    single_process_environment()
     args, training_args = parse_arguments(sys.argv[1:])
     set_seed(training_args.seed)
     config, tokenizer = load_config(args.model_name_or_path), load_tokenizer(args.model_name_or_path)

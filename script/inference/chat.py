@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 
 from component.cli import exit_on_user_error
 from component.error import UserError
-from component.inference.context import describe_context, fitted
-from component.inference.conversation import Conversation, is_command, obey
+from component.inference.context import describe_context, truncate_prompt
+from component.inference.conversation import Conversation, is_command, run_command
 from component.inference.flags import generation_parser, load_from_flags
-from component.inference.generate import Stopped, stream_continuation
+from component.inference.generate import Stopped, stream_generation
 from component.inference.kv_cache import PromptCache
 from component.inference.terminal import line_editing, prompts
 from component.loading import recorded_template
@@ -36,12 +36,12 @@ def take_turn(
 ) -> None:
     """Obey a command, or answer a question."""
     if is_command(line):
-        say(obey(line, conversation))
+        say(run_command(line, conversation))
         return
-    prompt_ids = fitted(model, conversation.prompt_ids(line), flags, conversation.opening_tokens())
+    prompt_ids = truncate_prompt(model, conversation.prompt_ids(line), flags, conversation.opening_tokens())
     print("ASSISTANT: ", end="", flush=True)
     try:
-        answer = stream_continuation(model, conversation.tokenizer, prompt_ids, flags, cache)
+        answer = stream_generation(model, conversation.tokenizer, prompt_ids, flags, cache)
     except Stopped as stopped:
         answer = stopped.text
         say("(stopped)")

@@ -21,9 +21,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from component.cli import exit_on_user_error
 from component.error import UserError
-from component.inference.context import describe_context, fitted
+from component.inference.context import describe_context, truncate_prompt
 from component.inference.flags import generation_parser, load_from_flags
-from component.inference.generate import Stopped, continue_text, stream_continuation
+from component.inference.generate import Stopped, generate, stream_generation
 from component.inference.kv_cache import PromptCache
 from component.inference.prompt_file import Record, answer_all, answered, read_prompts
 from component.inference.terminal import line_editing, prompts, read_prompt
@@ -46,10 +46,10 @@ def parse() -> argparse.Namespace:
 def continue_one(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, flags: argparse.Namespace
 ) -> None:
-    prompt_ids = fitted(model, tokenizer(prompt).input_ids, flags)
+    prompt_ids = truncate_prompt(model, tokenizer(prompt).input_ids, flags)
     print(describe_context(model, len(prompt_ids)), file=sys.stderr, flush=True)
     cache = PromptCache(model.config, flags.cache_implementation)
-    answer = stream_continuation(model, tokenizer, prompt_ids, flags, cache)
+    answer = stream_generation(model, tokenizer, prompt_ids, flags, cache)
     used = len(prompt_ids) + len(tokenizer(answer, add_special_tokens=False).input_ids)
     print(describe_context(model, used, cache), file=sys.stderr, flush=True)
 
@@ -62,7 +62,7 @@ def continue_file(
 ) -> None:
     records = [record for _, record in asked]
     start = answered(flags.output_jsonl, records)
-    rows = [fitted(model, tokenizer(prompt).input_ids, flags) for prompt, _ in asked]
+    rows = [truncate_prompt(model, tokenizer(prompt).input_ids, flags) for prompt, _ in asked]
     for number, row in enumerate(rows, 1):
         if len(row) >= context_length(model.config):
             raise UserError(
@@ -72,7 +72,7 @@ def continue_file(
 
     def answer(number: int) -> Record:
         set_seed(flags.seed + number)  # a run that goes on draws what an unbroken one draws
-        text = continue_text(model, tokenizer, rows[number], flags, lambda piece: None)
+        text = generate(model, tokenizer, rows[number], flags, lambda piece: None)
         tokens = len(tokenizer(text, add_special_tokens=False).input_ids)
         return {"completion": text, "prompt_tokens": len(rows[number]), "completion_tokens": tokens}
 

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from component.cli import exit_on_user_error
 from component.error import UserError
-from component.inference.engine import Talk
+from component.inference.engine import Engine
 from component.inference.flags import generation_parser, load_from_flags
 from component.inference.web import import_gradio, serve
 
@@ -29,7 +29,7 @@ def main() -> None:
     if not 1 <= flags.port <= 65535:
         raise UserError(f"--port: {flags.port}; use a number from 1 to 65535")
     import_gradio()
-    serve(Talk(*load_from_flags(flags), flags), flags.host, flags.port)
+    serve(Engine(*load_from_flags(flags), flags), flags.host, flags.port)
     print(f"listening on http://{flags.host}:{flags.port}", file=sys.stderr, flush=True)
     while True:
         time.sleep(3600)

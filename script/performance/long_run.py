@@ -23,18 +23,18 @@ import torch
 
 from component.storage.result import library_versions
 
-LEVERS = (
+MEMORY_OPTIONS = (
     "--keep_layers 1 --keep_attention_layers 1 --keep_attention_output true --offload_activations true "
     "--mlp_tile_tokens 300 --loss_chunk_tokens 200"
 )
 
 
 def command(name: str, work: Path, steps: int) -> str:
-    levers = LEVERS if name == "levers" else "--memory_plan false"
+    memory_options = MEMORY_OPTIONS if name == "levers" else "--memory_plan false"
     return (
         f"{sys.executable} train.py --train_args_file train_args/demo.yaml --train_file {work}/data/train.jsonl "
         f"--output_dir {work}/{name} --overwrite_output_dir true --max_steps {steps} --logging_steps 20 "
-        f"--max_seq_length 1024 --lora_dropout 0 --save_strategy no --deepspeed null {levers}"
+        f"--max_seq_length 1024 --lora_dropout 0 --save_strategy no --deepspeed null {memory_options}"
     )
 
 

@@ -28,7 +28,7 @@ from transformers import (
 from component.attention import interface as attention
 from component.attention import kernel, segment, shift_short
 from component.attention.interface import has_plain_attention, use_shift_short_attention
-from component.attention.shift_short import AttentionMemo, describe_kernels, shift_short_attention
+from component.attention.shift_short import SavedAttention, describe_kernels, shift_short_attention
 from component.error import UserError
 from tests.reference.shift_short import LOOP, ROLLED, keys_seen, seen, shift_short_loop, shift_short_rolled
 
@@ -285,7 +285,7 @@ def test_sdpa_without_grouped_heads_gives_the_same(monkeypatch, heads, kv_heads)
         return segment._causal(query, key, value, None, 0.0)
 
     grouped = with_gradients(plain, inputs)
-    monkeypatch.setattr(kernel, "choose", lambda *_: kernel.EFFICIENT)
+    monkeypatch.setattr(kernel, "select_kernel", lambda *_: kernel.EFFICIENT)
     for mine, theirs in zip(with_gradients(plain, inputs), grouped, strict=True):
         assert_close(mine, theirs, atol=1e-6, rtol=1e-5)
 
@@ -300,11 +300,11 @@ def varied_forward(query, key, value, ends, longest, scale):
     ]
     log_sum_exp = torch.cat([lse for _, (lse, _, _) in parts], dim=2)
     tensors = (log_sum_exp, None, None, ends)
-    return torch.cat([out for out, _ in parts], dim=2), kernel.Residue(kernel.VARIED, tensors, longest)
+    return torch.cat([out for out, _ in parts], dim=2), kernel.SavedForBackward(kernel.VARLEN, tensors, longest)
 
 
-def varied_backward(grad_out, query, key, value, out, residue, scale):
-    log_sum_exp, _, _, ends = residue.tensors
+def varied_backward(grad_out, query, key, value, out, saved, scale):
+    log_sum_exp, _, _, ends = saved.tensors
     parts = []
     for start, end in pairwise(ends.tolist()):
         grad, q, k, v, o, lse = (x[:, :, start:end] for x in (grad_out, query, key, value, out, log_sum_exp))
@@ -316,16 +316,16 @@ def varied_backward(grad_out, query, key, value, out, residue, scale):
 @pytest.mark.parametrize("group_size", [4, 16])
 def test_many_short_documents_in_one_call(monkeypatch, heads, kv_heads, group_size):
     calls = []
-    monkeypatch.setattr(kernel, "takes_varied_lengths", lambda *_: True)
-    monkeypatch.setattr(kernel, "_varied_forward", lambda *args: calls.append(args) or varied_forward(*args))
-    monkeypatch.setattr(kernel, "_varied_backward", varied_backward)
+    monkeypatch.setattr(kernel, "supports_varlen", lambda *_: True)
+    monkeypatch.setattr(kernel, "_varlen_forward", lambda *args: calls.append(args) or varied_forward(*args))
+    monkeypatch.setattr(kernel, "_varlen_backward", varied_backward)
     inputs = random_inputs(2, heads, kv_heads, 40)
     documents = [5, 1, 7, 2, 2, 3, 9, 4, 1, 6], [20, 20]
     assert_equals_loop(inputs, group_size, positions(*documents), scale=0.3)
     assert calls
     assert all({0, 5, 6, 13, 15, 17, 20, 29, 33, 34, 40} <= set(call[3].tolist()) for call in calls)
     with monkeypatch.context() as patch:  # which nothing but the fused path understands
-        patch.setattr(kernel, "choose", lambda *_: None)
+        patch.setattr(kernel, "select_kernel", lambda *_: None)
         assert path_taken(inputs, group_size, positions(*documents)) != FUSED
         assert_equals_loop(inputs, group_size, positions(*documents), scale=0.3)
 
@@ -358,8 +358,8 @@ def test_gradients_by_finite_differences(heads, kv_heads, position_ids):
 
 
 def test_dropout_is_left_to_sdpa():
-    inputs, memo = random_inputs(2, 4, 2, 23), AttentionMemo()
-    assert path_taken(inputs, 6, dropout=0.5, attention_memo=memo) != FUSED
+    inputs, memo = random_inputs(2, 4, 2, 23), SavedAttention()
+    assert path_taken(inputs, 6, dropout=0.5, saved_attention=memo) != FUSED
     assert memo.out is None
     with_dropout = [shift_short_attention(*inputs, 6, dropout=0.5) for _ in range(2)]
     assert not torch.equal(*with_dropout)
@@ -422,19 +422,19 @@ def kernel_calls(monkeypatch) -> list:
 @pytest.mark.parametrize("length", [23, 3])
 @pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
 def test_recomputing_with_a_memo_runs_no_kernel(kernel_calls, heads, kv_heads, length, position_ids):
-    inputs, memo = random_inputs(2, heads, kv_heads, length), AttentionMemo()
+    inputs, memo = random_inputs(2, heads, kv_heads, length), SavedAttention()
     position_ids = position_ids[:, :length] if position_ids is not None else None
     expected = with_gradients(shift_short_attention, inputs, 6, position_ids)
     with torch.no_grad():
-        first = shift_short_attention(*inputs, 6, position_ids, attention_memo=memo)
+        first = shift_short_attention(*inputs, 6, position_ids, saved_attention=memo)
     assert torch.equal(first, expected[0])
     assert memo.out.shape == (2, length, heads, D)
-    assert len(memo.residues) == len(memo.runs) > 0
+    assert len(memo.saved_parts) == len(memo.segments) > 0
     assert kernel_calls
     kernel_calls.clear()
     for move in (lambda out: out, torch.clone, lambda out: out.transpose(1, 2).contiguous().transpose(1, 2)):
         memo.out = move(memo.out)
-        again = with_gradients(shift_short_attention, inputs, 6, position_ids, attention_memo=memo)
+        again = with_gradients(shift_short_attention, inputs, 6, position_ids, saved_attention=memo)
         assert not kernel_calls
         for mine, theirs in zip(again, expected, strict=True):
             assert torch.equal(mine, theirs)
@@ -442,21 +442,21 @@ def test_recomputing_with_a_memo_runs_no_kernel(kernel_calls, heads, kv_heads, l
 
 
 def test_memo_is_filled_where_gradients_are_wanted_too(kernel_calls):
-    inputs, memo = random_inputs(1, 4, 2, 23), AttentionMemo()
-    first = with_gradients(shift_short_attention, inputs, 6, attention_memo=memo)
+    inputs, memo = random_inputs(1, 4, 2, 23), SavedAttention()
+    first = with_gradients(shift_short_attention, inputs, 6, saved_attention=memo)
     assert not memo.out.requires_grad
     kernel_calls.clear()
-    again = with_gradients(shift_short_attention, inputs, 6, attention_memo=memo)
+    again = with_gradients(shift_short_attention, inputs, 6, saved_attention=memo)
     assert not kernel_calls
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(first, again, strict=True))
 
 
 def test_memo_stays_empty_without_a_fused_kernel():
-    inputs, memo = random_inputs(2, 4, 2, 23), AttentionMemo()
+    inputs, memo = random_inputs(2, 4, 2, 23), SavedAttention()
     with sdpa_kernel(SDPBackend.MATH):
         expected = with_gradients(shift_short_attention, inputs, 6)
         for _ in range(2):
-            result = with_gradients(shift_short_attention, inputs, 6, attention_memo=memo)
+            result = with_gradients(shift_short_attention, inputs, 6, saved_attention=memo)
             assert all(torch.equal(mine, theirs) for mine, theirs in zip(result, expected, strict=True))
             assert memo.out is None
 
@@ -521,9 +521,9 @@ def kernels_run(monkeypatch) -> set:
     forward = kernel.causal_forward
 
     def noted(*args, **kwargs):
-        out, residue = forward(*args, **kwargs)
-        names.add(residue.kernel)
-        return out, residue
+        out, saved = forward(*args, **kwargs)
+        names.add(saved.kernel)
+        return out, saved
 
     monkeypatch.setattr(kernel, "causal_forward", noted)
     return names
@@ -583,23 +583,23 @@ def test_gpu_kernel_of_varied_lengths_equals_loop(kernels_run, heads, kv_heads, 
     lengths = [70, 1, 130, 5, 33, 64, 20, 3, 9, 66, 50]
     inputs = gpu_inputs(2, heads, kv_heads, sum(lengths), dtype)
     assert_equals_loop_on_gpu(inputs, 64, tolerance, positions(lengths, lengths[::-1]).cuda())
-    assert kernels_run == {kernel.VARIED}
+    assert kernels_run == {kernel.VARLEN}
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ON_GPU)
 @pytest.mark.parametrize("rows", [None, [[9] * 50]])
 def test_gpu_memo_survives_the_host(kernel_calls, name, rows):
-    inputs, memo = gpu_inputs(1, 8, 2, 450, torch.bfloat16), AttentionMemo()
+    inputs, memo = gpu_inputs(1, 8, 2, 450, torch.bfloat16), SavedAttention()
     position_ids = positions(*rows).cuda() if rows else None
     with sdpa_kernel(ON_GPU[name]):
         with torch.no_grad():
-            first = shift_short_attention(*inputs, 64, position_ids, attention_memo=memo)
+            first = shift_short_attention(*inputs, 64, position_ids, saved_attention=memo)
         memo.out = memo.out.cpu()
         kernel_calls.clear()
         memo.out = memo.out.cuda()
-        assert_equals_loop_on_gpu(inputs, 64, 5e-2, position_ids, attention_memo=memo)
-        assert torch.equal(shift_short_attention(*inputs, 64, position_ids, attention_memo=memo), first)
+        assert_equals_loop_on_gpu(inputs, 64, 5e-2, position_ids, saved_attention=memo)
+        assert torch.equal(shift_short_attention(*inputs, 64, position_ids, saved_attention=memo), first)
     assert not kernel_calls
 
 
@@ -852,18 +852,18 @@ def test_a_decoder_layer_hands_the_memo_to_its_attention(tiny_llama_config, kern
         "position_embeddings": model.rotary_emb(hidden, position_ids),
     }
 
-    def run(**more):
+    def segment(**more):
         layer.zero_grad()
         output = layer(hidden, **options, **more)
         output.square().sum().backward()
         return [output.detach(), *(parameter.grad.clone() for parameter in layer.parameters())]
 
-    expected, memo = run(), AttentionMemo()
+    expected, memo = segment(), SavedAttention()
     with torch.no_grad():
-        layer(hidden, **options, attention_memo=memo)
+        layer(hidden, **options, saved_attention=memo)
     assert memo.out.shape[:2] == (2, 27)
     kernel_calls.clear()
-    again = run(attention_memo=memo)
+    again = segment(saved_attention=memo)
     assert not kernel_calls
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(again, expected, strict=True))
 

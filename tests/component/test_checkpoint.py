@@ -17,10 +17,10 @@ from component.adapter import add_adapter
 from component.checkpoint import (
     checkpoint_to_resume,
     checkpoints,
-    claim_output,
     merged_folder,
     newest_run,
     newest_whole_checkpoint,
+    prepare_output_dir,
     read_record,
     remove_old_checkpoints,
     write_adapter,
@@ -288,17 +288,17 @@ def test_resuming_from_a_path(run, tmp_path):
 
 @pytest.mark.parametrize("resume", [None, "auto", False])
 def test_a_new_folder_may_be_claimed(tmp_path, resume):
-    assert claim_output(str(tmp_path / "new"), resume, overwrite=False) is None
+    assert prepare_output_dir(str(tmp_path / "new"), resume, overwrite=False) is None
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "train.log").write_text("")
-    assert claim_output(str(tmp_path / "new"), resume, overwrite=False) is None
+    assert prepare_output_dir(str(tmp_path / "new"), resume, overwrite=False) is None
 
 
 def test_a_file_is_no_folder(tmp_path):
     (tmp_path / "file").write_text("")
     for overwrite in (False, True):
         with pytest.raises(UserError, match=r"output_dir: .*file"):
-            claim_output(str(tmp_path / "file"), None, overwrite)
+            prepare_output_dir(str(tmp_path / "file"), None, overwrite)
 
 
 @pytest.mark.parametrize("is_finished", [False, True])
@@ -307,25 +307,25 @@ def test_a_used_folder_needs_a_word(run, is_finished):
         (run / "adapter_config.json").write_text("{}")
     before = names(run)
     with pytest.raises(UserError) as error:
-        claim_output(str(run), None, overwrite=False)
+        prepare_output_dir(str(run), None, overwrite=False)
     for fragment in ("output_dir", str(run), "resume_from_checkpoint", "overwrite_output_dir"):
         assert fragment in str(error.value)
-    assert Path(claim_output(str(run), "auto", overwrite=False)) == run / "checkpoint-100"
+    assert Path(prepare_output_dir(str(run), "auto", overwrite=False)) == run / "checkpoint-100"
     assert names(run) == before
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(run):
     for folder in checkpoints(run):
         cut_record(folder)
-    assert claim_output(str(run), "auto", overwrite=False) is None
+    assert prepare_output_dir(str(run), "auto", overwrite=False) is None
     with pytest.raises(UserError, match="output_dir"):
-        claim_output(str(run), None, overwrite=False)
+        prepare_output_dir(str(run), None, overwrite=False)
 
 
 def test_a_finished_run_without_checkpoints_is_not_trained_over(tmp_path):
     make_checkpoint(tmp_path / "run")
     with pytest.raises(UserError, match="output_dir"):
-        claim_output(str(tmp_path / "run"), "auto", overwrite=False)
+        prepare_output_dir(str(tmp_path / "run"), "auto", overwrite=False)
 
 
 def finished(run: Path) -> Path:
@@ -338,7 +338,7 @@ def finished(run: Path) -> Path:
 @pytest.mark.parametrize("resume", [None, "auto"])
 def test_overwriting_takes_the_old_run_away(run, resume):
     """... and nothing of the user's."""
-    assert claim_output(str(finished(run)), resume, overwrite=True) is None
+    assert prepare_output_dir(str(finished(run)), resume, overwrite=True) is None
     assert names(run) == {"checkpoint-final", "tmp-checkpoint-200", "train.log"}
     with pytest.raises(UserError, match="no finished run"):
         newest_run(run.parent)
@@ -348,7 +348,7 @@ def test_one_process_overwrites(run, monkeypatch):
     """The others may come later, when the first has begun to write."""
     before = names(finished(run))
     monkeypatch.setenv("RANK", "1")
-    assert claim_output(str(run), None, overwrite=True) is None
+    assert prepare_output_dir(str(run), None, overwrite=True) is None
     assert names(run) == before
 
 

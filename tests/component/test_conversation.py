@@ -6,7 +6,7 @@ import pytest
 
 from component.data.chat_template import encode_chat, turns_of
 from component.error import UserError
-from component.inference.conversation import Conversation, is_command, obey
+from component.inference.conversation import Conversation, is_command, run_command
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ class TestPrompt:
 
     def test_documents_stand_in_front_of_the_next_question_only(self, conversation, tokenizer, book):
         tokens = len(tokenizer.tokenize("The dog sleeps."))
-        assert obey(f"/file {book}", conversation) == f"{book}: {tokens} tokens, in front of the next question"
+        assert run_command(f"/file {book}", conversation) == f"{book}: {tokens} tokens, in front of the next question"
         asked = "The dog sleeps.\n\nWho?"
         assert conversation.prompt_ids("Who?") == encode_chat(tokenizer, [(asked, None)])[0]
         conversation.add("Who?", "The dog.")
@@ -62,18 +62,18 @@ class TestCommands:
     def test_clear(self, conversation, book):
         conversation.add("One?", "Yes.")
         conversation.add_file(str(book))
-        assert obey("/clear", conversation) == "the conversation is forgotten"
+        assert run_command("/clear", conversation) == "the conversation is forgotten"
         assert (conversation.turns, conversation.documents) == ([], [])
 
     def test_what_is_saved_trains(self, conversation, tmp_path):
         conversation.add("Größe?", "Ja.")
         conversation.add("Two?", "No.")
-        obey(f"/save {tmp_path / 'a chat.jsonl'}", conversation)
+        run_command(f"/save {tmp_path / 'a chat.jsonl'}", conversation)
         (line,) = (tmp_path / "a chat.jsonl").read_text(encoding="utf-8").splitlines()
         assert turns_of(json.loads(line)) == ([("Größe?", "Ja."), ("Two?", "No.")], None)
 
     def test_help_names_every_command(self, conversation):
-        text = obey("/help", conversation)
+        text = run_command("/help", conversation)
         assert [line.split()[0] for line in text.splitlines()] == ["/file", "/clear", "/save", "/help", "/exit"]
 
     @pytest.mark.parametrize(
@@ -87,16 +87,16 @@ class TestCommands:
     )
     def test_what_is_refused(self, line, message, conversation):
         with pytest.raises(UserError, match=message):
-            obey(line, conversation)
+            run_command(line, conversation)
 
     def test_nothing_to_save(self, conversation, tmp_path):
         with pytest.raises(UserError, match="/save: nothing has been said"):
-            obey(f"/save {tmp_path / 'chat.json'}", conversation)
+            run_command(f"/save {tmp_path / 'chat.json'}", conversation)
 
     def test_what_exists_is_not_overwritten(self, conversation, book):
         conversation.add("One?", "Yes.")
         with pytest.raises(UserError, match=r"book.txt exists; name another"):
-            obey(f"/save {book}", conversation)
+            run_command(f"/save {book}", conversation)
         assert book.read_text() == "The dog sleeps."
         with pytest.raises(UserError, match="cannot be written"):
-            obey(f"/save {book}/chat.json", conversation)
+            run_command(f"/save {book}/chat.json", conversation)

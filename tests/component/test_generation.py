@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 from component.cli import boolean
 from component.data.chat_template import encode_chat
 from component.error import UserError
-from component.inference.context import fitted
+from component.inference.context import truncate_prompt
 from component.inference.flags import check_attention, generation_parser, load_from_flags
-from component.inference.generate import Stopped, continue_text, stream_continuation
+from component.inference.generate import Stopped, generate, stream_generation
 from component.inference.kv_cache import PromptCache
 from component.loading import load_for_inference
 from component.rope import extend_context
@@ -36,7 +36,7 @@ GREEDY = ("--do_sample", "false")
 
 @pytest.fixture
 def continued(tokenizer, monkeypatch):
-    """(new token ids, returned text) of `stream_continuation`."""
+    """(new token ids, returned text) of `stream_generation`."""
 
     def run(model, prompt_ids: list[int], *words: str) -> tuple[list[int], str]:
         rows, generate = [], model.generate
@@ -47,7 +47,7 @@ def continued(tokenizer, monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(model, "generate", recorded)
-            text = stream_continuation(model, tokenizer, prompt_ids, flags(*words))
+            text = stream_generation(model, tokenizer, prompt_ids, flags(*words))
         ((row,),) = rows
         assert row[: len(prompt_ids)].tolist() == prompt_ids
         return row[len(prompt_ids) :].tolist(), text
@@ -123,7 +123,7 @@ class TestSampling:
 
         monkeypatch.setattr(tiny_llama, "generate", generate)
         words = ["--temperature", "0.7", "--top_p", "0.8", "--repetition_penalty", "1.1", "--max_new_tokens", "7"]
-        stream_continuation(tiny_llama, tokenizer, [0, 5], flags(*words))
+        stream_generation(tiny_llama, tokenizer, [0, 5], flags(*words))
         wanted = {"temperature": 0.7, "top_p": 0.8, "repetition_penalty": 1.1, "max_new_tokens": 7, "do_sample": True}
         assert {name: seen[name] for name in wanted} == wanted
 
@@ -159,7 +159,7 @@ class TestContext:
     @pytest.mark.parametrize("length", [64, 65, 300])
     def test_prompts_that_leave_no_room_are_refused(self, length, tiny_llama, tokenizer):
         with pytest.raises(UserError, match=rf"{length} tokens.* 64"):
-            stream_continuation(tiny_llama, tokenizer, [0] * length, flags(*GREEDY))
+            stream_generation(tiny_llama, tokenizer, [0] * length, flags(*GREEDY))
 
     def test_a_stretched_model_has_room_for_more(self, continued, tiny_llama_config):
         extend_context(tiny_llama_config, 256)
@@ -184,7 +184,7 @@ class TestContext:
     def test_what_is_cut(self, how, tiny_llama, capsys):
         """An answer may have 500 tokens, but no more than a quarter of the context, 16 of 64, is kept free for it."""
         prompt_ids = list(range(3, 103))
-        kept = fitted(tiny_llama, prompt_ids, flags("--truncate", how))
+        kept = truncate_prompt(tiny_llama, prompt_ids, flags("--truncate", how))
         assert (
             kept
             == {
@@ -200,7 +200,7 @@ class TestConversationCache:
     def test_a_second_turn_says_what_it_says_without_the_first_ones_cache(self, tiny_llama, tokenizer, monkeypatch):
         cache, words = PromptCache(tiny_llama.config), flags(*GREEDY, "--max_new_tokens", "6")
         first = tokenizer(PROMPT).input_ids
-        answer = continue_text(tiny_llama, tokenizer, first, words, str, cache=cache)
+        answer = generate(tiny_llama, tokenizer, first, words, str, cache=cache)
         second = [*first, *tokenizer(answer, add_special_tokens=False).input_ids, 9, 9, 9]
         lengths, forward = [], tiny_llama.forward
 
@@ -209,14 +209,14 @@ class TestConversationCache:
             return forward(input_ids=input_ids, **kwargs)
 
         monkeypatch.setattr(tiny_llama, "forward", counted)
-        text = continue_text(tiny_llama, tokenizer, second, words, str, cache=cache)
+        text = generate(tiny_llama, tokenizer, second, words, str, cache=cache)
         assert lengths[0] < len(second) - len(first), "what the first turn computed is not computed again"
-        assert text == continue_text(tiny_llama, tokenizer, second, words, str)
+        assert text == generate(tiny_llama, tokenizer, second, words, str)
 
     def test_the_default_needs_no_cache_of_the_caller(self, tiny_llama, tokenizer):
         pieces = []
         words = flags(*GREEDY, "--max_new_tokens", "6")
-        text = continue_text(tiny_llama, tokenizer, tokenizer(PROMPT).input_ids, words, pieces.append)
+        text = generate(tiny_llama, tokenizer, tokenizer(PROMPT).input_ids, words, pieces.append)
         assert "".join(pieces) == text != ""
 
 
@@ -229,7 +229,7 @@ class TestStopping:
             return len(asked) == 3
 
         words = flags(*GREEDY, "--max_new_tokens", "20")
-        text = continue_text(tiny_llama, tokenizer, prompt_ids, words, str, should_stop=should_stop)
+        text = generate(tiny_llama, tokenizer, prompt_ids, words, str, should_stop=should_stop)
         assert text == tokenizer.decode(stock(tiny_llama, prompt_ids, max_new_tokens=3), skip_special_tokens=True)
 
     def test_by_ctrl_c(self, tiny_llama, tokenizer, monkeypatch, capsys):
@@ -246,7 +246,7 @@ class TestStopping:
         monkeypatch.setattr(tiny_llama, "forward", interrupted)
         cache = PromptCache(tiny_llama.config)
         with pytest.raises(Stopped) as stopped:
-            stream_continuation(tiny_llama, tokenizer, prompt_ids, flags(*GREEDY), cache)
+            stream_generation(tiny_llama, tokenizer, prompt_ids, flags(*GREEDY), cache)
         assert stopped.value.text == expected != ""
         assert capsys.readouterr().out == expected + "\n"
         assert cache.bytes_held == 0
@@ -278,7 +278,7 @@ def prompts_seen(monkeypatch):
         seen.append(prompt_ids)
         return "An answer."
 
-    monkeypatch.setattr("component.inference.generate.stream_continuation", answer)
+    monkeypatch.setattr("component.inference.generate.stream_generation", answer)
     return seen
 
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from component.memory import linear
-from component.memory.layer import Ambience, LeanLayer, lean_layers
+from component.memory.layer import LeanLayer, RngAndAutocastState, lean_layers
 from tests.reference.plain_path import (
     LAYERS,
     TOKENS,
@@ -39,7 +39,7 @@ LEVELS = {
     "everything": {"keep_layers": LAYERS},
     "mixed": {"keep_layers": 1, "keep_attention_layers": 1},
 }
-levels = pytest.mark.parametrize("levers", LEVELS.values(), ids=LEVELS)
+levels = pytest.mark.parametrize("memory_options", LEVELS.values(), ids=LEVELS)
 
 
 # ---- dropout
@@ -52,8 +52,8 @@ def test_computing_again_draws_the_same_dropout(tile):
     lean = under_plan(model, keep_layers=LAYERS, mlp_tile_tokens=tile)
     kept = train_pass(lean, random_batch(2))
     assert differs(kept, train_pass(lean, random_batch(2), seed=5))
-    for levers in LEVELS.values():
-        assert_same(train_pass(under_plan(model, mlp_tile_tokens=tile, **levers), random_batch(2)), kept)
+    for memory_options in LEVELS.values():
+        assert_same(train_pass(under_plan(model, mlp_tile_tokens=tile, **memory_options), random_batch(2)), kept)
 
 
 def formula(self, x, *args, **kwargs):
@@ -68,13 +68,13 @@ def formula(self, x, *args, **kwargs):
 
 
 @levels
-def test_dropout_in_a_whole_model_by_the_formula(levers, monkeypatch):
+def test_dropout_in_a_whole_model_by_the_formula(memory_options, monkeypatch):
     """Hugging Face's own layers with the formula in place of PEFT's layers draw in the same order: q k v o gate up."""
     model = tiny_model(dropout=0.3, target_names=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"])
     plain = copy.deepcopy(model)
     linear.fuse_lora(plain)
-    found = train_pass(under_plan(model, **levers), random_batch(2))
-    monkeypatch.setattr(linear.FusedLoRA, "forward", formula)
+    found = train_pass(under_plan(model, **memory_options), random_batch(2))
+    monkeypatch.setattr(linear.FusedLoRALayer, "forward", formula)
     assert_same(found, train_pass(plain, random_batch(2)))
 
 
@@ -82,19 +82,19 @@ def test_dropout_in_a_whole_model_by_the_formula(levers, monkeypatch):
 def test_dropout_of_attention_weights(s2):
     model = tiny_model(s2=s2, changes={"attention_dropout": 0.2})
     kept = train_pass(under_plan(model, keep_layers=LAYERS), random_batch(2))
-    for levers in LEVELS.values():
-        assert_same(train_pass(under_plan(model, **levers), random_batch(2)), kept)
+    for memory_options in LEVELS.values():
+        assert_same(train_pass(under_plan(model, **memory_options), random_batch(2)), kept)
     without = tiny_model(s2=s2)
     assert differs(train_pass(under_plan(without, keep_layers=LAYERS), random_batch(2)), kept)
 
 
-@pytest.mark.parametrize("levers", [{}, {"mlp_tile_tokens": 17}, {"keep_layers": LAYERS}, ALL], ids=str)
-def test_each_call_has_its_own_mask_and_keeps_it(monkeypatch, levers):
+@pytest.mark.parametrize("memory_options", [{}, {"mlp_tile_tokens": 17}, {"keep_layers": LAYERS}, ALL], ids=str)
+def test_each_call_has_its_own_mask_and_keeps_it(monkeypatch, memory_options):
     """Seeds differ between layers, projections, tiles and calls; going backward uses those of going forward alone."""
     seeds = []
     drop = linear._drop
     monkeypatch.setattr(linear, "_drop", lambda x, p, seed: seeds.append((seed, *x.shape)) or drop(x, p, seed))
-    lean = under_plan(tiny_model(dropout=0.3), **levers).train()
+    lean = under_plan(tiny_model(dropout=0.3), **memory_options).train()
     seen = set()
     for _ in range(2):
         seeds.clear()
@@ -102,7 +102,7 @@ def test_each_call_has_its_own_mask_and_keeps_it(monkeypatch, levers):
         forward = list(seeds)
         seeds.clear()
         loss.backward()
-        tile = levers.get("mlp_tile_tokens") or TOKENS
+        tile = memory_options.get("mlp_tile_tokens") or TOKENS
         assert len(forward) == len({seed for seed, *_ in forward}) == LAYERS * (4 + 3 * -(-TOKENS // tile))
         assert None not in {seed for seed, *_ in forward}
         assert set(seeds) == set(forward)
@@ -132,8 +132,8 @@ def test_the_plan_does_not_change_what_is_drawn():
     """The same run under another plan sees the same masks, but for tiles."""
     model = tiny_model(dropout=0.3)
     states = []
-    for levers in LEVELS.values():
-        train_pass(under_plan(model, **levers), random_batch())
+    for memory_options in LEVELS.values():
+        train_pass(under_plan(model, **memory_options), random_batch())
         states.append(torch.get_rng_state())
     assert all(torch.equal(state, states[0]) for state in states)
 
@@ -142,9 +142,9 @@ def test_the_plan_does_not_change_what_is_drawn():
 
 
 @levels
-def test_each_gradient_arrives_once(levers):
+def test_each_gradient_arrives_once(memory_options):
     model = tiny_model("qwen3", train_norm=True, train_embedding=True)
-    lean = under_plan(model, mlp_tile_tokens=7, **levers)
+    lean = under_plan(model, mlp_tile_tokens=7, **memory_options)
     arrived: list[str] = []
     for name, parameter in lean.named_parameters():
         if parameter.requires_grad:
@@ -164,11 +164,11 @@ def process_group(tmp_path):
 
 
 @levels
-def test_ddp(process_group, levers):
+def test_ddp(process_group, memory_options):
     model = tiny_model(train_norm=True)
     batches = random_batch(), random_batch(seed=8)
     plain = train_pass(model, *batches)
-    wrapped = DistributedDataParallel(under_plan(model, mlp_tile_tokens=7, **levers))
+    wrapped = DistributedDataParallel(under_plan(model, mlp_tile_tokens=7, **memory_options))
     losses, found = train_pass(wrapped, *batches)
     assert_same((losses, {name.removeprefix("module."): gradient for name, gradient in found.items()}), plain)
 
@@ -222,7 +222,7 @@ def test_tile_by_tile_is_all_at_once():
 
 
 @levels
-def test_a_loss_of_several_layers(levers):
+def test_a_loss_of_several_layers(memory_options):
     """Hidden states that others read as well: their gradients add up."""
 
     def all_layers(model):
@@ -236,7 +236,7 @@ def test_a_loss_of_several_layers(levers):
         return [loss.item()], gradients(model)
 
     model = tiny_model()
-    assert_same(all_layers(under_plan(model, **levers)), all_layers(model))
+    assert_same(all_layers(under_plan(model, **memory_options)), all_layers(model))
 
 
 # ---- which layers
@@ -262,7 +262,7 @@ def test_a_trained_mlp_is_left_alone():
 def test_ambience_restores_what_was_and_then_what_is():
     torch.manual_seed(1)
     with torch.autocast("cpu", torch.bfloat16):
-        ambience = Ambience(torch.device("cpu"))
+        ambience = RngAndAutocastState(torch.device("cpu"))
     drawn = torch.rand(3)
     state = torch.get_rng_state()
     with ambience.again():

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from component.memory import linear
-from component.memory.linear import FusedLoRA, Projection, fuse_lora
+from component.memory.linear import FusedLoRALayer, LoRALinear, fuse_lora
 from component.model import _keep_packing
 
 INPUTS, OUTPUTS, RANK, ALPHA = 64, 112, 5, 8
@@ -73,7 +73,7 @@ def assert_close(ours, theirs, tolerance: float = 1e-5):
 @pytest.mark.parametrize("kind", ["fp32", "nf4"])
 def test_equals_peft(kind, bias, shape):
     theirs, ours = lora(bias, kind)
-    assert isinstance(ours, FusedLoRA)
+    assert isinstance(ours, FusedLoRALayer)
     x, grad = torch.randn(*shape, INPUTS), torch.randn(*shape, OUTPUTS)
     assert_close(run(ours, x, grad), run(theirs, x, grad))
 
@@ -101,7 +101,7 @@ def test_half_of_lora_frozen(frozen):
     for layer in (theirs, ours):
         getattr(layer, frozen)["default"].weight.requires_grad_(False)
     holder = nn.ModuleList([ours])
-    ours.projection = Projection(ours)
+    ours.projection = LoRALinear(ours)
     assert len(holder[0].projection.parameters) == 1
     x, grad = torch.randn(TOKENS, INPUTS, requires_grad=True), torch.randn(TOKENS, OUTPUTS)
     trained = "lora_B" if frozen == "lora_A" else "lora_A"
@@ -253,18 +253,18 @@ def test_a_disabled_or_merged_adapter():
 
 
 def test_what_fits():
-    assert Projection.fits(lora()[0])
+    assert LoRALinear.fits(lora()[0])
     frozen = nn.Linear(3, 4).requires_grad_(False)
-    assert Projection.fits(frozen)
-    assert not Projection.fits(nn.Linear(3, 4))
-    assert not Projection.fits(nn.Conv1d(3, 4, 1).requires_grad_(False))
+    assert LoRALinear.fits(frozen)
+    assert not LoRALinear.fits(nn.Linear(3, 4))
+    assert not LoRALinear.fits(nn.Conv1d(3, 4, 1).requires_grad_(False))
     frozen.weight.ds_id = 1
-    assert not Projection.fits(frozen)
+    assert not LoRALinear.fits(frozen)
 
 
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}], ids=str)
 def test_other_adapters_stay_pefts(options):
     theirs, ours = lora(**options)
-    assert not isinstance(ours, FusedLoRA)
+    assert not isinstance(ours, FusedLoRALayer)
     x, grad = torch.randn(TOKENS, INPUTS), torch.randn(TOKENS, OUTPUTS)
     assert_close(run(ours, x, grad), run(theirs, x, grad))

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import CohereConfig, Gemma2Config, GraniteConfig, TrainingArguments
 
 from component.data import IGNORE_INDEX
-from component.loss import LeanLoss, lean_loss, next_token_loss
+from component.loss import ChunkedLoss, next_token_loss, use_chunked_loss
 from component.train.trainer import LongQLoRATrainer
 from tests.reference.plain_path import (
     SIZES,
@@ -218,15 +218,15 @@ def test_chunks_hold_no_more_logits_than_asked_for(monkeypatch):
 def test_scaled_and_capped_logits_are_left_alone(config):
     model = tiny_base(config)
     own = type(model)
-    assert not lean_loss(model, 7)
+    assert not use_chunked_loss(model, 7)
     assert type(model) is own
 
 
 def test_a_model_keeps_its_name():
     """The Trainer asks it whether labels are to be shifted, and a saved config tells it."""
     model = tiny_base(tiny_config())
-    assert lean_loss(model, 7)
-    assert isinstance(model, LeanLoss)
+    assert use_chunked_loss(model, 7)
+    assert isinstance(model, ChunkedLoss)
     assert type(model).__name__ == "LlamaForCausalLM"
 
 

@@ -14,10 +14,10 @@ from component.attention import kernel
 from component.attention.interface import use_shift_short_attention
 from component.checkpoint import write_adapter
 from component.error import UserError
-from component.loss import LeanLoss, next_token_losses
+from component.loss import ChunkedLoss, next_token_losses
 from component.memory import layer as layer_module
 from component.memory.apply import use_memory_plan
-from component.memory.budget import explaining_out_of_memory, limit_memory, room
+from component.memory.budget import available_memory, explaining_out_of_memory, limit_memory
 from component.memory.layer import LeanLayer
 from component.memory.workload import Workload
 from tests.reference.plain_path import (
@@ -77,15 +77,15 @@ FEW = [PLANS["output on the host"], PLANS["attention, everything"], ALL]
 def compare(model: PeftModel, *batches: dict, plans: list[dict] = FEW) -> list[PeftModel]:
     """The plain model and copies under plans: same losses, same gradients; returns the copies."""
     plain = train_pass(model, *batches)
-    copies = [under_plan(model, **levers) for levers in plans]
+    copies = [under_plan(model, **memory_options) for memory_options in plans]
     for lean in copies:
         assert_same(train_pass(lean, *batches), plain)
     return copies
 
 
-@pytest.mark.parametrize("levers", PLANS.values(), ids=PLANS)
-def test_each_lever_and_mixtures(levers):
-    compare(tiny_model(), random_batch(2), plans=[levers])
+@pytest.mark.parametrize("memory_options", PLANS.values(), ids=PLANS)
+def test_each_lever_and_mixtures(memory_options):
+    compare(tiny_model(), random_batch(2), plans=[memory_options])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -98,9 +98,9 @@ def test_full_attention_is_that_of_transformers(family, monkeypatch):
     forward = kernel.causal_forward
     monkeypatch.setattr(kernel, "causal_forward", lambda *args, **how: calls.append(1) or forward(*args, **how))
     counts = []
-    for levers in ({}, *FEW):
+    for memory_options in ({}, *FEW):
         calls.clear()
-        assert_same(train_pass(under_plan(ours, **levers), random_batch(2)), expected)
+        assert_same(train_pass(under_plan(ours, **memory_options), random_batch(2)), expected)
         counts.append(len(calls))
     assert counts[0] == 2 * counts[1] > 0
     assert counts[1:] == [counts[1]] * len(FEW)
@@ -157,7 +157,7 @@ def test_subsets_of_targets(names):
     """Of them lm_head, whose logits are then no plain linear layer, and one in a middle layer alone."""
     model = tiny_model(target_names=names.split())
     for lean in compare(model, random_batch()):
-        assert isinstance(lean.get_base_model(), LeanLoss) == ("lm_head" not in names)
+        assert isinstance(lean.get_base_model(), ChunkedLoss) == ("lm_head" not in names)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -263,9 +263,9 @@ def test_autocast(base, trained, tmp_path):
     with torch.autocast("cpu", torch.bfloat16):
         plain = train_pass(model, random_batch(2))
     assert any(error > 1e-3 for error in errors(plain, expected))
-    for levers in FEW:
+    for memory_options in FEW:
         with torch.autocast("cpu", torch.bfloat16):
-            lean = train_pass(under_plan(model, **levers), random_batch(2))
+            lean = train_pass(under_plan(model, **memory_options), random_batch(2))
         assert lean[0] == pytest.approx(expected[0], abs=2e-2)
         assert all(gradient.dtype == torch.float32 for gradient in lean[1].values())
         for ours, theirs in zip(errors(lean, expected), errors(plain, expected), strict=True):
@@ -277,8 +277,8 @@ def test_a_base_in_half_precision_without_autocast():
     model = tiny_model(train_norm=True, train_embedding=True).to(torch.bfloat16)
     expected = train_pass(copy.deepcopy(model).float(), random_batch(2))
     plain = errors(train_pass(model, random_batch(2)), expected)
-    for levers in FEW:
-        lean = errors(train_pass(under_plan(model, **levers), random_batch(2)), expected)
+    for memory_options in FEW:
+        lean = errors(train_pass(under_plan(model, **memory_options), random_batch(2)), expected)
         assert all(ours <= 1.3 * theirs + 2e-3 for ours, theirs in zip(lean, plain, strict=True))
 
 
@@ -363,7 +363,7 @@ def test_unknown_layers_fall_back(config_class):
     reason = use_memory_plan(lean, plan_of(**ALL), fused=False)
     assert reason is not None
     assert type(model.get_base_model()).__name__ in reason
-    assert isinstance(lean.get_base_model(), LeanLoss) == (config_class in (GemmaConfig, PhiConfig))
+    assert isinstance(lean.get_base_model(), ChunkedLoss) == (config_class in (GemmaConfig, PhiConfig))
     batch = random_batch(2)
     assert_same(train_pass(lean, batch), train_pass(model, batch))
     with torch.no_grad():
@@ -403,7 +403,7 @@ def test_losses_of_padded_rows():
 
 def test_limits_without_a_gpu(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert room(None, None, torch.device("cpu")) == (math.inf, math.inf)
+    assert available_memory(None, None, torch.device("cpu")) == (math.inf, math.inf)
     limit_memory(None)
     with pytest.raises(UserError, match="memory_budget_gib"):
         limit_memory(4.0)

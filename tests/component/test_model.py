@@ -23,7 +23,7 @@ from transformers import (
 from component.adapter import add_adapter
 from component.checkpoint import write_adapter, write_record
 from component.error import UserError
-from component.loading import load_for_inference, stretched_config
+from component.loading import extended_config_of, load_for_inference
 from component.model import compute_dtype, load_base, load_config
 from component.rope import extend_context
 from component.tokenizer import any_pad_id, load_tokenizer
@@ -263,12 +263,12 @@ def test_compute_dtype():
 @pytest.mark.parametrize("size", [None, 0, -1, 1, 64])
 def test_a_base_is_left_alone_without_a_larger_context(base_folder, size):
     stock = AutoConfig.from_pretrained(base_folder)
-    assert stretched_config(str(base_folder), size).to_dict() == stock.to_dict()
+    assert extended_config_of(str(base_folder), size).to_dict() == stock.to_dict()
 
 
 @pytest.mark.parametrize(("size", "factor"), [(65, 2.0), (128, 2.0), (129, 3.0), (640, 10.0)])
 def test_a_base_is_stretched_as_training_would(base_folder, size, factor):
-    config = stretched_config(str(base_folder), size)
+    config = extended_config_of(str(base_folder), size)
     assert config.rope_parameters == {"rope_type": "linear", "factor": factor, "rope_theta": 10000.0}
     assert config.max_position_embeddings == 64
 
@@ -279,13 +279,13 @@ def test_an_extended_model_says_how_far(base_folder, tmp_path, rope_type):
     extend_context(config, 256, rope_type)
     config.save_pretrained(tmp_path)
     for size in (None, -1, 256, 250, 193):
-        found = stretched_config(str(tmp_path), size)
+        found = extended_config_of(str(tmp_path), size)
         assert found.rope_parameters["rope_type"] == rope_type
         assert found.rope_parameters["factor"] == 4.0
     with pytest.raises(UserError, match=r"context_size: 257.*factor 5.*256 tokens.*factor 4"):
-        stretched_config(str(tmp_path), 257)
+        extended_config_of(str(tmp_path), 257)
     with pytest.raises(UserError, match=r"context_size: 100.*factor 2.*256 tokens.*factor 4"):
-        stretched_config(str(tmp_path), 100)
+        extended_config_of(str(tmp_path), 100)
 
 
 @pytest.mark.parametrize("target", [64, 128])

@@ -6,7 +6,7 @@ import gc
 import pytest
 import torch
 
-from component.memory.offload import HostStack
+from component.memory.offload import ActivationOffloader
 
 ODD = [(3, 7), (1,), (5, 1, 13)]
 
@@ -24,7 +24,7 @@ def assert_equal(found, expected):
 
 @pytest.mark.parametrize("ahead", [True, False])
 def test_last_in_first_out(ahead):
-    stack = HostStack(ahead)
+    stack = ActivationOffloader(ahead)
     entries = [tensors(*ODD) for _ in range(5)]
     expected = copy.deepcopy(entries)
     takes = [stack.put(entry) for entry in entries]
@@ -39,7 +39,7 @@ def test_last_in_first_out(ahead):
 @pytest.mark.parametrize("ahead", [True, False])
 def test_what_comes_back_is_not_the_buffer(ahead):
     """The next step's forward pass writes there while this one's gradients may still be needed."""
-    stack = HostStack(ahead)
+    stack = ActivationOffloader(ahead)
     entries = [tensors(*ODD) for _ in range(3)]
     takes = [stack.put(entry) for entry in entries]
     found = [take() for take in reversed(takes)]
@@ -50,7 +50,7 @@ def test_what_comes_back_is_not_the_buffer(ahead):
 
 
 def test_any_other_order_is_refused():
-    stack = HostStack()
+    stack = ActivationOffloader()
     takes = [stack.put(tensors((4,))) for _ in range(3)]
     with pytest.raises(AssertionError, match="another order"):
         takes[0]()
@@ -67,7 +67,7 @@ def test_any_other_order_is_refused():
 
 def test_what_another_forward_pass_has_overwritten_is_not_handed_out():
     """As deep as before, but with the values of the later pass: gradients of the earlier would be silently wrong."""
-    stack = HostStack()
+    stack = ActivationOffloader()
     take = stack.put(tensors((4,)))
     stack.clear()
     later = stack.put(tensors((4,)))
@@ -78,7 +78,7 @@ def test_what_another_forward_pass_has_overwritten_is_not_handed_out():
 
 @pytest.mark.parametrize("ahead", [True, False])
 def test_buffers_are_used_again(ahead):
-    stack = HostStack(ahead)
+    stack = ActivationOffloader(ahead)
     identities = set()
     sizes = set()
     for step in range(50):
@@ -96,7 +96,7 @@ def test_buffers_are_used_again(ahead):
 
 def test_shapes_differ_between_steps():
     """Buffers grow to the largest and stay: a shorter row leaves them, the next long one finds them."""
-    stack = HostStack()
+    stack = ActivationOffloader()
     sizes, pointers = [], []
     for tokens in (10, 100, 3, 77, 100, 1):
         entries = [tensors((tokens, 6), (2, tokens)) for _ in range(3)]
@@ -110,7 +110,7 @@ def test_shapes_differ_between_steps():
 
 
 def test_depth_differs_between_steps():
-    stack = HostStack()
+    stack = ActivationOffloader()
     for depth in (2, 5, 1, 5):
         entries = [tensors((depth, 9)) for _ in range(depth)]
         takes = [stack.put(entry) for entry in entries]
@@ -124,19 +124,19 @@ def test_depth_differs_between_steps():
 )
 def test_types_and_odd_sizes(dtypes):
     """Each part starts where its type may, however odd the size of the one before."""
-    stack = HostStack()
+    stack = ActivationOffloader()
     entry = [*tensors((3, 7), dtype=dtypes[0]), *tensors((1, 11), dtype=dtypes[1]), *tensors((0, 4), (1,))]
     assert_equal(stack.put(entry)(), entry)
 
 
 def test_strided_tensors():
-    stack = HostStack()
+    stack = ActivationOffloader()
     entry = [torch.randn(6, 5, 4).transpose(0, 2), torch.randn(3, 1).expand(3, 8), torch.randn(10)[::3]]
     assert_equal(stack.put(entry)(), entry)
 
 
 def test_clearing_keeps_the_buffers():
-    stack = HostStack()
+    stack = ActivationOffloader()
     for _ in range(3):
         stack.put(tensors((8, 8)))
     before = stack.nbytes
@@ -148,7 +148,7 @@ def test_clearing_keeps_the_buffers():
 
 
 def test_a_stack_is_freed():
-    stack = HostStack()
+    stack = ActivationOffloader()
     stack.put(tensors((8, 8)))
     buffers = stack._buffers
     del stack
@@ -157,7 +157,7 @@ def test_a_stack_is_freed():
 
 
 def test_a_copy_is_another_stack():
-    stack = HostStack(fetches_ahead=False)
+    stack = ActivationOffloader(fetches_ahead=False)
     stack.put(tensors((8, 8)))
     other, same = copy.deepcopy([stack, stack])
     assert other is same

@@ -218,7 +218,7 @@ def test_a_stream_keeps_few_rows_open():
 # --- a packed row trains as its documents would alone ---
 
 ROWS = [[13, 1, 25, 6, 3], [GROUP, GROUP // 2, 5, 2]]  # tokens of each document; odd, shorter than half a group, ...
-LEVERS = {
+MEMORY_OPTIONS = {
     "memory plan": {
         "keep_layers": 1,
         "keep_attention_layers": 1,
@@ -271,7 +271,7 @@ def alone(document: dict) -> dict[str, torch.Tensor]:
     return {name: torch.tensor([row]) for name, row in document.items()}
 
 
-@pytest.mark.parametrize("plan", LEVERS)
+@pytest.mark.parametrize("plan", MEMORY_OPTIONS)
 @pytest.mark.parametrize("s2", [True, False], ids=["S2-Attn", "full attention"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])
 def test_a_packed_batch_is_the_sum_of_its_documents(family, s2, plan):
@@ -279,7 +279,7 @@ def test_a_packed_batch_is_the_sum_of_its_documents(family, s2, plan):
     options = {"train_embedding": True, "train_norm": True}
     model = model_of(family, s2, **options)
     plain = plain_model(family, s2, **options)
-    ours = under_plan(model, **LEVERS[plan]) if LEVERS[plan] is not None else model
+    ours = under_plan(model, **MEMORY_OPTIONS[plan]) if MEMORY_OPTIONS[plan] is not None else model
     batch = RightPadCollator(7)([join(documents) for documents in DOCUMENTS])
     assert not batch["attention_mask"].all()
     result = summed(ours, [batch])

@@ -3,7 +3,7 @@
 import pytest
 
 from component.error import UserError
-from component.inference.engine import Talk
+from component.inference.engine import Engine
 from component.inference.flags import generation_parser
 from component.inference.web import Page, build_page, import_gradio, meter
 from component.rope import extend_context
@@ -16,7 +16,7 @@ SETTINGS = {"do_sample": False, "max_new_tokens": 6, "truncate": None}
 @pytest.fixture
 def page(tiny_llama_config, tokenizer) -> Page:
     extend_context(tiny_llama_config, 512)
-    return Page(Talk(build_llama(tiny_llama_config).eval(), tokenizer, generation_parser("").parse_args([])))
+    return Page(Engine(build_llama(tiny_llama_config).eval(), tokenizer, generation_parser("").parse_args([])))
 
 
 class TestMeter:
@@ -101,7 +101,7 @@ class TestAsking:
 
 
 def test_the_page_is_built(page):
-    blocks = build_page(page.talk)
+    blocks = build_page(page.engine)
     ids = {block.elem_id for block in blocks.blocks.values() if getattr(block, "elem_id", None)}
     assert ids == {"document", "meter", "chat", "note", "question", "send", "stop", "clear"}
 

@@ -6,7 +6,7 @@ from transformers import AutoTokenizer
 
 from component.error import UserError
 from component.evaluate.passkey import PromptMaker, Trial, accuracy, draw_key, even_depths, is_right, run_trials
-from component.inference.generate import greedy_continuation
+from component.inference.generate import generate_greedy
 from script.evaluate.passkey_model import make_tokenizer
 
 
@@ -156,7 +156,7 @@ class TestTrials:
     def test_greedy_and_as_without_a_cache(self, tiny_llama, tokenizer):
         """Against the likeliest token of one whole forward pass after the other, beyond the model's 64 positions."""
         ids = PromptMaker(tokenizer).prompt(320, 0.5, "12345").ids
-        found = greedy_continuation(tiny_llama, tokenizer, ids, 8)
+        found = generate_greedy(tiny_llama, tokenizer, ids, 8)
         expected = list(ids)
         for _ in range(8):
             with torch.no_grad():

@@ -8,14 +8,14 @@ import torch
 
 from component.adapter import add_adapter, linear_names, target_layers
 from component.memory.plan import (
-    LEVERS,
+    MEMORY_OPTIONS,
     Estimate,
     MemoryPlan,
-    choose,
+    choose_plan,
     describe_estimate,
     estimate,
-    leanest,
-    next_lever,
+    minimum_memory_plan,
+    next_memory_option,
 )
 from component.memory.workload import GIB, Workload, fixed_bytes, step_bytes, workload
 from tests.reference.plain_path import GROUP, LAYERS, TOKENS, plan_of, tiny_base, tiny_config
@@ -88,7 +88,10 @@ def test_description_of_an_estimate():
         f"{own}; about 20.0 of 24.0 GiB at the loss, 3.2 GiB of the host pinned"
     )
     too_much = describe_estimate(SMALL, plan, dataclasses.replace(expected, host_gib=0.0), 19.0)
-    assert too_much == f"{own}; about 20.0 of 19.0 GiB at the loss. It will hardly fit; next: {LEVERS['keep_layers']}"
+    assert (
+        too_much
+        == f"{own}; about 20.0 of 19.0 GiB at the loss. It will hardly fit; next: {MEMORY_OPTIONS['keep_layers']}"
+    )
 
 
 # ---- what is counted
@@ -184,7 +187,7 @@ def test_workload_leaves_the_config_and_the_random_numbers_alone():
 )  # fmt: skip
 @pytest.mark.parametrize(
     "plan",
-    [plan_of(), plan_of(keep_layers=99), plan_of(keep_attention_layers=99), leanest()],
+    [plan_of(), plan_of(keep_layers=99), plan_of(keep_attention_layers=99), minimum_memory_plan()],
     ids=["n", "e", "a", "l"],
 )
 def test_more_work_never_takes_less(larger, plan):
@@ -233,14 +236,14 @@ def test_what_layers_keep_is_counted_by_hand():
 
 
 def test_all_is_kept_where_there_is_room():
-    plan, expected = choose(SMALL)
+    plan, expected = choose_plan(SMALL)
     assert plan.levels(6) == ["everything"] * 6
     assert (plan.offload_activations, plan.mlp_tile_tokens) == (False, 0)
     assert expected == estimate(SMALL, plan)
 
 
 def test_more_memory_never_costs_time():
-    chosen = [choose(SMALL, budget) for budget in BUDGETS]
+    chosen = [choose_plan(SMALL, budget) for budget in BUDGETS]
     costs = [expected.cost for _, expected in chosen]
     least = min(expected.peak_gib for _, expected in chosen)
     assert costs == sorted(costs, reverse=True)
@@ -251,23 +254,23 @@ def test_more_memory_never_costs_time():
 
 
 def test_the_host_has_a_budget_too():
-    tight = min(budget for budget in BUDGETS if choose(SMALL, budget)[1].peak_gib <= budget)
-    plan, expected = choose(SMALL, tight)
+    tight = min(budget for budget in BUDGETS if choose_plan(SMALL, budget)[1].peak_gib <= budget)
+    plan, expected = choose_plan(SMALL, tight)
     assert plan.offload_activations
-    without, alone = choose(SMALL, tight + 1, host_gib=0.0)
+    without, alone = choose_plan(SMALL, tight + 1, host_gib=0.0)
     assert (without.offload_activations, alone.host_gib) == (False, 0.0)
     assert alone.peak_gib <= tight + 1
-    plan, expected = choose(SMALL, tight + 1, host_gib=0.2)
+    plan, expected = choose_plan(SMALL, tight + 1, host_gib=0.2)
     assert expected.host_gib <= 0.2
 
 
 def test_the_leanest_where_nothing_fits():
-    plan, expected = choose(SMALL, 0.5)
+    plan, expected = choose_plan(SMALL, 0.5)
     assert expected.peak_gib > 0.5
     assert plan.levels(6) == ["nothing"] * 6
     assert plan.offload_activations
     assert not plan.keep_attention_output
-    assert expected.peak_gib <= peak(SMALL, leanest())
+    assert expected.peak_gib <= peak(SMALL, minimum_memory_plan())
 
 
 @pytest.mark.parametrize(
@@ -283,16 +286,16 @@ def test_the_leanest_where_nothing_fits():
 )  # fmt: skip
 @pytest.mark.parametrize("budget", [1.0, 3.0, math.inf])
 def test_levers_set_by_hand_are_kept(by_hand, budget):
-    plan, expected = choose(SMALL, budget, **{**dict.fromkeys(LEVERS), **by_hand})
+    plan, expected = choose_plan(SMALL, budget, **{**dict.fromkeys(MEMORY_OPTIONS), **by_hand})
     assert {name: getattr(plan, name) for name in by_hand} == by_hand
     assert len(plan.levels(6)) == 6
-    assert expected.cost >= choose(SMALL, budget)[1].cost or expected.peak_gib > budget
+    assert expected.cost >= choose_plan(SMALL, budget)[1].cost or expected.peak_gib > budget
 
 
 def test_a_few_tokens():
     """Fewer than any tile or chunk: there is a plan all the same."""
     for tokens in (1, 2, 100, 300):
-        plan, _ = choose(dataclasses.replace(SMALL, tokens=tokens, group=2), 0.1)
+        plan, _ = choose_plan(dataclasses.replace(SMALL, tokens=tokens, group=2), 0.1)
         assert plan.mlp_tile_tokens == 0
         assert plan.loss_chunk_tokens in (tokens, 256)
 
@@ -304,12 +307,12 @@ def test_a_few_tokens():
 @pytest.mark.parametrize("work", [SMALL, dataclasses.replace(SMALL, tokens=65536)], ids=["8k", "64k"])
 def test_the_next_lever_saves_memory(work, budget):
     """Following the advice line by line, each lowers the estimate, and it ends."""
-    plan, _ = choose(work, budget)
+    plan, _ = choose_plan(work, budget)
     values = {"true": True, "false": False}
-    for _ in range(len(LEVERS) + 1):
-        advice = next_lever(work, plan)
+    for _ in range(len(MEMORY_OPTIONS) + 1):
+        advice = next_memory_option(work, plan)
         name, _, rest = advice.partition(": ")
-        if name not in LEVERS:
+        if name not in MEMORY_OPTIONS:
             break
         word = rest.split()[0]
         leaner = dataclasses.replace(plan, **{name: values.get(word, int(word) if word.isdigit() else None)})
@@ -318,14 +321,17 @@ def test_the_next_lever_saves_memory(work, budget):
     assert advice.startswith("deepspeed: ./train_args/deepspeed/deepspeed_config_s2.json")
     offloaded = dataclasses.replace(work, offload_optimizer=True)
     assert peak(offloaded, plan) < peak(work, plan)
-    assert next_lever(offloaded, leanest()) == "a smaller max_seq_length or lora_rank"
-    assert next_lever(dataclasses.replace(work, zero=False), leanest()) == "a smaller max_seq_length or lora_rank"
+    assert next_memory_option(offloaded, minimum_memory_plan()) == "a smaller max_seq_length or lora_rank"
+    assert (
+        next_memory_option(dataclasses.replace(work, zero=False), minimum_memory_plan())
+        == "a smaller max_seq_length or lora_rank"
+    )
 
 
 def test_levers_are_fields_of_plan_and_arguments():
     from component.train.argument import LongQLoRAArguments
 
     arguments = {field.name for field in dataclasses.fields(LongQLoRAArguments)}
-    assert set(FIELDS) - LEVERS.keys() == {"fetch_ahead"}
-    assert LEVERS.keys() <= arguments
-    assert all(words.startswith(f"{name}: ") for name, words in LEVERS.items())
+    assert set(FIELDS) - MEMORY_OPTIONS.keys() == {"fetch_ahead"}
+    assert MEMORY_OPTIONS.keys() <= arguments
+    assert all(words.startswith(f"{name}: ") for name, words in MEMORY_OPTIONS.items())

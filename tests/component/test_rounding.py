@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from component.error import UserError
-from component.evaluate.kv_cache import measure_rounding, second_half
+from component.evaluate.kv_cache import measure_cache_quantization, second_half
 
 TOKENS = np.random.default_rng(0).integers(2, 300, 200).astype(np.uint16)
 
@@ -19,7 +19,7 @@ def test_read_token_by_token_as_in_one_piece(tiny_llama):
 
 
 def test_figures(tiny_llama):
-    exact, rounded, coarse = measure_rounding(tiny_llama, TOKENS, ("dynamic", "int8", "int4"), 40, windows=3)
+    exact, rounded, coarse = measure_cache_quantization(tiny_llama, TOKENS, ("dynamic", "int8", "int4"), 40, windows=3)
     losses = []
     for start in (0, 40, 80):
         ids = torch.from_numpy(TOKENS[start : start + 40].astype(np.int64))
@@ -36,4 +36,4 @@ def test_figures(tiny_llama):
 @pytest.mark.parametrize("seq_len", [0, 1, 201])
 def test_no_window(seq_len, tiny_llama):
     with pytest.raises(UserError, match=r"--seq_len: 200 tokens hold no window of"):
-        measure_rounding(tiny_llama, TOKENS, ("dynamic",), seq_len, 3)
+        measure_cache_quantization(tiny_llama, TOKENS, ("dynamic",), seq_len, 3)

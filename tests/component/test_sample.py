@@ -31,7 +31,7 @@ def write(tmp_path):
     return lambda *records, name="data.jsonl": str(write_lines(tmp_path / name, *records))
 
 
-def fates(**counts: int) -> tuple[int, ...]:
+def outcomes(**counts: int) -> tuple[int, ...]:
     found = [0] * 6
     for name, number in counts.items():
         found[{"whole": WHOLE, "cut": CUT, "split": SPLIT, "piece": PIECE, "long": TOO_LONG, "empty": EMPTY}[name]] = (
@@ -113,15 +113,15 @@ MANY = texts("a", "a b c", "a b c d", "a b c d e", "", "a b c d e a b")
 @pytest.mark.parametrize(
     ("policy", "counts", "samples", "tokens", "notes"),
     [
-        ("truncate", fates(whole=1, cut=4, empty=1), 5, 19, "4 cut to max_seq_length; "),
-        ("split", fates(whole=2, split=3, piece=4, empty=1), 9, 33, "3 of 6 lines split into 7 samples; "),
-        ("drop", fates(whole=2, long=3, empty=1), 2, 7, "3 of 6 lines dropped: longer than max_seq_length; "),
+        ("truncate", outcomes(whole=1, cut=4, empty=1), 5, 19, "4 cut to max_seq_length; "),
+        ("split", outcomes(whole=2, split=3, piece=4, empty=1), 9, 33, "3 of 6 lines split into 7 samples; "),
+        ("drop", outcomes(whole=2, long=3, empty=1), 2, 7, "3 of 6 lines dropped: longer than max_seq_length; "),
     ],
 )
 def test_counts_and_what_is_said_of_them(policy, counts, samples, tokens, notes, write, words):
     file = write(*MANY)
     found, report = load_samples(file, words, 4, sft=False, truncation_policy=policy)
-    assert (report.lines, report.samples, report.tokens, report.fates) == (6, samples, tokens, counts)
+    assert (report.lines, report.samples, report.tokens, report.outcomes) == (6, samples, tokens, counts)
     assert (len(found), sum(len(ids) for ids, _ in rows(found))) == (samples, tokens)
     dropped = "1 of 6 lines dropped: nothing to learn in them"
     assert str(report) == f"{samples} samples, {tokens} tokens from {file} ({notes}{dropped})"
@@ -146,10 +146,10 @@ def test_an_answer_that_is_too_long_is_cut_or_left_out(write, words):
     file = write(*lines, long)
     cut, report = load_samples(file, words, len(PROMPT) + 2, sft=True)
     assert [[label for label in labels if label != X] for _, labels in rows(cut)] == [[C, EOS], [C, D], [C, D]]
-    assert report.fates == fates(whole=1, cut=2, empty=2)
+    assert report.outcomes == outcomes(whole=1, cut=2, empty=2)
     dropped, report = load_samples(file, words, len(PROMPT) + 2, sft=True, truncation_policy="drop")
     assert [[label for label in labels if label != X] for _, labels in rows(dropped)] == [[C, EOS], [C, D]]
-    assert report.fates == fates(whole=2, long=2, empty=1)
+    assert report.outcomes == outcomes(whole=2, long=2, empty=1)
 
 
 def test_everything_too_long(write, words):
@@ -255,7 +255,7 @@ def test_chats_of_all_kinds_as_vicuna_spells_them(write, words):
         [B, C, EOS, A, EOS],
         [D, EOS],
     ]
-    assert report.fates == fates(whole=3, empty=1)
+    assert report.outcomes == outcomes(whole=3, empty=1)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -376,7 +376,7 @@ def test_tokens_without_an_index_are_one_document(tokens, words):
     samples, report = load_samples(file, words, 4, sft=False, truncation_policy="split")
     flow = [A, B, C, EOS, EOS, D, EOS, E, A, B, C, D, E, EOS]
     assert rows(samples) == [(flow[at : at + 4], [X, *flow[at + 1 : at + 4]]) for at in (0, 4, 8, 12)]
-    assert report.fates == fates(split=1, piece=3)
+    assert report.outcomes == outcomes(split=1, piece=3)
 
 
 def test_tokens_without_an_index_are_not_cut_after_the_first(tokens, words):
@@ -393,7 +393,7 @@ def test_a_piece_of_one_token_teaches_nothing(tokens, words):
     index_path(file).unlink()
     samples, report = load_samples(file, words, 3, sft=False, truncation_policy="split")
     assert [ids for ids, _ in rows(samples)] == [[A, B, C], [D, E, A], [B, C, D]]  # and an E
-    assert (report.fates, report.tokens) == (fates(split=1, piece=2), 9)
+    assert (report.outcomes, report.tokens) == (outcomes(split=1, piece=2), 9)
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from component.error import UserError
-from component.storage.tensor_reader import NAMES, model_tensors, stored_tensors
+from component.storage.tensor_reader import NAMES, model_tensors, tensors_in
 from component.storage.tensor_writer import shard_bytes, write_model
 
 SHAPES = [(3, 5), (7,), (), (0, 4), (2, 3, 4)]
@@ -34,7 +34,7 @@ def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None
 def test_safetensors_of_every_type_and_shape(tmp_path):
     tensors = some_tensors()
     save_file(tensors, tmp_path / "file.safetensors", metadata={"format": "pt", "who": "they"})
-    found = stored_tensors(tmp_path / "file.safetensors")
+    found = tensors_in(tmp_path / "file.safetensors")
     same({name: stored.read() for name, stored in found.items()}, tensors)
     assert all(stored.on_meta().shape == tensors[name].shape for name, stored in found.items())
 
@@ -45,7 +45,7 @@ def test_bin_files(tmp_path, is_new):
     large = torch.randn(6, 8)
     tensors = {"rows": large[2:4], "columns": large[:, 1:3], "turned": large.t(), "half": large.half()}
     torch.save(tensors, tmp_path / "file.bin", _use_new_zipfile_serialization=is_new)
-    read = {name: stored.read() for name, stored in stored_tensors(tmp_path / "file.bin").items()}
+    read = {name: stored.read() for name, stored in tensors_in(tmp_path / "file.bin").items()}
     same(read, tensors)
     assert all(tensor.is_contiguous() for tensor in read.values())
 
@@ -55,7 +55,7 @@ def test_reading_into_given_memory(tmp_path):
     torch.save({"weight": torch.arange(6.0).reshape(2, 3)}, tmp_path / "file.bin")
     for file in tmp_path.iterdir():
         room = torch.zeros(24, dtype=torch.uint8)
-        read = stored_tensors(file)["weight"].read(room)
+        read = tensors_in(file)["weight"].read(room)
         assert read.data_ptr() == room.data_ptr()
         assert torch.equal(room.view(torch.float32), torch.arange(6.0))
 
@@ -75,12 +75,12 @@ def header(change) -> bytes:
 def test_damaged_safetensors(tmp_path, data):
     (tmp_path / "file.safetensors").write_bytes(data)
     with pytest.raises(UserError, match=r"file\.safetensors is damaged"):
-        stored_tensors(tmp_path / "file.safetensors")
+        tensors_in(tmp_path / "file.safetensors")
 
 
 def test_a_file_that_shrinks_while_it_is_read(tmp_path):
     save_file({"weight": torch.ones(1000)}, tmp_path / "file.safetensors")
-    stored = stored_tensors(tmp_path / "file.safetensors")["weight"]
+    stored = tensors_in(tmp_path / "file.safetensors")["weight"]
     os.truncate(tmp_path / "file.safetensors", 2000)
     with pytest.raises(UserError, match="ends inside of weight"):
         stored.read()

@@ -11,7 +11,7 @@ from transformers import EvalPrediction
 from component.adapter import add_adapter
 from component.train.summary import describe_trainable, summary
 from component.train.trainer import token_weighted_loss
-from component.train.zero import any_overflow, describe_optimizer, stand_alone_environment
+from component.train.zero import any_overflow, describe_optimizer, single_process_environment
 
 TRAIN_ARGS = "train_args/deepspeed"
 
@@ -54,7 +54,7 @@ def no_launcher(monkeypatch):
 
 
 def test_a_run_without_launcher_is_the_only_one(no_launcher):
-    stand_alone_environment()
+    single_process_environment()
     assert {name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")} == {
         "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1",
     }  # fmt: skip
@@ -65,7 +65,7 @@ def test_a_run_without_launcher_is_the_only_one(no_launcher):
 def test_a_launcher_is_obeyed(no_launcher, monkeypatch):
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    stand_alone_environment()
+    single_process_environment()
     assert (os.environ["RANK"], os.environ["WORLD_SIZE"]) == ("3", "4")
     assert "MASTER_PORT" not in os.environ
 

@@ -84,14 +84,14 @@ def tiny_nf4_model(folder: Path, family: str = "llama", dtype: torch.dtype = tor
     return with_lora(base, **options)
 
 
-def under_plan(model: PeftModel, **levers) -> PeftModel:
+def under_plan(model: PeftModel, **memory_options) -> PeftModel:
     """A copy of `model` that trains as a plan with `levers` says."""
     lean = copy.deepcopy(model)
-    assert use_memory_plan(lean, plan_of(**levers), fused=False) is None
+    assert use_memory_plan(lean, plan_of(**memory_options), fused=False) is None
     return lean
 
 
-def plan_of(**levers) -> MemoryPlan:
+def plan_of(**memory_options) -> MemoryPlan:
     """The plan that computes everything again, and all in one piece, but for `levers`."""
     defaults = {
         "keep_layers": 0,
@@ -101,7 +101,7 @@ def plan_of(**levers) -> MemoryPlan:
         "mlp_tile_tokens": 0,
         "loss_chunk_tokens": 4096,
     }
-    return MemoryPlan(**{**defaults, **levers})
+    return MemoryPlan(**{**defaults, **memory_options})
 
 
 def random_batch(rows: int = 1, tokens: int = TOKENS, seed: int = 3) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from component.train.trainer import LongQLoRATrainer
 from tests.conftest import TEXTS, build_llama
 
 ROOT = Path(__file__).resolve().parents[2]
-LEVERS = {
+MEMORY_OPTIONS = {
     "keep_layers": 1,
     "keep_attention_layers": 1,
     "keep_attention_output": True,
@@ -121,7 +121,7 @@ def assert_same_run(ours: Path, theirs: Path, tolerance: float = 2e-5) -> None:
     ids=["S2", "NF4", "full attention, embeddings and norms"],
 )
 def test_same_curve(run, changes):
-    (ours, printed), (theirs, plain) = run(**changes, **LEVERS), run(**changes, **OFF)
+    (ours, printed), (theirs, plain) = run(**changes, **MEMORY_OPTIONS), run(**changes, **OFF)
     assert_same_run(ours, theirs)
     assert curve(ours).keys() == set(range(1, 11))
     assert curve(ours, "eval_loss").keys() == {4, 8, 10}
@@ -139,12 +139,12 @@ def test_a_window_of_the_models_own_is_kept(run, base, tmp_path):
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "mistral")
     AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "mistral")
     changes = {"model_name_or_path": str(tmp_path / "mistral"), "use_shift_short_attention": False, "max_steps": 3}
-    (ours, printed), (theirs, _) = run(**changes, **LEVERS), run(**changes, **OFF)
+    (ours, printed), (theirs, _) = run(**changes, **MEMORY_OPTIONS), run(**changes, **OFF)
     assert curve(ours) == pytest.approx(curve(theirs), abs=2e-5)
     assert "attention's outputs" not in printed
     config.sliding_window = None
     config.save_pretrained(tmp_path / "mistral")
-    wide, printed = run(**changes, **LEVERS)
+    wide, printed = run(**changes, **MEMORY_OPTIONS)
     assert abs(curve(wide)[1] - curve(ours)[1]) > 1e-4
     assert "attention's outputs" in printed
 
@@ -152,7 +152,9 @@ def test_a_window_of_the_models_own_is_kept(run, base, tmp_path):
 def test_bf16(run):
     """Plain `python train.py` computes under autocast, and evaluates under it too: what trains is fp32."""
     changes = {"bf16": True, "load_in_4bit": False, "train_embedding": True, "train_norm": True, "max_steps": 4}
-    ours, theirs = (run(**changes, learning_rate=2e-3, **levers)[0] for levers in (LEVERS, OFF))
+    ours, theirs = (
+        run(**changes, learning_rate=2e-3, **memory_options)[0] for memory_options in (MEMORY_OPTIONS, OFF)
+    )
     for key in ("loss", "eval_loss"):
         assert curve(ours, key) == pytest.approx(curve(theirs, key), abs=0.03)
         assert curve(ours, key)
@@ -160,7 +162,7 @@ def test_bf16(run):
 
 def test_dropout_goes_on_after_a_checkpoint(run, tmp_path):
     """The masks that a run draws after it was resumed are those of a run that was never stopped."""
-    changes = {**LEVERS, "lora_dropout": 0.3, "save_steps": 3, "max_steps": 6, "eval_strategy": "no"}
+    changes = {**MEMORY_OPTIONS, "lora_dropout": 0.3, "save_steps": 3, "max_steps": 6, "eval_strategy": "no"}
     whole, _ = run(**changes)
     shutil.copytree(whole / "checkpoint-3", tmp_path / "stopped" / "checkpoint-3")
     run(**changes, output_dir=str(tmp_path / "stopped"), resume_from_checkpoint="auto")
@@ -188,10 +190,10 @@ def checkpointed(monkeypatch) -> list[bool]:
 def test_who_computes_again(run, checkpointed, monkeypatch):
     """The plan, not transformers, even if asked for; transformers, where the plan falls back."""
     short = {"max_steps": 2, "eval_steps": 1, "lora_dropout": 0.2}
-    run(**short, **LEVERS, gradient_checkpointing=True)
+    run(**short, **MEMORY_OPTIONS, gradient_checkpointing=True)
     assert checkpointed == [False]
     monkeypatch.setattr("component.memory.apply.use_memory_plan", lambda *args, **kwargs: "a reason")
-    fallen, printed = run(**short, **LEVERS)
+    fallen, printed = run(**short, **MEMORY_OPTIONS)
     assert checkpointed == [False, True]
     assert "no plan, a reason" in printed
     assert len(curve(fallen)) == 2
@@ -220,7 +222,7 @@ def deepspeed(values: dict, folder: Path, config: str, **changes) -> tuple[Path,
 @pytest.mark.parametrize("changes", [{}, {"train_embedding": True, "train_norm": True}], ids=["LoRA", "all"])
 @pytest.mark.parametrize("config", ["deepspeed_config_s2_no_offload", "deepspeed_config_s2"])
 def test_zero_2(basic, tmp_path, config, changes):
-    ours, printed = deepspeed(basic, tmp_path, config, **changes, **LEVERS)
+    ours, printed = deepspeed(basic, tmp_path, config, **changes, **MEMORY_OPTIONS)
     theirs, _ = deepspeed(basic, tmp_path, config, **changes, **OFF)
     assert "MLP in tiles of 17 tokens" in printed
     assert_same_run(ours, theirs)
@@ -230,7 +232,7 @@ def test_zero_2(basic, tmp_path, config, changes):
 def test_zero_3_falls_back(basic, tmp_path):
     """... with a line that says so, and trains and evaluates like ZeRO-2; targets are checked before all weights."""
     values = {**basic, "target_modules": "q_proj,v_proj,down_proj"}
-    ours, printed = deepspeed(values, tmp_path, "deepspeed_config_s3", **LEVERS)
+    ours, printed = deepspeed(values, tmp_path, "deepspeed_config_s3", **MEMORY_OPTIONS)
     theirs, _ = deepspeed(values, tmp_path, "deepspeed_config_s2_no_offload", **OFF)
     assert "no plan, ZeRO-3 gathers each weight through its module's own forward" in printed
     assert_same_run(ours, theirs)
