@@ -1,3 +1,11 @@
+"""How does transformers train with S2-Attn? As a registered attention and mask, selected through the config.
+
+`config._attn_implementation = "shift_short"` acts in training mode only: modules that evaluate or generate call stock
+SDPA with the mask that stock SDPA would have got.
+
+Shapes: B batch, T tokens.
+"""
+
 from collections.abc import Callable
 from functools import cached_property
 
@@ -6,24 +14,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from component.attention.kernel import describe_kernels as describe_kernels
-from component.attention.kernel import limit_kernels as limit_kernels
 from component.attention.segment import SavedAttention
-from component.attention.shift_short import _attend, check_group_size, document_spans
+from component.attention.shift_short import attend_in_groups, check_group_size, document_spans
 from component.error import UserError
 
-"""Which tokens does a token see while training? Shift short attention, S2-Attn (LongLoRA, arXiv 2309.12307, 3.2).
-
-The first half of the heads attends causally inside groups [0,g) [g,2g) ..., the second half inside groups moved by
-half a group: [0,g/2) [g/2,3g/2) ... Deviation from the published code: there the second half is *rolled*, so that the
-first half-group shares a group with the end of the text and, through the layers, every token learns of later ones.
-Here nothing wraps around; the first and the last half-group stand alone.
-
-It is a registered attention of transformers (`config._attn_implementation = "shift_short"`) and acts in training mode
-only: evaluating modules call stock SDPA with the mask that stock SDPA would have got.
-
-Shapes: B batch, T tokens, H query heads, Hkv key/value heads, D head size, g group size in tokens.
-"""
 NAME = "shift_short"
 PLAIN = ("llama", "mistral", "qwen2", "qwen3")  # models without capped scores, sinks or windows in some layers
 NO_GROUPS = 2**40  # tokens of a group that no text ever fills: full attention
@@ -114,7 +108,7 @@ def shift_short_attention_forward(
                 "shift short attention needs right padding (padding_side='right')"
             )
         documents = attention_mask.documents(position_ids)
-    out = _attend(query, key, value, module.config.group_size, documents, scaling, dropout, saved_attention)
+    out = attend_in_groups(query, key, value, module.config.group_size, documents, scaling, dropout, saved_attention)
     return out, None
 
 
@@ -154,7 +148,7 @@ def has_plain_attention(config: PretrainedConfig, tokens: int) -> bool:
 
 
 def use_full_attention(model: nn.Module) -> None:
-    """What trains with S2 trains with full attention from now on, still inside packed documents."""
+    """Switch a model that trains with S2 to full attention, still inside packed documents."""
     for module in model.modules():
         if getattr(module, "config", None) is not None and hasattr(module.config, "group_size"):
             module.config.group_size = NO_GROUPS

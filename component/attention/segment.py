@@ -15,10 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from component.attention import kernel
-from component.attention.kernel import describe_kernels as describe_kernels
-from component.attention.kernel import limit_kernels as limit_kernels
 
-# One call of the variable-length kernel in place of more runs than this, if they are shorter than that on average:
+# One call of the variable-length kernel in place of more segments than this, if shorter than that on average:
 # launches, and kernels too small for the GPU, would take longer than computing
 VARLEN_SEGMENTS, VARLEN_TOKENS = 8, 4096
 
@@ -51,7 +49,7 @@ class Segment(NamedTuple):
 
 
 def with_kernels(segments: list[Segment], query: Tensor, key: Tensor, value: Tensor) -> list[Segment]:
-    """The same `runs`, which make up some heads of a row, or one in place of them, with the kernel for each."""
+    """`segments`, which make up some heads of a row, or one in place of them, with the kernel for each."""
     lengths = tuple(length for segment in segments for length in segment.lengths)
     if len(segments) > VARLEN_SEGMENTS and sum(lengths) < VARLEN_TOKENS * len(segments):
         varied = segments[0]._replace(lengths=lengths, kernel=kernel.VARLEN)
@@ -69,14 +67,55 @@ class SavedAttention:
 
     def __init__(self) -> None:
         self.out: Tensor | None = None  # (B, T, H, D); may be moved to the host, and back before the second call
-        self.saved_parts: list[kernel.SavedForBackward] = []  # one per run: above all 4 bytes per token and head
+        self.saved_parts: list[kernel.SavedForBackward] = []  # one per segment: above all 4 bytes per token and head
         self.segments: list[Segment] = []
 
 
-class FusedAttention(torch.autograd.Function):
-    """(B, H, T, D), (B, Hkv, T, D) twice -> (B, T, H, D), where each token of each query head is in one of the runs.
+def attend_segments(
+    rows: list[list[list[Segment]]],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float | None,
+    dropout: float,
+    saved_attention: SavedAttention | None = None,
+) -> Tensor:
+    """Attention inside each segment, (B, T, H, D): by one autograd function where fused kernels run, else by SDPA.
 
-    Two runs with the same keys and values must be of different heads, and those of later heads come later.
+    Args:
+        rows: of each row, lists of segments that hold some of its heads whole, in the order of the heads.
+        dropout: probability of dropping an attention weight; the fused path has none.
+        saved_attention: filled if fused kernels run.
+    """
+    query, key, value = _in_autocast_dtype(query, key, value)
+    if dropout == 0:
+        segments = [segment for row in rows for heads in row for segment in with_kernels(heads, query, key, value)]
+        if all(segment.kernel for segment in segments):
+            return FusedAttention.apply(query, key, value, segments, scale, saved_attention)
+
+    def attend(segment: Segment) -> Tensor:  # (t, h, D)
+        return causal_sdpa(*segment.inputs(query, key, value), scale, dropout).transpose(1, 2).flatten(0, 1)
+
+    return torch.stack([torch.cat([torch.cat(list(map(attend, heads))) for heads in row], dim=1) for row in rows])
+
+
+def attend_again(query: Tensor, key: Tensor, value: Tensor, scale: float | None, saved: SavedAttention) -> Tensor:
+    """What `attend_segments` returned for the same inputs, from `saved`: no forward kernel runs."""
+    return FusedAttention.apply(*_in_autocast_dtype(query, key, value), saved.segments, scale, saved)
+
+
+def _in_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """As autocast does for SDPA."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind) or tensors[0].dtype == torch.float64:
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors)
+
+
+class FusedAttention(torch.autograd.Function):
+    """(B, H, T, D), (B, Hkv, T, D) twice -> (B, T, H, D), where each token of each query head is in one segment.
+
+    Two segments with the same keys and values must be of different heads, and those of later heads come later.
     """
 
     @staticmethod
@@ -107,7 +146,7 @@ class FusedAttention(torch.autograd.Function):
 
 
 def _forward(segment: Segment, query, key, value, out, scale) -> kernel.SavedForBackward:
-    """Writes the output of `run` into `out` (B, T, H, D)."""
+    """Writes the output of `segment` into `out` (B, T, H, D)."""
     lengths = segment.lengths if segment.kernel == kernel.VARLEN else None
     views = segment.inputs(query, key, value)
     part, saved = kernel.causal_forward(*views, scale, kernel=segment.kernel, lengths=lengths)
@@ -116,7 +155,7 @@ def _forward(segment: Segment, query, key, value, out, scale) -> kernel.SavedFor
 
 
 def _backward(segment: Segment, inputs, grads, grad_out, out, saved: kernel.SavedForBackward, scale) -> None:
-    """Writes the gradients of `run` into `grads`, laid out as `inputs`; `grad_out` and `out` are (B, T, H, D)."""
+    """Writes the gradients of `segment` into `grads`, laid out as `inputs`; `grad_out` and `out` are (B, T, H, D)."""
     grad_out, out = (segment.view(tensor.transpose(1, 2), segment.heads) for tensor in (grad_out, out))
     query, key, value = segment.inputs(*inputs)
     parts = kernel.causal_backward(grad_out, query, key, value, out, saved, scale)
@@ -128,7 +167,7 @@ def _backward(segment: Segment, inputs, grads, grad_out, out, saved: kernel.Save
         grad.add_(part) if shares_kv else grad.copy_(part)
 
 
-def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float | None, dropout: float) -> Tensor:
+def causal_sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float | None, dropout: float) -> Tensor:
     """Causal attention by SDPA, (b, h, t, D): grouped heads without repeating keys and values where it can."""
     attend = F.scaled_dot_product_attention
     options: dict[str, Any] = {"is_causal": True, "scale": scale, "dropout_p": dropout}

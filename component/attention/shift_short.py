@@ -1,14 +1,30 @@
+"""Which tokens does a token see while training? Shift short attention, S2-Attn (LongLoRA, arXiv 2309.12307, 3.2).
+
+The first half of the heads attends causally inside groups of g tokens, the second half inside groups shifted by g/2.
+Twelve tokens, g = 4; a token sees itself and those before it in its group:
+
+    token               0  1  2  3  4  5  6  7  8  9 10 11
+    unshifted heads    [0  1  2  3][4  5  6  7][8  9 10 11]
+    shifted heads      [0  1][2  3  4  5][6  7  8  9][10 11]
+
+Groups of one half straddle the borders of the other, so information passes from group to group, layer by layer, and
+only ever to later tokens. Deviation from the published code: there the shifted heads *roll* the sequence, [10 11 0 1]
+is one group, and token 0 learns about the end of the text. Here nothing wraps around.
+
+This file says which tokens form a group: packed documents, grouped-query heads, last groups that are not full. How a
+group is computed is in segment.py, and how transformers is told to train with it in interface.py.
+
+Shapes: B batch, T tokens, H query heads, Hkv key/value heads, D head size, g group size in tokens.
+"""
+
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
-from component.attention.kernel import describe_kernels as describe_kernels
-from component.attention.kernel import limit_kernels as limit_kernels
-from component.attention.segment import FusedAttention, SavedAttention, Segment, _causal, with_kernels
+from component.attention.segment import SavedAttention, Segment, attend_again, attend_segments
 from component.error import UserError
 
-HEAD_TOKENS = 2**20  # query heads x tokens of one kernel call: its own sums, in fp32 while going backward, stay small
+HEAD_TOKENS = 2**20  # query heads x tokens of one kernel call: its own sums, in fp32 in the backward pass, stay small
 
 
 def shift_short_attention(
@@ -22,7 +38,7 @@ def shift_short_attention(
     dropout: float = 0.0,
     saved_attention: SavedAttention | None = None,
 ) -> Tensor:
-    """Causal attention inside groups, the second half of the heads in groups moved by half a group.
+    """Causal attention inside groups; the second half of the heads uses groups shifted by half the group size.
 
     The unshifted heads are those of the first floor(Hkv/2) key/value heads; with a single key/value head, the first
     floor(H/2) query heads. Keys and values are never repeated for grouped-query models.
@@ -46,12 +62,14 @@ def shift_short_attention(
     """
     check_group_size(group_size)
     documents = document_spans(position_ids) if position_ids is not None else None
-    return _attend(query, key, value, group_size, documents, scale, dropout, saved_attention)
+    return attend_in_groups(query, key, value, group_size, documents, scale, dropout, saved_attention)
 
 
 def check_group_size(group_size: int) -> None:
     if group_size < 2 or group_size % 2:
-        raise UserError(f"group_size: {group_size} tokens; groups move by half of that: use an even number >= 2")
+        raise UserError(
+            f"group_size: {group_size} tokens; groups are shifted by half of that: use an even number >= 2"
+        )
 
 
 def document_spans(position_ids: Tensor) -> list[list[tuple[int, int]]] | None:
@@ -68,29 +86,22 @@ def document_spans(position_ids: Tensor) -> list[list[tuple[int, int]]] | None:
     return [list(zip(row, [*row[1:], length], strict=True)) for row in starts]
 
 
-def _attend(query, key, value, group_size, documents, scale, dropout, saved_attention) -> Tensor:
-    """(B, T, H, D); `documents` as from `document_spans`, one list per row or one for all rows alike."""
-    if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:  # as it does for SDPA
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
+def attend_in_groups(query, key, value, group_size, documents, scale, dropout, saved_attention) -> Tensor:
+    """`shift_short_attention` with documents in place of positions.
+
+    Args:
+        documents: as from `document_spans`, one list per row or one for all; None: each row is one document.
+    """
     if saved_attention is not None and saved_attention.out is not None:
-        return FusedAttention.apply(query, key, value, saved_attention.segments, scale, saved_attention)
+        return attend_again(query, key, value, scale, saved_attention)
     documents = documents or [[(0, query.shape[2])]]
     documents = documents * len(query) if len(documents) == 1 else documents
-    plan = [_halves(row, query.shape[1], key.shape[1], spans, group_size) for row, spans in enumerate(documents)]
-    if dropout == 0:
-        segments = [segment for row in plan for half in row for segment in with_kernels(half, query, key, value)]
-        if all(segment.kernel for segment in segments):
-            return FusedAttention.apply(query, key, value, segments, scale, saved_attention)
-
-    def attend(segment: Segment) -> Tensor:  # (t, h, D)
-        return _causal(*segment.inputs(query, key, value), scale, dropout).transpose(1, 2).flatten(0, 1)
-
-    return torch.stack([torch.cat([torch.cat(list(map(attend, half))) for half in row], dim=1) for row in plan])
+    rows = [_halves(row, query.shape[1], key.shape[1], spans, group_size) for row, spans in enumerate(documents)]
+    return attend_segments(rows, query, key, value, scale, dropout, saved_attention)
 
 
 def _halves(row: int, heads: int, kv_heads: int, spans, group_size: int) -> list[list[Segment]]:
-    """The runs of the unshifted and of the shifted heads in a row whose documents are `spans`."""
+    """The segments of the unshifted and of the shifted heads in a row whose documents are `spans`."""
     plain_kv = kv_heads // 2
     plain = plain_kv * (heads // kv_heads) if kv_heads > 1 else heads // 2
     half = group_size // 2

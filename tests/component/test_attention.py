@@ -26,9 +26,11 @@ from transformers import (
 )
 
 from component.attention import interface as attention
-from component.attention import kernel, segment, shift_short
+from component.attention import kernel, shift_short
 from component.attention.interface import has_plain_attention, use_shift_short_attention
-from component.attention.shift_short import SavedAttention, describe_kernels, shift_short_attention
+from component.attention.kernel import describe_kernels
+from component.attention.segment import SavedAttention, causal_sdpa
+from component.attention.shift_short import shift_short_attention
 from component.error import UserError
 from tests.reference.shift_short import LOOP, ROLLED, keys_seen, seen, shift_short_loop, shift_short_rolled
 
@@ -282,7 +284,7 @@ def test_sdpa_without_grouped_heads_gives_the_same(monkeypatch, heads, kv_heads)
     inputs = random_inputs(2, heads, kv_heads, 23)
 
     def plain(query, key, value):
-        return segment._causal(query, key, value, None, 0.0)
+        return causal_sdpa(query, key, value, None, 0.0)
 
     grouped = with_gradients(plain, inputs)
     monkeypatch.setattr(kernel, "select_kernel", lambda *_: kernel.EFFICIENT)
