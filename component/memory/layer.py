@@ -39,7 +39,6 @@ class LeanLayer(nn.Module):
     def prepare(self) -> None:
         """Look up once what every forward pass needs; the adapter must be in place."""
         self.second_half = FusedMLP(self)
-        self.first_parameters = [*_trained(self.input_layernorm), *_trained(self.self_attn)]
         dropouts = [m.p for m in self.modules() if isinstance(m, nn.Dropout)]
         self.draws = any(dropouts) or bool(getattr(self.self_attn, "attention_dropout", 0.0))
 
@@ -49,8 +48,8 @@ class LeanLayer(nn.Module):
         mlp, tile = self.second_half, self.tile or hidden_states.shape[:-1].numel()
         if self.level == "nothing":
             call |= {"past_key_values": None, "use_cache": False}  # computing again would add to a cache again
-            trained = [*self.first_parameters, *mlp.parameters]
-            return _RecomputedLayer.apply(hidden_states, self, call, tile, *trained)
+            first = [*_trained(self.input_layernorm), *_trained(self.self_attn)]
+            return _RecomputedLayer.apply(hidden_states, self, call, tile, len(first), *first, *mlp.parameters)
         hidden = self.attend(hidden_states, call)
         return _MLP.apply(hidden, mlp, tile, self.level == "everything", *mlp.parameters)
 
@@ -88,13 +87,11 @@ class FusedMLP:
         self.norm = layer.post_attention_layernorm
         self.activate = lambda gate, up: mlp.act_fn(gate) * up  # Liger's one kernel takes its place where it runs
         self.gate, self.up, self.down = (LoRALinear(p) for p in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
-        self.norm_parameters = _trained(self.norm)
-        self.parameters = [
-            *self.norm_parameters,
-            *self.gate.parameters,
-            *self.up.parameters,
-            *self.down.parameters,
-        ]
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """All that trains here."""
+        return [*_trained(self.norm), *self.gate.parameters, *self.up.parameters, *self.down.parameters]
 
     def forward(self, hidden: Tensor, tile: int, keep: bool) -> tuple[Tensor, list[dict]]:
         """(B, T, H) -> the same shape, and for each tile what `backward` wants to know."""
@@ -144,10 +141,11 @@ class FusedMLP:
         del active, plain, grad_active
         grad_normed = self.gate.backward(grad_gate, normed, gate[1], seeds["gate"], sums)
         self.up.backward(grad_up, normed, up[1], seeds["up"], sums, add_to=grad_normed)
+        of_norm = _trained(self.norm)
         through_norm, *norm_gradients = torch.autograd.grad(
-            normed_graph, [leaf, *self.norm_parameters], grad_normed.to(normed_graph.dtype)
+            normed_graph, [leaf, *of_norm], grad_normed.to(normed_graph.dtype)
         )
-        for parameter, gradient in zip(self.norm_parameters, norm_gradients, strict=True):
+        for parameter, gradient in zip(of_norm, norm_gradients, strict=True):
             sums[parameter] = sums[parameter] + gradient.float() if parameter in sums else gradient.float()
         torch.add(grad, through_norm, out=out)
 
@@ -189,8 +187,9 @@ class _RecomputedLayer(torch.autograd.Function):
     """A whole layer that keeps its input alone, here or on the host, and attention's output if asked."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, layer: LeanLayer, call: dict, tile: int, *trained: nn.Parameter) -> Tensor:
-        ctx.layer, ctx.call, ctx.tile, ctx.trained = layer, call, tile, trained
+    def forward(ctx, hidden: Tensor, layer: LeanLayer, call: dict, tile: int, first: int, *trained: nn.Parameter):
+        # `first` of `trained` belong to the layer's first half
+        ctx.layer, ctx.call, ctx.tile, ctx.first, ctx.trained = layer, call, tile, trained[:first], trained
         ctx.ambience = RngAndAutocastState(hidden.device, layer.draws)
         ctx.memo = SavedAttention() if layer.keeps_attention_output else None
         if ctx.memo is not None:
@@ -211,7 +210,7 @@ class _RecomputedLayer(torch.autograd.Function):
         (hidden, *kept), ctx.take = ctx.take(), None
         if kept:
             ctx.memo.out = kept.pop()
-        layer, first = ctx.layer, ctx.layer.first_parameters
+        layer, first = ctx.layer, ctx.first
         sums: Gradients = {}
         with ctx.ambience.again(), torch.enable_grad():
             leaf = hidden.detach().requires_grad_(ctx.needs_input_grad[0])
@@ -228,7 +227,7 @@ class _RecomputedLayer(torch.autograd.Function):
             ctx.memo.out = None  # `ctx` lives until the whole backward pass is over
         sums |= dict(zip(first, found[len(found) - len(first) :], strict=True))
         dx = found[0] if leaf.requires_grad else None  # type: ignore[misc]
-        return dx, None, None, None, *in_order(sums, ctx.trained)
+        return dx, None, None, None, None, *in_order(sums, ctx.trained)
 
 
 class RngAndAutocastState:

@@ -23,19 +23,35 @@ Gradients = dict[nn.Parameter, Tensor]  # summed over tiles of tokens in fp32
 class LoRALinear:
     """One linear layer as a pair of functions on plain tensors: `forward`, and `backward` that needs no graph.
 
-    The layer's weight and bias are frozen; LoRA's matrices, if it has them, are what trains.
+    The layer's weight and bias are frozen; LoRA's matrices, if it has them, train. They, the scaling and the dropout
+    are read from PEFT's module at every call: whoever loads, rescales or shards an adapter replaces them there.
     """
 
     def __init__(self, module: nn.Module):
         self.base = module.get_base_layer() if isinstance(module, LoraLayer) else module
-        self.factors: tuple[nn.Parameter, nn.Parameter] | None = None  # A (r, I) and B (O, r)
-        self.scaling, self.dropout = 1.0, 0.0
-        if isinstance(module, LoraLayer):
-            name = module.active_adapters[0]
-            self.factors = module.lora_A[name].weight, module.lora_B[name].weight
-            self.scaling, self.dropout = module.scaling[name], getattr(module.lora_dropout[name], "p", 0.0)
-        self.parameters = [p for p in self.factors or () if p.requires_grad]
+        self.lora: Any = module if isinstance(module, LoraLayer) else None
         self._held: Tensor | None = None
+
+    @property
+    def factors(self) -> tuple[nn.Parameter, nn.Parameter] | None:
+        """A (r, I) and B (O, r)."""
+        if self.lora is None:
+            return None
+        name = self.lora.active_adapters[0]
+        return self.lora.lora_A[name].weight, self.lora.lora_B[name].weight
+
+    @property
+    def scaling(self) -> float:
+        return 1.0 if self.lora is None else self.lora.scaling[self.lora.active_adapters[0]]
+
+    @property
+    def dropout(self) -> float:
+        return 0.0 if self.lora is None else getattr(self.lora.lora_dropout[self.lora.active_adapters[0]], "p", 0.0)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Those of the factors that train."""
+        return [p for p in self.factors or () if p.requires_grad]
 
     @staticmethod
     def fits(module: nn.Module) -> bool:
@@ -47,8 +63,7 @@ class LoRALinear:
             if not plain or len(names) != 1 or names[0] not in module.lora_A or module.lora_bias[names[0]]:
                 return False
             base = module.get_base_layer()
-        is_frozen = isinstance(base, nn.Linear) and not any(p.requires_grad for p in base.parameters())
-        return is_frozen and not hasattr(base.weight, "ds_id")  # ZeRO-3 gathers weights by module hooks only
+        return isinstance(base, nn.Linear) and not any(p.requires_grad for p in base.parameters())
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """(O, I) in `dtype`, dequantised if the base is in 4 bits."""
@@ -76,14 +91,15 @@ class LoRALinear:
         """(N, I) -> (N, O) and A dropout(x), (N, r), which `backward` wants again."""
         bias = None if self.base.bias is None else self.base.bias.to(x.dtype)
         y = F.linear(x, self.weight(x.dtype), bias)
-        low = self.low(x, seed)
-        if low is not None and self.factors is not None:
-            y.addmm_(low, self.factors[1].to(x.dtype).t(), alpha=self.scaling)
+        low, factors = self.low(x, seed), self.factors
+        if low is not None and factors is not None:
+            y.addmm_(low, factors[1].to(x.dtype).t(), alpha=self.scaling)
         return y, low
 
     def low(self, x: Tensor, seed: int | None) -> Tensor | None:
         """A dropout(x), (N, r)."""
-        return None if self.factors is None else _drop(x, self.dropout, seed) @ self.factors[0].to(x.dtype).t()
+        factors = self.factors
+        return None if factors is None else _drop(x, self.dropout, seed) @ factors[0].to(x.dtype).t()
 
     def backward(
         self,
@@ -104,17 +120,18 @@ class LoRALinear:
         if need_x:
             weight = self.weight(grad.dtype)
             dx = grad @ weight if add_to is None else add_to.addmm_(grad, weight)
-        if self.factors is None:
+        factors = self.factors
+        if factors is None:
             return dx
-        a, b = self.factors
+        (a, b), scaling, dropout = factors, self.scaling, self.dropout
         grad_low = grad @ b.to(grad.dtype)
-        _add(sums, b, grad.t(), low, self.scaling)
-        _add(sums, a, grad_low.t(), _drop(x, self.dropout, seed), self.scaling)
+        _add(sums, b, grad.t(), low, scaling)
+        _add(sums, a, grad_low.t(), _drop(x, dropout, seed), scaling)
         if dx is None:
             return None
-        if self.dropout:
-            return dx.add_(_drop(grad_low @ a.to(grad.dtype), self.dropout, seed), alpha=self.scaling)
-        return dx.addmm_(grad_low, a.to(grad.dtype), alpha=self.scaling)
+        if dropout:
+            return dx.add_(_drop(grad_low @ a.to(grad.dtype), dropout, seed), alpha=scaling)
+        return dx.addmm_(grad_low, a.to(grad.dtype), alpha=scaling)
 
 
 def _add(sums: Gradients, parameter: nn.Parameter, left: Tensor, right: Any, scale: float) -> None:
