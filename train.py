@@ -8,30 +8,41 @@ The same with `python` or `torchrun` in place of `deepspeed`. Any key of the YAM
 
 import copy
 import sys
+from typing import NamedTuple
 
-from transformers import PretrainedConfig, TrainingArguments, set_seed
-from transformers.integrations import is_deepspeed_zero3_enabled
+from peft import PeftModel
+from transformers import PretrainedConfig, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from component.adapter import add_adapter, check_targets_early
 from component.attention.interface import has_plain_attention, use_shift_short_attention
-from component.attention.shift_short import limit_kernels
+from component.attention.kernel import limit_kernels
 from component.checkpoint import prepare_output_dir
 from component.cli import exit_on_user_error
 from component.data.collator import RightPadCollator
 from component.data.dataset import load_samples
+from component.distributed.strategy import Strategy, training_strategy
 from component.memory.apply import liger_runs, use_memory_plan
 from component.memory.budget import available_memory, explaining_out_of_memory, limit_memory, peak_memory
-from component.memory.plan import choose_plan, describe_estimate
-from component.memory.workload import workload
+from component.memory.plan import Estimate, MemoryPlan, choose_plan, describe_estimate
+from component.memory.workload import Workload, workload
 from component.model import compute_dtype, load_base, load_config
 from component.rope import extend_context, own_rope_type
 from component.storage.result import library_versions
 from component.tokenizer import any_pad_id, load_tokenizer
 from component.train.argument import LongQLoRAArguments, parse_arguments
 from component.train.callback import FullAttentionCallback
-from component.train.summary import plan, summary
+from component.train.summary import print_summary
 from component.train.trainer import LongQLoRATrainer
-from component.train.zero import single_process_environment, zero_settings
+from component.train.zero import single_process_environment
+
+
+class Memory(NamedTuple):
+    """The memory plan, what it was computed from, and what it is expected to need."""
+
+    work: Workload
+    plan: MemoryPlan
+    expected: Estimate
+    line: str  # of the summary
 
 
 @exit_on_user_error
@@ -41,43 +52,21 @@ def main() -> None:
     resume = prepare_output_dir(
         training_args.output_dir, training_args.resume_from_checkpoint, args.overwrite_output_dir
     )
+    strategy = training_strategy(training_args.deepspeed, training_args.world_size)
     set_seed(training_args.seed)
     limit_memory(args.memory_budget_gib)
     limit_kernels(args.use_flash_attn)
+
+    # what it becomes: the base's config with longer positions, before any weight is loaded
     extended = load_config(args.model_name_or_path)
     tokenizer = load_tokenizer(args.model_name_or_path, args.model_max_length)
     check_targets_early(extended, args.target_names)
     factor = extend_context(extended, args.model_max_length, args.rope_type or own_rope_type(extended))
-    is_ours = attention_is_ours(args, extended)
-    work, memory, expected, memory_line = plan_memory(args, training_args, extended, is_ours)
+    memory = plan_memory(args, training_args, strategy, extended)
     train_set, eval_set, data_lines = load_data(args, training_args, tokenizer)
-    config = copy.deepcopy(extended)
-    config.use_cache = False  # only generation needs it
-    if is_ours:
-        is_full = not args.use_shift_short_attention or args.full_attention_ratio > 0
-        use_shift_short_attention(config, args.group_tokens, args.max_seq_length if is_full else 0)
-    model = load_base(
-        args.model_name_or_path,
-        config,
-        dtype=compute_dtype(training_args.fp16, training_args.bf16),
-        load_in_4bit=args.load_in_4bit,
-        device=None if is_deepspeed_zero3_enabled() else training_args.device,
-    )
-    model = add_adapter(
-        model,
-        rank=args.lora_rank,
-        alpha=args.lora_alpha,
-        dropout=args.lora_dropout,
-        target_names=args.target_names,
-        train_embedding=args.train_embedding,
-        train_norm=args.train_norm,
-    )
-    no_plan: str | None = "memory_plan: false"
-    if args.memory_plan:
-        no_plan = use_memory_plan(model, memory, fused=work.fused)
-        # a plan computes again what it must; without one, transformers does it (5.23: activation_checkpointing)
-        is_checkpointed = no_plan is not None and memory.keep_layers < work.layers
-        training_args.gradient_checkpointing = training_args.activation_checkpointing = is_checkpointed
+
+    model = load_adapted(args, training_args, strategy, training_config(args, extended))
+    no_plan = apply_plan(args, training_args, strategy, model, memory)
     trainer = LongQLoRATrainer(
         model=model,
         args=training_args,
@@ -88,17 +77,11 @@ def main() -> None:
         processing_class=tokenizer,
         extended_config=extended,
         record=args.record(extended, factor) | {"versions": library_versions()},
+        strategy=strategy,
     )
-    if trainer.is_world_process_zero():
-        lines = plan(args, training_args, trainer, extended, factor) | data_lines
-        print(f"\n{summary(lines | {'memory': f'no plan, {no_plan}' if no_plan else memory_line})}\n", flush=True)
-    with explaining_out_of_memory(work, memory):
-        metrics = trainer.train(resume_from_checkpoint=resume).metrics | peak_memory()
-        trainer.report("train", metrics if no_plan else metrics | expected.metrics)
-    if trainer.eval_dataset is not None:
-        trainer.report("eval", trainer.evaluate())
-    trainer.save_state()
-    trainer.save_model()
+    lines = data_lines | {"memory": f"no plan, {no_plan}" if no_plan else memory.line}
+    print_summary(args, training_args, trainer, factor, lines)
+    train(trainer, resume, memory, no_plan)
 
 
 def attention_is_ours(args: LongQLoRAArguments, extended: PretrainedConfig) -> bool:
@@ -108,9 +91,10 @@ def attention_is_ours(args: LongQLoRAArguments, extended: PretrainedConfig) -> b
     return args.memory_plan and has_plain_attention(extended, args.max_seq_length)  # then a plan can keep its output
 
 
-def plan_memory(args: LongQLoRAArguments, training_args: TrainingArguments, extended: PretrainedConfig, is_ours: bool):
-    """What memory and time depend on, the memory plan, its estimate, and a line for the summary."""
-    stage, is_offloaded = zero_settings(training_args.deepspeed)
+def plan_memory(
+    args: LongQLoRAArguments, training_args: TrainingArguments, strategy: Strategy, extended: PretrainedConfig
+) -> Memory:
+    """The fastest plan that fits this machine, by arithmetic on the config."""
     work = workload(
         extended,
         target_names=args.target_names,
@@ -123,16 +107,16 @@ def plan_memory(args: LongQLoRAArguments, training_args: TrainingArguments, exte
         in_4bit=args.load_in_4bit,
         fused=liger_runs() if args.use_liger_kernel is None else args.use_liger_kernel,
         optimizer=training_args.optim.value,
-        zero=stage is not None,
-        offload_optimizer=is_offloaded,
+        zero=strategy.zero_stage is not None,
+        offload_optimizer=strategy.offloads_optimizer,
     )
     gpu_gib, host_gib = available_memory(work, args.memory_budget_gib, training_args.device)
-    memory_options = args.memory_options if is_ours else args.memory_options | {"keep_attention_output": False}
-    plan, expected = choose_plan(work, gpu_gib, host_gib, **memory_options)
-    return work, plan, expected, describe_estimate(work, plan, expected, gpu_gib)
+    no_output = {} if attention_is_ours(args, extended) else {"keep_attention_output": False}
+    plan, expected = choose_plan(work, gpu_gib, host_gib, **(args.memory_options | no_output))
+    return Memory(work, plan, expected, describe_estimate(work, plan, expected, gpu_gib))
 
 
-def load_data(args: LongQLoRAArguments, training_args: TrainingArguments, tokenizer):
+def load_data(args: LongQLoRAArguments, training_args: TrainingArguments, tokenizer: PreTrainedTokenizerBase):
     """Training samples, evaluation samples or None, and lines for the summary."""
     rows = {"packing": args.packing, "streaming": args.streaming, "seed": training_args.seed}
     sets, lines = {}, {}
@@ -142,6 +126,62 @@ def load_data(args: LongQLoRAArguments, training_args: TrainingArguments, tokeni
                 sets[field], report = load_samples(source, tokenizer, field=field, **args.data, **how)
                 lines[field] = str(report)
     return sets["train_file"], sets.get("eval_file"), lines
+
+
+def training_config(args: LongQLoRAArguments, extended: PretrainedConfig) -> PretrainedConfig:
+    """`extended` with the attention that training uses; adapter folders get `extended` itself."""
+    config = copy.deepcopy(extended)
+    config.use_cache = False  # only generation needs it
+    if attention_is_ours(args, extended):
+        is_full = not args.use_shift_short_attention or args.full_attention_ratio > 0
+        use_shift_short_attention(config, args.group_tokens, args.max_seq_length if is_full else 0)
+    return config
+
+
+def load_adapted(
+    args: LongQLoRAArguments, training_args: TrainingArguments, strategy: Strategy, config: PretrainedConfig
+) -> PeftModel:
+    """The frozen base, in 4 bits if asked, with what trains around it."""
+    model = load_base(
+        args.model_name_or_path,
+        config,
+        dtype=compute_dtype(training_args.fp16, training_args.bf16),
+        load_in_4bit=args.load_in_4bit,
+        device=None if strategy.shards_weights else training_args.device,
+    )
+    return add_adapter(
+        model,
+        rank=args.lora_rank,
+        alpha=args.lora_alpha,
+        dropout=args.lora_dropout,
+        target_names=args.target_names,
+        train_embedding=args.train_embedding,
+        train_norm=args.train_norm,
+    )
+
+
+def apply_plan(
+    args: LongQLoRAArguments, training_args: TrainingArguments, strategy: Strategy, model: PeftModel, memory: Memory
+) -> str | None:
+    """Put the memory plan into `model`; None, or why it trains by Hugging Face's own layers."""
+    if not args.memory_plan:
+        return "memory_plan: false"
+    no_plan = use_memory_plan(model, memory.plan, fused=memory.work.fused, strategy=strategy)
+    # a plan computes again what it must; without one, transformers does it (5.23: activation_checkpointing)
+    is_checkpointed = no_plan is not None and memory.plan.keep_layers < memory.work.layers
+    training_args.gradient_checkpointing = training_args.activation_checkpointing = is_checkpointed
+    return no_plan
+
+
+def train(trainer: LongQLoRATrainer, resume: str | None, memory: Memory, no_plan: str | None) -> None:
+    """Train, evaluate, and leave metrics and the adapter in the output folder."""
+    with explaining_out_of_memory(memory.work, memory.plan):
+        metrics = trainer.train(resume_from_checkpoint=resume).metrics | peak_memory()
+        trainer.report("train", metrics if no_plan else metrics | memory.expected.metrics)
+    if trainer.eval_dataset is not None:
+        trainer.report("eval", trainer.evaluate())
+    trainer.save_state()
+    trainer.save_model()
 
 
 if __name__ == "__main__":

@@ -33,16 +33,20 @@ class ChunkedLoss(nn.Module):
         position_ids: Tensor | None = None,  # by name: the Trainer drops columns that no argument is called after
         *args,
         labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
         **kwargs,
     ):
         kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids}
+        if labels is not None and shift_labels is None:
+            shift_labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
         if args or labels is None or not self.training or not torch.is_grad_enabled():
             inputs = (input_ids, kwargs.pop("attention_mask"), kwargs.pop("position_ids"), *args)
-            return super().forward(*inputs, **kwargs, **({} if labels is None else {"labels": labels}))
+            given = {} if labels is None else {"labels": labels, "shift_labels": shift_labels}
+            return super().forward(*inputs, **kwargs, **given)
         items = kwargs.pop("num_items_in_batch", None)
         hidden = self.get_decoder()(input_ids=input_ids, **kwargs).last_hidden_state
         head = _inner(self.get_output_embeddings())
-        return CausalLMOutputWithPast(loss=next_token_loss(hidden, labels, head, items, self.loss_chunk))
+        return CausalLMOutputWithPast(loss=next_token_loss(hidden, shift_labels, head, items, self.loss_chunk))
 
 
 def use_chunked_loss(model: PreTrainedModel, chunk: int) -> bool:
@@ -59,16 +63,18 @@ def use_chunked_loss(model: PreTrainedModel, chunk: int) -> bool:
     return True
 
 
-def next_token_loss(hidden: Tensor, labels: Tensor, head: nn.Linear, items: Tensor | int | None, chunk: int) -> Tensor:
+def next_token_loss(
+    hidden: Tensor, shift_labels: Tensor, head: nn.Linear, items: Tensor | int | None, chunk: int
+) -> Tensor:
     """Mean loss in nats of the labelled tokens, each predicted from the hidden state before it.
 
     Args:
         hidden: (B, T, H), what `head` makes logits of.
-        labels: (B, T); `IGNORE_INDEX` where nothing is learnt.
+        shift_labels: (B, T), at t the token to predict there, that of t + 1; `IGNORE_INDEX` where none is trained on.
         items: labels in all micro-batches of the step, to divide the sum by; None for the mean of this batch.
         chunk: tokens whose logits exist at a time.
     """
-    target = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).reshape(-1)
+    target = shift_labels.reshape(-1)
     count = (target != IGNORE_INDEX).sum().clamp(min=1) if items is None else items
     total = _SummedLoss.apply(hidden.reshape(-1, hidden.shape[-1]), target, head.weight, head.bias, chunk)
     return total / count

@@ -14,13 +14,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from component.adapter import check_targets_early
 from component.cli import exit_on_user_error
+from component.distributed.strategy import training_strategy
 from component.error import UserError
 from component.memory.budget import CONTEXT_GIB, LIBRARIES_GIB, USABLE
 from component.memory.plan import choose_plan, estimate, minimum_memory_plan, next_memory_option
 from component.memory.workload import GIB, Workload, paged_bytes, workload
 from component.model import load_config
 from component.train.validation import BOUNDS
-from component.train.zero import zero_settings
 
 STEP = 1024  # tokens between the lengths that are tried
 
@@ -61,7 +61,7 @@ def read_workload(flags: argparse.Namespace) -> Workload:
         raise UserError(
             f"--deepspeed: there is no file {flags.deepspeed}; train_args/deepspeed/ has three, or say none"
         )
-    stage, is_offloaded = zero_settings(None if flags.deepspeed == "none" else flags.deepspeed)
+    strategy = training_strategy(None if flags.deepspeed == "none" else flags.deepspeed)
     return workload(
         config,
         target_names=targets,
@@ -73,8 +73,8 @@ def read_workload(flags: argparse.Namespace) -> Workload:
         in_4bit=not flags.no_4bit,
         fused=not flags.no_liger,
         optimizer=flags.optim,
-        zero=stage is not None,
-        offload_optimizer=is_offloaded,
+        zero=strategy.zero_stage is not None,
+        offload_optimizer=strategy.offloads_optimizer,
     )
 
 

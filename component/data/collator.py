@@ -1,7 +1,7 @@
-"""How do samples become a batch? Padding on the right, masked by position.
+"""How do samples become a batch? Padded on the right, with positions and shifted labels.
 
 A pad token is told from a real one by where it stands, not by its value: where pad and end-of-sequence share an id
-(LLaMA has no pad token), a genuine end-of-sequence token is still learnt.
+(LLaMA has no pad token), a genuine end-of-sequence token is still trained on.
 """
 
 import torch
@@ -11,10 +11,16 @@ from component.data import IGNORE_INDEX
 
 
 class RightPadCollator:
-    """Samples with `input_ids`, `labels`, and `position_ids` if packed -> tensors (B, T), T the longest of the batch.
+    """Samples with `input_ids`, `labels`, and `position_ids` if packed -> tensors (B, T), T the longest row.
+
+    A batch holds `input_ids`, `attention_mask` (0 where padded), and
+    `position_ids`: a position of 0 starts a document. Padding continues the document of an unpacked row, and is a
+        document of its own behind a packed one.
+    `labels`: by token, as Hugging Face's models take them.
+    `shift_labels`: by the position that predicts, label t + 1 at t, as `labels` can't be shifted once a row is split.
 
     Args:
-        pad_token_id: any id of the vocabulary; what stands in padded places is never seen by a real token.
+        pad_token_id: any id of the vocabulary; no real token sees what stands in padded places.
     """
 
     def __init__(self, pad_token_id: int):
@@ -26,12 +32,12 @@ class RightPadCollator:
         def padded(rows, fill: int) -> Tensor:
             return torch.tensor([[*row, *[fill] * (longest - len(row))] for row in rows])
 
-        batch = {
+        labels = padded((sample["labels"] for sample in samples), IGNORE_INDEX)
+        positions = [sample.get("position_ids", []) for sample in samples]
+        return {
             "input_ids": padded((sample["input_ids"] for sample in samples), self.pad_token_id),
             "attention_mask": padded(([1] * len(sample["input_ids"]) for sample in samples), 0),
-            "labels": padded((sample["labels"] for sample in samples), IGNORE_INDEX),
+            "position_ids": torch.tensor([[*row, *range(longest - len(row))] for row in positions]),
+            "labels": labels,
+            "shift_labels": torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX),
         }
-        if "position_ids" in samples[0]:  # of packed rows: padding is one more document
-            rows = [[*row, *range(longest - len(row))] for row in (sample["position_ids"] for sample in samples)]
-            batch["position_ids"] = torch.tensor(rows)
-        return batch

@@ -8,25 +8,29 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from component.distributed.strategy import Strategy
 from component.loss import use_chunked_loss
 from component.memory.layer import LeanLayer, lean_layers
 from component.memory.linear import fuse_lora
 from component.memory.offload import ActivationOffloader
 from component.memory.plan import MemoryPlan
 
+ALONE = Strategy()
 
-def use_memory_plan(model: nn.Module, plan: MemoryPlan, *, fused: bool) -> str | None:
+
+def use_memory_plan(model: nn.Module, plan: MemoryPlan, *, fused: bool, strategy: Strategy = ALONE) -> str | None:
     """Make `model`, PEFT's wrapper around a causal language model, train as `plan` says; evaluation stays as it is.
 
     Args:
         fused: use Liger's kernels; see `liger_runs`.
+        strategy: how training is distributed.
 
     Returns:
         None, or why Hugging Face's own layers stay: the caller may checkpoint those.
     """
+    if strategy.shards_weights:
+        return f"{strategy} gathers each weight through its module's own forward"
     base = model.get_base_model()
-    if any(hasattr(parameter, "ds_id") for parameter in base.parameters()):
-        return "ZeRO-3 gathers each weight through its module's own forward"
     fuse_lora(model)
     use_chunked_loss(base, plan.loss_chunk_tokens)
     layers = lean_layers(base)

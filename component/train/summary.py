@@ -4,7 +4,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from component.adapter import trainable_counts
-from component.attention.shift_short import describe_kernels
+from component.attention.kernel import describe_kernels
 from component.model import compute_dtype
 from component.rope import original_context
 from component.train.argument import LongQLoRAArguments
@@ -12,10 +12,22 @@ from component.train.trainer import LongQLoRATrainer
 from component.train.zero import describe_optimizer
 
 
-def summary(rows: dict[str, str]) -> str:
-    """The lines shown before the first step, aligned."""
-    width = max(len(name) for name in rows)
-    return "\n".join(f"  {name:<{width}}  {text}" for name, text in rows.items())
+def print_summary(
+    args: LongQLoRAArguments,
+    training_args: TrainingArguments,
+    trainer: LongQLoRATrainer,
+    factor: float,
+    more: dict[str, str],
+) -> None:
+    """What is about to happen, printed once by the first process; `more` follows, name and text."""
+    if trainer.is_world_process_zero():
+        lines = summary_lines(args, training_args, trainer, factor) | more
+        print(f"\n{aligned(lines)}\n", flush=True)
+
+
+def aligned(lines: dict[str, str]) -> str:
+    width = max(len(name) for name in lines)
+    return "\n".join(f"  {name:<{width}}  {text}" for name, text in lines.items())
 
 
 def describe_trainable(model: nn.Module) -> str:
@@ -31,8 +43,10 @@ def describe_attention(args: LongQLoRAArguments) -> str:
     return f"S2-Attn in groups of {args.group_tokens} tokens, full attention {last}when evaluating"
 
 
-def plan(args: LongQLoRAArguments, training_args: TrainingArguments, trainer: LongQLoRATrainer, extended, factor):
-    """What is about to happen, name and text."""
+def summary_lines(
+    args: LongQLoRAArguments, training_args: TrainingArguments, trainer: LongQLoRATrainer, factor: float
+) -> dict[str, str]:
+    extended = trainer.extended_config
     dtype = compute_dtype(training_args.fp16, training_args.bf16)
     rows = training_args.train_batch_size * training_args.gradient_accumulation_steps * training_args.world_size
     optimizer = describe_optimizer(training_args.optim.value, training_args.deepspeed, training_args.max_grad_norm)

@@ -15,6 +15,7 @@ from transformers import EvalPrediction, PretrainedConfig, Trainer
 
 from component.checkpoint import remove_old_checkpoints, write_adapter, write_record
 from component.data import IGNORE_INDEX
+from component.distributed.strategy import Strategy
 from component.loss import next_token_losses
 from component.train.callback import SpeedCallback
 from component.train.zero import GradientCallback
@@ -26,12 +27,14 @@ class LongQLoRATrainer(Trainer):
     Args:
         extended_config: the config that goes into adapter folders.
         record: what `longqlora.json` says of this run; steps and tokens are added when it is written.
+        strategy: how training is distributed.
     """
 
-    def __init__(self, *args, extended_config: PretrainedConfig, record: dict, **kwargs):
+    def __init__(self, *args, extended_config: PretrainedConfig, record: dict, strategy: Strategy, **kwargs):
         super().__init__(*args, compute_metrics=token_weighted_loss, **kwargs)
         self.extended_config = extended_config
         self.record = record
+        self.strategy = strategy
         self.speed = SpeedCallback()
         self.add_callback(self.speed)
         self.add_callback(GradientCallback)
@@ -58,7 +61,7 @@ class LongQLoRATrainer(Trainer):
         """Write the adapter's files; the record follows when everything else in the folder is written."""
         folder = Path(output_dir or self.args.output_dir)
         state_dict = None
-        if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
+        if self.strategy.shards_weights:
             # a gathering that all processes take part in
             state_dict = self.deepspeed._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=True)
         names = None
@@ -90,7 +93,8 @@ class LongQLoRATrainer(Trainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """(None, summed loss of each row, its number of labels): `token_weighted_loss` puts them together."""
         inputs = self._prepare_inputs(inputs)
-        has_label = inputs.pop("labels")[:, 1:] != IGNORE_INDEX
+        has_label = inputs.pop("shift_labels")[:, :-1] != IGNORE_INDEX
+        inputs.pop("labels")
         with self.accelerator.autocast():  # which the wrapped model would bring along
             losses = next_token_losses(self.accelerator.unwrap_model(model), **inputs)
         return None, (losses * has_label).sum(1), has_label.sum(1)

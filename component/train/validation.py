@@ -7,7 +7,7 @@ from transformers.training_args import trainer_log_levels
 from component.data.chat_template import TEMPLATES
 from component.data.document import POLICIES
 from component.rope import ROPE_TYPES
-from component.train.zero import _bad_deepspeed
+from component.train.zero import bad_strategy
 
 # keys: (what a sane value fulfils, the cure)
 BOUNDS = {
@@ -64,7 +64,7 @@ def validate(values: dict) -> list[str]:
         problems.append("template: only chats (sft: true) have one; leave it out")
     if (values.get("memory_budget_gib") or 0) > 0 and not torch.cuda.is_available():
         problems.append(f"memory_budget_gib: {values['memory_budget_gib']:g}, but there is no GPU; leave it out")
-    return problems + _impossible_precision(values) + _bad_deepspeed(values.get("deepspeed"))
+    return problems + _impossible_precision(values) + bad_strategy(values)
 
 
 def _impossible_precision(values: dict) -> list[str]:

@@ -8,33 +8,30 @@ import torch
 from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback
 
-
-def zero_settings(deepspeed: str | dict | None) -> tuple[int | None, bool]:
-    """ZeRO's stage, None without DeepSpeed, and whether the optimizer's states are in host memory."""
-    if not deepspeed:
-        return None, False
-    zero = _read_deepspeed(deepspeed).get("zero_optimization", {})
-    return zero.get("stage", 0), zero.get("offload_optimizer", {}).get("device", "none") != "none"
-
-
-def _read_deepspeed(deepspeed: str | dict) -> dict:
-    return deepspeed if isinstance(deepspeed, dict) else json.loads(Path(deepspeed).read_text(encoding="utf-8"))
+from component.distributed.strategy import read_deepspeed, training_strategy
 
 
 def describe_optimizer(optim: str, deepspeed: str | dict | None, max_grad_norm: float) -> str:
     """The optimizer that will really run: DeepSpeed's configuration changes it behind the YAML's back."""
     if not deepspeed:
         return optim
-    stage, is_offloaded = zero_settings(deepspeed)
-    notes = [f"ZeRO-{stage}"]
-    if is_offloaded:
+    strategy = training_strategy(deepspeed)
+    notes = [str(strategy)]
+    if strategy.offloads_optimizer:
         notes.append(f"DeepSpeed's CPU Adam in place of {optim}, because the optimizer is offloaded")
-    if "gradient_clipping" not in _read_deepspeed(deepspeed) and max_grad_norm:
+    if "gradient_clipping" not in read_deepspeed(deepspeed) and max_grad_norm:
         notes.append(f"max_grad_norm {max_grad_norm} is ignored: the DeepSpeed file lacks gradient_clipping")
     return f"{optim} ({'; '.join(notes)})"
 
 
-def _bad_deepspeed(config: str | dict | None) -> list[str]:
+def bad_strategy(values: dict) -> list[str]:
+    """What is wrong with how a YAML, or the environment of `accelerate launch`, wants training to be distributed."""
+    cure = "use deepspeed: ./train_args/deepspeed/deepspeed_config_s2.json, or several processes without either"
+    if values.get("fsdp") or _is_set("ACCELERATE_USE_FSDP"):
+        return [f"fsdp: not supported, because it has not been tested with 4-bit weights and memory plans; {cure}"]
+    config = values.get("deepspeed")
+    if config is None and _is_set("ACCELERATE_USE_DEEPSPEED"):
+        return [f"deepspeed: accelerate's own configuration asks for DeepSpeed, which this key must name; {cure}"]
     if config is None or isinstance(config, dict):
         return []
     if not Path(config).is_file():
@@ -44,6 +41,10 @@ def _bad_deepspeed(config: str | dict | None) -> list[str]:
     except ValueError as error:
         return [f"deepspeed: {config} is not JSON: {error}"]
     return [] if isinstance(content, dict) else [f"deepspeed: {config} holds no JSON object, as {{...}}"]
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("1", "true", "yes", "on")
 
 
 class GradientCallback(TrainerCallback):

@@ -22,18 +22,22 @@ def test_padding_stands_on_the_right_and_is_masked():
         RightPadCollator(9)([SHORT, LONG]),
         input_ids=[[1, 8, 9, 9], [1, 5, 6, 7]],
         attention_mask=[[1, 1, 0, 0], [1, 1, 1, 1]],
+        position_ids=[[0, 1, 2, 3], [0, 1, 2, 3]],
         labels=[[-100, 8, -100, -100], [-100, 5, 6, 7]],
+        shift_labels=[[8, -100, -100, -100], [5, 6, 7, -100]],
     )
 
 
-def test_a_genuine_end_is_learnt_where_pads_have_its_id():
+def test_a_genuine_end_is_trained_on_where_pads_have_its_id():
     eos = 2
     ended = {"input_ids": [1, 5, eos], "labels": [-100, 5, eos]}
     assert_batch(
         RightPadCollator(eos)([ended, LONG]),
         input_ids=[[1, 5, eos, eos], [1, 5, 6, 7]],
         attention_mask=[[1, 1, 1, 0], [1, 1, 1, 1]],
+        position_ids=[[0, 1, 2, 3], [0, 1, 2, 3]],
         labels=[[-100, 5, eos, -100], [-100, 5, 6, 7]],
+        shift_labels=[[5, eos, -100, -100], [5, 6, 7, -100]],
     )
 
 
@@ -44,7 +48,9 @@ def test_pads_of_a_real_tokens_id_hide_no_real_token():
         RightPadCollator(0)([row, LONG]),
         input_ids=[[0, 0, 5, 0], [1, 5, 6, 7]],
         attention_mask=[[1, 1, 1, 0], [1, 1, 1, 1]],
+        position_ids=[[0, 1, 2, 3], [0, 1, 2, 3]],
         labels=[[-100, 0, 5, -100], [-100, 5, 6, 7]],
+        shift_labels=[[0, 5, -100, -100], [5, 6, 7, -100]],
     )
 
 
@@ -54,7 +60,9 @@ def test_equal_lengths_need_no_padding(rows):
         RightPadCollator(9)([LONG] * rows),
         input_ids=[[1, 5, 6, 7]] * rows,
         attention_mask=[[1, 1, 1, 1]] * rows,
+        position_ids=[[0, 1, 2, 3]] * rows,
         labels=[[-100, 5, 6, 7]] * rows,
+        shift_labels=[[5, 6, 7, -100]] * rows,
     )
 
 
@@ -67,6 +75,7 @@ def test_padding_behind_a_packed_row_is_one_more_document():
         input_ids=[[1, 8, 9, 9, 9], [1, 5, 1, 6, 7]],
         attention_mask=[[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]],
         labels=[[-100, 8, -100, -100, -100], [-100, 5, -100, 6, 7]],
+        shift_labels=[[8, -100, -100, -100, -100], [5, -100, 6, 7, -100]],
         position_ids=[[0, 1, 0, 1, 2], [0, 1, 0, 1, 2]],
     )
 
@@ -89,3 +98,12 @@ def test_padding_cannot_change_a_loss(tiny_llama):
 
     apart = summed(collate([short])) + summed(collate([long]))
     assert summed(collate([short, long])) == pytest.approx(apart, rel=1e-5)
+
+
+def test_shifted_labels_are_hugging_faces_own(tiny_llama):
+    """Its loss from `labels` alone, which it shifts itself, and from what the collator shifted."""
+    batch = RightPadCollator(1)([{"input_ids": [0, 8, 9, 1], "labels": [-100, -100, 9, 1]}, LONG])
+    shifted = batch.pop("shift_labels")
+    expected = tiny_llama(**batch).loss
+    batch["labels"] = torch.zeros_like(shifted)  # present, so that a loss is computed, and not read
+    assert torch.equal(tiny_llama(**batch, shift_labels=shifted).loss, expected)

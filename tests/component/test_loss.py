@@ -9,6 +9,7 @@ from torch import nn
 from transformers import CohereConfig, Gemma2Config, GraniteConfig, TrainingArguments
 
 from component.data import IGNORE_INDEX
+from component.distributed.strategy import Strategy
 from component.loss import ChunkedLoss, next_token_loss, use_chunked_loss
 from component.train.trainer import LongQLoRATrainer
 from tests.reference.plain_path import (
@@ -44,6 +45,10 @@ def plain_loss(hidden, labels, head, items=None):
     return F.cross_entropy(logits, target, ignore_index=IGNORE_INDEX, reduction="sum") / items
 
 
+def chunked_loss(hidden, labels, *rest):
+    return next_token_loss(hidden, F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX), *rest)
+
+
 def with_gradients(function, hidden, labels, head, *rest, scale=1.0):
     leaves = [hidden, *head.parameters()]
     loss = function(hidden, labels, head, *rest)
@@ -66,13 +71,13 @@ def test_equals_cross_entropy(chunk, bias):
     for shape in ((2, 37), (1, 2), (3, 5)):
         hidden, labels, head = problem(*shape, bias=bias, ignored=0)
         assert_close(
-            with_gradients(next_token_loss, hidden, labels, head, None, chunk),
+            with_gradients(chunked_loss, hidden, labels, head, None, chunk),
             with_gradients(plain_loss, hidden, labels, head),
         )
     hidden, labels, head = problem(bias=bias)
     for items in (None, 11, torch.tensor(200)):
         assert_close(
-            with_gradients(next_token_loss, hidden, labels, head, items, chunk),
+            with_gradients(chunked_loss, hidden, labels, head, items, chunk),
             with_gradients(plain_loss, hidden, labels, head, items),
         )
 
@@ -85,11 +90,11 @@ def test_what_is_frozen_gets_no_gradient(frozen):
     else:
         hidden = hidden.detach()
     assert_close(
-        with_gradients(next_token_loss, hidden, labels, head, None, 7),
+        with_gradients(chunked_loss, hidden, labels, head, None, 7),
         with_gradients(plain_loss, hidden, labels, head),
     )
     with torch.no_grad():
-        assert float(next_token_loss(hidden, labels, head, None, 7)) == pytest.approx(
+        assert float(chunked_loss(hidden, labels, head, None, 7)) == pytest.approx(
             float(plain_loss(hidden, labels, head))
         )
 
@@ -98,7 +103,7 @@ def test_what_is_frozen_gets_no_gradient(frozen):
 def test_gradients_are_scaled(scale):
     """backward gets something else than one: a loss scale, a share of accumulated micro-batches."""
     hidden, labels, head = problem(bias=True)
-    found = with_gradients(next_token_loss, hidden, labels, head, None, 7, scale=scale)
+    found = with_gradients(chunked_loss, hidden, labels, head, None, 7, scale=scale)
     expected = with_gradients(plain_loss, hidden, labels, head, scale=scale)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
@@ -109,30 +114,30 @@ def test_rows_without_labels():
     hidden, labels, head = problem()
     labels[0] = IGNORE_INDEX
     expected = with_gradients(plain_loss, hidden, labels, head)
-    found = with_gradients(next_token_loss, hidden, labels, head, None, 7)
+    found = with_gradients(chunked_loss, hidden, labels, head, None, 7)
     assert_close(found, expected)
     assert not found[1][0].any()
     labels[:] = IGNORE_INDEX
     for items in (None, 9):
-        loss, *gradients = with_gradients(next_token_loss, hidden, labels, head, items, 7)
+        loss, *gradients = with_gradients(chunked_loss, hidden, labels, head, items, 7)
         assert float(loss) == 0
         assert not any(gradient.any() for gradient in gradients)
 
 
 def test_a_single_token_predicts_nothing():
     hidden, labels, head = problem(1, 1, ignored=0)
-    loss, *gradients = with_gradients(next_token_loss, hidden, labels, head, None, 7)
+    loss, *gradients = with_gradients(chunked_loss, hidden, labels, head, None, 7)
     assert float(loss) == 0
     assert not any(gradient.any() for gradient in gradients)
 
 
 def test_the_last_hidden_state_and_the_first_label_do_not_count():
     hidden, labels, head = problem(ignored=0)
-    loss, gradient, _ = with_gradients(next_token_loss, hidden, labels, head, None, 7)
+    loss, gradient, _ = with_gradients(chunked_loss, hidden, labels, head, None, 7)
     assert not gradient[:, -1].any()
     assert gradient[:, :-1].any(dim=2).all()
     labels[:, 0] = IGNORE_INDEX
-    assert torch.equal(next_token_loss(hidden, labels, head, None, 7), loss)
+    assert torch.equal(chunked_loss(hidden, labels, head, None, 7), loss)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 4e-3), (torch.bfloat16, 3e-2)])
@@ -143,7 +148,7 @@ def test_half_precision(dtype, tolerance):
     exact.load_state_dict(head.state_dict())
     expected = with_gradients(plain_loss, hidden.detach().float().requires_grad_(), labels, exact)
     for chunk in (3, 1000):
-        found = with_gradients(next_token_loss, hidden, labels, head, None, chunk)
+        found = with_gradients(chunked_loss, hidden, labels, head, None, chunk)
         assert found[0].dtype == torch.float32
         assert all(gradient.dtype == dtype for gradient in found[1:])
         assert_close([tensor.float() for tensor in found], expected, tolerance)
@@ -158,7 +163,7 @@ def test_a_scaled_loss_does_not_underflow():
     exact = nn.Linear(HIDDEN, VOCABULARY, bias=False)
     exact.load_state_dict(head.state_dict())
     expected = with_gradients(plain_loss, hidden.detach().float().requires_grad_(), labels, exact, items, scale=scale)
-    found = with_gradients(next_token_loss, hidden, labels, head, items, 7, scale=scale)
+    found = with_gradients(chunked_loss, hidden, labels, head, items, 7, scale=scale)
     assert_close([tensor.float() for tensor in found], expected, 1e-2)
     assert float(expected[1].abs().max()) / scale < 6e-8
 
@@ -168,7 +173,7 @@ def test_fp32_head_under_autocast():
     hidden, labels, head = problem()
     expected = with_gradients(plain_loss, hidden, labels, head)
     with torch.autocast("cpu", torch.bfloat16):
-        found = with_gradients(next_token_loss, hidden.bfloat16().detach().requires_grad_(), labels, head, None, 7)
+        found = with_gradients(chunked_loss, hidden.bfloat16().detach().requires_grad_(), labels, head, None, 7)
     assert [tensor.dtype for tensor in found] == [torch.float32, torch.bfloat16, torch.float32]
     assert_close([tensor.float() for tensor in found], expected, 3e-2)
 
@@ -177,7 +182,7 @@ def test_large_logits():
     """exp of none of them overflows, and the loss of a certain token is zero."""
     hidden, labels, head = problem(ignored=0)
     hidden = (hidden * 1e4).detach().requires_grad_()
-    found = with_gradients(next_token_loss, hidden, labels, head, None, 7)
+    found = with_gradients(chunked_loss, hidden, labels, head, None, 7)
     assert all(bool(tensor.isfinite().all()) for tensor in found)
     assert_close(found, with_gradients(plain_loss, hidden, labels, head))
 
@@ -202,7 +207,7 @@ def test_chunks_hold_no_more_logits_than_asked_for(monkeypatch):
     linear = F.linear
     monkeypatch.setattr(F, "linear", lambda x, w, b=None: sizes.append((len(x), len(w))) or linear(x, w, b))
     hidden, labels, head = problem(2, 37)
-    next_token_loss(hidden, labels, head, None, 11)
+    chunked_loss(hidden, labels, head, None, 11)
     assert sizes == [(11, VOCABULARY)] * 6 + [(8, VOCABULARY)]
 
 
@@ -236,8 +241,11 @@ def test_label_smoothing_shifts_labels(tmp_path):
     losses = []
     for trained in (model, under_plan(model)):
         arguments = TrainingArguments(tmp_path, label_smoothing_factor=0.1, use_cpu=True, report_to="none")
-        trainer = LongQLoRATrainer(model=trained, args=arguments, extended_config=None, record={})
+        trainer = LongQLoRATrainer(model=trained, args=arguments, extended_config=None, record={}, strategy=Strategy())
         losses.append(trainer.compute_loss(trained.train(), random_batch(2)).item())
+        shifted = F.pad(random_batch(2)["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)  # as the collator's batches have
+        again = trainer.compute_loss(trained.train(), {**random_batch(2), "shift_labels": shifted})
+        assert again.item() == losses[-1]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     ids = random_batch(2)["input_ids"][:, 5:]
     log_p = model(input_ids=random_batch(2)["input_ids"]).logits[:, 4:-1].log_softmax(-1)

@@ -9,7 +9,7 @@ import torch
 from transformers import EvalPrediction
 
 from component.adapter import add_adapter
-from component.train.summary import describe_trainable, summary
+from component.train.summary import aligned, describe_trainable
 from component.train.trainer import token_weighted_loss
 from component.train.zero import any_overflow, describe_optimizer, single_process_environment
 
@@ -71,7 +71,7 @@ def test_a_launcher_is_obeyed(no_launcher, monkeypatch):
 
 
 def test_summary_is_aligned():
-    assert summary({"model": "a base", "context": "64 -> 128"}) == "  model    a base\n  context  64 -> 128"
+    assert aligned({"model": "a base", "context": "64 -> 128"}) == "  model    a base\n  context  64 -> 128"
 
 
 def test_describe_trainable(tiny_llama):
