@@ -18,7 +18,7 @@ from peft import PeftModel
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from component.error import UserError
-from component.storage.atomic import open_to_readers
+from component.storage.atomic import atomic_file, open_to_readers
 
 RECORD_FILE = "longqlora.json"
 OUTPUT_ROOT = Path(__file__).resolve().parents[1] / "output"  # where the shipped YAMLs train to
@@ -66,9 +66,8 @@ def write_record(folder: Path, record: dict, names: Iterable[str] | None = None)
         found = (file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
         names = [str(file) for file in found if not file.parts[0].startswith(".") and str(file) != RECORD_FILE]
     files = {name: (folder / name).stat().st_size for name in sorted(names)}
-    temporary = folder / f".{RECORD_FILE}.tmp"
-    temporary.write_text(json.dumps({**record, "files": files}, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(folder / RECORD_FILE)
+    with atomic_file(folder / RECORD_FILE) as writing:
+        writing.write_text(json.dumps({**record, "files": files}, indent=2) + "\n", encoding="utf-8")
 
 
 def read_record(folder: str | Path) -> dict | None:

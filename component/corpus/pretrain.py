@@ -22,6 +22,7 @@ from component.corpus.scan import Chunk, Scan, ScannedChunk
 from component.corpus.token_count import MARGIN, TokenCounter
 from component.data.reader import BadRecord
 from component.data.source import read_records
+from component.storage.atomic import atomic_file
 
 LONG_TEXTS = ("drop", "split")
 UNIT_CHARACTERS = 2000  # at most, of a part of a long line: where there is no better place, cuts fall between parts
@@ -168,14 +169,9 @@ def write_corpus(output: Path, scan: Scan, choices: list[Choice], key: str) -> N
     Raises:
         UserError: a file has changed since it was measured.
     """
-    writing = output.with_name(f".{output.name}.writing")
-    try:
-        with writing.open("w", encoding="utf-8", newline="\n") as lines:
-            for text in tqdm(_texts(scan, choices, key), total=len(choices), desc="writing", unit=" texts"):
-                lines.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-        writing.replace(output)
-    finally:
-        writing.unlink(missing_ok=True)
+    with atomic_file(output) as writing, writing.open("w", encoding="utf-8", newline="\n") as lines:
+        for text in tqdm(_texts(scan, choices, key), total=len(choices), desc="writing", unit=" texts"):
+            lines.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
 
 
 def _texts(scan: Scan, choices: list[Choice], key: str) -> Iterator[str]:

@@ -19,6 +19,7 @@ from component.corpus.token_count import TokenCounter
 from component.data.chat_template import encode_conversation
 from component.data.reader import BadRecord
 from component.data.source import read_records, text_problem
+from component.storage.atomic import atomic_file
 
 
 @dataclass
@@ -132,17 +133,15 @@ def write_examples(output: Path, scan: Scan, mixture: Mixture, examples: list[Ex
     Raises:
         UserError: a file has changed since it was measured.
     """
-    ordered, writing = output.with_name(f".{output.name}.ordered"), output.with_name(f".{output.name}.writing")
+    ordered = output.with_name(f".{output.name}.ordered")
     try:
         places = _write_in_input_order(ordered, scan, mixture, examples)
-        with ordered.open("rb") as lines, writing.open("wb") as shuffled:
+        with ordered.open("rb") as lines, atomic_file(output) as writing, writing.open("wb") as shuffled:
             for _, start, length in sorted(places):
                 lines.seek(start)
                 shuffled.write(lines.read(length))
-        writing.replace(output)
     finally:
         ordered.unlink(missing_ok=True)
-        writing.unlink(missing_ok=True)
 
 
 def _write_in_input_order(

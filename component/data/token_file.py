@@ -14,6 +14,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from component.error import UserError, first_line
+from component.storage.atomic import atomic_file
 from component.tokenizer import describe_tokenizer, tokenizer_hash
 
 INDEX_FORMAT = 1  # raise it with every change of what the index means
@@ -155,11 +156,10 @@ def write_tokens(
     before, after = _specials(tokenizer, bos, eos)
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists; name another file, or --overwrite it")
-    writing, writing_index = path.with_name(f".{path.name}.writing"), path.with_name(f".{path.name}.json.writing")
     dtype = token_dtype(
         max(len(tokenizer), *(token + 1 for token in tokenizer.get_vocab().values()))
     )  # ids may have gaps
-    try:
+    with atomic_file(path) as writing, atomic_file(index_path(path)) as writing_index:
         complete = ([*(before if bos == "each" or at == 0 else []), *ids, *after] for at, ids in enumerate(documents))
         offsets, tokens = _write_ids(writing, complete, dtype)
         if not tokens:
@@ -168,13 +168,8 @@ def write_tokens(
         origin = (list(sources), command, str(date.today()), versions or {})
         index = TokenIndex(dtype.name, tokens, len(offsets), offsets, told, bos, eos, *origin)
         writing_index.write_text(json.dumps({"format": INDEX_FORMAT, **asdict(index)}) + "\n", encoding="utf-8")
-        # the tokens go first and come last: where they are, their own index stands beside them, whenever it is killed
+        # the tokens go first and come last (the inner file is renamed first): where they are, so is their own index
         path.unlink(missing_ok=True)
-        writing_index.replace(index_path(path))
-        writing.replace(path)
-    finally:
-        writing.unlink(missing_ok=True)
-        writing_index.unlink(missing_ok=True)
     return index
 
 

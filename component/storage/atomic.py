@@ -1,4 +1,4 @@
-"""How does a folder appear? Whole or not at all, whenever the program that writes it is killed."""
+"""How does a file or a folder appear? Whole or not at all, whenever the program that writes it is killed."""
 
 import contextlib
 import fcntl
@@ -8,6 +8,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from component.error import UserError
+
+
+@contextlib.contextmanager
+def atomic_file(target: str | Path) -> Iterator[Path]:
+    """The path of a file beside `target` that becomes `target` only when the block has ended well."""
+    target = Path(target)
+    writing = target.with_name(f".{target.name}.writing")
+    try:
+        yield writing
+        writing.replace(target)
+    finally:
+        writing.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

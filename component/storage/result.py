@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from component.error import UserError
+from component.storage.atomic import atomic_file
 
 
 def check_result_file(path: str | None, field: str) -> None:
@@ -54,21 +55,17 @@ def write_json(path: str | Path, record: dict[str, Any]) -> None:
 
     What is infinite or no number becomes null, since JSON knows neither.
     """
-    file = Path(path)
-    temporary = file.with_name(f".{file.name}.tmp")
     text = json.dumps(_finite(record), indent=2, allow_nan=False)
     # line breaks inside of strings are escaped: those that are found here only lay out
     text = re.sub(r"[\[{]\n[^\[\]{}]*[\]}]", lambda found: re.sub(r"\n\s*", " ", found[0]), text)
-    temporary.write_text(text + "\n", encoding="utf-8")
-    temporary.replace(file)
+    with atomic_file(path) as writing:
+        writing.write_text(text + "\n", encoding="utf-8")
 
 
 def save_figure(figure: Any, path: str | Path) -> None:
     """A matplotlib figure as a PNG, whole or not at all."""
-    file = Path(path)
-    temporary = file.with_name(f".{file.name}.tmp")
-    figure.savefig(temporary, dpi=130, format="png")
-    temporary.replace(file)
+    with atomic_file(path) as writing:
+        figure.savefig(writing, dpi=130, format="png")
 
 
 def _finite(value: Any) -> Any:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from component.error import UserError
-from component.storage.atomic import atomic_folder, check_target
+from component.storage.atomic import atomic_file, atomic_folder, check_target
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,6 +43,17 @@ def test_atomic_folder_leaves_nothing_behind(tmp_path, error):
     with pytest.raises(error), atomic_folder(tmp_path / "model") as folder:
         write(folder)
     assert names(tmp_path) == set()
+
+
+def test_atomic_file_takes_its_place_at_the_end_or_never(tmp_path):
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(TypeError), atomic_file(tmp_path / "file") as writing, writing.open("w") as half:
+        half.write("half") + None
+    assert (names(tmp_path), (tmp_path / "file").read_text()) == ({"file"}, "old")
+    with atomic_file(str(tmp_path / "file")) as writing:
+        writing.write_text("new")
+        assert (writing.parent, (tmp_path / "file").read_text()) == (tmp_path, "old")
+    assert (names(tmp_path), (tmp_path / "file").read_text()) == ({"file"}, "new")
 
 
 def test_atomic_folder_overwrites_nothing(tmp_path):
