@@ -32,8 +32,9 @@ import yaml
 
 from component.cli import exit_on_user_error
 from component.error import UserError, nearest
+from component.storage.result import LIBRARIES, library_versions, write_json
 from script.performance.peers import PEERS
-from script.performance.report import commit, failure, read_results, speed, step_flop, table, versions, write_json
+from script.performance.report import commit, failure, read_results, speed, step_flop, table
 from script.shared.card import describe_card
 from script.shared.program import in_a_process, run
 from script.shared.random_llama import SHAPES, make_model
@@ -123,7 +124,9 @@ def main() -> None:
     if old.get("hardware", card["hardware"]) != card["hardware"]:
         raise UserError(f"--resume: {flags.output_json} was measured on {old['hardware']}, not {card['hardware']}")
     command = shlex.join(["python", "script/benchmark.py", *sys.argv[1:]])
-    results = {"command": command, "date": str(date.today()), **card, "versions": versions(), "rows": old["rows"]}
+    versions = library_versions((*LIBRARIES, "unsloth", "liger-kernel"))
+    results = {"command": command, "date": str(date.today()), **card, "versions": versions, "rows": old["rows"]}
+    flags.output_json.parent.mkdir(parents=True, exist_ok=True)
     for row in rows:
         if is_done(row, results["rows"]):
             continue

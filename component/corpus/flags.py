@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import platform
 from collections.abc import Iterable
 from datetime import date
 from pathlib import Path
@@ -9,8 +10,10 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from component.error import UserError
-from component.storage.result import command, versions
+from component.storage.result import command, library_versions
 from component.tokenizer import describe_tokenizer
+
+LIBRARIES = ("transformers", "tokenizers", "pyarrow", "zstandard", "numpy", "matplotlib")
 
 
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
@@ -48,6 +51,11 @@ def journal_path(output: Path) -> Path:
 def side_file(output: Path, suffix: str) -> Path:
     """FILE.stats.json and the like, beside FILE.jsonl."""
     return output.with_name(output.name.removesuffix(output.suffix) + suffix)
+
+
+def versions() -> dict[str, str]:
+    """Of all that decides what a corpus holds, and how its figures look."""
+    return {"python": platform.python_version()} | library_versions(LIBRARIES)
 
 
 def origin(flags: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> dict:

@@ -8,6 +8,7 @@ import platform
 import re
 import shlex
 import sys
+from collections.abc import Iterable
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ import torch
 
 from component.error import UserError
 from component.storage.atomic import atomic_file
+
+LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed", "accelerate")
 
 
 def check_result_file(path: str | None, field: str) -> None:
@@ -28,9 +31,16 @@ def check_result_file(path: str | None, field: str) -> None:
 
 def origin() -> dict[str, Any]:
     """The command, hardware, versions and date that a result stands with."""
-    from component.storage.result import library_versions
-
     return {"command": command(), "hardware": hardware(), "date": str(date.today()), "versions": library_versions()}
+
+
+def library_versions(names: Iterable[str] = LIBRARIES) -> dict[str, str]:
+    """Of the packages among `names` that are installed; none is imported for it."""
+    found = {}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def command() -> str:
@@ -74,21 +84,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def library_versions() -> dict[str, str]:
-    names = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed", "accelerate")
-    return {name: importlib.metadata.version(name) for name in names if _is_installed(name)}
-
-
-def _is_installed(name: str) -> bool:
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return bool(importlib.metadata.version(name))
-    return False
-
-
-LIBRARIES = ("transformers", "tokenizers", "pyarrow", "zstandard", "numpy", "matplotlib")
-
-
-def versions() -> dict[str, str]:
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in LIBRARIES}

@@ -14,12 +14,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from component.cli import exit_on_user_error
-from component.corpus.flags import add_common_flags, check_common_flags, open_output
+from component.corpus.flags import add_common_flags, check_common_flags, open_output, versions
 from component.corpus.tokenize import documents
 from component.data.source import RecordTally, resolve_files
 from component.data.token_file import BOS, EOS, write_tokens
 from component.error import UserError
-from component.storage.result import command, versions
+from component.storage.result import command
 from component.tokenizer import open_tokenizer
 
 

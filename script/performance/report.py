@@ -5,8 +5,6 @@
 prints the table that script/benchmark.py ended with.
 """
 
-import contextlib
-import importlib.metadata
 import json
 import re
 import statistics
@@ -17,7 +15,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from component.error import UserError
-from component.storage.result import library_versions
 from script.shared.random_llama import SHAPES
 
 VOCABULARY = 32000
@@ -94,14 +91,6 @@ def step_flop(size: str, length: int, group: int | None) -> float:
     return 6 * length * weights + 4 * length * hidden * VOCABULARY + 16 * layers * hidden * pairs
 
 
-def versions() -> dict[str, str]:
-    found = library_versions()
-    for name in ("unsloth", "liger-kernel"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
-
-
 def commit() -> str | None:
     """None where there is no git, as in an archive of the files."""
     try:
@@ -119,17 +108,6 @@ def read_results(file: Path, resume: bool) -> dict:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def write_json(file: Path, results: dict) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    new = file.with_name(f".{file.name}.part")
-    new.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    new.rename(file)
-
-
-if __name__ == "__main__":
-    main()
-
-
 def failure(log: str, status: int | None, limit_s: float) -> str:
     """What went wrong, in one line."""
     if status is None:
@@ -137,3 +115,7 @@ def failure(log: str, status: int | None, limit_s: float) -> str:
     errors = [" ".join(error.split())[:300] for error in ERROR.findall(log)]
     out_of_memory = [error for error in errors if "out of memory" in error.lower()]
     return [*out_of_memory[:1], *errors[-1:], f"ended with status {status}"][0]
+
+
+if __name__ == "__main__":
+    main()
