@@ -1,3 +1,5 @@
+"""Which token ids does a text become? A tokenizer: loaded, identified by a hash, saved."""
+
 import hashlib
 import json
 import shutil
@@ -9,26 +11,44 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from component.error import UserError, first_line
 from component.storage.tensor_reader import fetch
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+UNLIMITED = 10**9  # model_max_length in tokens, for counting texts longer than any model: no warning about them
 
-def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """
+
+def load_tokenizer(
+    model_name_or_path: str,
+    model_max_length: int | None = None,
+    field: str = "model_name_or_path",
+    cure: str = "fetch the model's tokenizer files into the same folder",
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a base model; its vocabulary stays as it is, pad token or none.
+
+    Args:
+        field, cure: the flag that named the folder, and what to do where it holds no tokenizer, for messages.
+
     Raises:
         UserError: no tokenizer there, or one without an end-of-sequence token.
     """
+    options = {"padding_side": "right", "truncation_side": "right", "trust_remote_code": False}
+    if model_max_length is not None:
+        options["model_max_length"] = model_max_length
     try:
-        # texts longer than any model are counted here: no warning about that
-        tokenizer = AutoTokenizer.from_pretrained(name, model_max_length=10**9, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, **options)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise UserError(
-            f"--tokenizer: {name!r} holds no usable tokenizer ({first_line(error)}); name the folder or the hub id of "
-            "the model that is to be trained"
+            f"{field}: {model_name_or_path!r} holds no usable tokenizer ({first_line(error)}); {cure}"
         ) from error
     if tokenizer.eos_token_id is None:
-        raise UserError(f"--tokenizer: {name!r} has no end-of-sequence token; give it one in tokenizer_config.json")
+        raise UserError(
+            f"{field}: the tokenizer of {model_name_or_path!r} has no end-of-sequence token; "
+            "give it one (eos_token in tokenizer_config.json)"
+        )
     return tokenizer
 
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+def any_pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """An id to stand in padded places; they are masked by position, so which one does not matter."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def tokenizer_in(model_name_or_path: str) -> PreTrainedTokenizerBase | None:
@@ -54,40 +74,6 @@ def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, sources: It
     found = next((file for file in files if file), None)
     if found and not (folder / found.name).exists():
         shutil.copyfile(found, folder / found.name)
-
-
-def load_tokenizer(
-    model_name_or_path: str, model_max_length: int | None = None, field: str = "model_name_or_path"
-) -> PreTrainedTokenizerBase:
-    """The tokenizer of a base model; its vocabulary stays as it is, pad token or none.
-
-    Args:
-        field: the flag that named the folder, for messages.
-
-    Raises:
-        UserError: no tokenizer there, or one without an end-of-sequence token.
-    """
-    options = {"padding_side": "right", "truncation_side": "right", "trust_remote_code": False}
-    if model_max_length is not None:
-        options["model_max_length"] = model_max_length
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, **options)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise UserError(
-            f"{field}: {model_name_or_path!r} holds no usable tokenizer ({first_line(error)}); "
-            "fetch the model's tokenizer files into the same folder"
-        ) from error
-    if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"{field}: the tokenizer of {model_name_or_path!r} has no end-of-sequence token; "
-            "give it one (eos_token in tokenizer_config.json)"
-        )
-    return tokenizer
-
-
-def any_pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """An id to stand in padded places; they are masked by position, so which one does not matter."""
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from component.error import UserError
 from component.storage.result import command, library_versions
-from component.tokenizer import describe_tokenizer
+from component.tokenizer import UNLIMITED, describe_tokenizer, load_tokenizer
 
 LIBRARIES = ("transformers", "tokenizers", "pyarrow", "zstandard", "numpy", "matplotlib")
 
@@ -33,6 +33,11 @@ def check_common_flags(flags: argparse.Namespace) -> list[str]:
     if flags.output.is_dir():
         problems.append(f"--output: {flags.output} is a folder; name a file")
     return problems
+
+
+def open_tokenizer(flags: argparse.Namespace) -> PreTrainedTokenizerBase:
+    cure = "name the folder or the hub id of the model that is to be trained"
+    return load_tokenizer(flags.tokenizer, UNLIMITED, "--tokenizer", cure)
 
 
 def open_output(flags: argparse.Namespace, sources: Iterable[Path]) -> None:

@@ -18,14 +18,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from transformers import PreTrainedTokenizerBase
 
 from component.cli import exit_on_user_error
-from component.corpus.flags import add_common_flags, check_common_flags, journal_path, open_output, origin, side_file
+from component.corpus.flags import (
+    add_common_flags,
+    check_common_flags,
+    journal_path,
+    open_output,
+    open_tokenizer,
+    origin,
+    side_file,
+)
 from component.corpus.length import describe_lengths, draw_lengths
 from component.corpus.pretrain import LONG_TEXTS, Choice, TextMeasure, sample_texts, write_corpus
 from component.corpus.scan import Scan, SourceFile, scan_files
 from component.data.source import resolve_files
 from component.error import UserError
 from component.storage.result import write_json
-from component.tokenizer import open_tokenizer, tokenizer_hash
+from component.tokenizer import tokenizer_hash
 
 
 def parse_flags() -> argparse.Namespace:
@@ -108,7 +116,7 @@ def main() -> None:
     paths = [path for source in flags.source for path in resolve_files(source, "--source")]
     files = [SourceFile(path, (flags.text_key,)) for path in dict.fromkeys(paths)]
     open_output(flags, paths)
-    tokenizer = open_tokenizer(flags.tokenizer)
+    tokenizer = open_tokenizer(flags)
     megabytes = sum(file.path.stat().st_size for file in files) / 1e6
     print(
         f"{len(files)} files, {megabytes:,.1f} MB; texts of {flags.min_tokens:,} to {flags.max_tokens:,} tokens of "

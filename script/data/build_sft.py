@@ -17,7 +17,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from transformers import PreTrainedTokenizerBase
 
 from component.cli import exit_on_user_error
-from component.corpus.flags import add_common_flags, check_common_flags, journal_path, open_output, origin, side_file
+from component.corpus.flags import (
+    add_common_flags,
+    check_common_flags,
+    journal_path,
+    open_output,
+    open_tokenizer,
+    origin,
+    side_file,
+)
 from component.corpus.length import describe_lengths, draw_lengths
 from component.corpus.mixture import Mixture, read_mixture
 from component.corpus.scan import Scan, SourceFile, scan_files
@@ -25,7 +33,7 @@ from component.corpus.sft import Example, ExampleMeasure, choose_examples, write
 from component.data.chat_template import TEMPLATES, check_template
 from component.error import UserError
 from component.storage.result import write_json
-from component.tokenizer import open_tokenizer, tokenizer_hash
+from component.tokenizer import tokenizer_hash
 
 REASONS = ("too_short", "too_long", "empty", "filtered")
 
@@ -123,7 +131,7 @@ def main() -> None:
     check_flags(flags)
     mixture = read_mixture(flags.config)
     open_output(flags, (file for source in mixture.sources for file in source.files))
-    tokenizer = open_tokenizer(flags.tokenizer)
+    tokenizer = open_tokenizer(flags)
     if flags.template == "tokenizer":
         check_template(tokenizer)
     print(

@@ -14,13 +14,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from component.cli import exit_on_user_error
-from component.corpus.flags import add_common_flags, check_common_flags, open_output, versions
+from component.corpus.flags import add_common_flags, check_common_flags, open_output, open_tokenizer, versions
 from component.corpus.tokenize import documents
 from component.data.source import RecordTally, resolve_files
 from component.data.token_file import BOS, EOS, write_tokens
 from component.error import UserError
 from component.storage.result import command
-from component.tokenizer import open_tokenizer
 
 
 def parse_flags() -> argparse.Namespace:
@@ -50,7 +49,7 @@ def main() -> None:
     check_flags(flags)
     paths = list(dict.fromkeys(path for source in flags.source for path in resolve_files(source, "--source")))
     open_output(flags, paths)
-    tokenizer = open_tokenizer(flags.tokenizer)
+    tokenizer = open_tokenizer(flags)
     megabytes = sum(path.stat().st_size for path in paths) / 1e6
     print(f"{len(paths)} files, {megabytes:,.1f} MB; {flags.tokenizer}; {flags.num_proc} processes", flush=True)
     tally = RecordTally()

@@ -34,7 +34,7 @@ from component.loss import next_token_losses
 from component.model import load_config
 from component.rope import context_length
 from component.storage.result import check_result_file, origin, save_figure, write_json
-from component.tokenizer import load_tokenizer
+from component.tokenizer import UNLIMITED, load_tokenizer
 from script.experiment.downstream.passages import Passage, passages
 from script.experiment.downstream.transcript import Block, draw
 from script.shared.program import execute
@@ -135,7 +135,7 @@ def main() -> None:
         raise UserError(
             f"--long_tokens: {flags.long_tokens[1]}; LongQLoRA's context is {context} tokens, ask for less"
         )
-    tokenizer = load_tokenizer(str(flags.base), 10**9)  # whole books are taken apart here, without a warning
+    tokenizer = load_tokenizer(str(flags.base), UNLIMITED)  # whole books are taken apart here
     found: list[Passage] = []
     for kind, limits in (("long", tuple(flags.long_tokens)), ("short", SHORT_TOKENS)):
         drawn = passages(flags.source, tokenizer, limits, flags.new_tokens, f"{flags.seed} {kind}")

@@ -29,12 +29,10 @@ from component.error import UserError
 from component.model import load_config
 from component.rope import context_length
 from component.storage.result import check_result_file, origin, write_json
-from component.tokenizer import load_tokenizer
+from component.tokenizer import UNLIMITED, load_tokenizer
 from script.experiment.downstream.split import Record, documents, split
 from script.experiment.downstream.tuning import tune
 from script.shared.program import execute
-
-NO_LIMIT = 10**9  # tokens: whole inputs are counted here, without a warning
 
 
 def parse_flags() -> argparse.Namespace:
@@ -110,7 +108,7 @@ def write_side(file: Path, records: Iterable[Record], tokenizer: PreTrainedToken
 
 def instruct(name: str, model: Path, sides: dict[str, list[Record]], flags: argparse.Namespace) -> dict[str, Any]:
     """Tune `model` at its own context in WORK/NAME: what it was trained and measured on, loss before and after."""
-    context, tokenizer = context_length(load_config(str(model), "--base")), load_tokenizer(str(model), NO_LIMIT)
+    context, tokenizer = context_length(load_config(str(model), "--base")), load_tokenizer(str(model), UNLIMITED)
     files = {side: flags.work / f"{name}-{side}.jsonl" for side in sides}
     cut = {side: [end_of_question(tokenizer, record, context) for record in sides[side]] for side in sides}
     counts = {side: write_side(files[side], cut[side], tokenizer) for side in sides}
@@ -141,7 +139,7 @@ def main() -> None:
     flags.work.mkdir(parents=True, exist_ok=True)
     context, tokenizer = (
         context_length(load_config(str(flags.base), "--base")),
-        load_tokenizer(str(flags.base), NO_LIMIT),
+        load_tokenizer(str(flags.base), UNLIMITED),
     )
     records, counts = fitting(flags, context)
     kept = [record for record in records if lengths(tokenizer, record)[1] <= flags.max_answer_tokens]

@@ -35,7 +35,7 @@ from component.evaluate.passkey import KEYS, PromptMaker, draw_key, even_depths
 from component.model import load_config
 from component.rope import context_length
 from component.storage.result import check_result_file, origin, save_figure, write_json
-from component.tokenizer import load_tokenizer
+from component.tokenizer import UNLIMITED, load_tokenizer
 from script.experiment.downstream.passkey_samples import spelling_end_to_end, training_samples
 from script.experiment.downstream.tuning import measured, merge, tune
 
@@ -75,7 +75,7 @@ def parse_flags() -> argparse.Namespace:
 
 def write_samples(model: Path, file: Path, longest: int, flags: argparse.Namespace) -> dict[str, int]:
     """What a training reads, once through, for train.py; how much it is."""
-    tokenizer = load_tokenizer(str(model), 10**9)  # no warning about prompts longer than the base's context
+    tokenizer = load_tokenizer(str(model), UNLIMITED)
     settings = product(flags.lengths, even_depths(flags.depths), range(flags.trials))
     banned = {draw_key(flags.seed, *setting) for setting in settings}
     tokens, samples = flags.steps * flags.tokens_per_step, 0
