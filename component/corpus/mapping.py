@@ -9,8 +9,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-Turns = list[tuple[str, str]]  # (question, answer)
-Mapping = Callable[[dict], Turns]  # raises ValueError, with what is wrong with the record
+from component.data.chat_template import messages_key, parse_messages
+
+Chat = tuple[list[tuple[str, str]], str | None]  # (question, answer) in order; the system text before them, if any
+Mapping = Callable[[dict], Chat]  # raises ValueError, with what is wrong with the record
 
 # The field names are those of the data sets as published; the wording around them is this project's.
 TEMPLATES = {
@@ -22,7 +24,6 @@ TEMPLATES = {
         "output": "{summary_text}",
     },
 }
-USER_NAMES, ANSWER_NAMES = ("human", "user", "prompter"), ("gpt", "assistant", "chatgpt", "bard")
 
 
 def render(template: str, record: dict) -> str:
@@ -70,35 +71,23 @@ def _field(record: dict, name: str, *, is_optional: bool = False) -> str:
     return value
 
 
-def template_turns(record: dict, templates: dict[str, str]) -> Turns:
-    return [(render(templates["input"], record), render(templates["output"], record))]
+def template_turns(record: dict, templates: dict[str, str]) -> Chat:
+    return [(render(templates["input"], record), render(templates["output"], record))], None
 
 
-def conversation_turns(record: dict) -> Turns:
+def conversation_turns(record: dict) -> Chat:
     """[{"from": "human", "value": ...}, {"from": "gpt", ...}] (ShareGPT, Evol-Instruct V2), or role and content."""
-    key = next((key for key in ("conversations", "messages") if isinstance(record.get(key), list)), None)
-    if key is None:
+    if not any(isinstance(record.get(key), list) for key in ("conversations", "messages")):
         raise ValueError(f'no list "conversations" or "messages" (its keys: {", ".join(map(str, record)) or "none"})')
-    said = [_said(turn, f"{key}[{at}]") for at, turn in enumerate(record[key])]
-    if said and said[0][0] == "system":  # the template has a system text of its own
-        said = said[1:]
-    pairs = [said[at : at + 2] for at in range(0, len(said), 2)]
-    if not pairs or any(tuple(role for role, _ in pair) != ("user", "assistant") for pair in pairs):
-        raise ValueError(f'"{key}": {", ".join(role for role, _ in said) or "no turns"}; must be user, assistant, ...')
-    return [(question.strip(), answer.strip()) for (_, question), (_, answer) in pairs]
+    said, system = parse_messages(record)
+    texts = [text.strip() for _, text in said]
+    if len(texts) % 2:
+        roles = ", ".join(role for role, _ in said)
+        raise ValueError(f'"{messages_key(record)}": {roles}; must be user, assistant, ...')
+    return list(zip(texts[::2], texts[1::2], strict=True)), system
 
 
-def _said(turn: object, place: str) -> tuple[str, str]:
-    if not isinstance(turn, dict):
-        raise ValueError(f'"{place}" is {str(turn)[:40]!r}, no object')
-    name, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
-    if not isinstance(name, str) or not isinstance(text, str):
-        raise ValueError(f'"{place}" lacks from and value, or role and content, as texts')
-    role = "user" if name.lower() in USER_NAMES else "assistant" if name.lower() in ANSWER_NAMES else name.lower()
-    return role, text
-
-
-def natural_questions_turns(record: dict) -> Turns:
+def natural_questions_turns(record: dict) -> Chat:
     """The simplified release (question_text, document_text) or the hub's (question.text, document.tokens).
 
     The answer is the short one of the first annotation that has one, else yes or no, else the long one; without any
@@ -119,7 +108,7 @@ def natural_questions_turns(record: dict) -> Turns:
 
     text = " ".join(word for word, html in zip(words, is_html, strict=True) if not html)
     prompt = f"{text}\n\nAnswer the question from the text above.\nQuestion: {question}"
-    return [(prompt, _answer(_rows(record.get("annotations")), span))]
+    return [(prompt, _answer(_rows(record.get("annotations")), span))], None
 
 
 def _answer(annotations: list[dict], span: Callable[[dict], str]) -> str:

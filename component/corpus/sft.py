@@ -11,7 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from component.corpus.mapping import Turns, mapping_of
+from component.corpus.mapping import Chat, mapping_of
 from component.corpus.mixture import Mixture, MixtureSource, apportion
 from component.corpus.sampling import first_of_each, lowest, sample_key, text_hash
 from component.corpus.scan import Chunk, Scan, ScannedChunk
@@ -47,22 +47,23 @@ class ExampleMeasure:
             try:
                 if isinstance(record, BadRecord):
                     raise ValueError(record.problem)
-                turns = turns_of(record, source)
+                chat = chat_of(record, source)
             except ValueError as error:
                 measured.bad.append((number, str(error)))
                 continue
-            reason, tokens = self._examine(turns, source.filters)
+            reason, tokens = self._examine(chat, source.filters)
             if reason:
                 measured.noted[reason] += 1
             else:
-                measured.rows.append((number, 0, 0, tokens, hash_of(turns)))
+                measured.rows.append((number, 0, 0, tokens, text_hash(*texts_of(chat))))
         return measured
 
-    def _examine(self, turns: Turns, filters: dict) -> tuple[str, int]:
+    def _examine(self, chat: Chat, filters: dict) -> tuple[str, int]:
         """(why it is left out, or the empty string; tokens as training spells it)."""
+        turns, system = chat
         if not all(question.strip() and answer.strip() for question, answer in turns):
             return "empty", 0
-        text = "\n".join(part for turn in turns for part in turn)
+        text = "\n".join(texts_of(chat))
         if "contains" in filters and not re.search(filters["contains"], text):
             return "filtered", 0
         if "excludes" in filters and re.search(filters["excludes"], text):
@@ -70,35 +71,41 @@ class ExampleMeasure:
         most = min(self.max_tokens, filters.get("max_tokens", self.max_tokens))
         if self.count.is_surely_longer(text, most):
             return "too_long", 0
-        tokens = len(encode_conversation(self.tokenizer, list(turns), None, self.template)[0])
+        tokens = len(encode_conversation(self.tokenizer, list(turns), system, self.template)[0])
         if tokens < filters.get("min_tokens", 0):
             return "too_short", tokens
         return ("too_long" if tokens > most else ""), tokens
 
 
-def turns_of(record: dict, source: MixtureSource) -> Turns:
+def chat_of(record: dict, source: MixtureSource) -> Chat:
     """
     Raises:
-        ValueError: the record has not the shape of its mapping.
+        ValueError: the record has not the shape of its mapping, or says more than a line of its source can.
     """
     try:
-        turns = mapping_of(source.mapping)(record)
+        turns, system = mapping_of(source.mapping)(record)
     except (KeyError, TypeError, IndexError, AttributeError) as error:  # a nested shape that is not the published one
         raise ValueError(f"not of the shape of {source.mapping} ({type(error).__name__}: {error})") from error
-    for text in (text for turn in turns for text in turn):
+    if source.turns == "first" and system is not None:
+        raise ValueError(f"a system text, {system[:40]!r}, has no place in input and output; keep it with turns: all")
+    for text in texts_of((turns, system)):
         if problem := text_problem(text):
             raise ValueError(f"a text of it {problem}")
-    return turns if source.turns == "all" else turns[:1]
+    return (turns if source.turns == "all" else turns[:1]), system
 
 
-def hash_of(turns: Turns) -> str:
-    return text_hash(*(text for turn in turns for text in turn))
+def texts_of(chat: Chat) -> list[str]:
+    """In order; an odd number of them where the first is the system text."""
+    turns, system = chat
+    return [*([] if system is None else [system]), *(text for turn in turns for text in turn)]
 
 
-def line_of(turns: Turns, source: MixtureSource) -> str:
+def line_of(chat: Chat, source: MixtureSource) -> str:
+    turns, system = chat
     if source.turns == "all":
-        roles = ("user", "assistant")
-        said = [{"role": role, "content": text} for turn in turns for role, text in zip(roles, turn, strict=True)]
+        said = [] if system is None else [{"role": "system", "content": system}]
+        for question, answer in turns:
+            said += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         return json.dumps({"messages": said}, ensure_ascii=False) + "\n"
     ((question, answer),) = turns
     return json.dumps({"input": question, "output": answer}, ensure_ascii=False) + "\n"
@@ -160,12 +167,12 @@ def _write_in_input_order(
                     continue
                 example = numbers.pop(number)
                 try:
-                    turns = turns_of(record, source)
+                    chat = chat_of(record, source)
                 except ValueError as error:
                     raise scan.changed(index, number) from error
-                if hash_of(turns) != example.hashed:
+                if text_hash(*texts_of(chat)) != example.hashed:
                     raise scan.changed(index, number)
-                line = line_of(turns, source).encode()
+                line = line_of(chat, source).encode()
                 lines.write(line)
                 places.append((example.key, at, len(line)))
                 at += len(line)

@@ -17,9 +17,11 @@ SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-ROLES = {"system": "system", "user": "user", "human": "user"} | dict.fromkeys(
-    ("assistant", "gpt", "bot", "chatgpt", "model"), "assistant"
-)
+ROLES = {  # by the names that published data sets give them, in capitals or not
+    "system": "system",
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "bard", "model"), "assistant"),
+}
 Turns = list[tuple[str, str | None]]  # (user, assistant) in order; None leaves the last answer to the model
 
 
@@ -115,8 +117,7 @@ def turns_of(record: dict[str, Any]) -> tuple[Turns, str | None]:
     if not holds_messages(record):
         turns: Turns = [(record["input"], record["output"])]
         return (turns if record["output"].strip() else []), None
-    messages = [_message(message) for message in record[_messages_key(record)]]
-    system = messages.pop(0)[1] if messages[0][0] == "system" else None
+    messages, system = parse_messages(record)
     turns = []
     for (_, user), (_, assistant) in zip(messages[::2], messages[1::2], strict=False):
         if not assistant.strip():
@@ -131,31 +132,50 @@ def holds_messages(record: dict[str, Any]) -> bool:
     return any(record[key] is not None for key in keys) or bool(keys and "input" not in record)
 
 
-def _messages_key(record: dict[str, Any]) -> str:
+def messages_key(record: dict[str, Any]) -> str:
     return "conversations" if record.get("messages") is None and "conversations" in record else "messages"
 
 
-def _message(message: dict[str, Any]) -> tuple[str, str]:
-    """(role, text) of {"role", "content"}, or of {"from", "value"} as ShareGPT has it."""
-    role, content = ("role", "content") if "role" in message else ("from", "value")
-    return ROLES[message[role]], message[content]
+def parse_messages(record: dict[str, Any]) -> tuple[list[tuple[str, str]], str | None]:
+    """(role, text) of {"messages"} or {"conversations"}, user and assistant in turn, and the system text before them.
 
-
-def conversation_problem(record: dict[str, Any]) -> str | None:
-    """What is wrong with {"messages"} or {"conversations"}: system, if any, then user and assistant in turn."""
-    name = _messages_key(record)
-    messages = record[name]
+    Raises:
+        ValueError: with what is wrong with the record.
+    """
+    name = messages_key(record)
+    messages = record.get(name)
     if not isinstance(messages, list) or not messages:
-        return f'"{name}" is no list of messages'
-    roles = []
+        raise ValueError(f'"{name}" is no list of messages')
+    said = []
     for place, message in enumerate(messages, 1):
         try:
             role, content = _message(message)
             content.encode()
-        except (KeyError, TypeError, AttributeError, UnicodeEncodeError):
-            return f'"{name}": message {place} needs "role" (or "from") {", ".join(ROLES)}, and "content" (or "value")'
-        roles.append(role)
-    turns = roles[1:] if roles[0] == "system" else roles
-    if not turns or any(role != ("user", "assistant")[place % 2] for place, role in enumerate(turns)):
-        return f'"{name}": {", ".join(roles[:6])}; user and assistant must take turns, beginning with the user'
+        except (KeyError, TypeError, AttributeError, UnicodeEncodeError) as error:
+            need = f'"role" (or "from") {", ".join(ROLES)}, and "content" (or "value")'
+            raise ValueError(f'"{name}": message {place} needs {need}') from error
+        said.append((role, content))
+    roles = [role for role, _ in said]
+    system = said.pop(0)[1] if roles[0] == "system" else None
+    if not said or any(role != ("user", "assistant")[place % 2] for place, (role, _) in enumerate(said)):
+        problem = "user and assistant must take turns, beginning with the user"
+        raise ValueError(f'"{name}": {", ".join(roles[:6])}; {problem}')
+    return said, system
+
+
+def _message(message: dict[str, Any]) -> tuple[str, str]:
+    """(role, text) of {"role", "content"}, or of {"from", "value"} as ShareGPT has it."""
+    role, text = (  # tables leave the columns of the other kind empty
+        message[key] if message.get(key) is not None else message[other]
+        for key, other in (("role", "from"), ("content", "value"))
+    )
+    return ROLES[role.lower()], text
+
+
+def conversation_problem(record: dict[str, Any]) -> str | None:
+    """What is wrong with {"messages"} or {"conversations"}, or None."""
+    try:
+        parse_messages(record)
+    except ValueError as error:
+        return str(error)
     return None

@@ -94,7 +94,7 @@ def open_tokens(
     return tokens, list(zip(index.offsets, [*index.offsets[1:], len(tokens)], strict=True))
 
 
-SAMPLE_FORMAT = 2  # raise it with every change of what a line becomes
+SAMPLE_FORMAT = 3  # raise it with every change of what a line becomes
 
 
 def check_source(

@@ -60,6 +60,7 @@ RECORDS = {
             ],
         },
         [("Hi", "Hello"), ("Bye", "Farewell")],
+        "Be brief.",
     ),
     "messages": (
         {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]},
@@ -80,27 +81,54 @@ RECORDS = {
 
 @pytest.mark.parametrize("name", RECORDS)
 def test_published_shapes(name):
-    record, turns = RECORDS[name]
-    assert PRESETS[name.split()[0]](record) == turns
+    record, turns, *system = RECORDS[name]
+    assert PRESETS[name.split()[0]](record) == (turns, system[0] if system else None)
+
+
+@pytest.mark.parametrize("user", ["user", "human", "prompter", "Human", "USER"])
+def test_names_of_the_user(user):
+    told = [{"from": user, "value": "Q"}, {"from": "gpt", "value": "A"}]
+    said = [{"role": user, "content": "Q"}, {"role": "assistant", "content": "A"}]
+    assert PRESETS["conversations"]({"conversations": told}) == ([("Q", "A")], None)
+    assert PRESETS["messages"]({"messages": said}) == ([("Q", "A")], None)
+
+
+@pytest.mark.parametrize("bot", ["assistant", "gpt", "chatgpt", "bot", "bard", "model", "Assistant", "GPT"])
+def test_names_of_the_assistant(bot):
+    told = [{"from": "human", "value": "Q"}, {"from": bot, "value": "A"}]
+    said = [{"role": "user", "content": "Q"}, {"role": bot, "content": "A"}]
+    assert PRESETS["conversations"]({"conversations": told}) == ([("Q", "A")], None)
+    assert PRESETS["messages"]({"messages": said}) == ([("Q", "A")], None)
+
+
+def test_keys_of_both_kinds_as_tables_mix_them():
+    said = [
+        {"role": "user", "value": "Q", "from": None, "content": None},
+        {"role": None, "from": "gpt", "content": "A", "value": None},
+    ]
+    assert PRESETS["messages"]({"messages": said, "conversations": None}) == ([("Q", "A")], None)
 
 
 def test_templates_of_a_yaml():
     mapping = mapping_of({"input": "{a.b}\n{{x}} {c?}{d.e?}", "output": "{f}"})
-    assert mapping({"a": {"b": "deep"}, "c": None, "d": "no object", "f": " answer "}) == [("deep\n{x}", "answer")]
+    assert mapping({"a": {"b": "deep"}, "c": None, "d": "no object", "f": " answer "}) == (
+        [("deep\n{x}", "answer")],
+        None,
+    )
 
 
 WRONG = {
     "input_output": ({"text": "a"}, r'no "input" \(its keys: text\)'),
     "alpaca": ({"instruction": 5, "output": "a"}, "\"instruction\" is '5', not a text"),
     "conversations": ({"text": "a"}, r'no list "conversations" or "messages" \(its keys: text\)'),
-    "conversations empty": ({"conversations": []}, '"conversations": no turns; must be user, assistant'),
+    "conversations empty": ({"conversations": []}, '"conversations" is no list of messages'),
     "conversations odd": ({"conversations": [{"from": "human", "value": "a"}]}, '"conversations": user; must be'),
     "messages order": (
         {"messages": [{"role": role, "content": "a"} for role in ("assistant", "user")]},
-        '"messages": assistant, user; must be user, assistant',
+        '"messages": assistant, user; user and assistant must take turns, beginning with the user',
     ),
-    "messages text": ({"messages": ["a"]}, r"\"messages\[0\]\" is 'a', no object"),
-    "messages keys": ({"messages": [{"role": "user"}]}, r'"messages\[0\]" lacks from and value, or role and content'),
+    "messages text": ({"messages": ["a"]}, '"messages": message 1 needs "role"'),
+    "messages keys": ({"messages": [{"role": "user"}]}, '"messages": message 1 needs "role"'),
     "booksum null": ({"chapter": "a", "summary_text": None}, '"summary_text" is null, not a text'),
     "natural_questions": ({"question": {"text": "a"}}, 'no "document.tokens" and no "document_text"'),
 }

@@ -114,6 +114,33 @@ def test_turns_of_a_record(record, turns, system):
     assert turns_of(record) == (turns, system)
 
 
+@pytest.mark.parametrize("name", ["user", "human", "prompter", "Human", "USER"])
+def test_names_of_the_user(name):
+    told = {"conversations": [{"from": name, "value": "Q"}, {"from": "gpt", "value": "A"}]}
+    said = {"messages": [{"role": name, "content": "Q"}, bot("A")]}
+    for record in (told, said):
+        assert chat_problem(record) is None
+        assert turns_of(record) == ([("Q", "A")], None)
+
+
+@pytest.mark.parametrize("name", ["assistant", "gpt", "chatgpt", "bot", "bard", "model", "Assistant", "GPT"])
+def test_names_of_the_assistant(name):
+    told = {"conversations": [{"from": "human", "value": "Q"}, {"from": name, "value": "A"}]}
+    said = {"messages": [user("Q"), {"role": name, "content": "A"}]}
+    for record in (told, said):
+        assert chat_problem(record) is None
+        assert turns_of(record) == ([("Q", "A")], None)
+
+
+def test_keys_of_both_kinds_as_tables_mix_them():
+    said = [
+        {"role": "user", "value": "Q", "from": None, "content": None},
+        {"role": None, "from": "gpt", "content": "A", "value": None},
+    ]
+    assert chat_problem({"messages": said}) is None
+    assert turns_of({"messages": said}) == ([("Q", "A")], None)
+
+
 @pytest.mark.parametrize(
     ("record", "problem"),
     [
@@ -134,7 +161,7 @@ def test_turns_of_a_record(record, turns, system):
         ({"messages": [user("\ud83d")]}, "message 1 needs"),
         ({"messages": ["role"]}, "message 1 needs"),
         ({"messages": [None]}, "message 1 needs"),
-        ({"conversations": [{"from": "human", "value": "Q"}, {"from": "Gpt", "value": "A"}]}, "message 2 needs"),
+        ({"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt-4", "value": "A"}]}, "message 2 needs"),
         ({"input": "Q"}, 'no "output" (its keys: input)'),
         ({"input": "Q", "output": 5}, '"output" is 5, not a text'),
         ({"text": "Q"}, 'no "input" (its keys: text)'),

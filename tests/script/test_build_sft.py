@@ -104,6 +104,40 @@ def test_all_turns_of_a_conversation(build, sources, tmp_path):
     )
 
 
+def spoken(*said: tuple[str, str]) -> dict:
+    return {"conversations": [{"from": name, "value": text} for name, text in said]}
+
+
+def test_a_system_text_is_kept_or_refused_but_never_dropped(build, tmp_path):
+    question = ("Human", "b"), ("bard", "c")
+    talk = [spoken(("system", "d"), *question), spoken(*question), spoken(("System", "e"), *question)]
+    source = {"name": "talk", "path": str(write_lines(tmp_path / "talk.jsonl", *talk)), "mapping": "conversations"}
+    assert build(source | {"turns": "all"}).status == 0
+    said = [{"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]
+    systems = [[{"role": "system", "content": text}] for text in "de"]
+    expected = [{"messages": [*system, *said]} for system in [[], *systems]]
+    assert sorted(read_lines(tmp_path / "out.jsonl"), key=str) == sorted(expected, key=str)
+
+    outcome = build(source, output="first.jsonl", max_bad_fraction=0.9)
+    assert read_lines(tmp_path / "first.jsonl") == [{"input": "b", "output": "c"}]
+    assert "talk: 1 of 3 read (bad 2," in outcome.out
+    refusal = "talk.jsonl:1: a system text, 'd', has no place in input and output; keep it with turns: all"
+    assert refusal in outcome.out
+
+
+def test_tokens_and_filters_see_the_system_text(build, tmp_path, own_cache):
+    from component.data.dataset import load_samples
+
+    question = ("prompter", "b"), ("bot", "c")
+    talk = [spoken(("system", "a b c d e"), *question), spoken(("system", "spam"), *question)]
+    source = {"name": "talk", "path": str(write_lines(tmp_path / "talk.jsonl", *talk)), "mapping": "conversations"}
+    assert build(source | {"turns": "all", "filters": {"excludes": "spam"}}).status == 0
+    stats = json.loads((tmp_path / "out.stats.json").read_text())
+    assert stats["counts"]["filtered"] == 1
+    samples, _ = load_samples(str(tmp_path / "out.jsonl"), word_tokenizer(), FRAME + 6, sft=True)
+    assert [len(ids) for ids in samples["input_ids"]] == [stats["lengths"]["tokens"]] == [10]
+
+
 def numbered(tmp_path, name: str, number_of: int, **keys) -> dict:
     return plain(tmp_path, name, *((f"{name} {number}", "b") for number in range(number_of)), **keys)
 
