@@ -14,6 +14,7 @@ All: batch 1, one step per sequence, rank 64 on all linears, NF4 with double qua
 
 import argparse
 import json
+import os
 import re
 import shlex
 import shutil
@@ -195,7 +196,9 @@ def measure(row: Row, work: Path, tokenizer: str, limit_s: float, matrix_tflops:
     shown = shlex.join(command).replace(sys.executable, "python").replace(f"{ROOT}/", "")
     base: dict[str, Any] = {"settings": settings, "command": shown, "date": str(date.today()), "commit": commit()}
     start = time.monotonic()
-    status = run(command, log, limit_s, cwd=ROOT if row.kind.startswith("ours") else output)
+    offline = {"HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1")}
+    folder = ROOT if row.kind.startswith("ours") else output
+    status = run(command, log, limit_s, folder, environment=offline)
     base["wall_seconds"] = round(time.monotonic() - start, 1)
     if status != 0:
         return base | {"error": failure(log.read_text(encoding="utf-8", errors="replace"), status, limit_s)}

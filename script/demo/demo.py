@@ -8,9 +8,7 @@ Every step is a command that you could type; each is shown before it runs. Resul
 import json
 import os
 import platform
-import shlex
 import shutil
-import subprocess
 import sys
 import time
 from datetime import date
@@ -25,22 +23,16 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from component.storage.result import library_versions
+from script.shared.program import show_and_run
 
 BASE, DATA, RUN, MERGED = "script/demo/base", "output/demo-data", "output/demo", "output/demo-merged"
 LENGTHS = ["256", "512", "1024", "2048"]
 TRAINED_LENGTH = 512
-BIN = Path(sys.executable).parent
 
 
-def run(title: str, command: str, **options) -> None:
-    """Show and run one command from the repository's root."""
-    print(f"\n=== {title}\n$ {command}", flush=True)
-    start = time.monotonic()
-    environment = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
-    status = subprocess.run(shlex.split(command), cwd=ROOT, env=environment, **options).returncode
-    if status:
-        sys.exit(f"error: the command above ended with status {status}")
-    print(f"({time.monotonic() - start:.0f} s)", flush=True)
+def run(title: str, command: str) -> None:
+    print(f"\n=== {title}", flush=True)
+    print(f"({show_and_run(command):.0f} s)", flush=True)
 
 
 def evaluate(title: str, name: str, options: str) -> dict[int, float]:

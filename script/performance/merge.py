@@ -8,6 +8,7 @@ times the model's size on the disk of --work, and the memory that PEFT takes; al
 
 import argparse
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -16,8 +17,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from script.shared.program import in_a_process, run
 
 SHAPE = {  # 1.7 B parameters: LLaMA's proportions, LLaMA2's vocabulary
     "vocab_size": 32000,
@@ -69,14 +71,12 @@ def make_model(base: Path, adapter: Path, rank: int) -> int:
 def timed(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
     """Wall-clock seconds and the largest resident set of a command, as `/usr/bin/time -v` counts it.
 
-    A process begins with the memory of the one that starts it: this one imports nothing large before it is done.
+    To be called in a process of its own, which counts no other command's memory and has little to hand on.
     """
     begin = time.monotonic()
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
-    _, status, used = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        sys.exit(f"{' '.join(command)} ended with status {process.returncode}")
+    if status := run(command, environment=environment, stderr=subprocess.DEVNULL):
+        sys.exit(f"{' '.join(command)} ended with status {status}")
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return {
         "seconds": round(time.monotonic() - begin, 1),
         "cpu_seconds": round(used.ru_utime + used.ru_stime, 1),
@@ -108,8 +108,8 @@ def main() -> None:
     flags.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=flags.work) as name:
         work = Path(name)
-        environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-        parameters = make_in_child(work, flags.rank)
+        environment = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+        parameters = in_a_process(make_model, work / "base", work / "adapter", flags.rank)
         ours = [sys.executable, "script/merge_lora.py", "--adapter_name_or_path", f"{work}/adapter", "--check", "no"]
         commands = {
             "ours": [*ours, "--save_path", f"{work}/ours"],
@@ -122,20 +122,9 @@ def main() -> None:
                 if name == "ours_nf4" and turn:
                     continue  # slow, and there is nothing to be compared with
                 shutil.rmtree(work / name.removeprefix("ours_"), ignore_errors=True)
-                runs[name].append(timed(command, environment))
+                runs[name].append(in_a_process(timed, command, environment))
                 print(name, runs[name][-1], flush=True)
         write_result(flags.output_json, work, parameters, flags.rank, runs)
-
-
-def make_in_child(work: Path, rank: int) -> int:
-    """In a process that ends, so that its memory is nobody's when others are measured."""
-    program = (
-        "import sys, pathlib; sys.path[:0] = ['.', 'script']; import merge_benchmark as m; "
-        "w = pathlib.Path(sys.argv[1]); print(m.make_model(w / 'base', w / 'adapter', int(sys.argv[2])))"
-    )
-    command = [sys.executable, "-c", program, str(work), str(rank)]
-    done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
-    return int(done.stdout.split()[-1])
 
 
 def write_result(file: Path, work: Path, parameters: int, rank: int, runs: dict[str, list[dict]]) -> None:
@@ -153,8 +142,8 @@ def write_result(file: Path, work: Path, parameters: int, rank: int, runs: dict[
     about = origin()
     about["command"] = about["command"].replace(str(work.parent), "WORK")
     write_json(file, {**result, **about})
-    for name, run in best.items():
-        print(f"{name:<10} {run['seconds']:>7.1f} s {run['peak_rss_mb']:>7,} MB")
+    for name, figures in best.items():
+        print(f"{name:<10} {figures['seconds']:>7.1f} s {figures['peak_rss_mb']:>7,} MB")
 
 
 if __name__ == "__main__":

@@ -9,21 +9,18 @@ train.py for two optimizer steps, a second launch that resumes for the third, me
 import argparse
 import json
 import platform
-import shlex
 import shutil
-import subprocess
 import sys
-import time
 from datetime import date
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import torch
 from transformers import AutoTokenizer
 
 from component.storage.result import library_versions
+from script.shared.program import show_and_run
 from script.shared.random_llama import SHAPES, make_model
 from script.shared.stdlib import default_library, split_library
 
@@ -44,10 +41,7 @@ def make_data(folder: Path, seq_len: int) -> None:
 
 
 def run(command: str, results: dict, name: str) -> None:
-    print(f"$ {command}", flush=True)
-    start = time.monotonic()
-    subprocess.run(shlex.split(command), cwd=ROOT, check=True)
-    results[name] = {"command": command, "seconds": round(time.monotonic() - start, 1)}
+    results[name] = {"command": command, "seconds": round(show_and_run(command), 1)}
 
 
 def read_training(output: Path) -> dict:
