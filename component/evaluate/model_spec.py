@@ -4,6 +4,7 @@ A contender is `NAME=MODEL[:ADAPTER][@TOKENS]`: a model, an adapter around it, a
 adapter folder may stand alone in MODEL's place: it knows its base.
 """
 
+import argparse
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,22 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from component.cli import BOOLEAN
 from component.data.token_file import check_tokenizer, read_index
 from component.error import UserError
 from component.loading import extended_config_of, load_model, resolve_model
 from component.rope import context_length, rope_factor
 from component.tokenizer import tokenizer_in
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of the one model, or of all, that a program measures."""
+    parser.add_argument("--base_model", help="plain or merged model, or the adapter's base (default: as it says)")
+    parser.add_argument("--peft_model", help="adapter folder or hub id")
+    parser.add_argument("--context_size", type=int, help="tokens a base is stretched to; our own folders know theirs")
+    parser.add_argument("--load_in_4bit", **BOOLEAN, help="NF4 weights: a quarter of the memory")
+    parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], help="default: fp16 on GPU, else fp32")
+    parser.add_argument("--output_json", help="file for the results")
 
 
 @dataclass(frozen=True)
@@ -80,13 +92,13 @@ def check_model_spec(spec: ModelSpec, data_path: str) -> str:
     return "the file's"
 
 
-def load_model_spec(spec: ModelSpec, *, load_in_4bit: bool, dtype: torch.dtype | None) -> PreTrainedModel:
+def load_model_spec(spec: ModelSpec, *, load_in_4bit: bool, dtype: str | None) -> PreTrainedModel:
     return load_model(
         spec.base_model,
         spec.peft_model,
         context_size=spec.context_size,
         load_in_4bit=load_in_4bit,
-        dtype=dtype,
+        dtype=getattr(torch, dtype) if dtype else None,
         field=spec.field,
         adapter_field=spec.adapter_field,
     )

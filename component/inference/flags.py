@@ -6,7 +6,6 @@ import io
 import logging
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -17,7 +16,7 @@ from transformers import (
 )
 
 from component.checkpoint import RECORD_FILE, merged_folder, newest_run
-from component.cli import boolean
+from component.cli import BOOLEAN
 from component.error import UserError
 from component.inference.context import TRUNCATIONS
 from component.inference.kv_cache import CACHES, check_cache
@@ -39,14 +38,13 @@ def generation_parser(description: str | None) -> argparse.ArgumentParser:
         "--model_name_or_path", help=f"plain or merged model, or the adapter's base ({newest}, merged)"
     )
     parser.add_argument("--adapter_name_or_path", help=f"adapter folder or hub id ({newest}, if it is not merged)")
-    flag: dict[str, Any] = {"type": boolean, "nargs": "?", "const": True}
-    parser.add_argument("--load_in_4bit", **flag, default=False, help="NF4 weights: a quarter of the memory")
+    parser.add_argument("--load_in_4bit", **BOOLEAN, help="NF4 weights: a quarter of the memory")
     parser.add_argument("--context_size", type=int, help="tokens a base is stretched to; our own folders know theirs")
     parser.add_argument("--max_new_tokens", type=int, default=500, help="tokens to generate at most (500)")
     parser.add_argument("--temperature", type=float, default=0.35, help="of sampling (0.35)")
     parser.add_argument("--top_p", type=float, default=0.9, help="share of the probability that is sampled from (0.9)")
     parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1 discourages repeating (1.0)")
-    parser.add_argument("--do_sample", **flag, default=True, help="false takes the likeliest token each time (true)")
+    parser.add_argument("--do_sample", **BOOLEAN, help="false takes the likeliest token each time (true)")
     parser.add_argument("--seed", type=int, default=42, help="of sampling (42)")
     parser.add_argument(
         "--cache_implementation",
@@ -58,6 +56,7 @@ def generation_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--truncate", choices=TRUNCATIONS, help="what goes of a prompt longer than the context (it is refused)"
     )
+    parser.set_defaults(do_sample=True)
     return parser
 
 

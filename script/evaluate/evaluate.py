@@ -20,12 +20,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from component.cli import boolean, exit_on_user_error
+from component.cli import BOOLEAN, check_at_least, exit_on_user_error
 from component.data.token_file import read_index, read_tokens
 from component.distributed.world import is_first_process, joined_processes
 from component.error import UserError, first_line
 from component.evaluate.model_spec import (
     ModelSpec,
+    add_model_flags,
     check_model_spec,
     describe_model,
     load_model_spec,
@@ -39,10 +40,7 @@ from component.storage.result import check_result_file, origin, write_json
 
 def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flag: dict[str, Any] = {"type": boolean, "nargs": "?", "const": True, "default": False}
-    parser.add_argument("--base_model", help="plain or merged model, or the adapter's base (default: as it says)")
-    parser.add_argument("--peft_model", help="adapter folder or hub id")
-    parser.add_argument("--context_size", type=int, help="tokens a base is stretched to; our own folders know theirs")
+    add_model_flags(parser)
     several = "several models instead, one after the other: NAME=MODEL, NAME=MODEL:ADAPTER, @TOKENS to stretch it"
     parser.add_argument("--compare", nargs="+", metavar="NAME=MODEL", help=several)
     parser.add_argument("--data_path", required=True, help=".bin file: token ids in uint16, uint32 above 65535 tokens")
@@ -51,10 +49,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--protocol", default="longlora", choices=PROTOCOLS, help="what is averaged (longlora)")
     parser.add_argument("--position_buckets", type=int, default=16, help="perplexity by position; 0: without (16)")
     parser.add_argument("--batch_size", type=int, default=1, help="windows at a time")
-    parser.add_argument("--load_in_4bit", **flag, help="NF4 weights: a quarter of the memory")
-    parser.add_argument("--low_rank_training", **flag, help="the original's name for --load_in_4bit")
-    parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], help="default: fp16 on GPU, else fp32")
-    parser.add_argument("--output_json", help="file for the results")
+    parser.add_argument("--low_rank_training", **BOOLEAN, help="the original's name for --load_in_4bit")
     return parser.parse_args()
 
 
@@ -65,12 +60,9 @@ def check_flags(flags: argparse.Namespace) -> list[ModelSpec]:
         raise UserError(f"--{alone[0]}: {getattr(flags, alone[0])} beside --compare; name it there, or leave one out")
     if not flags.compare and not flags.base_model and not flags.peft_model:
         raise UserError("--base_model: missing; name a model, an adapter with --peft_model, or several with --compare")
-    bounds = {"seq_len": (min(flags.seq_len), 2), "sliding_window": (flags.sliding_window, 1)}
-    bounds |= {"batch_size": (flags.batch_size, 1), "position_buckets": (flags.position_buckets, 0)}
-    bounds |= {"context_size": (flags.context_size, 1)}
-    for name, (value, least) in bounds.items():
-        if value is not None and value < least:
-            raise UserError(f"--{name}: {value}; use at least {least}")
+    check_at_least(flags, 2, "seq_len")
+    check_at_least(flags, 1, "sliding_window", "batch_size", "context_size")
+    check_at_least(flags, 0, "position_buckets")
     if not Path(flags.data_path).is_file():
         raise UserError(f"--data_path: there is no file {flags.data_path}; name a .bin file of token ids")
     check_result_file(flags.output_json, "--output_json")
@@ -82,8 +74,7 @@ def check_flags(flags: argparse.Namespace) -> list[ModelSpec]:
 def measure(spec: ModelSpec, tokenizer: str, flags: argparse.Namespace) -> tuple[dict, list[Perplexity]]:
     """Load one model and measure it at every length; its setting and its results."""
     in_4bit = flags.load_in_4bit or flags.low_rank_training
-    dtype = getattr(torch, flags.dtype) if flags.dtype else None
-    model = load_model_spec(spec, load_in_4bit=in_4bit, dtype=dtype)
+    model = load_model_spec(spec, load_in_4bit=in_4bit, dtype=flags.dtype)
     tokens, index = read_tokens(flags.data_path, model.config.vocab_size), read_index(flags.data_path)
     setting = {
         "name": spec.name,

@@ -14,7 +14,6 @@ import dataclasses
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import matplotlib
@@ -23,10 +22,10 @@ matplotlib.use("Agg")
 import torch
 from tqdm import tqdm
 
-from component.cli import boolean, exit_on_user_error
+from component.cli import BOOLEAN, check_at_least, exit_on_user_error
 from component.error import UserError, first_line
 from component.evaluate.figure import draw
-from component.evaluate.model_spec import ModelSpec, describe_model, load_model_spec
+from component.evaluate.model_spec import ModelSpec, add_model_flags, describe_model, load_model_spec
 from component.evaluate.passkey import KEYS, PromptMaker, Trial, accuracy, even_depths, run_trials
 from component.evaluate.table import grid
 from component.loading import extended_config_of, resolve_model
@@ -37,19 +36,13 @@ from component.tokenizer import load_tokenizer
 
 def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flag: dict[str, Any] = {"type": boolean, "nargs": "?", "const": True, "default": False}
-    parser.add_argument("--base_model", help="plain or merged model, or the adapter's base (default: as it says)")
-    parser.add_argument("--peft_model", help="adapter folder or hub id")
-    parser.add_argument("--context_size", type=int, help="tokens a base is stretched to; our own folders know theirs")
+    add_model_flags(parser)
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192], help="tokens of a prompt")
     depths = "how many, from the first line (0) to the last (1), or a list of places such as 0 0.25 0.5 (11)"
     parser.add_argument("--depths", type=float, nargs="+", default=[11.0], help=depths)
     parser.add_argument("--trials", type=int, default=5, help="prompts per length and depth, each its own key (5)")
     parser.add_argument("--seed", type=int, default=42, help="of the keys (42)")
-    parser.add_argument("--load_in_4bit", **flag, help="NF4 weights: a quarter of the memory")
-    parser.add_argument("--offload_cache", **flag, help="keys and values in host memory: longer prompts, slower")
-    parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], help="default: fp16 on GPU, else fp32")
-    parser.add_argument("--output_json", help="file for the results, every trial among them")
+    parser.add_argument("--offload_cache", **BOOLEAN, help="keys and values in host memory: longer prompts, slower")
     parser.add_argument("--figure", help="PNG file for the heat map")
     return parser.parse_args()
 
@@ -58,12 +51,9 @@ def check_flags(flags: argparse.Namespace) -> list[float]:
     """Refuse what makes no sense before a model is loaded; the depths."""
     if not flags.base_model and not flags.peft_model:
         raise UserError("--base_model: missing; name a model, or an adapter with --peft_model")
-    for name in ("lengths", "trials", "context_size"):
-        value = min(flags.lengths) if name == "lengths" else getattr(flags, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name}: {value}; use at least 1")
-    for file, field in ((flags.output_json, "--output_json"), (flags.figure, "--figure")):
-        check_result_file(file, field)
+    check_at_least(flags, 1, "lengths", "trials", "context_size")
+    check_result_file(flags.output_json, "--output_json")
+    check_result_file(flags.figure, "--figure")
     count = flags.depths[0]
     if len(flags.depths) == 1 and count >= 1 and count.is_integer():
         return even_depths(int(count))
@@ -103,8 +93,7 @@ def main() -> None:
     extended_config_of(own, flags.context_size, is_fixed=is_ours, field="base_model")
     tokenizer = load_tokenizer(own, field="base_model")
     PromptMaker(tokenizer).prompt(flags.lengths[0], 0.0, str(KEYS[-1]))  # refused before anything is loaded
-    dtype = getattr(torch, flags.dtype) if flags.dtype else None
-    model = load_model_spec(spec, load_in_4bit=flags.load_in_4bit, dtype=dtype)
+    model = load_model_spec(spec, load_in_4bit=flags.load_in_4bit, dtype=flags.dtype)
     setting = {"base_model": flags.base_model, "peft_model": flags.peft_model}
     setting |= {**describe_model(model, flags.load_in_4bit), "decoding": "greedy", "seed": flags.seed}
     print("\n".join(f"{name:<14} {value}" for name, value in setting.items() if value is not None), flush=True)

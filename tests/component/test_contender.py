@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 from transformers import AutoTokenizer
 
 from component.data.token_file import write_tokens
@@ -106,7 +105,7 @@ def test_messages_name_the_flag(name, tmp_path):
 
 
 def test_what_a_result_says_of_its_model(base_folder):
-    model = load_model_spec(ModelSpec("x", str(base_folder), None, 128), load_in_4bit=False, dtype=torch.bfloat16)
+    model = load_model_spec(ModelSpec("x", str(base_folder), None, 128), load_in_4bit=False, dtype="bfloat16")
     assert describe_model(model, load_in_4bit=False) == {
         "weights": "bfloat16",
         "dtype": "bfloat16",

@@ -33,10 +33,11 @@ from component.loading import load_model
 from component.loss import next_token_losses
 from component.model import load_config
 from component.rope import context_length
-from component.storage.result import check_result_file, origin, save_figure, write_json
+from component.storage.result import origin, save_figure, write_json
 from component.tokenizer import UNLIMITED, load_tokenizer
 from script.experiment.downstream.passages import Passage, passages
 from script.experiment.downstream.transcript import Block, draw
+from script.experiment.downstream.tuning import check_flags
 from script.shared.program import execute
 
 SHORT_TOKENS = (180, 240)
@@ -64,12 +65,8 @@ def parse_flags() -> argparse.Namespace:
         raise UserError(f"--shown: {flags.shown}; use 1 to {flags.passages}, the number of --passages")
     if not 1 <= flags.long_tokens[0] <= flags.long_tokens[1]:
         raise UserError(f"--long_tokens: {flags.long_tokens}; name the fewest, then the most")
-    if not flags.source.is_file():
-        raise UserError(f"--source: there is no file {flags.source}; name one of text lines")
-    for name in ("output_json", "long_figure", "short_figure"):
-        check_result_file(getattr(flags, name), f"--{name}")
-    for name in ("base", "extended", "work"):  # programs are run from the repository's root
-        setattr(flags, name, getattr(flags, name).resolve())
+    results, folders = ("output_json", "long_figure", "short_figure"), ("base", "extended", "work")
+    check_flags(flags, results=results, folders=folders)
     return flags
 
 

@@ -28,10 +28,10 @@ from component.data.source import RecordTally, read_records
 from component.error import UserError
 from component.model import load_config
 from component.rope import context_length
-from component.storage.result import check_result_file, origin, write_json
+from component.storage.result import origin, write_json
 from component.tokenizer import UNLIMITED, load_tokenizer
 from script.experiment.downstream.split import Record, documents, split
-from script.experiment.downstream.tuning import tune
+from script.experiment.downstream.tuning import check_flags, tune
 from script.shared.program import execute
 
 
@@ -55,14 +55,11 @@ def parse_flags() -> argparse.Namespace:
     flags = parser.parse_args()
     if not 0 < flags.held_out < 1:
         raise UserError(f"--held_out: {flags.held_out}; use a share between 0 and 1")
-    for name in ("per_document", "max_answer_tokens", "samples_per_step"):
-        if getattr(flags, name) < 1:
-            raise UserError(f"--{name}: {getattr(flags, name)}; use at least 1")
-    if not flags.source.is_file():
-        raise UserError(f"--source: there is no file {flags.source}; name one of input and output lines")
-    check_result_file(flags.output_json, "--output_json")
-    for name in ("base", "short_base", "source", "work"):  # programs are run from the repository's root
-        setattr(flags, name, getattr(flags, name) and getattr(flags, name).resolve())
+    counts, folders = (
+        ("per_document", "max_answer_tokens", "samples_per_step"),
+        ("base", "short_base", "source", "work"),
+    )
+    check_flags(flags, counts=counts, results=("output_json",), folders=folders)
     return flags
 
 

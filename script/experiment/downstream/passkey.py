@@ -34,10 +34,10 @@ from component.evaluate.figure import colour_bar, heat_map
 from component.evaluate.passkey import KEYS, PromptMaker, draw_key, even_depths
 from component.model import load_config
 from component.rope import context_length
-from component.storage.result import check_result_file, origin, save_figure, write_json
+from component.storage.result import origin, save_figure, write_json
 from component.tokenizer import UNLIMITED, load_tokenizer
 from script.experiment.downstream.passkey_samples import spelling_end_to_end, training_samples
-from script.experiment.downstream.tuning import measured, merge, tune
+from script.experiment.downstream.tuning import check_flags, measured, merge, tune
 
 
 def parse_flags() -> argparse.Namespace:
@@ -63,13 +63,10 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--output_json", required=True, help="file for the results")
     parser.add_argument("--figure", required=True, help="PNG file for the heat maps")
     flags = parser.parse_args()
-    for name in ("steps", "tokens_per_step", "rank", "depths", "trials", "jobs"):
-        if getattr(flags, name) < 1:
-            raise UserError(f"--{name}: {getattr(flags, name)}; use at least 1")
+    counts = ("steps", "tokens_per_step", "rank", "depths", "trials", "jobs")
+    check_flags(flags, counts=counts, results=("output_json", "figure"), folders=("base", "work", "adapter"))
     if flags.adapter and flags.context:
         raise UserError(f"--context: {flags.context}, but {flags.adapter} knows how far it is stretched; leave it out")
-    check_result_file(flags.output_json, "--output_json")
-    check_result_file(flags.figure, "--figure")
     return flags
 
 
@@ -139,8 +136,6 @@ def draw(results: dict[str, dict[str, Any]], file: str) -> None:
 @exit_on_user_error
 def main() -> None:
     flags = parse_flags()
-    for name in ("base", "work", *(["adapter"] if flags.adapter else [])):  # programs run from the repository's root
-        setattr(flags, name, getattr(flags, name).resolve())
     own = context_length(load_config(str(flags.base), "--base"))
     PromptMaker(load_tokenizer(str(flags.base))).prompt(min(flags.lengths), 0.0, str(KEYS[-1]))  # refused early
     flags.work.mkdir(parents=True, exist_ok=True)

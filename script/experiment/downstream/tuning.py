@@ -3,6 +3,7 @@
 Shared by passkey.py and instructions.py beside it; what a program prints goes to a file beside what it writes.
 """
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,29 @@ from typing import Any
 import torch
 import yaml
 
-from component.storage.result import origin
+from component.cli import check_at_least
+from component.error import UserError
+from component.storage.result import check_result_file, origin
 from script.experiment.rows import RECIPE
 from script.shared.program import execute
 
 # of this machine: no part of a result
 PATHS = ("model_name_or_path", "train_file", "eval_file", "output_dir", "base_model", "peft_model")
+
+
+def check_flags(flags: argparse.Namespace, *, counts: tuple = (), results: tuple = (), folders: tuple = ()) -> None:
+    """Refuse counts below 1, results that could not be written and a --source that is not there.
+
+    Args:
+        folders: flags made absolute, if they are given: programs are run from the repository's root.
+    """
+    check_at_least(flags, 1, *counts)
+    for name in results:
+        check_result_file(getattr(flags, name), f"--{name}")
+    if "source" in flags and not flags.source.is_file():
+        raise UserError(f"--source: there is no file {flags.source}; name one of JSON lines")
+    for name in folders:
+        setattr(flags, name, getattr(flags, name) and getattr(flags, name).resolve())
 
 
 def tune(folder: Path, **settings: Any) -> dict[str, Any]:
