@@ -1,4 +1,4 @@
-"""What do the programs that build data share? Their common flags, their checks, and the names of their files."""
+"""What do the programs that build data share? Flags and their checks, and what is written beside a corpus."""
 
 import argparse
 import os
@@ -9,8 +9,10 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from component.corpus.length import draw_lengths
+from component.corpus.scan import Measure, Scan, SourceFile, scan_files
 from component.error import UserError
-from component.storage.result import command, library_versions
+from component.storage.result import command, library_versions, write_json
 from component.tokenizer import UNLIMITED, describe_tokenizer, load_tokenizer
 
 LIBRARIES = ("transformers", "tokenizers", "pyarrow", "zstandard", "numpy", "matplotlib")
@@ -49,13 +51,22 @@ def open_output(flags: argparse.Namespace, sources: Iterable[Path]) -> None:
     flags.output.parent.mkdir(parents=True, exist_ok=True)
 
 
-def journal_path(output: Path) -> Path:
-    return output.with_name(f"{output.name}.journal")
+def measure_files(
+    flags: argparse.Namespace, files: list[SourceFile], settings: dict, measure: Measure
+) -> tuple[Scan, str]:
+    """What `scan_files` finds, by a journal beside the output, and one line about bad records."""
+    journal = flags.output.with_name(f"{flags.output.name}.journal")
+    scan = scan_files(journal, files, settings, measure, num_proc=flags.num_proc, overwrite=flags.overwrite)
+    return scan, scan.tally().refuse_if_too_many(flags.max_bad_fraction)
 
 
-def side_file(output: Path, suffix: str) -> Path:
-    """FILE.stats.json and the like, beside FILE.jsonl."""
-    return output.with_name(output.name.removesuffix(output.suffix) + suffix)
+def write_statistics(output: Path, stats: dict, drawn: dict[str, dict], kind: str) -> str:
+    """FILE.stats.json and FILE.png beside FILE.jsonl; one line about the corpus, whose texts are of a `kind`."""
+    side, lengths = output.name.removesuffix(output.suffix), stats["lengths"]
+    title = f"{output.name}: {lengths['texts']:,} {kind}, {lengths['tokens']:,} tokens"
+    write_json(output.with_name(f"{side}.stats.json"), stats)
+    draw_lengths(drawn, output.with_name(f"{side}.png"), f"{title}, median {lengths['median']:,.0f}")
+    return f"{title} -> {output}"
 
 
 def versions() -> dict[str, str]:

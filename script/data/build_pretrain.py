@@ -15,24 +15,22 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from transformers import PreTrainedTokenizerBase
 
 from component.cli import exit_on_user_error
 from component.corpus.flags import (
     add_common_flags,
     check_common_flags,
-    journal_path,
+    measure_files,
     open_output,
     open_tokenizer,
     origin,
-    side_file,
+    write_statistics,
 )
-from component.corpus.length import describe_lengths, draw_lengths
+from component.corpus.length import describe_lengths
 from component.corpus.pretrain import LONG_TEXTS, Choice, TextMeasure, sample_texts, write_corpus
-from component.corpus.scan import Scan, SourceFile, scan_files
+from component.corpus.scan import Scan, SourceFile
 from component.data.source import resolve_files
 from component.error import UserError
-from component.storage.result import write_json
 from component.tokenizer import tokenizer_hash
 
 
@@ -85,30 +83,6 @@ def statistics(flags: argparse.Namespace, scan: Scan, choices: list[Choice], dup
     }
 
 
-def measure(flags: argparse.Namespace, files: list[SourceFile], tokenizer: PreTrainedTokenizerBase) -> Scan:
-    names = ("min_tokens", "max_tokens", "long_texts", "text_key")
-    settings = {"program": "build_pretrain"} | {name: getattr(flags, name) for name in names}
-    return scan_files(
-        journal_path(flags.output),
-        files,
-        settings | {"tokenizer": tokenizer_hash(tokenizer)},
-        TextMeasure(tokenizer, flags.min_tokens, flags.max_tokens, flags.long_texts, flags.text_key),
-        num_proc=flags.num_proc,
-        overwrite=flags.overwrite,
-    )
-
-
-def write(flags: argparse.Namespace, scan: Scan, choices: list[Choice], stats: dict) -> str:
-    """The three files, the corpus last; one line about it."""
-    write_json(side_file(flags.output, ".stats.json"), stats)
-    lengths = stats["lengths"]
-    title = f"{flags.output.name}: {lengths['texts']:,} texts, {lengths['tokens']:,} tokens"
-    draw_lengths({"": lengths}, side_file(flags.output, ".png"), f"{title}, median {lengths['median']:,.0f}")
-    write_corpus(flags.output, scan, choices, flags.text_key)
-    scan.journal.unlink()
-    return f"{title} -> {flags.output}"
-
-
 @exit_on_user_error
 def main() -> None:
     flags = parse_flags()
@@ -123,8 +97,10 @@ def main() -> None:
         f"{flags.tokenizer}, longer ones: {flags.long_texts}; {flags.num_proc} processes",
         flush=True,
     )
-    scan = measure(flags, files, tokenizer)
-    note = scan.tally().refuse_if_too_many(flags.max_bad_fraction)
+    names = ("min_tokens", "max_tokens", "long_texts", "text_key")
+    values = {name: getattr(flags, name) for name in names}
+    settings = {"program": "build_pretrain", **values, "tokenizer": tokenizer_hash(tokenizer)}
+    scan, note = measure_files(flags, files, settings, TextMeasure(tokenizer, *values.values()))
     choices, duplicates = sample_texts(scan, flags.num_samples, flags.seed)
     if not choices:
         raise UserError(
@@ -132,7 +108,9 @@ def main() -> None:
             "--max_tokens, or cut longer texts with --long_texts split"
         )
     stats = statistics(flags, scan, choices, duplicates) | origin(flags, tokenizer)
-    told = write(flags, scan, choices, stats)
+    told = write_statistics(flags.output, stats, {"": stats["lengths"]}, "texts")
+    write_corpus(flags.output, scan, choices, flags.text_key)  # last: it tells of a whole run
+    scan.journal.unlink()
     counts = ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in stats["counts"].items())
     print("\n".join(filter(None, [note, counts, told])), flush=True)
 

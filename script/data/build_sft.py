@@ -20,19 +20,18 @@ from component.cli import exit_on_user_error
 from component.corpus.flags import (
     add_common_flags,
     check_common_flags,
-    journal_path,
+    measure_files,
     open_output,
     open_tokenizer,
     origin,
-    side_file,
+    write_statistics,
 )
-from component.corpus.length import describe_lengths, draw_lengths
+from component.corpus.length import describe_lengths
 from component.corpus.mixture import Mixture, read_mixture
-from component.corpus.scan import Scan, SourceFile, scan_files
+from component.corpus.scan import Scan, SourceFile
 from component.corpus.sft import Example, ExampleMeasure, choose_examples, write_examples
 from component.data.chat_template import TEMPLATES, check_template
 from component.error import UserError
-from component.storage.result import write_json
 from component.tokenizer import tokenizer_hash
 
 REASONS = ("too_short", "too_long", "empty", "filtered")
@@ -96,33 +95,12 @@ def report(stats: dict, mixture: Mixture) -> str:
     return "\n".join(lines)
 
 
-def measure(flags: argparse.Namespace, mixture: Mixture, tokenizer: PreTrainedTokenizerBase) -> Scan:
+def measure(flags: argparse.Namespace, mixture: Mixture, tokenizer: PreTrainedTokenizerBase) -> tuple[Scan, str]:
     files = [SourceFile(file, group=group) for group, source in enumerate(mixture.sources) for file in source.files]
     rules = [[source.name, source.mapping, source.turns, source.filters] for source in mixture.sources]
-    settings = {"program": "build_sft", "max_tokens": flags.max_tokens, "template": flags.template}
-    return scan_files(
-        journal_path(flags.output),
-        files,
-        settings | {"sources": rules, "tokenizer": tokenizer_hash(tokenizer)},
-        ExampleMeasure(tokenizer, mixture, flags.max_tokens, flags.template),
-        num_proc=flags.num_proc,
-        overwrite=flags.overwrite,
-    )
-
-
-def write(flags: argparse.Namespace, scan: Scan, mixture: Mixture, examples: list[Example], stats: dict) -> str:
-    """The three files, the corpus last; one line about it."""
-    write_json(side_file(flags.output, ".stats.json"), stats)
-    lengths = stats["lengths"]
-    title = f"{flags.output.name}: {lengths['texts']:,} examples, {lengths['tokens']:,} tokens"
-    draw_lengths(
-        {source["name"]: source["lengths"] for source in stats["sources"]},
-        side_file(flags.output, ".png"),
-        f"{title}, median {lengths['median']:,.0f}",
-    )
-    write_examples(flags.output, scan, mixture, examples)
-    scan.journal.unlink()
-    return f"{title} -> {flags.output}"
+    settings = {"program": "build_sft", "max_tokens": flags.max_tokens, "template": flags.template, "sources": rules}
+    settings |= {"tokenizer": tokenizer_hash(tokenizer)}
+    return measure_files(flags, files, settings, ExampleMeasure(tokenizer, mixture, flags.max_tokens, flags.template))
 
 
 @exit_on_user_error
@@ -139,15 +117,17 @@ def main() -> None:
         f"{flags.num_proc} processes",
         flush=True,
     )
-    scan = measure(flags, mixture, tokenizer)
-    note = scan.tally().refuse_if_too_many(flags.max_bad_fraction)
+    scan, note = measure(flags, mixture, tokenizer)
     examples, told = choose_examples(scan, mixture, flags.seed)
     if not examples:
         raise UserError(
             f"--config: no example of {flags.config} fits; raise --max_tokens, or loosen filters and shares"
         )
     stats = statistics(scan, mixture, examples, told) | origin(flags, tokenizer)
-    written = write(flags, scan, mixture, examples, stats)
+    drawn = {source["name"]: source["lengths"] for source in stats["sources"]}
+    written = write_statistics(flags.output, stats, drawn, "examples")
+    write_examples(flags.output, scan, mixture, examples)  # last: it tells of a whole run
+    scan.journal.unlink()
     print("\n".join(filter(None, [note, report(stats, mixture), written])), flush=True)
 
 

@@ -55,10 +55,8 @@ def parse_flags() -> argparse.Namespace:
     flags = parser.parse_args()
     if not 0 < flags.held_out < 1:
         raise UserError(f"--held_out: {flags.held_out}; use a share between 0 and 1")
-    counts, folders = (
-        ("per_document", "max_answer_tokens", "samples_per_step"),
-        ("base", "short_base", "source", "work"),
-    )
+    counts = ("per_document", "max_answer_tokens", "samples_per_step")
+    folders = ("base", "short_base", "source", "work")
     check_flags(flags, counts=counts, results=("output_json",), folders=folders)
     return flags
 
