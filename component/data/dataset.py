@@ -6,6 +6,7 @@ Samples are tokenised once, kept as Arrow on disk and memory-mapped, so that hos
 or they are made while they are trained on, and nothing is kept (`streaming`).
 """
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import count
@@ -20,13 +21,15 @@ from torch.utils.data import get_worker_info
 from transformers import PreTrainedTokenizerBase
 
 from component.data.chat_template import check_template
-from component.data.document import SampleOptions, check_source, open_tokens
+from component.data.document import SampleOptions, open_tokens
 from component.data.packing import PackedRows
 from component.data.sample import CUT, DROPPED, EMPTY, PIECE, SPLIT, TOO_LONG, generate_samples, generate_stream
-from component.data.source import resolve_files
+from component.data.source import RecordTally, read_usable, resolve_files
+from component.data.token_file import index_path
 from component.error import UserError
 
 FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), "fate": Value("uint8")})
+SAMPLE_FORMAT = 3  # raise it with every change of what a line becomes
 SHUFFLED_SAMPLES = 256  # of a stream: one in so many is drawn next
 
 
@@ -99,9 +102,9 @@ def load_samples(
     if wanted.template == "tokenizer":
         check_template(tokenizer)
     if streaming:
+        files = resolve_files(source, field)
         if source.endswith(".bin"):
             open_tokens(source, tokenizer, wanted, field)  # what is wrong with it is said before any weight is loaded
-        files = [Path(source)] if source.endswith(".bin") else resolve_files(source, field)
         arguments = {"files": [str(file) for file in files], "tokenizer": tokenizer, "options": asdict(wanted)}
         stream = IterableDataset.from_generator(generate_stream, gen_kwargs=arguments | {"packing": packing})
         shuffled = EndlessStream(stream.shuffle(seed=seed, buffer_size=SHUFFLED_SAMPLES), f"{field}: {source}")
@@ -161,3 +164,33 @@ def tokenise(
     counts = tuple(np.bincount(outcomes, minlength=6).tolist())
     report = DataReport(files, lines, len(dataset), int(lengths.sum()), counts, bad)
     return dataset.remove_columns("fate"), lengths, report
+
+
+def check_source(
+    source: str, tokenizer: PreTrainedTokenizerBase, options: SampleOptions, field: str
+) -> tuple[list[tuple], int, str]:
+    """(file, its and its index's state, format) of each; lines or documents; what is wrong with some, if not too many.
+
+    Only a file of tokens has an index, which says where its documents start.
+    """
+    tally = RecordTally()
+    files = resolve_files(source, field)
+    for file in files:
+        if file.suffix == ".bin":
+            tally.total += len(open_tokens(str(file), tokenizer, options, field)[1])
+        else:
+            deque(tally.good(file, read_usable(file, options.sft)), maxlen=0)
+    try:
+        bad = tally.refuse_if_too_many(options.max_bad_fraction)
+    except UserError as error:
+        # the commonest reason: the other kind of file
+        need = 'sft: false takes lines of {"text"}, sft: true of {"input", "output"} or {"messages"}, JSON objects all'
+        raise UserError(f"{field}: {error}\n{need}") from error
+    # what is kept is keyed by these: neither a changed file nor changed code may be served yesterday's tokens
+    stamps = [(str(file), *_state(file), *_state(index_path(file)), SAMPLE_FORMAT) for file in files]
+    return stamps, tally.total, bad
+
+
+def _state(file: Path) -> tuple[int, int]:
+    """Size and time of a file, zeros if there is none."""
+    return (file.stat().st_size, file.stat().st_mtime_ns) if file.is_file() else (0, 0)

@@ -1,3 +1,5 @@
+"""Which token ids does a document become, and which are labels? A line of text, a chat, a stretch of a token file."""
+
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -7,9 +9,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from component.data import IGNORE_INDEX
-from component.data.chat_template import conversation_problem, encode_conversation, holds_messages, turns_of
-from component.data.source import RecordTally, read_records, record_problem, resolve_files
-from component.data.token_file import check_tokenizer, index_path, read_index, read_tokens
+from component.data.chat_template import encode_conversation, turns_of
+from component.data.source import RecordTally, read_usable
+from component.data.token_file import check_tokenizer, read_index, read_tokens
 from component.error import UserError
 
 POLICIES = ("truncate", "split", "drop")
@@ -27,19 +29,6 @@ class SampleOptions:
     max_bad_fraction: float = 0.01  # of lines that cannot be used; more are refused
 
 
-def read_usable(file: Path, options: SampleOptions):
-    """(number, record or what is wrong with it) of each line of `file`."""
-    if not options.sft:
-        return read_records(file, ("text",))
-    return read_records(file, check=chat_problem)
-
-
-def chat_problem(record: dict) -> str | None:
-    if holds_messages(record):
-        return conversation_problem(record)
-    return record_problem(record, ("input", "output"))
-
-
 def encode_file(
     file: Path, tokenizer: PreTrainedTokenizerBase, options: SampleOptions, tally: RecordTally
 ) -> Iterator[tuple[list[int], list[int]]]:
@@ -51,7 +40,7 @@ def encode_file(
             ids = tokens[start:end].tolist()
             yield ids, [IGNORE_INDEX, *ids[1:]]
         return
-    records = (record for _, record in tally.good(file, read_usable(file, options)))
+    records = (record for _, record in tally.good(file, read_usable(file, options.sft)))
     if options.sft:
         for record in records:
             yield encode_conversation(tokenizer, *turns_of(record), options.template)
@@ -92,38 +81,3 @@ def open_tokens(
         return tokens, [(0, len(tokens))]
     check_tokenizer(index, tokenizer, path)
     return tokens, list(zip(index.offsets, [*index.offsets[1:], len(tokens)], strict=True))
-
-
-SAMPLE_FORMAT = 3  # raise it with every change of what a line becomes
-
-
-def check_source(
-    source: str, tokenizer: PreTrainedTokenizerBase, options: SampleOptions, field: str
-) -> tuple[list[tuple], int, str]:
-    """(file, its and its index's state, format) of each; lines or documents; what is wrong with some, if not too many.
-
-    Only a file of tokens has an index, which says where its documents start.
-    """
-    tally = RecordTally()
-    if source.endswith(".bin"):
-        files = [Path(source)]
-        tally.total = len(open_tokens(source, tokenizer, options, field)[1])
-    else:
-        files = resolve_files(source, field)
-        for file in files:
-            for _ in tally.good(file, read_usable(file, options)):
-                pass
-    try:
-        bad = tally.refuse_if_too_many(options.max_bad_fraction)
-    except UserError as error:
-        # the commonest reason: the other kind of file
-        need = 'sft: false takes lines of {"text"}, sft: true of {"input", "output"} or {"messages"}, JSON objects all'
-        raise UserError(f"{field}: {error}\n{need}") from error
-    # what is kept is keyed by these: neither a changed file nor changed code may be served yesterday's tokens
-    stamps = [(str(file), *_state(file), *_state(index_path(file)), SAMPLE_FORMAT) for file in files]
-    return stamps, tally.total, bad
-
-
-def _state(file: Path) -> tuple[int, int]:
-    """Size and time of a file, zeros if there is none."""
-    return (file.stat().st_size, file.stat().st_mtime_ns) if file.is_file() else (0, 0)

@@ -14,6 +14,7 @@ from typing import Any
 
 from huggingface_hub import HfApi, hf_hub_download
 
+from component.data.chat_template import conversation_problem, holds_messages
 from component.data.reader import DAMAGE, PACKED, BadRecord, array, is_array, json_lines, rows, whole_text
 from component.error import UserError
 
@@ -72,7 +73,7 @@ class RecordTally:
 
 
 def resolve_files(source: str, field: str) -> list[Path]:
-    """The files behind a path or a hub id.
+    """The files behind a path or a hub id; a file of tokens (`.bin`) is named alone, and never fetched.
 
     Of a folder these are its `.jsonl` (packed or not) and `.parquet` files, sorted; its `.txt` files where it has
     none of those, as a README.txt beside data is no data. `.json` files are taken only by name, for the same reason.
@@ -80,6 +81,8 @@ def resolve_files(source: str, field: str) -> list[Path]:
     path = Path(source)
     if path.is_file():
         return [path]
+    if source.endswith(".bin"):
+        raise UserError(f"{field}: there is no file {source}; name a .bin file of token ids")
     if path.is_dir():
         names = _data_names([entry.name for entry in path.iterdir() if entry.is_file()])
         if not names:
@@ -147,6 +150,19 @@ def read_records(
     except DAMAGE as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{file}: cut off, damaged or not readable ({reason}); fetch or make it again") from error
+
+
+def read_usable(file: Path, sft: bool) -> Iterator[tuple[int, dict | BadRecord]]:
+    """(number, record or what is wrong with it) of each line of `file`, as training reads it: {"text"}, or a chat."""
+    if not sft:
+        return read_records(file, ("text",))
+    return read_records(file, check=chat_problem)
+
+
+def chat_problem(record: dict) -> str | None:
+    if holds_messages(record):
+        return conversation_problem(record)
+    return record_problem(record, ("input", "output"))
 
 
 def record_problem(record: object, keys: tuple[str, ...], check: Check | None = None) -> str | None:

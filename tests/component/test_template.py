@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from component.data.chat_template import encode_by_tokenizer, encode_chat, encode_conversation, turns_of
-from component.data.document import chat_problem
+from component.data.source import chat_problem
 from component.error import UserError
 
 ORIGINAL = (
