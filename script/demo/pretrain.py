@@ -10,16 +10,26 @@ Writes a folder that `from_pretrained` loads, with pretrain.json, the record of 
 import argparse
 import json
 import math
-import shutil
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM
 
-from script.shared.pretraining import describe, mean_loss, token_stream, train, train_tokenizer
+from component.cli import exit_on_user_error
+from component.storage.atomic import atomic_folder
+from script.shared.pretraining import (
+    add_training_flags,
+    begin,
+    build_model,
+    describe,
+    mean_loss,
+    token_stream,
+    train,
+    train_tokenizer,
+)
 from script.shared.stdlib import default_library, library_name, split_library
 
 SEQ_LENGTH = 512  # tokens, the context that the demo then extends
@@ -30,17 +40,9 @@ EVAL_LENGTHS = (256, 512, 1024, 2048)  # tokens
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--library", type=Path, nargs="+", default=[default_library()], help="library folders")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
-    length = parser.add_mutually_exclusive_group(required=True)
-    length.add_argument("--minutes", type=float, help="train this long, the learning rate follows the clock")
-    length.add_argument("--steps", type=int, help="train this many steps")
-    parser.add_argument("--batch_size", type=int, default=256, help=f"sequences of {SEQ_LENGTH} tokens per step")
-    parser.add_argument("--learning_rate", type=float, default=3e-3)
+    add_training_flags(parser, SEQ_LENGTH, batch_size=256, learning_rate=3e-3)
     parser.add_argument("--num_attention_heads", type=int, default=8, help="query heads; half as many kv heads")
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    if args.output.exists():
-        parser.error(f"--output {args.output} exists: remove it or choose another folder")
     for library in args.library:
         if not library.is_dir():
             parser.error(f"--library {library} is not a folder")
@@ -68,24 +70,6 @@ def read_libraries(libraries: list[Path]) -> tuple[list[str], list[str], list[di
     return training, held_out, record
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, num_attention_heads: int) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=256,
-        intermediate_size=640,
-        num_hidden_layers=4,
-        num_attention_heads=num_attention_heads,
-        num_key_value_heads=num_attention_heads // 2,
-        max_position_embeddings=SEQ_LENGTH,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    return LlamaForCausalLM(config)
-
-
 def perplexity_table(folder: Path, held_out: torch.Tensor) -> dict:
     """Held-out perplexity by window length of the saved model, as it is and with positions interpolated by 4."""
     table = {}
@@ -99,16 +83,17 @@ def perplexity_table(folder: Path, held_out: torch.Tensor) -> dict:
     return table
 
 
+@exit_on_user_error
 def main() -> None:
     args = parse_args()
-    torch.manual_seed(args.seed)
-    torch.set_float32_matmul_precision("high")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = begin(args)
     training_texts, held_out_texts, libraries = read_libraries(args.library)
     tokenizer = train_tokenizer(training_texts, VOCAB_SIZE, SEQ_LENGTH)
     training = token_stream(tokenizer, training_texts, args.seed).to(device)
     held_out = token_stream(tokenizer, held_out_texts, args.seed).to(device)
-    model = build_model(tokenizer, args.num_attention_heads).to(device)
+    shape = {"hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 4, "tie_word_embeddings": True}
+    heads = {"num_attention_heads": args.num_attention_heads, "num_key_value_heads": args.num_attention_heads // 2}
+    model = build_model(tokenizer, SEQ_LENGTH, rms_norm_eps=1e-5, **shape, **heads).to(device)
     sizes = {
         "training_tokens": len(training),
         "held_out_tokens": len(held_out),
@@ -116,15 +101,12 @@ def main() -> None:
     }
     print(sizes, flush=True)
     run = train(model, training, held_out, SEQ_LENGTH, args)
-
-    partial = args.output.with_name(args.output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.to(torch.float16).save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    perplexity = perplexity_table(partial, held_out)
-    record = {**describe(args, SEQ_LENGTH), "libraries": libraries, **sizes, **run, "held_out_perplexity": perplexity}
-    (partial / "pretrain.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    partial.rename(args.output)
+    with atomic_folder(args.output) as folder:
+        model.to(torch.float16).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        record = {**describe(args, SEQ_LENGTH), "libraries": libraries, **sizes, **run}
+        record["held_out_perplexity"] = perplexity_table(folder, held_out)
+        (folder / "pretrain.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

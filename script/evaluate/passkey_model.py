@@ -19,14 +19,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
 from component.cli import exit_on_user_error
 from component.error import UserError
 from component.evaluate.passkey import FILLER, INTRODUCTION, KEYS, NEEDLE, QUESTION, PromptMaker
 from component.storage.atomic import atomic_folder, check_target
 from component.storage.result import origin, write_json
+from script.shared.pretraining import build_model, train_tokenizer
 
 WARMUP_STEPS = 50
 EVERYTHING_ELSE = 0.05  # what a token that is no copy of the key weighs in the loss
@@ -47,38 +47,8 @@ def parse_flags() -> argparse.Namespace:
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE learnt from the prompt's own lines; <s> stands before every text, digits stand alone."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=512,
-        special_tokens=["<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator([INTRODUCTION, *FILLER, NEEDLE, QUESTION] * 2, trainer)
-    bpe.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", bpe.token_to_id("<s>"))]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
-
-
-def build_model(tokenizer: PreTrainedTokenizerFast, length: int, hidden_size: int, layers: int) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden_size,
-        intermediate_size=3 * hidden_size,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden_size // 32,
-        num_key_value_heads=hidden_size // 32,
-        max_position_embeddings=length,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    return LlamaForCausalLM(config)
+    texts = [INTRODUCTION, *FILLER, NEEDLE, QUESTION] * 2
+    return train_tokenizer(texts, 512, None, split_digits=True, show_progress=False)
 
 
 def batch(maker: PromptMaker, rows: int, length: int, draw: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
@@ -138,7 +108,10 @@ def main() -> None:
     check_target(flags.output, "--output")
     set_seed(flags.seed)
     tokenizer = make_tokenizer()
-    model = build_model(tokenizer, flags.length, flags.hidden_size, flags.layers)
+    width, heads = flags.hidden_size, flags.hidden_size // 32
+    shape = {"hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": flags.layers}
+    shape |= {"num_attention_heads": heads, "num_key_value_heads": heads, "tie_word_embeddings": True}
+    model = build_model(tokenizer, flags.length, **shape)
     start = time.monotonic()
     curve = train(model, PromptMaker(tokenizer), flags)
     record = {

@@ -10,7 +10,6 @@ Writes a folder that `from_pretrained` loads, with pretrain.json, the record of 
 
 import argparse
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -21,13 +20,13 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from component.cli import exit_on_user_error
+from component.storage.atomic import atomic_folder
 from component.tokenizer import load_tokenizer
 from script.experiment.tokenizer import SEQ_LENGTH, texts_of
 from script.shared.card import describe_card
-from script.shared.pretraining import describe, mean_loss, token_stream, train
+from script.shared.pretraining import add_training_flags, begin, build_model, describe, mean_loss, token_stream, train
 
 
 def parse_flags() -> argparse.Namespace:
@@ -35,35 +34,9 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--tokenizer", required=True, help="folder of script/experiment/tokenizer.py")
     parser.add_argument("--train", type=Path, nargs="+", required=True, help='files of {"text"} records')
     parser.add_argument("--validation", type=Path, nargs="+", required=True, help="the same, held out")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
-    length = parser.add_mutually_exclusive_group(required=True)
-    length.add_argument("--minutes", type=float, help="train this long, the learning rate follows the clock")
-    length.add_argument("--steps", type=int, help="train this many steps")
-    parser.add_argument("--batch_size", type=int, default=128, help=f"sequences of {SEQ_LENGTH} tokens per step")
-    parser.add_argument("--learning_rate", type=float, default=2e-3)
+    add_training_flags(parser, SEQ_LENGTH, batch_size=128, learning_rate=2e-3)
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--seed", type=int, default=0)
-    flags = parser.parse_args()
-    if flags.output.exists():
-        parser.error(f"--output {flags.output} exists: remove it or choose another folder")
-    return flags
-
-
-def build_model(tokenizer: PreTrainedTokenizerFast, layers: int) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=512,
-        intermediate_size=1408,
-        num_hidden_layers=layers,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        max_position_embeddings=SEQ_LENGTH,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        rms_norm_eps=1e-5,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    return LlamaForCausalLM(config)
+    return parser.parse_args()
 
 
 def draw_curve(curve: list[dict], file: Path) -> None:
@@ -81,15 +54,15 @@ def draw_curve(curve: list[dict], file: Path) -> None:
 @exit_on_user_error
 def main() -> None:
     flags = parse_flags()
-    torch.manual_seed(flags.seed)
-    torch.set_float32_matmul_precision("high")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = begin(flags)
     texts = {file: texts_of(file) for file in (*flags.train, *flags.validation)}
     tokenizer = load_tokenizer(flags.tokenizer, field="--tokenizer")
     training = token_stream(tokenizer, [text for file in flags.train for text in texts[file]], flags.seed).to(device)
     held_out = {file.name: token_stream(tokenizer, texts[file], flags.seed).to(device) for file in flags.validation}
     mixed = torch.cat([stream[: 2**16] for stream in held_out.values()])
-    model = build_model(tokenizer, flags.layers).to(device)
+    shape = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": flags.layers}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
+    model = build_model(tokenizer, SEQ_LENGTH, rms_norm_eps=1e-5, **shape, **heads).to(device)
     sizes = {"training_tokens": len(training), "parameters": model.num_parameters()}
     print(sizes, flush=True)
     run = train(model, training, mixed, SEQ_LENGTH, flags)
@@ -102,15 +75,12 @@ def main() -> None:
     model.eval()
     losses = {name: mean_loss(model, stream, SEQ_LENGTH) for name, stream in held_out.items()}
     print({**losses, "tflops": run["tflops"]}, flush=True)
-
-    partial = flags.output.with_name(f"{flags.output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.to(torch.float16).save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
     record = {**describe(flags, SEQ_LENGTH), **sizes, **run, "held_out_loss": losses}
-    (partial / "pretrain.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    draw_curve(run["curve"], partial / "pretrain.png")
-    partial.rename(flags.output)
+    with atomic_folder(flags.output) as folder:
+        model.to(torch.float16).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        (folder / "pretrain.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        draw_curve(run["curve"], folder / "pretrain.png")
 
 
 if __name__ == "__main__":

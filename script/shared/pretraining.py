@@ -11,25 +11,56 @@ import random
 import sys
 import time
 from collections.abc import Iterable
+from pathlib import Path
 
 import tokenizers
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from component.storage.atomic import check_target
 
 WARMUP_STEPS = 100
 EVAL_TOKENS = 2**17
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, seq_length: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE that starts every text with <s>; it has no pad token, like LLaMA's."""
+def add_training_flags(
+    parser: argparse.ArgumentParser, seq_length: int, batch_size: int, learning_rate: float
+) -> None:
+    """Those that `train` and `save` read, with the defaults of one model."""
+    parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
+    length = parser.add_mutually_exclusive_group(required=True)
+    length.add_argument("--minutes", type=float, help="train this long, the learning rate follows the clock")
+    length.add_argument("--steps", type=int, help="train this many steps")
+    per_step = f"sequences of {seq_length} tokens per step"
+    parser.add_argument("--batch_size", type=int, default=batch_size, help=per_step)
+    parser.add_argument("--learning_rate", type=float, default=learning_rate)
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def begin(args: argparse.Namespace) -> torch.device:
+    """Refuse an output that exists, seed, and choose where to train."""
+    check_target(args.output, "--output")
+    torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision("high")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, seq_length: int | None, *, split_digits: bool = False, **options
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE that starts every text with <s>; it has no pad token, like LLaMA's.
+
+    Args:
+        options: further ones of tokenizers' BpeTrainer.
+    """
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    byte_level, digits = pre_tokenizers.ByteLevel(add_prefix_space=False), pre_tokenizers.Digits(split_digits)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level]) if split_digits else byte_level
     bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
+    options |= {"special_tokens": ["<s>", "</s>"], "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, **options)
     bpe.train_from_iterator(texts, trainer)
     bpe.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", bpe.token_to_id("<s>"))]
@@ -41,6 +72,19 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, seq_length: int) -> P
         model_max_length=seq_length,
         clean_up_tokenization_spaces=False,
     )
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast, seq_length: int, **shape) -> LlamaForCausalLM:
+    """A Llama of random weights; `shape` is what LlamaConfig calls its sizes."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=seq_length,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        **shape,
+    )
+    return LlamaForCausalLM(config)
 
 
 def token_stream(tokenizer: PreTrainedTokenizerFast, texts: list[str], seed: int) -> torch.Tensor:
