@@ -3,9 +3,7 @@
 import argparse
 import sys
 
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from component.error import UserError
 from component.inference.kv_cache import PromptCache
@@ -47,11 +45,16 @@ def truncate_prompt(
     return kept
 
 
-def _room(model: PreTrainedModel, prompt_ids: list[int]) -> int:
+def free_context(model: PreTrainedModel, prompt_ids: list[int], name: str = "the prompt") -> int:
+    """Tokens of the context that are left for an answer.
+
+    Raises:
+        UserError: none.
+    """
     context = context_length(model.config)
     if len(prompt_ids) >= context:
         raise UserError(
-            f"the prompt has {len(prompt_ids)} tokens, the model's context {context}; shorten the prompt, cut it with "
+            f"{name} has {len(prompt_ids)} tokens, the model's context {context}; shorten the prompt, cut it with "
             "--truncate middle or left, or use a model that was extended further"
         )
     return context - len(prompt_ids)

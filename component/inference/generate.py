@@ -1,4 +1,4 @@
-"""How is text continued? The choice of model, and one streamed generation, shared by inference, chat and web."""
+"""How is text generated? Streamed for inference, chat and web; greedily for evaluation."""
 
 import argparse
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from transformers import (
     TextStreamer,
 )
 
-from component.inference.context import _room
+from component.inference.context import free_context
 from component.inference.kv_cache import PromptCache
 
 
@@ -72,7 +72,9 @@ def generate(
         UserError: the prompt leaves no room in the model's context.
         Stopped: Ctrl-C.
     """
-    room = _room(model, prompt_ids)
+    max_new_tokens = min(flags.max_new_tokens, free_context(model, prompt_ids))
+    sampling = {"temperature": flags.temperature, "top_p": flags.top_p} if flags.do_sample else {}
+    sampling |= {"do_sample": flags.do_sample, "repetition_penalty": flags.repetition_penalty}
     cache = cache or PromptCache(model.config, flags.cache_implementation)
     writer = _Writer(tokenizer, write)
     input_ids = torch.tensor([prompt_ids], device=model.get_input_embeddings().weight.device)
@@ -80,7 +82,7 @@ def generate(
         model.generate(
             input_ids=input_ids,
             attention_mask=torch.ones_like(input_ids),
-            generation_config=_generation_config(tokenizer, flags, min(flags.max_new_tokens, room)),
+            generation_config=_generation_config(tokenizer, max_new_tokens, **sampling),
             streamer=writer,
             past_key_values=cache.start(prompt_ids),
             stopping_criteria=StoppingCriteriaList([_Stop(should_stop)] if should_stop else []),
@@ -112,18 +114,13 @@ def stream_generation(
     return text
 
 
-def _generation_config(
-    tokenizer: PreTrainedTokenizerBase, flags: argparse.Namespace, max_new_tokens: int
-) -> GenerationConfig:
-    sampling = {"temperature": flags.temperature, "top_p": flags.top_p} if flags.do_sample else {}
+def _generation_config(tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, **options: Any) -> GenerationConfig:
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
-        do_sample=flags.do_sample,
-        repetition_penalty=flags.repetition_penalty,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.eos_token_id,
-        **sampling,
+        **options,
     )
 
 
@@ -140,15 +137,8 @@ def generate_greedy(
     Args:
         offload_cache: keys and values of all layers but one wait in host memory.
     """
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        use_cache=True,
-        cache_implementation="offloaded" if offload_cache else None,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id,
-    )
+    options = {"do_sample": False, "use_cache": True, "cache_implementation": "offloaded" if offload_cache else None}
+    config = _generation_config(tokenizer, max_new_tokens, **options)
     input_ids = torch.tensor([prompt_ids], device=model.get_input_embeddings().weight.device)
     output = model.generate(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), generation_config=config)
     return output[0, len(prompt_ids) :].tolist()

@@ -21,13 +21,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from component.cli import exit_on_user_error
 from component.error import UserError
-from component.inference.context import describe_context, truncate_prompt
+from component.inference.context import describe_context, free_context, truncate_prompt
 from component.inference.flags import generation_parser, load_from_flags
 from component.inference.generate import Stopped, generate, stream_generation
 from component.inference.kv_cache import PromptCache
 from component.inference.prompt_file import Record, answer_all, answered, read_prompts
 from component.inference.terminal import line_editing, prompts, read_prompt
-from component.rope import context_length
 
 
 def parse() -> argparse.Namespace:
@@ -64,11 +63,7 @@ def continue_file(
     start = answered(flags.output_jsonl, records)
     rows = [truncate_prompt(model, tokenizer(prompt).input_ids, flags) for prompt, _ in asked]
     for number, row in enumerate(rows, 1):
-        if len(row) >= context_length(model.config):
-            raise UserError(
-                f"{flags.input_jsonl}: prompt {number} has {len(row)} tokens, the model's context "
-                f"{context_length(model.config)}; shorten it, or cut it with --truncate middle or left"
-            )
+        free_context(model, row, f"{flags.input_jsonl}: prompt {number}")
 
     def answer(number: int) -> Record:
         set_seed(flags.seed + number)  # a run that goes on draws what an unbroken one draws
