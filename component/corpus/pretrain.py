@@ -18,10 +18,9 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from component.corpus.sampling import first_of_each, lowest, sample_key, text_hash
-from component.corpus.scan import Chunk, Scan, ScannedChunk
+from component.corpus.scan import Chunk, Place, Scan, ScannedChunk
 from component.corpus.token_count import MARGIN, TokenCounter
 from component.data.reader import BadRecord
-from component.data.source import read_records
 from component.storage.atomic import atomic_file
 
 LONG_TEXTS = ("drop", "split")
@@ -30,11 +29,9 @@ PARAGRAPH, LINE, INSIDE = 2, 1, 0  # what ends with a unit
 
 
 @dataclass
-class Choice:
+class Choice(Place):
     """A text, or a piece of one, that goes into the corpus."""
 
-    file: int
-    number: int  # of the record
     start: int  # characters
     end: int
     tokens: int
@@ -175,19 +172,8 @@ def write_corpus(output: Path, scan: Scan, choices: list[Choice], key: str) -> N
 
 
 def _texts(scan: Scan, choices: list[Choice], key: str) -> Iterator[str]:
-    waiting = iter(choices)
-    choice = next(waiting, None)
-    for index, file in enumerate(scan.files):
-        if choice is None or choice.file != index:
-            continue
-        for number, record in read_records(file.path, file.keys):
-            while choice is not None and (choice.file, choice.number) == (index, number):
-                text = record[key][choice.start : choice.end] if isinstance(record, dict) else ""
-                if text_hash(text) != choice.hashed:
-                    raise scan.changed(index, number)
-                yield text
-                choice = next(waiting, None)
-            if choice is None or choice.file != index:
-                break
-    if choice is not None:
-        raise scan.changed(choice.file, choice.number)
+    for choice, record in scan.reread(choices):
+        text = record[key][choice.start : choice.end] if isinstance(record, dict) else ""
+        if text_hash(text) != choice.hashed:
+            raise scan.changed(choice)
+        yield text

@@ -9,9 +9,10 @@ samples are drawn from the journal too: in memory there are a few chunks, and co
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from tqdm import tqdm
 
@@ -53,6 +54,17 @@ class FileCount:
     noted: Counter = field(default_factory=Counter)
 
 
+@dataclass
+class Place:
+    """Of what was chosen: where its record stands."""
+
+    file: int
+    number: int  # of the record
+
+
+Chosen = TypeVar("Chosen", bound=Place)
+
+
 class Scan:
     """The measured files: counts in memory, rows in the journal."""
 
@@ -86,10 +98,30 @@ class Scan:
                 for row in line.get("rows", ()):
                     yield line["file"], tuple(row)
 
-    def changed(self, file: int, number: int) -> UserError:
+    def reread(self, places: Iterable[Chosen]) -> Iterator[tuple[Chosen, dict | BadRecord]]:
+        """Each of `places`, which are in input order, and its record, read again.
+
+        Raises:
+            UserError: a record is no longer there.
+        """
+        waiting = iter(places)
+        place = next(waiting, None)
+        for index, file in enumerate(self.files):
+            if place is None or place.file != index:
+                continue
+            for number, record in read_records(file.path, file.keys):
+                while place is not None and (place.file, place.number) == (index, number):
+                    yield place, record
+                    place = next(waiting, None)
+                if place is None or place.file != index:
+                    break
+        if place is not None:
+            raise self.changed(place)
+
+    def changed(self, place: Place) -> UserError:
         """To be raised where a record is not the one that was measured. The measures are of no more use."""
         self.journal.unlink(missing_ok=True)
-        return UserError(f"{self.files[file].path}:{number}: changed while it was read; start again")
+        return UserError(f"{self.files[place.file].path}:{place.number}: changed while it was read; start again")
 
     def tally(self) -> RecordTally:
         empty = [str(file.path) for file, count in zip(self.files, self.counts, strict=True) if not count.read]

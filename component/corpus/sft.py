@@ -14,20 +14,18 @@ from transformers import PreTrainedTokenizerBase
 from component.corpus.mapping import Chat, mapping_of
 from component.corpus.mixture import Mixture, MixtureSource, apportion
 from component.corpus.sampling import first_of_each, lowest, sample_key, text_hash
-from component.corpus.scan import Chunk, Scan, ScannedChunk
+from component.corpus.scan import Chunk, Place, Scan, ScannedChunk
 from component.corpus.token_count import TokenCounter
-from component.data.chat_template import encode_conversation
+from component.data.chat_template import as_messages, encode_conversation
 from component.data.reader import BadRecord
-from component.data.source import read_records, text_problem
+from component.data.source import text_problem
 from component.storage.atomic import atomic_file
 
 
 @dataclass
-class Example:
+class Example(Place):
     """One that goes into the corpus."""
 
-    file: int
-    number: int  # of the record
     tokens: int
     hashed: str
     key: int  # of the corpus' order
@@ -45,8 +43,6 @@ class ExampleMeasure:
         measured, source = ScannedChunk(), self.sources[group]
         for number, record in chunk:
             try:
-                if isinstance(record, BadRecord):
-                    raise ValueError(record.problem)
                 chat = chat_of(record, source)
             except ValueError as error:
                 measured.bad.append((number, str(error)))
@@ -77,11 +73,13 @@ class ExampleMeasure:
         return ("too_long" if tokens > most else ""), tokens
 
 
-def chat_of(record: dict, source: MixtureSource) -> Chat:
+def chat_of(record: dict | BadRecord, source: MixtureSource) -> Chat:
     """
     Raises:
-        ValueError: the record has not the shape of its mapping, or says more than a line of its source can.
+        ValueError: the record is bad, has not the shape of its mapping, or says more than a line of its source can.
     """
+    if isinstance(record, BadRecord):
+        raise ValueError(record.problem)
     try:
         turns, system = mapping_of(source.mapping)(record)
     except (KeyError, TypeError, IndexError, AttributeError) as error:  # a nested shape that is not the published one
@@ -103,10 +101,7 @@ def texts_of(chat: Chat) -> list[str]:
 def line_of(chat: Chat, source: MixtureSource) -> str:
     turns, system = chat
     if source.turns == "all":
-        said = [] if system is None else [{"role": "system", "content": system}]
-        for question, answer in turns:
-            said += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        return json.dumps({"messages": said}, ensure_ascii=False) + "\n"
+        return json.dumps({"messages": as_messages(turns, system)}, ensure_ascii=False) + "\n"
     ((question, answer),) = turns
     return json.dumps({"input": question, "output": answer}, ensure_ascii=False) + "\n"
 
@@ -155,30 +150,18 @@ def _write_in_input_order(
     file: Path, scan: Scan, mixture: Mixture, examples: list[Example]
 ) -> list[tuple[int, int, int]]:
     """(key, first byte, bytes) of each line."""
-    wanted: dict[int, dict[int, Example]] = {}
-    for example in examples:
-        wanted.setdefault(example.file, {})[example.number] = example
     places, at = [], 0
-    with file.open("wb") as lines, tqdm(total=len(examples), desc="writing", unit=" texts") as bar:
-        for index, numbers in wanted.items():
-            path, source = scan.files[index].path, mixture.sources[scan.files[index].group]
-            for number, record in read_records(path):
-                if number not in numbers or not isinstance(record, dict):
-                    continue
-                example = numbers.pop(number)
-                try:
-                    chat = chat_of(record, source)
-                except ValueError as error:
-                    raise scan.changed(index, number) from error
-                if text_hash(*texts_of(chat)) != example.hashed:
-                    raise scan.changed(index, number)
-                line = line_of(chat, source).encode()
-                lines.write(line)
-                places.append((example.key, at, len(line)))
-                at += len(line)
-                bar.update()
-                if not numbers:
-                    break
-            if numbers:
-                raise scan.changed(index, min(numbers))
+    with file.open("wb") as lines:
+        for example, record in tqdm(scan.reread(examples), total=len(examples), desc="writing", unit=" texts"):
+            source = mixture.sources[scan.files[example.file].group]
+            try:
+                chat = chat_of(record, source)
+            except ValueError as error:
+                raise scan.changed(example) from error
+            if text_hash(*texts_of(chat)) != example.hashed:
+                raise scan.changed(example)
+            line = line_of(chat, source).encode()
+            lines.write(line)
+            places.append((example.key, at, len(line)))
+            at += len(line)
     return places

@@ -5,6 +5,7 @@ that its published adapters see what they were trained on. `tokenizer` is the mo
 Whatever the spelling, answers and their end-of-sequence tokens are learnt, and nothing else.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -71,16 +72,11 @@ def encode_by_tokenizer(
         UserError: there is no template, it refuses the conversation, or it rewrites earlier turns as it goes on.
     """
     check_template(tokenizer)
-    messages = [{"role": "system", "content": system}] if system is not None else []
     spans, text = [], ""
-    for user, assistant in turns:
-        messages.append({"role": "user", "content": user})
-        prompt = _render(tokenizer, messages, opens_answer=True)
-        if assistant is None:
-            whole = prompt
-        else:
-            messages.append({"role": "assistant", "content": assistant})
-            whole = _render(tokenizer, messages, opens_answer=False)
+    for at, (user, assistant) in enumerate(turns):
+        prompt = whole = _render(tokenizer, as_messages([*turns[:at], (user, None)], system), opens_answer=True)
+        if assistant is not None:
+            whole = _render(tokenizer, as_messages(turns[: at + 1], system), opens_answer=False)
             spans.append((len(prompt), len(whole.rstrip())))  # ChatML puts a line break behind the end
         if not (prompt.startswith(text) and whole.startswith(prompt)):
             raise UserError(
@@ -124,6 +120,15 @@ def turns_of(record: dict[str, Any]) -> tuple[Turns, str | None]:
             break
         turns.append((user, assistant))
     return turns, system
+
+
+def as_messages(turns: Sequence[tuple[str, str | None]], system: str | None = None) -> list[dict[str, str]]:
+    """A chat as files and templates have it; an answer that is left to the model is no message."""
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    for turn in turns:
+        said = zip(("user", "assistant"), turn, strict=True)
+        messages += [{"role": role, "content": text} for role, text in said if text is not None]
+    return messages
 
 
 def holds_messages(record: dict[str, Any]) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from component.data.chat_template import Turns, encode_conversation
+from component.data.chat_template import Turns, as_messages, encode_conversation
 from component.error import UserError, nearest
 from component.inference.kv_cache import common_prefix
 from component.inference.text_file import read_text_file
@@ -65,12 +65,9 @@ class Conversation:
         """One line of {"messages": …}, one of the formats that instruction tuning reads."""
         if not self.turns:
             raise UserError("/save: nothing has been said yet; ask something first")
-        messages = []
-        for question, answer in self.turns:
-            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         try:
             with Path(path).expanduser().open("x", encoding="utf-8") as file:
-                file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+                file.write(json.dumps({"messages": as_messages(self.turns)}, ensure_ascii=False) + "\n")
         except FileExistsError as error:
             raise UserError(f"/save: {path} exists; name another file") from error
         except OSError as error:

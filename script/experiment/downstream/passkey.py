@@ -16,7 +16,7 @@ import argparse
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, cycle, product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ import matplotlib.pyplot as plt
 
 from component.checkpoint import read_record
 from component.cli import exit_on_user_error
+from component.data.chat_template import as_messages
 from component.error import UserError
 from component.evaluate.figure import colour_bar, heat_map
 from component.evaluate.passkey import KEYS, PromptMaker, draw_key, even_depths
@@ -78,8 +79,7 @@ def write_samples(model: Path, file: Path, longest: int, flags: argparse.Namespa
     tokens, samples = flags.steps * flags.tokens_per_step, 0
     with file.open("w", encoding="utf-8") as out:
         for turns in training_samples(tokenizer, tokens, longest, banned, flags.seed):
-            said = zip(cycle(("user", "assistant")), chain.from_iterable(turns), strict=False)
-            out.write(json.dumps({"messages": [{"role": role, "content": text} for role, text in said]}) + "\n")
+            out.write(json.dumps({"messages": as_messages(turns)}) + "\n")
             samples += 1
     return {"samples": samples, "longest_tokens": longest}
 
