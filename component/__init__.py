@@ -1,3 +1,5 @@
+"""What must be set before torch or bitsandbytes is imported?"""
+
 import logging
 import os
 

@@ -1,14 +1,12 @@
+"""How is a model loaded for use? A plain or merged one, or a base with its adapter, at the context it was made for."""
+
 import gc
 import math
 import os
 from typing import Any
 
 import torch
-from transformers import (
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from component.adapter import check_adapter, load_adapter
 from component.checkpoint import read_record

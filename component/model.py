@@ -1,4 +1,4 @@
-"""How are base weights and tokenizer loaded, in 4 bits or not?
+"""How are a base model's config and weights loaded, in 4 bits or not?
 
 NF4 with double quantisation: QLoRA (arXiv 2305.14314, section 3). The base is never passed through PEFT's
 `prepare_model_for_kbit_training`: that turns norms and embeddings, and with them the residual stream, into fp32.
@@ -9,13 +9,7 @@ from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    BitsAndBytesConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 from component.error import UserError, first_line
 from component.rope import original_context

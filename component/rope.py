@@ -1,4 +1,4 @@
-"""By how much are positions stretched?
+"""By how much are rotary positions scaled?
 
 Linear position interpolation (arXiv 2306.15595, section 2.2): position m is fed to the rotary embedding as m / factor,
 so that `factor` times as many tokens fall inside the range of positions the model was pretrained on. transformers 5

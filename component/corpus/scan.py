@@ -1,4 +1,4 @@
-"""What is in the files, and how far did a killed run get? Each record is measured once, and the result written down.
+"""How are all records of the input measured once, in a way that a killed run can resume?
 
 The journal beside the output has a first line with all that results depend on (settings, tokenizer, the files' sizes
 and times) and then one line per chunk of records, in input order. A run that finds its own journal goes on behind the

@@ -1,4 +1,4 @@
-"""How many tokens has a text? As many as training counts (sample.encode_texts), and told fast.
+"""How many tokens has a text? As many as training counts (document.encode_texts), and told fast.
 
 That is with what the tokenizer puts around a text, and an end-of-sequence token. LLaMA-2's tokenizer has no word
 boundaries: it merges characters over a whole text, at a megabyte a second and less. But where no token of the

@@ -1,4 +1,4 @@
-"""How is a chat prompt spelt? The one home of the template, used by training and by chat.
+"""How is a chat read, and how is it formatted for the model? The same way by training, build_sft.py and chat.
 
 `vicuna` is the original project's spelling: Vicuna's, with line breaks and without a beginning-of-sequence token, so
 that its published adapters see what they were trained on. `tokenizer` is the model's own chat template.

@@ -1,4 +1,4 @@
-"""What is one training sample? {"input_ids", "labels"}, at most `max_seq_length` tokens, with something to learn.
+"""How do files become a data set? Samples {"input_ids", "labels"}, at most `max_seq_length` tokens, none unlabelled.
 
 Pretraining: the tokenizer's own beginning token, the text and, where it fits, the end-of-sequence token; every token
 is a label but the first, which nothing predicts. Instruction tuning: questions are masked, answers are learnt.

@@ -1,3 +1,5 @@
+"""How are evaluations drawn? Passkey retrieval as a heat map, perplexity by length and by position."""
+
 from typing import Any
 
 import matplotlib.pyplot as plt

@@ -1,4 +1,4 @@
-"""What does it cost to round keys and values? Perplexity and logits with each cache beside the unrounded one's.
+"""What does KV-cache quantization cost? Perplexity and logits with each cache beside the unquantized one's.
 
 The first half of a window is read at once, as a prompt is; the second half token by token, as an answer is generated,
 so that every prediction there sees rounded keys and values.

@@ -1,7 +1,7 @@
-"""Which models are measured, one after the other? How they are spelt, checked before the first loads, and let go.
+"""Which models are evaluated? How flags name them, what is checked before the first is loaded, how one is loaded.
 
-A contender is `NAME=MODEL[:ADAPTER][@TOKENS]`: a model, an adapter around it, and the context it is stretched to. An
-adapter folder may stand alone in MODEL's place: it knows its base.
+A `ModelSpec` is written `NAME=MODEL[:ADAPTER][@TOKENS]`: a model, an adapter around it, and the context it is extended
+to. An adapter folder may stand alone in MODEL's place: it knows its base.
 """
 
 import argparse
@@ -49,7 +49,7 @@ class ModelSpec:
 
 
 def parse_model_spec(text: str) -> ModelSpec:
-    """The contender that `NAME=MODEL[:ADAPTER][@TOKENS]` spells.
+    """The model that `NAME=MODEL[:ADAPTER][@TOKENS]` names.
 
     Raises:
         UserError: no name, or no model.

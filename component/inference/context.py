@@ -1,4 +1,4 @@
-"""Which part of a prompt is kept when it is longer than the model's context?"""
+"""How much of the model's context is left, and which part of a longer prompt is kept?"""
 
 import argparse
 import sys

@@ -1,4 +1,4 @@
-"""What may the user of a program that generates text set, and is it sane? The flags of inference, chat and web."""
+"""Which flags do inference, chat and web share, are their values valid, and which model do they name?"""
 
 import argparse
 import importlib.util
@@ -9,11 +9,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    set_seed,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from component.checkpoint import RECORD_FILE, merged_folder, newest_run
 from component.cli import BOOLEAN

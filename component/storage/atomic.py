@@ -1,4 +1,4 @@
-"""How does a file or a folder appear? Whole or not at all, whenever the program that writes it is killed."""
+"""How are files and folders written atomically, so that a killed program leaves a whole one or none?"""
 
 import contextlib
 import fcntl

@@ -1,4 +1,4 @@
-"""How does a measurement reach its file? Whole or not at all, as JSON that every program reads, with its origin."""
+"""How is a result stored? As JSON or a figure that is written atomically, with the command, hardware and versions."""
 
 import contextlib
 import importlib.metadata

@@ -1,3 +1,5 @@
+"""How do the experiments' results look as figures? By window, by position in it, and along a sweep of one setting."""
+
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
@@ -6,6 +8,8 @@ import matplotlib.pyplot as plt
 
 from component.storage.result import save_figure
 from script.experiment.results import BASE_CONTEXT, BY_POSITION, LEVELS, SHOWN, Rows, texts_of, values_of
+
+Sweep = tuple[str, float, dict[str, tuple[str, str, str]]]  # axis, number of the main rows, {prefix: (main row, ...)}
 
 
 def panels(rows: Rows, title: str = "{}", lines: int = 1):
@@ -77,7 +81,7 @@ def draw_positions(rows: Rows, length: int, file: Path) -> None:
     finish(figure, parts[0][0][0], file)
 
 
-def draw_sweep(rows: Rows, sweep: "Sweep", length: int, file: Path) -> None:
+def draw_sweep(rows: Rows, sweep: Sweep, length: int, file: Path) -> None:
     """Perplexity at the extended length against the number in rows' names, a line per kind of row.
 
     Of the first seed everywhere, the one that all rows have: the same initial weights and order of texts.
@@ -105,7 +109,3 @@ def draw_sweep(rows: Rows, sweep: "Sweep", length: int, file: Path) -> None:
     if numbers:
         finish(figure, parts[0][0][0], file)
     plt.close(figure)
-
-
-KEPT = ("results", "cost")
-Sweep = tuple[str, float, dict[str, tuple[str, str, str]]]  # axis, number of the main rows, {prefix: (main row, ...)}

@@ -20,7 +20,7 @@ matplotlib.use("Agg")
 from component.cli import exit_on_user_error
 from component.error import UserError
 from component.storage.result import write_json
-from script.experiment.figure import KEPT, Sweep, draw_lengths, draw_positions, draw_sweep
+from script.experiment.figure import Sweep, draw_lengths, draw_positions, draw_sweep
 from script.experiment.results import BASE_CONTEXT, Rows, gather, texts_of, values_of
 from script.experiment.rows import ablation_rows, main_rows
 
@@ -31,6 +31,14 @@ KINDS = {
     "merged-nf4": "merged on the dequantised base",
     "shift_short": "under S2",
     "rolled": "under rolled S2",
+}
+
+KEPT = ("results", "cost")  # folders of --work
+S2, YAMLS = ("longqlora", "LongQLoRA", "#0072b2"), ("yarn-last", "our YAMLs: yarn, full attention at last", "#009e73")
+SWEEPS: dict[str, Sweep] = {
+    "rank": ("LoRA rank", 64, {"rank-": S2, "yarn-last-rank-": YAMLS}),
+    "steps": ("steps", 400, {"steps-": S2, "yarn-last-steps-": YAMLS}),
+    "groups": ("group / row", 0.25, {"groups-": S2}),
 }
 
 
@@ -52,16 +60,22 @@ def cell(values: list[float]) -> str:
     return f"{mean:.2f}{spread}"
 
 
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A table, or nothing at all where it would have no rows."""
+    lines = ["| " + " | ".join(row) + " |" for row in (head, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]]) if rows else ""
+
+
 def compact(rows: Rows, names: Iterable[str], length: int) -> str:
     """A line per row: perplexity of each text at the base's context and at the extended one, and what a step costs."""
     columns = [(text, window) for text in texts_of(rows) for window in sorted({BASE_CONTEXT, length})]
     head = [f"extended to {length}", *(f"{text} {window}" for text, window in columns), "s/step", "GiB"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines = []
     for row in (rows[name, length] for name in names if (name, length) in rows):
         cells = [cell(values_of(row, text, window)) for text, window in columns]
         cost = [f"{row[key]:.2f}" if row.get(key) else "-" for key in ("step_seconds", "reserved_gib")]
-        lines.append("| " + " | ".join([row["says"], *cells, *cost]) + " |")
-    return "\n".join(lines) if len(lines) > 2 else ""
+        lines.append([row["says"], *cells, *cost])
+    return markdown(head, lines)
 
 
 def by_window(rows: Rows, names: Iterable[str], length: int, text: str, how: str = "") -> str:
@@ -69,11 +83,8 @@ def by_window(rows: Rows, names: Iterable[str], length: int, text: str, how: str
     found = [rows[name, length] for name in names if (name, length) in rows]
     windows = sorted({window for row in found for window in row["perplexity"]["full"].get(text, {})})
     head = [f"{text}, extended to {length}{how}", *map(str, windows)]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    lines += [
-        f"| {row['says']} | " + " | ".join(cell(values_of(row, text, w)) for w in windows) + " |" for row in found
-    ]
-    return "\n".join(lines) if windows else ""
+    lines = [[row["says"], *(cell(values_of(row, text, window)) for window in windows)] for row in found]
+    return markdown(head, lines) if windows else ""
 
 
 def by_kind(rows: Rows, name: str, length: int) -> str:
@@ -83,10 +94,8 @@ def by_kind(rows: Rows, name: str, length: int) -> str:
         return ""
     columns = [(text, window) for text in texts_of(rows) for window in sorted({BASE_CONTEXT, length})]
     head = [row["says"], *(f"{text} {window}" for text, window in columns)]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for kind in row["perplexity"]:
-        lines.append(f"| {KINDS[kind]} | " + " | ".join(cell(values_of(row, t, w, kind)) for t, w in columns) + " |")
-    return "\n".join(lines)
+    lines = [[KINDS[kind], *(cell(values_of(row, t, w, kind)) for t, w in columns)] for kind in row["perplexity"]]
+    return markdown(head, lines)
 
 
 @exit_on_user_error
@@ -124,11 +133,5 @@ def main() -> None:
     print((flags.output / "experiment.md").read_text(encoding="utf-8"))
 
 
-S2, YAMLS = ("longqlora", "LongQLoRA", "#0072b2"), ("yarn-last", "our YAMLs: yarn, full attention at last", "#009e73")
-SWEEPS: dict[str, Sweep] = {
-    "rank": ("LoRA rank", 64, {"rank-": S2, "yarn-last-rank-": YAMLS}),
-    "steps": ("steps", 400, {"steps-": S2, "yarn-last-steps-": YAMLS}),
-    "groups": ("group / row", 0.25, {"groups-": S2}),
-}
 if __name__ == "__main__":
     main()

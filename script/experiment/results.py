@@ -1,3 +1,5 @@
+"""What did each row of the experiments give? Its results, seed by seed, put together for tables and figures."""
+
 import statistics
 from typing import Any
 

@@ -29,6 +29,10 @@ RECIPE: dict[str, Any] = {
     "overwrite_output_dir": True,
 }
 TOKENS_PER_STEP = 16384
+NO_S2: dict[str, Any] = {"use_shift_short_attention": False}
+LAST: dict[str, Any] = {"full_attention_ratio": 0.1}
+YARN: dict[str, Any] = {"rope_type": "yarn"}
+ROLLED, FULL = "script/experiment/train_rolled.py", "script/experiment/train_full.py"
 
 
 @dataclass(frozen=True)
@@ -122,12 +126,6 @@ def rank(number: int) -> dict[str, Any]:
 def full(learning_rate: float) -> dict[str, Any]:
     """Every weight trains: at a lower rate than adapters."""
     return NO_S2 | {"learning_rate": learning_rate}
-
-
-NO_S2: dict[str, Any] = {"use_shift_short_attention": False}
-LAST: dict[str, Any] = {"full_attention_ratio": 0.1}
-YARN: dict[str, Any] = {"rope_type": "yarn"}
-ROLLED, FULL = "script/experiment/train_rolled.py", "script/experiment/train_full.py"
 
 
 def all_rows() -> dict[str, Row]:

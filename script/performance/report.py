@@ -1,4 +1,4 @@
-"""What a benchmark's measurements mean: speed, arithmetic, the card they are held against, and a table of them.
+"""What a benchmark's measurements mean: speed, share of the GPU's arithmetic, failures, and a table of them.
 
     python script/performance/report.py figure/benchmark.json
 

@@ -1,3 +1,5 @@
+"""Which GPU is this, and how fast are its matrix products? What speeds are measured against."""
+
 import platform
 import statistics
 

@@ -1,3 +1,5 @@
+"""What does a Llama of true size, but with random weights, look like? For measuring memory and speed, not quality."""
+
 from pathlib import Path
 
 import torch
