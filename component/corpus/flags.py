@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from component.corpus.length import draw_lengths
 from component.corpus.scan import Measure, Scan, SourceFile, scan_files
+from component.data.source import resolve_files
 from component.error import UserError
 from component.storage.result import command, library_versions, write_json
 from component.tokenizer import UNLIMITED, describe_tokenizer, load_tokenizer
@@ -26,15 +27,31 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output, drop unfinished work")
 
 
-def check_common_flags(flags: argparse.Namespace) -> list[str]:
-    problems = []
-    if flags.num_proc < 1:
-        problems.append(f"--num_proc: {flags.num_proc}; use at least 1")
+def add_source_flags(parser: argparse.ArgumentParser) -> None:
+    sources = "files, folders or hub ids; see component/data/source.py"
+    parser.add_argument("--source", nargs="+", required=True, help=sources)
+    parser.add_argument("--text_key", default="text", help="of JSON Lines and parquet (text)")
+
+
+def check_common_flags(flags: argparse.Namespace, *counts: str, problems: Iterable[str] = ()) -> None:
+    """Refuse, in one message, what is wrong with the common flags, `counts` below 1, and further `problems`."""
+    found = []
+    for name in ("num_proc", *counts):
+        if getattr(flags, name) is not None and getattr(flags, name) < 1:
+            found.append(f"--{name}: {getattr(flags, name)}; use at least 1")
     if not 0 <= flags.max_bad_fraction <= 1:
-        problems.append(f"--max_bad_fraction: {flags.max_bad_fraction}; use 0 (none) to 1")
+        found.append(f"--max_bad_fraction: {flags.max_bad_fraction}; use 0 (none) to 1")
     if flags.output.is_dir():
-        problems.append(f"--output: {flags.output} is a folder; name a file")
-    return problems
+        found.append(f"--output: {flags.output} is a folder; name a file")
+    if found := [*found, *problems]:
+        raise UserError("\n  ".join(found))
+
+
+def resolve_sources(flags: argparse.Namespace) -> list[Path]:
+    """The files of --source, each once, when the output may be written."""
+    paths = list(dict.fromkeys(path for source in flags.source for path in resolve_files(source, "--source")))
+    open_output(flags, paths)
+    return paths
 
 
 def open_tokenizer(flags: argparse.Namespace) -> PreTrainedTokenizerBase:

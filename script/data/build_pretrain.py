@@ -19,26 +19,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from component.cli import exit_on_user_error
 from component.corpus.flags import (
     add_common_flags,
+    add_source_flags,
     check_common_flags,
     measure_files,
-    open_output,
     open_tokenizer,
     origin,
+    resolve_sources,
     write_statistics,
 )
 from component.corpus.length import describe_lengths
 from component.corpus.pretrain import LONG_TEXTS, Choice, TextMeasure, sample_texts, write_corpus
 from component.corpus.scan import Scan, SourceFile
-from component.data.source import resolve_files
 from component.error import UserError
 from component.tokenizer import tokenizer_hash
 
 
 def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--source", nargs="+", required=True, help="files, folders or hub ids; see component/data/source.py"
-    )
+    add_source_flags(parser)
     add_common_flags(parser)
     parser.add_argument("--min_tokens", type=int, default=4096, help="of a text, as training counts them (4096)")
     parser.add_argument("--max_tokens", type=int, default=32768, help="of a text, as training counts them (32768)")
@@ -46,18 +44,13 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=42, help="another seed is another sample (42)")
     long_texts = "what becomes of longer ones: drop, as the original; split, at ends of paragraphs (drop)"
     parser.add_argument("--long_texts", choices=LONG_TEXTS, default="drop", help=long_texts)
-    parser.add_argument("--text_key", default="text", help="of JSON Lines and parquet (text)")
     return parser.parse_args()
 
 
 def check_flags(flags: argparse.Namespace) -> None:
-    problems = check_common_flags(flags)
-    if flags.min_tokens < 1 or flags.max_tokens < flags.min_tokens:
-        problems.append(f"--min_tokens {flags.min_tokens}, --max_tokens {flags.max_tokens}: use 1 <= min <= max")
-    if flags.num_samples < 1:
-        problems.append(f"--num_samples: {flags.num_samples}; use at least 1")
-    if problems:
-        raise UserError("\n  ".join(problems))
+    tokens = f"--min_tokens {flags.min_tokens}, --max_tokens {flags.max_tokens}: use 1 <= min <= max"
+    is_range = 1 <= flags.min_tokens <= flags.max_tokens
+    check_common_flags(flags, "num_samples", problems=[] if is_range else [tokens])
 
 
 def statistics(flags: argparse.Namespace, scan: Scan, choices: list[Choice], duplicates: Counter) -> dict:
@@ -87,9 +80,7 @@ def statistics(flags: argparse.Namespace, scan: Scan, choices: list[Choice], dup
 def main() -> None:
     flags = parse_flags()
     check_flags(flags)
-    paths = [path for source in flags.source for path in resolve_files(source, "--source")]
-    files = [SourceFile(path, (flags.text_key,)) for path in dict.fromkeys(paths)]
-    open_output(flags, paths)
+    files = [SourceFile(path, (flags.text_key,)) for path in resolve_sources(flags)]
     tokenizer = open_tokenizer(flags)
     megabytes = sum(file.path.stat().st_size for file in files) / 1e6
     print(

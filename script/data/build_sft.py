@@ -48,14 +48,6 @@ def parse_flags() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def check_flags(flags: argparse.Namespace) -> None:
-    problems = check_common_flags(flags)
-    if flags.max_tokens < 1:
-        problems.append(f"--max_tokens: {flags.max_tokens}; use at least 1")
-    if problems:
-        raise UserError("\n  ".join(problems))
-
-
 def statistics(scan: Scan, mixture: Mixture, examples: list[Example], told: list[dict]) -> dict:
     sources = []
     for group, source in enumerate(mixture.sources):
@@ -106,7 +98,7 @@ def measure(flags: argparse.Namespace, mixture: Mixture, tokenizer: PreTrainedTo
 @exit_on_user_error
 def main() -> None:
     flags = parse_flags()
-    check_flags(flags)
+    check_common_flags(flags, "max_tokens")
     mixture = read_mixture(flags.config)
     open_output(flags, (file for source in mixture.sources for file in source.files))
     tokenizer = open_tokenizer(flags)

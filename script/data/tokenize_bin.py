@@ -14,41 +14,35 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from component.cli import exit_on_user_error
-from component.corpus.flags import add_common_flags, check_common_flags, open_output, open_tokenizer, versions
+from component.corpus.flags import (
+    add_common_flags,
+    add_source_flags,
+    check_common_flags,
+    open_tokenizer,
+    resolve_sources,
+    versions,
+)
 from component.corpus.tokenize import documents
-from component.data.source import RecordTally, resolve_files
+from component.data.source import RecordTally
 from component.data.token_file import BOS, EOS, write_tokens
-from component.error import UserError
 from component.storage.result import command
 
 
 def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--source", nargs="+", required=True, help="files, folders or hub ids; see component/data/source.py"
-    )
+    add_source_flags(parser)
     add_common_flags(parser)
     parser.add_argument("--bos", choices=BOS, default="each", help="documents that <s> stands before (each)")
     parser.add_argument("--eos", choices=EOS, default="each", help="documents that </s> stands after (each)")
     parser.add_argument("--max_documents", type=int, help="the first so many only")
-    parser.add_argument("--text_key", default="text", help="of JSON Lines and parquet (text)")
     return parser.parse_args()
-
-
-def check_flags(flags: argparse.Namespace) -> None:
-    problems = check_common_flags(flags)
-    if flags.max_documents is not None and flags.max_documents < 1:
-        problems.append(f"--max_documents: {flags.max_documents}; use at least 1")
-    if problems:
-        raise UserError("\n  ".join(problems))
 
 
 @exit_on_user_error
 def main() -> None:
     flags = parse_flags()
-    check_flags(flags)
-    paths = list(dict.fromkeys(path for source in flags.source for path in resolve_files(source, "--source")))
-    open_output(flags, paths)
+    check_common_flags(flags, "max_documents")
+    paths = resolve_sources(flags)
     tokenizer = open_tokenizer(flags)
     megabytes = sum(path.stat().st_size for path in paths) / 1e6
     print(f"{len(paths)} files, {megabytes:,.1f} MB; {flags.tokenizer}; {flags.num_proc} processes", flush=True)
