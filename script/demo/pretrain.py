@@ -94,11 +94,7 @@ def main() -> None:
     shape = {"hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 4, "tie_word_embeddings": True}
     heads = {"num_attention_heads": args.num_attention_heads, "num_key_value_heads": args.num_attention_heads // 2}
     model = build_model(tokenizer, SEQ_LENGTH, rms_norm_eps=1e-5, **shape, **heads).to(device)
-    sizes = {
-        "training_tokens": len(training),
-        "held_out_tokens": len(held_out),
-        "parameters": model.num_parameters(),
-    }
+    sizes = {"training_tokens": len(training), "held_out_tokens": len(held_out), "parameters": model.num_parameters()}
     print(sizes, flush=True)
     run = train(model, training, held_out, SEQ_LENGTH, args)
     with atomic_folder(args.output) as folder:

@@ -53,11 +53,7 @@ class Measure:
 
 def draw(title: str, rows: list[list[Block]], caption: str) -> Figure:
     """`rows` under each other, the blocks of a row beside each other; an empty row is a line across the picture."""
-    measure, lines, bars = (
-        Measure(),
-        [],
-        [],
-    )  # (x, baseline, text, points, weight, colour) and (xs, ys, colour)
+    measure, lines, bars = Measure(), [], []  # (x, baseline, text, points, weight, colour) and (xs, ys, colour)
     inner, step = WIDTH - 2 * MARGIN, LINE * POINTS / 72
 
     def put(text: str, x: float, y: float, width: float, colour: str, points: float = POINTS, weight: str = "normal"):
