@@ -30,6 +30,7 @@ from component.checkpoint import write_adapter, write_record
 from component.rope import extend_context
 from component.storage.result import library_versions
 
+ROOT = Path(__file__).resolve().parents[1]
 TEXTS = [
     "The quick brown fox jumps over the lazy dog, and the dog does not mind at all.",
     "Long before the longest of books was written, somebody had to sharpen a great many feathers.",
@@ -185,7 +186,7 @@ def run_program(own_cache, monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
 
     def run(program: str, *words: object, stdin: bytes = b"") -> Outcome:
-        file = Path(__file__).resolve().parents[1] / program
+        file = ROOT / program
         monkeypatch.setattr(sys, "argv", [str(file), *map(str, words)])
         monkeypatch.setattr(sys, "path", [str(file.parent), *sys.path])
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
@@ -204,3 +205,16 @@ def run_program(own_cache, monkeypatch, capsys):
         return Outcome(status, *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture
+def prompts_seen(monkeypatch):
+    """The prompts that a program continues; each is answered with "An answer."."""
+    seen = []
+
+    def answer(model, tokenizer, prompt_ids, flags, cache):
+        seen.append(prompt_ids)
+        return "An answer."
+
+    monkeypatch.setattr("component.inference.generate.stream_generation", answer)
+    return seen

@@ -9,7 +9,8 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.conftest import ROOT
+
 CTRL_C, CTRL_D, UP = "\x03", "\x04", "\x1b[A"
 
 

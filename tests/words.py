@@ -1,6 +1,7 @@
 """A tokenizer whose counts anyone can check by eye: one token per word, <s> before a text."""
 
 import json
+import random
 from pathlib import Path
 
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -25,3 +26,12 @@ def write_lines(file: Path, *records: object) -> Path:
 
 def read_lines(file: Path) -> list:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+# the words of texts that a tokenizer of real texts reads as a word each
+COMMON = ["the", "of", "and", "a", "to", "in", "he", "was", "his", "that", "it", "with", "as", "had", "for", "on"]
+
+
+def text_of(draw: random.Random, words: int) -> str:
+    """Lines of twenty common words."""
+    return "\n".join(" ".join(draw.choices(COMMON, k=20)) for _ in range(words // 20))

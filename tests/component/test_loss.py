@@ -6,14 +6,30 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import CohereConfig, Gemma2Config, GraniteConfig, TrainingArguments
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    TrainingArguments,
+)
 
+from component.adapter import add_adapter
 from component.data import IGNORE_INDEX
 from component.distributed.strategy import Strategy
-from component.loss import ChunkedLoss, next_token_loss, use_chunked_loss
+from component.loss import ChunkedLoss, next_token_loss, next_token_losses, use_chunked_loss
 from component.train.trainer import LongQLoRATrainer
 from tests.reference.plain_path import (
     SIZES,
+    TOKENS,
     assert_same,
     random_batch,
     tiny_base,
@@ -274,3 +290,88 @@ def test_embeddings_as_inputs():
     embedded = model.get_input_embeddings()(batch.pop("input_ids")).detach()
     inputs = {**batch, "inputs_embeds": embedded}
     assert_same(train_pass(lean, inputs), train_pass(model, inputs))
+
+
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.2,
+}
+
+
+def full_logits_losses(model, ids: torch.Tensor) -> torch.Tensor:
+    """(B, T - 1) from the logits of whole windows, as every tutorial does it."""
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False).logits
+    return F.cross_entropy(logits[:, :-1].transpose(1, 2).float(), ids[:, 1:], reduction="none")
+
+
+def adapted(model):
+    """With LoRA, and trained copies of embeddings and norms, that change the output."""
+    model = add_adapter(model, rank=4, alpha=8, dropout=0.0, train_embedding=True, train_norm=True).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+class TestNextTokenLosses:
+    @pytest.mark.parametrize("chunk", [1, 3, 22, 23, 24, 1024])
+    def test_equal_full_logits_for_any_chunk(self, chunk, tiny_llama):
+        ids = torch.randint(0, 384, (2, 24))
+        losses = next_token_losses(tiny_llama, ids, chunk)
+        assert losses.shape == (2, 23)
+        assert losses.dtype == torch.float32
+        torch.testing.assert_close(losses, full_logits_losses(tiny_llama, ids))
+
+    @pytest.mark.parametrize("chunk", [5, 1024])
+    def test_equal_full_logits_through_an_adapter(self, chunk, tiny_llama):
+        ids = torch.randint(0, 384, (2, 24))
+        plain = full_logits_losses(tiny_llama, ids)
+        model = adapted(tiny_llama)
+        expected = full_logits_losses(model, ids)
+        assert not torch.allclose(expected, plain, atol=1e-2), "the adapter changes the output"
+        torch.testing.assert_close(next_token_losses(model, ids, chunk), expected)
+
+    @pytest.mark.parametrize(
+        ("build", "own"),
+        [
+            (LlamaForCausalLM, LlamaConfig(**SMALL, tie_word_embeddings=True)),
+            (MistralForCausalLM, MistralConfig(**SMALL, sliding_window=8)),
+            (Qwen3ForCausalLM, Qwen3Config(**SMALL, head_dim=8)),
+            (GraniteForCausalLM, GraniteConfig(**SMALL, logits_scaling=8.0)),
+            (CohereForCausalLM, CohereConfig(**SMALL, logit_scale=0.1)),
+            (Gemma2ForCausalLM, Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=1.0)),
+        ],
+        ids=["tied llama", "mistral with a sliding window", "qwen3", "granite", "cohere", "gemma2"],
+    )
+    def test_equal_full_logits_for_the_family(self, build, own):
+        model = build(own).eval()
+        ids = torch.randint(0, 64, (2, 24))
+        torch.testing.assert_close(next_token_losses(model, ids, 7), full_logits_losses(model, ids))
+
+    def test_half_precision_sums_in_fp32(self, tiny_llama):
+        ids = torch.randint(0, 384, (1, 24))
+        model = tiny_llama.to(torch.bfloat16)
+        assert next_token_losses(model, ids).dtype == torch.float32
+
+
+def test_losses_of_padded_rows():
+    model = tiny_model(s2=False).eval()
+    ids = random_batch(2)["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[1, 30:] = 0
+    with torch.no_grad():
+        logits = [model(input_ids=ids[:1]).logits, model(input_ids=ids[1:, :30]).logits]
+    found = next_token_losses(model, ids, chunk=13, attention_mask=mask)
+    assert found.shape == (2, TOKENS - 1)
+    assert found.dtype == torch.float32
+    assert float(found.mean()) > 0.5 * math.log(SIZES["vocab_size"])
+    for row, (own, length) in enumerate(zip(logits, (TOKENS, 30), strict=True)):
+        expected = F.cross_entropy(own[0, :-1], ids[row, 1:length], reduction="none")
+        torch.testing.assert_close(found[row, : length - 1], expected, rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""How base weights and tokenizer are loaded, and how far a model is stretched when nobody says so."""
+"""How a base is loaded: its config, its weights, in 4 bits or not; and what is refused."""
 
 import copy
 import json
@@ -12,21 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     BitsAndBytesConfig,
     GPT2Config,
-    PreTrainedTokenizerFast,
 )
 
-from component.adapter import add_adapter
-from component.checkpoint import write_adapter, write_record
 from component.error import UserError
-from component.loading import extended_config_of, load_for_inference
 from component.model import compute_dtype, load_base, load_config
-from component.rope import extend_context
-from component.tokenizer import any_pad_id, load_tokenizer
+from component.tokenizer import load_tokenizer
 from tests.conftest import build_llama
 
 CPU = torch.device("cpu")
@@ -53,26 +46,6 @@ def change_config(folder: Path, **changes) -> Path:
     config.update(changes)
     (folder / "config.json").write_text(json.dumps(config))
     return folder
-
-
-@pytest.fixture
-def adapter_folder(base_folder, tokenizer, tmp_path):
-    """adapter_folder(target) -> (our adapter folder for a base stretched to `target` tokens, its model)."""
-
-    def make(target: int = 128, base: Path = base_folder, rope_type: str = "linear"):
-        config = load_config(str(base))
-        factor = extend_context(config, target, rope_type)
-        model = load_base(str(base), config, dtype=torch.float32, load_in_4bit=False, device=CPU)
-        model = add_adapter(model, rank=4, alpha=16, dropout=0.0, train_norm=True)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data += 0.1 * torch.randn_like(parameter)
-        folder = tmp_path / f"adapter-{target}-{rope_type}"
-        write_adapter(folder, model, tokenizer, config)
-        write_record(folder, {"base_model": str(base), "rope_type": rope_type, "rope_factor": factor, "steps": 1})
-        return folder, model.eval()
-
-    return make
 
 
 # ---- config and tokenizer
@@ -109,40 +82,6 @@ def test_no_code_of_a_model_folder_runs(own_base):
     change_config(own_base, model_type="evil")
     with pytest.raises(UserError, match="model_name_or_path"):
         load_config(str(own_base))
-
-
-def test_tokenizer_keeps_its_vocabulary(base_folder):
-    ours, stock = load_tokenizer(str(base_folder), 8192), AutoTokenizer.from_pretrained(base_folder)
-    assert ours.get_vocab() == stock.get_vocab()
-    assert ours.pad_token_id is None
-    assert ours.padding_side == "right"
-    assert ours.model_max_length == 8192
-    assert any_pad_id(ours) == ours.eos_token_id
-    ours.pad_token = "the"
-    assert any_pad_id(ours) == ours.convert_tokens_to_ids("the")
-
-
-def test_a_tokenizer_without_an_end(own_base, trained_bpe):
-    PreTrainedTokenizerFast(tokenizer_object=trained_bpe, bos_token="<s>").save_pretrained(own_base)
-    with pytest.raises(UserError, match="end-of-sequence"):
-        load_tokenizer(str(own_base))
-
-
-@pytest.mark.parametrize("damage", ["cut", "noise", "gone"])
-def test_a_tokenizer_that_is_none(own_base, damage):
-    file = own_base / "tokenizer.json"
-    if damage == "cut":
-        os.truncate(file, 1000)
-    elif damage == "noise":
-        file.write_text("{}")
-    else:
-        file.unlink()
-        (own_base / "tokenizer_config.json").unlink()
-    with pytest.raises(UserError, match="model_name_or_path") as error:
-        load_tokenizer(str(own_base))
-    assert str(own_base) in str(error.value)
-    with pytest.raises(UserError, match=r"^--tokenizer: "):
-        load_tokenizer(str(own_base), field="--tokenizer")
 
 
 # ---- weights
@@ -255,97 +194,3 @@ def test_compute_dtype():
     assert compute_dtype(fp16=True, bf16=False) == torch.float16
     assert compute_dtype(fp16=False, bf16=True) == torch.bfloat16
     assert compute_dtype(fp16=False, bf16=False) == torch.float32
-
-
-# ---- how far it is stretched
-
-
-@pytest.mark.parametrize("size", [None, 0, -1, 1, 64])
-def test_a_base_is_left_alone_without_a_larger_context(base_folder, size):
-    stock = AutoConfig.from_pretrained(base_folder)
-    assert extended_config_of(str(base_folder), size).to_dict() == stock.to_dict()
-
-
-@pytest.mark.parametrize(("size", "factor"), [(65, 2.0), (128, 2.0), (129, 3.0), (640, 10.0)])
-def test_a_base_is_stretched_as_training_would(base_folder, size, factor):
-    config = extended_config_of(str(base_folder), size)
-    assert config.rope_parameters == {"rope_type": "linear", "factor": factor, "rope_theta": 10000.0}
-    assert config.max_position_embeddings == 64
-
-
-@pytest.mark.parametrize("rope_type", ["linear", "dynamic", "yarn"])
-def test_an_extended_model_says_how_far(base_folder, tmp_path, rope_type):
-    config = load_config(str(base_folder))
-    extend_context(config, 256, rope_type)
-    config.save_pretrained(tmp_path)
-    for size in (None, -1, 256, 250, 193):
-        found = extended_config_of(str(tmp_path), size)
-        assert found.rope_parameters["rope_type"] == rope_type
-        assert found.rope_parameters["factor"] == 4.0
-    with pytest.raises(UserError, match=r"context_size: 257.*factor 5.*256 tokens.*factor 4"):
-        extended_config_of(str(tmp_path), 257)
-    with pytest.raises(UserError, match=r"context_size: 100.*factor 2.*256 tokens.*factor 4"):
-        extended_config_of(str(tmp_path), 100)
-
-
-@pytest.mark.parametrize("target", [64, 128])
-def test_our_adapter_is_not_stretched_otherwise(adapter_folder, base_folder, target):
-    """Not even one that was trained on an unstretched base."""
-    folder, _ = adapter_folder(target)
-    for size in (None, target, target - 10):
-        model, _ = load_for_inference(None, str(folder), context_size=size, device=CPU)
-        assert model.config.rope_parameters.get("factor", 1.0) == target / 64
-    for base in (None, str(base_folder)):
-        with pytest.raises(UserError, match=f"context_size: {target + 1}"):
-            load_for_inference(base, str(folder), context_size=target + 1, device=CPU)
-
-
-# ---- a model to be used
-
-
-def test_adapter_knows_its_base_and_its_context(adapter_folder, ids):
-    folder, trained = adapter_folder(128)
-    model, tokenizer = load_for_inference(None, str(folder), device=CPU)
-    assert not model.training
-    assert_close(logits(model, ids), logits(trained, ids), atol=1e-5, rtol=1e-5)
-    assert tokenizer.eos_token == "</s>"
-
-
-def test_another_base_may_be_named(adapter_folder, own_base, ids):
-    """The base has moved since; the context is still the adapter's."""
-    folder, trained = adapter_folder(128)
-    record = json.loads((folder / "longqlora.json").read_text())
-    (folder / "longqlora.json").write_text(json.dumps({**record, "base_model": "/gone"}))
-    with pytest.raises(UserError, match="/gone"):
-        load_for_inference(None, str(folder), device=CPU)
-    model, _ = load_for_inference(str(own_base), str(folder), device=CPU)
-    assert_close(logits(model, ids), logits(trained, ids), atol=1e-5, rtol=1e-5)
-
-
-def test_another_projects_adapter_needs_its_base_and_context(adapter_folder, base_folder, ids):
-    folder, trained = adapter_folder(128)
-    for name in ("longqlora.json", "config.json", "tokenizer.json", "tokenizer_config.json"):
-        (folder / name).unlink()
-    with pytest.raises(UserError, match=r"model_name_or_path: missing.*which base model"):
-        load_for_inference(None, str(folder), device=CPU)
-    model, _ = load_for_inference(str(base_folder), str(folder), context_size=128, device=CPU)
-    assert_close(logits(model, ids), logits(trained, ids), atol=1e-5, rtol=1e-5)
-    unstretched, _ = load_for_inference(str(base_folder), str(folder), device=CPU)
-    assert (logits(unstretched, ids) - logits(trained, ids)).abs().mean() > 1e-2
-
-
-def test_an_adapter_cut_off_while_saving_is_refused(adapter_folder):
-    folder, _ = adapter_folder(128)
-    os.truncate(folder / "adapter_model.safetensors", 3000)
-    with pytest.raises(UserError, match=r"adapter_model\.safetensors is 3000 bytes"):
-        load_for_inference(None, str(folder), device=CPU)
-
-
-def test_a_plain_model(base_folder, ids):
-    model, _ = load_for_inference(str(base_folder), device=CPU)
-    stock = AutoModelForCausalLM.from_pretrained(base_folder).eval()
-    assert_close(logits(model, ids), logits(stock, ids), atol=0, rtol=0)
-    assert model.config._attn_implementation == "sdpa"
-    in_4bit, _ = load_for_inference(str(base_folder), load_in_4bit=True, device=CPU)
-    assert any(isinstance(layer, bitsandbytes.nn.Linear4bit) for layer in in_4bit.modules())
-    assert logits(in_4bit, ids).isfinite().all()

@@ -32,8 +32,8 @@ from component.loading import load_model
 from component.merge import write as merging
 from component.model import load_base, load_config
 from component.rope import extend_context
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 FILES = {
     "config.json",
     "generation_config.json",

@@ -1,0 +1,185 @@
+"""Which kernels run, each of them against the plain loop; most need a GPU.
+
+Shapes: B batch, T tokens, H query heads, Hkv key/value heads, D head size, g group size in tokens.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.testing import assert_close
+
+from component.attention import kernel
+from component.attention.kernel import describe_kernels
+from component.attention.segment import SavedAttention
+from component.attention.shift_short import shift_short_attention
+from tests.reference.attention import HEADS, D, assert_equals_loop, positions, random_inputs, with_gradients
+from tests.reference.shift_short import shift_short_loop
+
+PATHS = pytest.mark.parametrize("position_ids", [None, positions([5, 18], [23])], ids=["whole", "packed"])
+
+
+@PATHS
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (9, 3), (4, 1), (6, 1)])
+def test_kernels_without_grouped_heads_give_the_same(monkeypatch, heads, kv_heads, position_ids):
+    inputs, calls = random_inputs(2, heads, kv_heads, 23), []
+    forward = kernel._forward
+
+    def knows_none(name, query, key, value, scale):
+        assert query.shape[1] == key.shape[1]
+        calls.append(key.untyped_storage().data_ptr())
+        return forward(name, query, key, value, scale)
+
+    monkeypatch.setattr(kernel, "GROUPED", set())
+    monkeypatch.setattr(kernel, "_forward", knows_none)
+    assert_equals_loop(inputs, 6, position_ids)
+    assert set(calls) == {inputs[1].untyped_storage().data_ptr()}  # the keys themselves, not a copy
+
+
+def test_kernels_are_described():
+    assert describe_kernels(torch.device("cpu"), torch.float32) == "SDPA: CPU flash, math"
+    with sdpa_kernel(SDPBackend.MATH):
+        assert describe_kernels(torch.device("cpu"), torch.float32) == "SDPA: math"
+
+
+def test_layout_of_another_tensor():
+    like = torch.randn(2, 6, 5, 8).transpose(1, 2)[:, :3]
+    tensor = torch.randn(2, 3, 6, 8)
+    moved = kernel._laid_out_like(like, tensor)
+    assert moved.stride() == like.stride()
+    assert torch.equal(moved, tensor)
+    assert kernel._laid_out_like(like, moved) is moved
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float16, 1e-2), (torch.bfloat16, 5e-2)]
+)
+@pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
+@pytest.mark.parametrize("rows", [None, [[70, 1, 130], [201]]], ids=["whole", "packed"])
+def test_kernels_of_every_precision_equal_loop(device, heads, kv_heads, dtype, tolerance, rows):
+    inputs = [tensor.detach().to(device, dtype) for tensor in random_inputs(2, heads, kv_heads, 201)]
+    position_ids = positions(*rows).to(device) if rows else None
+    weight = torch.randn(2, 201, heads, D, device=device).to(dtype)
+    ours = with_gradients(shift_short_attention, inputs, 64, position_ids, weight=weight)
+    loop = with_gradients(shift_short_loop, [t.double() for t in inputs], 64, position_ids, weight=weight.double())
+    for mine, theirs in zip(ours, loop, strict=True):
+        assert mine.dtype == dtype
+        assert_close(mine.double(), theirs, atol=tolerance, rtol=tolerance)
+
+
+# Each of the GPU's kernels
+
+ON_GPU = {
+    kernel.CUDNN: [SDPBackend.CUDNN_ATTENTION],
+    kernel.FLASH: [SDPBackend.FLASH_ATTENTION],
+    kernel.EFFICIENT: [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],  # as on a V100
+}
+HALVES = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 1e-2), (torch.bfloat16, 5e-2)])
+
+
+def gpu_inputs(rows, heads, kv_heads, length, dtype, head_size=64) -> list[Tensor]:
+    """(B, T, H, D) memory seen as (B, H, T, D)."""
+    shapes = [(rows, length, n, head_size) for n in (heads, kv_heads, kv_heads)]
+    return [torch.randn(shape, device="cuda").to(dtype).transpose(1, 2) for shape in shapes]
+
+
+def assert_equals_loop_on_gpu(inputs, group_size, tolerance, position_ids=None, **kwargs) -> None:
+    heads, length, head_size = inputs[0].shape[1:]
+    weight = torch.randn(len(inputs[0]), length, heads, head_size, device="cuda").to(inputs[0].dtype)
+    options = {"position_ids": position_ids, "weight": weight}
+    ours = with_gradients(shift_short_attention, inputs, group_size, **options, **kwargs)
+    options["weight"] = weight.double()
+    loop = with_gradients(shift_short_loop, [tensor.double() for tensor in inputs], group_size, **options)
+    for name, mine, theirs in zip(("output", "query", "key", "value"), ours, loop, strict=True):
+        assert mine.dtype == inputs[0].dtype
+        message = lambda text, name=name: f"{name}: {text}"  # noqa: E731
+        assert_close(mine.double(), theirs, atol=tolerance, rtol=tolerance, msg=message)
+
+
+@pytest.fixture
+def kernels_run(monkeypatch) -> set:
+    names: set = set()
+    forward = kernel.causal_forward
+
+    def noted(*args, **kwargs):
+        out, saved = forward(*args, **kwargs)
+        names.add(saved.kernel)
+        return out, saved
+
+    monkeypatch.setattr(kernel, "causal_forward", noted)
+    return names
+
+
+@pytest.mark.gpu
+@HALVES
+@pytest.mark.parametrize("name", ON_GPU)
+@pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
+@pytest.mark.parametrize(
+    ("length", "rows"), [(512, None), (448, None), (451, None), (60, None), (448, [[200, 248], [448]])]
+)
+def test_each_gpu_kernel_equals_loop(kernels_run, name, heads, kv_heads, dtype, tolerance, length, rows):
+    inputs = gpu_inputs(2, heads, kv_heads, length, dtype)
+    position_ids = positions(*rows).cuda() if rows else None
+    with sdpa_kernel(ON_GPU[name]):
+        assert_equals_loop_on_gpu(inputs, 128, tolerance, position_ids)
+        contiguous = [tensor.contiguous() for tensor in inputs]  # other strides of the same shapes, right after
+        assert_equals_loop_on_gpu(contiguous, 128, tolerance, position_ids)
+    assert kernels_run == {name}
+
+
+@pytest.mark.gpu
+@HALVES
+@pytest.mark.parametrize("head_size", [32, 80, 96, 128])
+@pytest.mark.parametrize("name", ON_GPU)
+def test_each_gpu_kernel_at_other_head_sizes(kernels_run, name, dtype, tolerance, head_size):
+    with sdpa_kernel(ON_GPU[name]):
+        assert_equals_loop_on_gpu(gpu_inputs(1, 8, 4, 384, dtype, head_size), 256, tolerance)
+    assert kernels_run == {name}
+
+
+@pytest.mark.gpu
+@HALVES
+@pytest.mark.parametrize("length", [512, 451, 1])
+def test_gpu_kernels_of_pytorchs_choice(kernels_run, dtype, tolerance, length):
+    assert_equals_loop_on_gpu(gpu_inputs(2, 8, 2, length, dtype), 256, tolerance)
+    assert kernels_run
+    assert all(name in describe_kernels(torch.device("cuda"), dtype) for name in kernels_run)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ON_GPU)
+def test_layers_of_other_widths_do_not_share_a_layout(name):
+    """Halves of equal shape and strides, out of models with other numbers of heads."""
+    with sdpa_kernel(ON_GPU[name]):
+        for _ in range(2):
+            for heads, kv_heads in ((4, 2), (6, 3), (4, 4)):
+                inputs = [tensor.contiguous() for tensor in gpu_inputs(1, heads, kv_heads, 512, torch.bfloat16)]
+                assert_equals_loop_on_gpu(inputs, 256, 5e-2)
+
+
+@pytest.mark.gpu
+@HALVES
+@pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
+def test_gpu_kernel_of_varied_lengths_equals_loop(kernels_run, heads, kv_heads, dtype, tolerance):
+    lengths = [70, 1, 130, 5, 33, 64, 20, 3, 9, 66, 50]
+    inputs = gpu_inputs(2, heads, kv_heads, sum(lengths), dtype)
+    assert_equals_loop_on_gpu(inputs, 64, tolerance, positions(lengths, lengths[::-1]).cuda())
+    assert kernels_run == {kernel.VARLEN}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ON_GPU)
+@pytest.mark.parametrize("rows", [None, [[9] * 50]])
+def test_gpu_memo_survives_the_host(kernel_calls, name, rows):
+    inputs, memo = gpu_inputs(1, 8, 2, 450, torch.bfloat16), SavedAttention()
+    position_ids = positions(*rows).cuda() if rows else None
+    with sdpa_kernel(ON_GPU[name]):
+        with torch.no_grad():
+            first = shift_short_attention(*inputs, 64, position_ids, saved_attention=memo)
+        memo.out = memo.out.cpu()
+        kernel_calls.clear()
+        memo.out = memo.out.cuda()
+        assert_equals_loop_on_gpu(inputs, 64, 5e-2, position_ids, saved_attention=memo)
+        assert torch.equal(shift_short_attention(*inputs, 64, position_ids, saved_attention=memo), first)
+    assert not kernel_calls

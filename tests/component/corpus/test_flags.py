@@ -1,0 +1,71 @@
+"""What the programs that build data share: their flags, what is refused together, and the names of their files."""
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+
+from component.corpus.flags import add_common_flags, check_common_flags, open_output, write_statistics
+from component.corpus.length import describe_lengths
+from component.error import UserError
+
+
+def parsed(output: Path, *words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_common_flags(parser)
+    return parser.parse_args(["--tokenizer", "words", "--output", str(output), *words])
+
+
+def test_defaults_are_right(tmp_path):
+    flags = parsed(tmp_path / "out.jsonl")
+    assert (flags.tokenizer, flags.output, flags.max_bad_fraction, flags.overwrite) == (
+        "words",
+        tmp_path / "out.jsonl",
+        0.01,
+        False,
+    )
+    assert flags.num_proc >= 1
+    check_common_flags(flags)
+
+
+def test_everything_wrong_is_told_at_once(tmp_path):
+    flags = parsed(tmp_path, "--num_proc", "0", "--max_bad_fraction", "1.5")
+    flags.most, flags.few, flags.none = 0, 1, None
+    with pytest.raises(UserError) as error:
+        check_common_flags(flags, "most", "few", "none", problems=["--more: wrong"])
+    assert str(error.value).split("\n  ") == [
+        "--num_proc: 0; use at least 1",
+        "--most: 0; use at least 1",
+        "--max_bad_fraction: 1.5; use 0 (none) to 1",
+        f"--output: {tmp_path} is a folder; name a file",
+        "--more: wrong",
+    ]
+    with pytest.raises(UserError, match=r"^--max_bad_fraction: -0\.1; use 0 \(none\) to 1$"):
+        check_common_flags(parsed(tmp_path / "a", "--max_bad_fraction", "-0.1"))
+
+
+def test_the_folder_of_an_output_is_made(tmp_path):
+    open_output(parsed(tmp_path / "new" / "out.jsonl"), [tmp_path / "in.jsonl"])
+    assert (tmp_path / "new").is_dir()
+
+
+def test_a_source_is_never_the_output(tmp_path):
+    with pytest.raises(UserError, match=r"--output: .*in\.jsonl is one of the files that are read"):
+        open_output(parsed(tmp_path / "x" / ".." / "in.jsonl", "--overwrite"), [tmp_path / "in.jsonl"])
+
+
+def test_an_existing_output_needs_a_word(tmp_path):
+    (tmp_path / "out.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"--output: .*out\.jsonl exists; .* --overwrite"):
+        open_output(parsed(tmp_path / "out.jsonl"), [])
+    open_output(parsed(tmp_path / "out.jsonl", "--overwrite"), [])
+
+
+@pytest.mark.parametrize(("name", "side"), [("b.c.jsonl", "b.c"), ("b", "b")])
+def test_what_stands_beside_a_corpus(tmp_path, name, side):
+    stats = {"lengths": describe_lengths([3, 5])}
+    told = write_statistics(tmp_path / name, stats, {"": stats["lengths"]}, "texts")
+    assert told == f"{name}: 2 texts, 8 tokens -> {tmp_path / name}"
+    assert {file.name for file in tmp_path.iterdir()} == {f"{side}.stats.json", f"{side}.png"}
+    assert json.loads((tmp_path / f"{side}.stats.json").read_text()) == stats

@@ -1,0 +1,36 @@
+"""Which share of the work is this process's? Several processes are in tests/script/evaluate/test_evaluate.py."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from component.distributed.world import gathered, is_first_process, joined_processes, own_share, process_count
+from component.error import UserError
+
+
+def test_one_process_does_everything(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with joined_processes():
+        assert not dist.is_initialized()
+        assert (process_count(), is_first_process()) == (1, True)
+        assert own_share([1, 2, 3]) == gathered([1, 2, 3]) == [1, 2, 3]
+
+
+def test_pieces_are_dealt_out_in_turn(monkeypatch):
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 3)
+    shares = []
+    for rank in range(3):
+        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+        shares.append(own_share(list(range(8))))
+        assert is_first_process() == (rank == 0)
+    assert shares == [[0, 3, 6], [1, 4, 7], [2, 5]]
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(UserError, match=r"--nproc_per_node: more processes than this machine's 2 GPUs"):
+        joined_processes().__enter__()

@@ -1,0 +1,136 @@
+"""How do several people chat with one model? One answer at a time, streamed, and stopped when asked."""
+
+import itertools
+import threading
+import time
+
+import pytest
+import torch
+
+from component.data.chat_template import encode_chat
+from component.error import UserError
+from component.inference.engine import Engine
+from component.inference.flags import generation_parser
+from component.rope import extend_context
+from tests.conftest import build_llama
+from tests.reference.greedy import stock
+
+GREEDY = {"do_sample": False, "max_new_tokens": 12}
+
+
+@pytest.fixture
+def engine(tiny_llama_config, tokenizer) -> Engine:
+    extend_context(tiny_llama_config, 512)
+    return Engine(build_llama(tiny_llama_config).eval(), tokenizer, generation_parser("").parse_args([]))
+
+
+def never() -> bool:
+    return False
+
+
+def test_an_answer_grows_and_is_kept(engine, tokenizer):
+    conversation = engine.conversation()
+    texts = [answer.text for answer in engine.answer(conversation, "One?", GREEDY, never)]
+    ids = stock(engine.model, encode_chat(tokenizer, [("One?", None)])[0], max_new_tokens=12)
+    assert texts[0] == ""
+    assert texts[-1] == tokenizer.decode(ids, skip_special_tokens=True)
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts))
+    assert conversation.turns == [("One?", texts[-1])]
+
+
+def test_the_second_turn_knows_the_first(engine, tokenizer):
+    conversation = engine.conversation()
+    list(engine.answer(conversation, "One?", GREEDY, never))
+    expected = stock(engine.model, conversation.prompt_ids("Two?"), max_new_tokens=12)
+    *_, last = engine.answer(conversation, "Two?", GREEDY, never)
+    assert last.text == tokenizer.decode(expected, skip_special_tokens=True)
+
+
+def test_stopped(engine):
+    stop, conversation = threading.Event(), engine.conversation()
+    for answer in engine.answer(conversation, "One?", {"do_sample": False, "max_new_tokens": 200}, stop.is_set):
+        if answer.text:
+            stop.set()
+    assert len(engine.tokenizer.tokenize(answer.text)) < 150
+    assert conversation.turns == [("One?", answer.text)], "what has been said is part of the conversation"
+
+
+def test_two_at_a_time_take_turns(engine):
+    """Interleaved, each gets the answer that it would have got alone."""
+    varied = {**GREEDY, "repetition_penalty": 1.5}
+    alone = [list(engine.answer(engine.conversation(), text, varied, never))[-1].text for text in ("One?", "The dog")]
+    both = [engine.answer(engine.conversation(), text, varied, never) for text in ("One?", "The dog")]
+    last = [None, None]
+    running = {0, 1}
+    while running:
+        for at in list(running):
+            step = next(both[at], None)
+            if step is None:
+                running.discard(at)
+            else:
+                last[at] = step.text
+    assert last == alone
+    assert alone[0] != alone[1]
+
+
+def test_only_one_generates_at_a_time(engine, monkeypatch):
+    inside, most = [], []
+
+    def slowly(*_, **__):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.1)
+        inside.pop()
+
+    monkeypatch.setattr("component.inference.engine.generate", slowly)
+    askers = [
+        threading.Thread(target=lambda: list(engine.answer(engine.conversation(), "One?", GREEDY, never)))
+        for _ in range(3)
+    ]
+    for asker in askers:
+        asker.start()
+    for asker in askers:
+        asker.join()
+    assert most == [1, 1, 1]
+
+
+def test_whoever_leaves_stops_the_work(engine, monkeypatch):
+    calls, forward = [], engine.model.forward
+
+    def counted(**kwargs):
+        calls.append(1)
+        time.sleep(0.005)
+        return forward(**kwargs)
+
+    monkeypatch.setattr(engine.model, "forward", counted)
+    answers = engine.answer(engine.conversation(), "One?", {"do_sample": False, "max_new_tokens": 300}, never)
+    next(answers)
+    next(answers)
+    answers.close()
+    with engine.turn:  # free for the next
+        assert len(calls) < 100
+
+
+def test_what_is_cut_is_said(engine):
+    conversation = engine.conversation()
+    conversation.documents.append("dog " * 1000)
+    with pytest.raises(UserError, match=r"the prompt has \d{4} tokens, the model's context 512"):
+        list(engine.answer(conversation, "One?", GREEDY, never))
+    *_, last = engine.answer(conversation, "One?", {**GREEDY, "truncate": "middle"}, never)
+    assert last.notice.endswith("tokens were cut (middle)")
+
+
+def test_settings_that_make_no_sense(engine):
+    with pytest.raises(UserError, match="--temperature: 0; use"):
+        list(engine.answer(engine.conversation(), "One?", {"temperature": 0}, never))
+
+
+def test_a_failure_reaches_the_asker_and_nothing_stays_locked(engine, monkeypatch):
+    def fail(**_):
+        raise torch.OutOfMemoryError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.model, "forward", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            list(engine.answer(engine.conversation(), "One?", GREEDY, never))
+    assert list(engine.answer(engine.conversation(), "One?", GREEDY, never))[-1].text

@@ -1,0 +1,376 @@
+"""A model under a memory plan against Hugging Face's layers and loss with PEFT's LoRA: losses and gradients."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from transformers import CohereConfig, Gemma2Config, GemmaConfig, GraniteConfig, LlamaForCausalLM, PhiConfig
+
+from component.attention import kernel
+from component.attention.interface import use_shift_short_attention
+from component.checkpoint import write_adapter
+from component.distributed.strategy import Strategy
+from component.loss import ChunkedLoss, next_token_losses
+from component.memory import layer as layer_module
+from component.memory.apply import use_memory_plan
+from component.memory.layer import LeanLayer
+from tests.reference.plain_path import (
+    FAMILIES,
+    GROUP,
+    LAYERS,
+    SIZES,
+    TOKENS,
+    assert_same,
+    differs,
+    plan_of,
+    random_batch,
+    tiny_base,
+    tiny_config,
+    tiny_model,
+    tiny_nf4_model,
+    train_pass,
+    under_plan,
+    with_lora,
+)
+
+ALL = {
+    "keep_layers": 1,
+    "keep_attention_layers": 1,
+    "keep_attention_output": True,
+    "offload_activations": True,
+    "mlp_tile_tokens": 7,
+    "loss_chunk_tokens": 11,
+    "fetch_ahead": False,
+}
+PLANS = {
+    "nothing": {},
+    "everything": {"keep_layers": LAYERS},
+    "attention": {"keep_attention_layers": LAYERS},
+    "more than there are": {"keep_layers": 99, "keep_attention_layers": 99},
+    "nothing, everything": {"keep_layers": 1},
+    "nothing, attention": {"keep_attention_layers": 2},
+    "attention, everything": {"keep_layers": 1, "keep_attention_layers": 2},
+    "output": {"keep_attention_output": True},
+    "output on the host": {"keep_attention_output": True, "offload_activations": True},
+    "host": {"offload_activations": True},
+    "host, not ahead": {"offload_activations": True, "fetch_ahead": False},
+    "tiles of 7": {"mlp_tile_tokens": 7},
+    "tiles of 17, attention": {"mlp_tile_tokens": 17, "keep_attention_layers": LAYERS},
+    "tiles of 17, everything": {"mlp_tile_tokens": 17, "keep_layers": LAYERS},
+    "tiles of 1": {"mlp_tile_tokens": 1},
+    "tiles larger than all": {"mlp_tile_tokens": 1000},
+    "chunks of 11": {"loss_chunk_tokens": 11},
+    "chunks of 1": {"loss_chunk_tokens": 1},
+    "all levers": ALL,
+    "all levers, ahead": {**ALL, "keep_layers": 0, "keep_attention_layers": 1, "fetch_ahead": True},
+}
+FEW = [PLANS["output on the host"], PLANS["attention, everything"], ALL]
+
+
+def compare(model: PeftModel, *batches: dict, plans: list[dict] = FEW) -> list[PeftModel]:
+    """The plain model and copies under plans: same losses, same gradients; returns the copies."""
+    plain = train_pass(model, *batches)
+    copies = [under_plan(model, **memory_options) for memory_options in plans]
+    for lean in copies:
+        assert_same(train_pass(lean, *batches), plain)
+    return copies
+
+
+@pytest.mark.parametrize("memory_options", PLANS.values(), ids=PLANS)
+def test_each_lever_and_mixtures(memory_options):
+    compare(tiny_model(), random_batch(2), plans=[memory_options])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_full_attention_is_that_of_transformers(family, monkeypatch):
+    """By our kernels, whose output a layer that is computed again can keep."""
+    plain, config = tiny_model(family, s2=False), tiny_config(family, s2=False)
+    use_shift_short_attention(config, None)
+    ours, calls = with_lora(tiny_base(config)), []
+    expected = train_pass(plain, random_batch(2))
+    forward = kernel.causal_forward
+    monkeypatch.setattr(kernel, "causal_forward", lambda *args, **how: calls.append(1) or forward(*args, **how))
+    counts = []
+    for memory_options in ({}, *FEW):
+        calls.clear()
+        assert_same(train_pass(under_plan(ours, **memory_options), random_batch(2)), expected)
+        counts.append(len(calls))
+    assert counts[0] == 2 * counts[1] > 0
+    assert counts[1:] == [counts[1]] * len(FEW)
+
+
+def test_the_levels_are_really_those(monkeypatch):
+    """Else the other tests here would compare the plain path with itself."""
+    calls = []
+    for name in ("_RecomputedLayer", "_MLP"):
+        function = getattr(layer_module, name)
+        apply = function.apply
+        monkeypatch.setattr(function, "apply", lambda *args, n=name, f=apply: calls.append((n, args[3])) or f(*args))
+    lean = under_plan(tiny_model(), **ALL)
+    assert [layer.level for layer in lean.modules() if isinstance(layer, LeanLayer)] == [
+        "nothing", "attention", "everything",
+    ]  # fmt: skip
+    train_pass(lean, random_batch())
+    assert calls == [("_RecomputedLayer", 7), ("_MLP", False), ("_MLP", True)]
+    stack = lean.get_base_model().model.layers[0].stack
+    hidden, query = TOKENS * 64 * 4, TOKENS * 4 * 16 * 4  # bytes; each part starts at a multiple of 256
+    assert stack.nbytes == sum(-(-size // 256) * 256 for size in (hidden, query))
+    assert differs(train_pass(lean, random_batch(seed=9)), train_pass(lean, random_batch()))
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+def test_families(family):
+    model = tiny_model(family)
+    biases = {"mistral": 0, "qwen2": 3, "qwen3": 0}[family]
+    assert sum(name.endswith("bias") for name, _ in model.named_parameters()) == biases * LAYERS
+    compare(model, random_batch(2))
+
+
+def test_biases_everywhere():
+    compare(tiny_model(changes={"mlp_bias": True, "attention_bias": True}), random_batch())
+
+
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_head_counts(kv_heads):
+    compare(tiny_model(changes={"num_key_value_heads": kv_heads}), random_batch())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_nf4_base(family, tmp_path):
+    model = tiny_nf4_model(tmp_path, family)
+    compare(model, random_batch(2))
+    assert differs(train_pass(model, random_batch(2)), train_pass(tiny_model(family), random_batch(2)))
+
+
+@pytest.mark.parametrize(
+    "names",
+    ["q_proj v_proj", "gate_proj up_proj down_proj", "down_proj", "o_proj up_proj", "q_proj lm_head", "1.mlp.up_proj"],
+)
+def test_subsets_of_targets(names):
+    """Of them lm_head, whose logits are then no plain linear layer, and one in a middle layer alone."""
+    model = tiny_model(target_names=names.split())
+    for lean in compare(model, random_batch()):
+        assert isinstance(lean.get_base_model(), ChunkedLoss) == ("lm_head" not in names)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_trained_embeddings_and_norms(tied, family):
+    model = tiny_model(family, changes={"tie_word_embeddings": tied}, train_embedding=True, train_norm=True)
+    compare(model, random_batch(2))
+
+
+def test_norms_alone_and_frozen_tied_embeddings():
+    compare(tiny_model("qwen3", train_norm=True), random_batch())
+    compare(tiny_model(changes={"tie_word_embeddings": True}), random_batch())
+
+
+@pytest.mark.parametrize("s2", [True, False], ids=["S2", "full"])
+def test_padded_and_packed_rows(s2):
+    padded = random_batch(2)
+    padded["attention_mask"] = torch.ones(2, TOKENS, dtype=torch.long)
+    padded["attention_mask"][1, 30:], padded["labels"][1, 30:] = 0, -100
+    packed = random_batch()
+    packed["position_ids"] = torch.cat([torch.arange(20), torch.arange(TOKENS - 20)])[None]
+    model = tiny_model(s2=s2)
+    compare(model, padded)
+    compare(model, packed)
+    packed["position_ids"] = torch.arange(TOKENS)[None]
+    assert differs(train_pass(model, packed), train_pass(model, padded))
+
+
+def test_packed_documents_do_not_see_each_other():
+    """What the first document is changes nothing in the second's loss, though recomputed."""
+    lean, losses = under_plan(tiny_model(), **ALL), []
+    for seed in (1, 2):
+        batch = random_batch()
+        batch["input_ids"][:, :20] = random_batch(seed=seed)["input_ids"][:, :20]
+        batch["labels"][:, :21] = -100
+        batch["position_ids"] = torch.cat([torch.arange(20), torch.arange(TOKENS - 20)])[None]
+        losses.append(train_pass(lean, batch)[0][0])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("s2", [True, False], ids=["S2", "full"])
+def test_accumulation(s2):
+    """Micro-batches of different lengths add up; the labels of both divide both losses."""
+    batches = [random_batch(1, 53, seed=1), random_batch(2, 31, seed=2), random_batch(1, 9, seed=5)]
+    labels = torch.tensor(sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches))
+    model = tiny_model(s2=s2)
+    compare(model, *({**batch, "num_items_in_batch": labels} for batch in batches))
+    assert differs(train_pass(model, *batches), train_pass(model, batches[0]))
+
+
+@pytest.mark.parametrize("tokens", [2, GROUP // 2, GROUP, GROUP + 1])
+def test_short_rows(tokens):
+    batch = random_batch(2, tokens)
+    batch["labels"] = batch["input_ids"].clone()
+    model = tiny_model(target_names=["v_proj", "up_proj"])  # one token seen: queries and keys get no gradient
+    compare(model, batch)
+
+
+def test_a_cache_in_training_does_no_harm():
+    """As the models' own configs want it; a recomputed layer would see each token twice."""
+    for s2 in (True, False):
+        compare(tiny_model(s2=s2, changes={"use_cache": True}), random_batch())
+
+
+def test_two_passes_forward_then_two_backward():
+    """Without the host that works; with it, it is refused: the second forward pass takes the buffers of the first."""
+    first, second = random_batch(seed=1), random_batch(seed=2)
+    lean = under_plan(tiny_model(), keep_attention_output=True).train()
+    losses = [lean(**batch).loss for batch in (first, second)]
+    for loss in losses:
+        loss.backward()
+    found = {name: p.grad.clone() for name, p in lean.named_parameters() if p.requires_grad}
+    assert_same(([0.0], found), ([0.0], train_pass(tiny_model(), first, second)[1]))
+    lean = under_plan(tiny_model(), offload_activations=True).train()
+    loss = lean(**first).loss
+    lean(**second)
+    with pytest.raises(AssertionError, match="another order"):
+        loss.backward()
+
+
+def errors(found: tuple, truth: tuple) -> list[float]:
+    return [float((found[1][name].float() - g).norm() / g.norm()) for name, g in truth[1].items()]
+
+
+BOTH = {"train_norm": True, "train_embedding": True}
+
+
+@pytest.mark.parametrize(
+    ("base", "trained"),
+    [("fp32", {}), ("bf16", {}), ("bf16", {"train_norm": True}), ("bf16", BOTH), ("nf4", {}), ("nf4", BOTH)],
+    ids=str,
+)
+def test_autocast(base, trained, tmp_path):
+    """As `python train.py` with bf16 runs it: no further from fp32 than the plain path is."""
+    dtype = torch.float32 if base == "fp32" else torch.bfloat16
+    if base == "nf4":
+        model = tiny_nf4_model(tmp_path, dtype=dtype, **trained)
+        truth = tiny_nf4_model(tmp_path, **trained)
+    else:
+        model = with_lora(tiny_base(tiny_config()).to(dtype), **trained)
+        truth = with_lora(tiny_base(tiny_config()).to(dtype).float(), **trained)
+    expected = train_pass(truth, random_batch(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = train_pass(model, random_batch(2))
+    assert any(error > 1e-3 for error in errors(plain, expected))
+    for memory_options in FEW:
+        with torch.autocast("cpu", torch.bfloat16):
+            lean = train_pass(under_plan(model, **memory_options), random_batch(2))
+        assert lean[0] == pytest.approx(expected[0], abs=2e-2)
+        assert all(gradient.dtype == torch.float32 for gradient in lean[1].values())
+        for ours, theirs in zip(errors(lean, expected), errors(plain, expected), strict=True):
+            assert ours <= 1.3 * theirs + 2e-3
+
+
+def test_a_base_in_half_precision_without_autocast():
+    """As ZeRO has it: everything is bf16, gradients too."""
+    model = tiny_model(train_norm=True, train_embedding=True).to(torch.bfloat16)
+    expected = train_pass(copy.deepcopy(model).float(), random_batch(2))
+    plain = errors(train_pass(model, random_batch(2)), expected)
+    for memory_options in FEW:
+        lean = errors(train_pass(under_plan(model, **memory_options), random_batch(2)), expected)
+        assert all(ours <= 1.3 * theirs + 2e-3 for ours, theirs in zip(lean, plain, strict=True))
+
+
+# ---- evaluating, saving
+
+
+def test_evaluation_and_generation_are_the_models_own():
+    model = tiny_model(dropout=0.3)
+    lean = under_plan(model, **ALL)
+    train_pass(lean, random_batch())
+    batch = random_batch(2)
+    with torch.no_grad():
+        ours, theirs = lean.eval()(**batch), model.eval()(**batch)
+    assert torch.equal(ours.logits, theirs.logits)
+    assert torch.equal(ours.loss, theirs.loss)
+    assert torch.equal(
+        next_token_losses(lean, batch["input_ids"], chunk=7), next_token_losses(model, batch["input_ids"], chunk=7)
+    )
+    generated = [
+        m.generate(input_ids=batch["input_ids"][:, :9], max_new_tokens=12, do_sample=False, use_cache=True)
+        for m in (lean, model)
+    ]
+    assert torch.equal(*generated)
+    assert generated[0].shape[1] > 9
+    positional = lean.get_base_model().train()(batch["input_ids"], torch.ones_like(batch["input_ids"]))
+    assert positional.loss is None  # the second argument is the mask
+    assert positional.logits.shape == theirs.logits.shape
+
+
+def test_adapter_is_saved_loaded_and_merged(tmp_path, tokenizer):
+    model = tiny_model(train_embedding=True, train_norm=True)
+    lean = under_plan(model, **ALL)
+    for trained in (model, lean):
+        optimizer = torch.optim.SGD([p for p in trained.parameters() if p.requires_grad], lr=0.1)
+        train_pass(trained, random_batch())
+        optimizer.step()
+    assert [name for name, _ in lean.named_parameters()] == [name for name, _ in model.named_parameters()]
+    assert lean.state_dict().keys() == model.state_dict().keys()
+    folders = tmp_path / "ours", tmp_path / "theirs"
+    for folder, trained in zip(folders, (lean, model), strict=True):
+        write_adapter(folder, trained, tokenizer, tiny_config(s2=False))
+    ids = random_batch(2)["input_ids"]
+    logits = []
+    for folder in folders:
+        loaded = PeftModel.from_pretrained(tiny_base(tiny_config(s2=False)), folder).eval()
+        logits.append(loaded(input_ids=ids).logits)
+    before = with_lora(tiny_base(tiny_config(s2=False)), train_embedding=True, train_norm=True).eval()
+    assert float((logits[0] - before(input_ids=ids).logits).detach().abs().max()) > 1e-2
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-4)
+    torch.testing.assert_close(lean.eval()(input_ids=ids).logits, logits[0], rtol=0, atol=1e-5)
+    merged = lean.merge_and_unload().eval()
+    torch.testing.assert_close(merged(input_ids=ids).logits, logits[0], rtol=0, atol=1e-4)
+    merged.save_pretrained(tmp_path / "merged")
+    assert LlamaForCausalLM.from_pretrained(tmp_path / "merged").config.architectures == ["LlamaForCausalLM"]
+
+
+def test_copies_of_a_model_under_a_plan():
+    """A deep copy trains alike and shares nothing, neither weights nor the stack on the host."""
+    batch = random_batch()
+    lean = under_plan(tiny_model(), **ALL)
+    expected = train_pass(lean, batch)
+    other = copy.deepcopy(lean)
+    with torch.no_grad():
+        for parameter in lean.parameters():
+            parameter.zero_()
+    assert_same(train_pass(other, batch), expected)
+    stacks = [m.get_base_model().model.layers[0].stack for m in (lean, other)]
+    assert stacks[0] is not stacks[1]
+    for _ in range(3):
+        other(**batch)
+    assert len(stacks[1]._entries) == 1  # one layer of three keeps nothing
+
+
+# ---- models without a plan
+
+
+@pytest.mark.parametrize("config_class", [GemmaConfig, Gemma2Config, PhiConfig, CohereConfig, GraniteConfig])
+def test_unknown_layers_fall_back(config_class):
+    """They keep their own, and the chunked loss where their logits are plain; and they train all the same."""
+    model = with_lora(tiny_base(config_class(**{**SIZES, "pad_token_id": 0})))
+    lean = copy.deepcopy(model)
+    reason = use_memory_plan(lean, plan_of(**ALL), fused=False)
+    assert reason is not None
+    assert type(model.get_base_model()).__name__ in reason
+    assert isinstance(lean.get_base_model(), ChunkedLoss) == (config_class in (GemmaConfig, PhiConfig))
+    batch = random_batch(2)
+    assert_same(train_pass(lean, batch), train_pass(model, batch))
+    with torch.no_grad():
+        logits = model.eval()(input_ids=batch["input_ids"]).logits
+    expected = F.cross_entropy(logits[:, :-1].transpose(1, 2), batch["input_ids"][:, 1:], reduction="none")
+    torch.testing.assert_close(next_token_losses(lean.eval(), batch["input_ids"], chunk=7), expected)
+
+
+def test_partitioned_weights_fall_back():
+    model = tiny_model()
+    classes = {type(module) for module in model.modules()}
+    reason = use_memory_plan(model, plan_of(), fused=False, strategy=Strategy(zero_stage=3))
+    assert reason is not None
+    assert "ZeRO-3" in reason
+    assert {type(module) for module in model.modules()} == classes

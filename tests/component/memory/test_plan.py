@@ -1,0 +1,256 @@
+"""Which plan fits, and what is chosen: counts against numbers by hand."""
+
+import dataclasses
+import math
+
+import pytest
+
+from component.memory.plan import (
+    MEMORY_OPTIONS,
+    Estimate,
+    MemoryPlan,
+    choose_plan,
+    describe_estimate,
+    estimate,
+    minimum_memory_plan,
+    next_memory_option,
+)
+from component.memory.workload import GIB, Workload
+from tests.reference.plain_path import plan_of
+
+# LLaMA2-7B, 8192 tokens, LoRA of rank 64 on all seven linear layers
+HIDDEN, MLP, DEPTH, VOCABULARY, RANK = 4096, 11008, 32, 32000, 64
+LINEAR = 4 * HIDDEN * HIDDEN + 3 * HIDDEN * MLP  # q, k, v, o; gate, up, down: 202,375,168
+LORA = RANK * (4 * (HIDDEN + HIDDEN) + 3 * (HIDDEN + MLP))  # A and B of each: 4,997,120
+SEVEN = Workload(
+    hidden=HIDDEN,
+    mlp=MLP,
+    layers=DEPTH,
+    heads=32,
+    kv_heads=32,
+    head_size=128,
+    vocabulary=VOCABULARY,
+    weights=DEPTH * LINEAR,
+    embeddings=2 * VOCABULARY * HIDDEN,
+    rank=RANK,
+    trained=DEPTH * LORA,
+    tokens=8192,
+    group=2048,
+)
+SMALL = dataclasses.replace(
+    SEVEN, layers=6, weights=6 * LINEAR, trained=6 * LORA
+)  # few plans, as quick to choose from
+BUDGETS = [1.5, 2, 2.2, 2.5, 3, 3.5, 4, 5, 6, 8, 12, math.inf]
+FIELDS = [field.name for field in dataclasses.fields(MemoryPlan)]
+
+
+def peak(work: Workload, plan: MemoryPlan) -> float:
+    return estimate(work, plan).peak_gib
+
+
+# ---- levels
+
+
+@pytest.mark.parametrize(
+    ("everything", "attention", "expected"),
+    [
+        (0, 0, "nnnn"), (1, 0, "nnne"), (0, 1, "nnna"), (1, 2, "naae"), (4, 0, "eeee"), (0, 4, "aaaa"),
+        (9, 9, "eeee"), (0, 9, "aaaa"), (3, 9, "aeee"),
+    ],
+)  # fmt: skip
+def test_levels(everything, attention, expected):
+    """The backward pass begins with the last layer: what it keeps is gone first."""
+    words = {"n": "nothing", "a": "attention", "e": "everything"}
+    plan = plan_of(keep_layers=everything, keep_attention_layers=attention)
+    assert plan.levels(4) == [words[letter] for letter in expected]
+
+
+def test_description():
+    plan = MemoryPlan(1, 2, True, True, 2048, 1024)
+    assert plan.describe(6) == (
+        "3 layers computed again from their inputs and attention's outputs on the host, "
+        "2 layers with the MLP computed again, 1 layers kept whole; MLP in tiles of 2048 tokens, logits of 1024"
+    )
+    plan = MemoryPlan(0, 0, False, False, 0, 256)
+    assert plan.describe(6) == (
+        "6 layers computed again from their inputs on the GPU; MLP in one piece, logits of 256"
+    )
+
+
+def test_description_of_an_estimate():
+    expected = Estimate(peak_gib=20.04, host_gib=3.16, cost=1.0, moment="the loss")
+    plan = MemoryPlan(6, 0, False, False, 0, 256)
+    own = plan.describe(6)
+    assert describe_estimate(SMALL, plan, expected, math.inf) == own
+    assert describe_estimate(SMALL, plan, expected, 24.0) == (
+        f"{own}; about 20.0 of 24.0 GiB at the loss, 3.2 GiB of the host pinned"
+    )
+    too_much = describe_estimate(SMALL, plan, dataclasses.replace(expected, host_gib=0.0), 19.0)
+    assert (
+        too_much
+        == f"{own}; about 20.0 of 19.0 GiB at the loss. It will hardly fit; next: {MEMORY_OPTIONS['keep_layers']}"
+    )
+
+
+# ---- estimates
+
+
+@pytest.mark.parametrize(
+    "larger",
+    [
+        {"tokens": 16384}, {"rank": 128, "trained": 12 * LORA}, {"layers": 12, "weights": 12 * LINEAR},
+        {"embeddings": 4 * VOCABULARY * HIDDEN}, {"vocabulary": 4 * VOCABULARY}, {"in_4bit": False}, {"fused": False},
+        {"optimizer": "adamw_torch"}, {"mlp": 2 * MLP},
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize(
+    "plan",
+    [plan_of(), plan_of(keep_layers=99), plan_of(keep_attention_layers=99), minimum_memory_plan()],
+    ids=["n", "e", "a", "l"],
+)
+def test_more_work_never_takes_less(larger, plan):
+    work = dataclasses.replace(SMALL, **larger)
+    assert peak(work, plan) >= peak(SMALL, plan)
+    if not larger.keys() & {"vocabulary", "fused", "mlp", "optimizer"}:  # what may not be there at the peak
+        assert peak(work, plan) > peak(SMALL, plan)
+    assert estimate(dataclasses.replace(SMALL, tokens=16384), plan).cost > estimate(SMALL, plan).cost
+
+
+def test_each_lever_saves_memory_or_time():
+    kept, again = plan_of(keep_layers=6), plan_of()
+    attention, output = plan_of(keep_attention_layers=6), plan_of(keep_attention_output=True)
+    assert peak(SMALL, kept) > peak(SMALL, attention) > peak(SMALL, output) > peak(SMALL, again)
+    costs = [estimate(SMALL, plan).cost for plan in (kept, attention, output, again)]
+    assert costs == sorted(costs)
+    assert costs[0] < costs[1] < costs[2] < costs[3]
+    host = plan_of(offload_activations=True)
+    assert peak(SMALL, host) < peak(SMALL, again)
+    assert estimate(SMALL, host).host_gib * GIB == 6 * 8192 * HIDDEN * 2
+    assert estimate(SMALL, again).host_gib == 0
+    early, late = (
+        plan_of(offload_activations=True, fetch_ahead=ahead, loss_chunk_tokens=256) for ahead in (True, False)
+    )
+    assert peak(SMALL, late) < peak(SMALL, early)
+    assert estimate(SMALL, late).cost > estimate(SMALL, early).cost
+    whole, tiles = plan_of(loss_chunk_tokens=256), plan_of(loss_chunk_tokens=256, mlp_tile_tokens=1024)
+    assert peak(SMALL, tiles) < peak(SMALL, whole) < peak(SMALL, again)
+    assert estimate(SMALL, tiles).cost > estimate(SMALL, whole).cost > estimate(SMALL, again).cost
+
+
+def test_what_layers_keep_is_counted_by_hand():
+    """At the loss all is there that layers keep: between the plans lie the inputs of six layers."""
+    wide = dataclasses.replace(SMALL, vocabulary=50 * VOCABULARY)
+    plans = plan_of(), plan_of(offload_activations=True, fetch_ahead=False)
+    estimates = [estimate(wide, plan) for plan in plans]
+    assert {found.moment for found in estimates} == {"the loss"}
+    inputs = (6 - 1) * 8192 * HIDDEN * 2
+    assert (estimates[0].peak_gib - estimates[1].peak_gib) * GIB == pytest.approx(inputs, rel=0.03)
+    chunks = [peak(wide, plan_of(loss_chunk_tokens=tokens)) for tokens in (4096, 2048)]
+    logits = 2048 * 50 * VOCABULARY * (2 + 2 + 4 + 4)  # and their gradient, in both types
+    assert (chunks[0] - chunks[1]) * GIB == pytest.approx(logits, rel=0.03)
+
+
+# ---- what is chosen
+
+
+def test_all_is_kept_where_there_is_room():
+    plan, expected = choose_plan(SMALL)
+    assert plan.levels(6) == ["everything"] * 6
+    assert (plan.offload_activations, plan.mlp_tile_tokens) == (False, 0)
+    assert expected == estimate(SMALL, plan)
+
+
+def test_more_memory_never_costs_time():
+    chosen = [choose_plan(SMALL, budget) for budget in BUDGETS]
+    costs = [expected.cost for _, expected in chosen]
+    least = min(expected.peak_gib for _, expected in chosen)
+    assert costs == sorted(costs, reverse=True)
+    assert len(set(costs)) > 5
+    for budget, (plan, expected) in zip(BUDGETS, chosen, strict=True):
+        assert expected.peak_gib <= max(budget, least)
+        assert expected == estimate(SMALL, plan)
+
+
+def test_the_host_has_a_budget_too():
+    tight = min(budget for budget in BUDGETS if choose_plan(SMALL, budget)[1].peak_gib <= budget)
+    plan, expected = choose_plan(SMALL, tight)
+    assert plan.offload_activations
+    without, alone = choose_plan(SMALL, tight + 1, host_gib=0.0)
+    assert (without.offload_activations, alone.host_gib) == (False, 0.0)
+    assert alone.peak_gib <= tight + 1
+    plan, expected = choose_plan(SMALL, tight + 1, host_gib=0.2)
+    assert expected.host_gib <= 0.2
+
+
+def test_the_leanest_where_nothing_fits():
+    plan, expected = choose_plan(SMALL, 0.5)
+    assert expected.peak_gib > 0.5
+    assert plan.levels(6) == ["nothing"] * 6
+    assert plan.offload_activations
+    assert not plan.keep_attention_output
+    assert expected.peak_gib <= peak(SMALL, minimum_memory_plan())
+
+
+@pytest.mark.parametrize(
+    "by_hand",
+    [
+        {"keep_layers": 2}, {"keep_layers": 99}, {"keep_attention_layers": 3}, {"keep_attention_output": True},
+        {"keep_attention_output": False}, {"offload_activations": False}, {"offload_activations": True},
+        {"mlp_tile_tokens": 0}, {"mlp_tile_tokens": 777}, {"loss_chunk_tokens": 13}, {"loss_chunk_tokens": 4096},
+        {"keep_layers": 1, "keep_attention_layers": 2, "keep_attention_output": True, "offload_activations": True,
+         "mlp_tile_tokens": 3000, "loss_chunk_tokens": 100},
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("budget", [1.0, 3.0, math.inf])
+def test_levers_set_by_hand_are_kept(by_hand, budget):
+    plan, expected = choose_plan(SMALL, budget, **{**dict.fromkeys(MEMORY_OPTIONS), **by_hand})
+    assert {name: getattr(plan, name) for name in by_hand} == by_hand
+    assert len(plan.levels(6)) == 6
+    assert expected.cost >= choose_plan(SMALL, budget)[1].cost or expected.peak_gib > budget
+
+
+def test_a_few_tokens():
+    """Fewer than any tile or chunk: there is a plan all the same."""
+    for tokens in (1, 2, 100, 300):
+        plan, _ = choose_plan(dataclasses.replace(SMALL, tokens=tokens, group=2), 0.1)
+        assert plan.mlp_tile_tokens == 0
+        assert plan.loss_chunk_tokens in (tokens, 256)
+
+
+# ---- what next
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("work", [SMALL, dataclasses.replace(SMALL, tokens=65536)], ids=["8k", "64k"])
+def test_the_next_lever_saves_memory(work, budget):
+    """Following the advice line by line, each lowers the estimate, and it ends."""
+    plan, _ = choose_plan(work, budget)
+    values = {"true": True, "false": False}
+    for _ in range(len(MEMORY_OPTIONS) + 1):
+        advice = next_memory_option(work, plan)
+        name, _, rest = advice.partition(": ")
+        if name not in MEMORY_OPTIONS:
+            break
+        word = rest.split()[0]
+        leaner = dataclasses.replace(plan, **{name: values.get(word, int(word) if word.isdigit() else None)})
+        assert peak(work, leaner) < 0.99 * peak(work, plan)
+        plan = leaner
+    assert advice.startswith("deepspeed: ./train_args/deepspeed/deepspeed_config_s2.json")
+    offloaded = dataclasses.replace(work, offload_optimizer=True)
+    assert peak(offloaded, plan) < peak(work, plan)
+    assert next_memory_option(offloaded, minimum_memory_plan()) == "a smaller max_seq_length or lora_rank"
+    assert (
+        next_memory_option(dataclasses.replace(work, zero=False), minimum_memory_plan())
+        == "a smaller max_seq_length or lora_rank"
+    )
+
+
+def test_levers_are_fields_of_plan_and_arguments():
+    from component.train.argument import LongQLoRAArguments
+
+    arguments = {field.name for field in dataclasses.fields(LongQLoRAArguments)}
+    assert set(FIELDS) - MEMORY_OPTIONS.keys() == {"fetch_ahead"}
+    assert MEMORY_OPTIONS.keys() <= arguments
+    assert all(words.startswith(f"{name}: ") for name, words in MEMORY_OPTIONS.items())

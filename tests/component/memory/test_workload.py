@@ -1,0 +1,109 @@
+"""Bytes of a training step: counts against numbers by hand and against models that are really built."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from component.adapter import add_adapter, linear_names, target_layers
+from component.memory.workload import Workload, fixed_bytes, step_bytes, workload
+from tests.reference.plain_path import GROUP, LAYERS, TOKENS, tiny_base, tiny_config
+
+# LLaMA2-7B, 8192 tokens, LoRA of rank 64 on all seven linear layers
+HIDDEN, MLP, DEPTH, VOCABULARY, RANK = 4096, 11008, 32, 32000, 64
+LINEAR = 4 * HIDDEN * HIDDEN + 3 * HIDDEN * MLP  # q, k, v, o; gate, up, down: 202,375,168
+LORA = RANK * (4 * (HIDDEN + HIDDEN) + 3 * (HIDDEN + MLP))  # A and B of each: 4,997,120
+SEVEN = Workload(
+    hidden=HIDDEN,
+    mlp=MLP,
+    layers=DEPTH,
+    heads=32,
+    kv_heads=32,
+    head_size=128,
+    vocabulary=VOCABULARY,
+    weights=DEPTH * LINEAR,
+    embeddings=2 * VOCABULARY * HIDDEN,
+    rank=RANK,
+    trained=DEPTH * LORA,
+    tokens=8192,
+    group=2048,
+)
+
+
+# ---- what is counted
+
+
+def test_workload_by_hand():
+    assert (LINEAR, LORA) == (202_375_168, 4_997_120)
+
+
+@pytest.mark.parametrize(
+    ("zero", "offload", "optimizer", "per_trained"),
+    [
+        (True, False, "paged_adamw_32bit", 2 + 4 + 2),  # half values, fp32 masters, half gradients
+        (True, False, "adamw_torch", 2 + 4 + 2 + 8),  # and two fp32 moments
+        (True, False, "adamw_bnb_8bit", 2 + 4 + 2 + 2),
+        (True, True, "adamw_torch", 2),
+        (False, False, "paged_adamw_32bit", 4 + 4),
+        (False, False, "adamw_torch", 4 + 4 + 8),
+        (False, False, "sgd", 4 + 4),
+    ],
+)
+def test_fixed_bytes_by_hand(zero, offload, optimizer, per_trained):
+    """NF4: 4 bits a weight, a byte of scale for 64 of them, four bytes of that's scale for 256 such bytes."""
+    work = dataclasses.replace(SEVEN, zero=zero, offload_optimizer=offload, optimizer=optimizer)
+    weights = 32 * 202_375_168
+    nf4 = weights // 2 + weights // 64 + weights // 64 // 256 * 4
+    embeddings = 2 * 32000 * 4096 * 2
+    assert fixed_bytes(work) == nf4 + embeddings + 32 * 4_997_120 * per_trained
+    half = dataclasses.replace(work, in_4bit=False)
+    assert fixed_bytes(half) == 2 * weights + embeddings + 32 * 4_997_120 * per_trained
+    assert step_bytes(work) == (4 * 32 * 4_997_120 if zero and not offload else 0)
+
+
+def test_nf4_bytes_are_bitsandbytes():
+    import bitsandbytes as bnb
+
+    weight = torch.randn(512, 1024)
+    packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    held = [packed, state.absmax, state.state2.absmax]
+    work = dataclasses.replace(SEVEN, weights=weight.numel(), embeddings=0, trained=0)
+    assert fixed_bytes(work) == sum(tensor.nbytes for tensor in held)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "adapter"),
+    [
+        ("llama", {}, {}),
+        ("mistral", {}, {"target_names": ["q_proj", "v_proj"]}),
+        ("qwen2", {}, {"train_embedding": True, "train_norm": True}),
+        ("qwen3", {"tie_word_embeddings": True}, {"train_embedding": True, "train_norm": True}),
+        ("qwen3", {}, {"train_norm": True}),
+        ("llama", {"tie_word_embeddings": True}, {"train_embedding": True}),
+        ("llama", {"num_key_value_heads": 4}, {"target_names": ["q_proj", "lm_head"]}),
+        ("llama", {}, {"target_names": ["1.self_attn.q_proj", "mlp.up_proj"]}),
+    ],
+)
+def test_workload_of_a_model_that_is_built(family, changes, adapter):
+    config = tiny_config(family, **changes)
+    work = workload(config, rank=4, tokens=TOKENS, group=GROUP, **{"target_names": None, **adapter})
+    base = tiny_base(config)
+    blocks = [layer for _, layer in target_layers(base, linear_names(base))]
+    assert work.weights == sum(layer.weight.numel() for layer in blocks)
+    assert work.embeddings == sum(
+        parameter.numel() for name, parameter in base.named_parameters() if "embed" in name or "lm_head" in name
+    )
+    attention = base.model.layers[0].self_attn
+    assert work.heads * work.head_size == attention.q_proj.out_features
+    assert work.kv_heads * work.head_size == attention.k_proj.out_features
+    assert (work.layers, work.tokens, work.group, work.rank) == (LAYERS, TOKENS, GROUP, 4)
+    model = add_adapter(base, rank=4, alpha=8, dropout=0.0, **adapter)
+    assert work.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_workload_leaves_the_config_and_the_random_numbers_alone():
+    config = tiny_config()
+    before, state = config.to_dict(), torch.get_rng_state()
+    workload(config, target_names=None, rank=4, tokens=TOKENS, group=GROUP)
+    assert config.to_dict() == before
+    assert torch.equal(torch.get_rng_state(), state)

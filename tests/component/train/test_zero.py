@@ -1,0 +1,75 @@
+"""What DeepSpeed changes: the optimizer that really runs, clipping, overflows, and a run without a launcher."""
+
+import json
+import math
+import os
+
+import pytest
+import torch
+
+from component.train.zero import any_overflow, describe_optimizer, single_process_environment
+
+TRAIN_ARGS = "train_args/deepspeed"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_an_overflow_is_seen_wherever_it_is(dtype, value):
+    top = torch.finfo(dtype).max  # whose square is beyond any type: still a number
+    groups = {0: [torch.full((3, 5), top, dtype=dtype), None, torch.zeros(7, dtype=dtype)], 1: None, 2: []}
+    assert any_overflow(groups).tolist() == [False]
+    for tensor, place in ((groups[0][0], (2, 4)), (groups[0][2], (0,))):
+        kept = tensor[place].clone()
+        tensor[place] = value
+        assert any_overflow(groups).tolist() == [True]
+        tensor[place] = kept
+    assert any_overflow({0: None}).tolist() == [False]
+
+
+@pytest.fixture
+def no_launcher(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "to be restored")
+        monkeypatch.delenv(name)
+
+
+def test_a_run_without_launcher_is_the_only_one(no_launcher):
+    single_process_environment()
+    assert {name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")} == {
+        "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1",
+    }  # fmt: skip
+    assert os.environ["MASTER_ADDR"] == "127.0.0.1"
+    assert 1024 <= int(os.environ["MASTER_PORT"]) < 65536
+
+
+def test_a_launcher_is_obeyed(no_launcher, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    single_process_environment()
+    assert (os.environ["RANK"], os.environ["WORLD_SIZE"]) == ("3", "4")
+    assert "MASTER_PORT" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("file", "has", "has_not"),
+    [
+        (None, ["paged_adamw_32bit"], ["ZeRO", "CPU Adam"]),
+        ("deepspeed_config_s2.json", ["ZeRO-2", "CPU Adam", "paged_adamw_32bit", "offload"], ["ignored"]),
+        ("deepspeed_config_s2_no_offload.json", ["ZeRO-2", "paged_adamw_32bit"], ["CPU Adam", "ignored"]),
+        ("deepspeed_config_s3.json", ["ZeRO-3", "paged_adamw_32bit"], ["CPU Adam", "ignored"]),
+    ],
+)
+def test_the_optimizer_that_will_really_run(pytestconfig, file, has, has_not):
+    """accelerate replaces the YAML's by DeepSpeed's CPU Adam where the ZeRO file offloads the optimizer."""
+    config = file and str(pytestconfig.rootpath / TRAIN_ARGS / file)
+    text = describe_optimizer("paged_adamw_32bit", config, 0.3)
+    assert all(fragment in text for fragment in has), text
+    assert not any(fragment in text for fragment in has_not), text
+    if config:
+        with open(config) as stream:  # noqa: PTH123
+            assert describe_optimizer("paged_adamw_32bit", json.load(stream), 0.3) == text
+
+
+def test_a_clipping_that_will_not_happen_is_told():
+    assert "max_grad_norm 0.3" in describe_optimizer("adamw_torch", {"zero_optimization": {"stage": 2}}, 0.3)
+    assert "max_grad_norm" not in describe_optimizer("adamw_torch", {"zero_optimization": {"stage": 2}}, 0.0)

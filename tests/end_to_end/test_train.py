@@ -1,0 +1,752 @@
+"""train.py from end to end, on CPU: what it computes, what it writes, and what is left of it when it is killed.
+
+    python -m pytest tests/end_to_end/test_train.py
+    python -m pytest tests/end_to_end/test_train.py -m slow     # deepspeed (compiles for a minute), torchrun
+
+Most runs here are processes forked off one that has imported everything already: a fresh interpreter needs seven
+seconds of imports for half a second of training. The command itself is started where that is the point.
+"""
+
+import copy
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from multiprocessing import forkserver
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    LlamaForCausalLM,
+)
+
+from component.rope import extend_context
+from tests.conftest import ROOT, build_llama
+from tests.reference.shift_short import LOOP
+from tests.train_run import (
+    BASIC,
+    GROUP,
+    TRAIN_TEXTS,
+    Launcher,
+    executable,
+    finish,
+    launched,
+    losses,
+    record,
+    stock_model,
+    token_ids,
+)
+
+LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+ADAPTER_FILES = {
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "config.json",
+    "longqlora.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+CHECKPOINT_FILES = ADAPTER_FILES | {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+RUN_FILES = ADAPTER_FILES | {"trainer_state.json", "train_results.json", "all_results.json"}
+EVAL_TEXTS = [
+    "Half of the heads attend inside groups; the other half attend inside groups moved by half a group. " * 7,
+    "Dogs.",
+    "Somebody had to sharpen a great many feathers, long before the longest of books was written.",
+    "The range of positions.",
+    "«Größe», naïve café, 東京 2024",
+]
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory):
+    """train(values) -> exit status and output of a run that it waits for."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+        launcher = Launcher(tmp_path_factory.mktemp("runs"))
+        launcher.context.set_forkserver_preload(["train", "deepspeed", "bitsandbytes", "peft", "pytest"])
+        forkserver.ensure_running()
+    return launcher
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("data")
+    return {
+        "train_file": write_texts(folder / "train.jsonl", TRAIN_TEXTS),
+        "eval_file": write_texts(folder / "eval.jsonl", EVAL_TEXTS),
+    }
+
+
+def write_texts(file: Path, texts: list[str]) -> str:
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def basic(base_folder, files) -> dict:
+    """A run of three steps, each over all four texts: the order in which they are drawn changes nothing."""
+    return {**BASIC, "model_name_or_path": str(base_folder), "train_file": files["train_file"]}
+
+
+@pytest.fixture(scope="module")
+def plain_run(train, basic, files, tmp_path_factory) -> Path:
+    """The folder that the basic run, with evaluation, has written."""
+    out = tmp_path_factory.mktemp("plain") / "out"
+    finish(train({**basic, "output_dir": str(out), "eval_file": files["eval_file"], "per_device_eval_batch_size": 3}))
+    return out
+
+
+def names(folder: Path) -> set[str]:
+    return {file.name for file in folder.iterdir()}
+
+
+def summed_loss(model, ids: torch.Tensor) -> torch.Tensor:
+    """Summed cross entropy in nats of each token but the first, a row (1, T) at a time: no padding, no batch."""
+    logits = model(input_ids=ids, use_cache=False).logits[0].float()
+    return F.cross_entropy(logits[:-1], ids[0, 1:], reduction="sum")
+
+
+# ---- what it computes
+
+
+def test_losses_and_adapter_equal_a_plain_loop(plain_run, base_folder):
+    """Token-weighted loss, clipping at 0.3, AdamW, and a slow loop for shift short attention."""
+    base = stock_model(base_folder, group_size=GROUP, _attn_implementation=LOOP)
+    # LoRA's B starts at zero, so no gradient reaches A in the first step: A after it is A before it
+    model = PeftModel.from_pretrained(base, plain_run / "checkpoint-1", is_trainable=True).train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.zero_()
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    rows = token_ids(base_folder, TRAIN_TEXTS)
+    labels = sum(row.shape[1] - 1 for row in rows)
+    expected = {}
+    for step in (1, 2, 3):
+        loss = sum(summed_loss(model, row) for row in rows) / labels
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 0.3)
+        optimizer.step()
+        optimizer.zero_grad()
+        expected[step] = loss.item()
+    assert losses(plain_run) == pytest.approx(expected, abs=2e-5)
+    assert expected[1] - expected[3] > 0.05  # it learnt: the comparison is not of a model that stood still
+    saved = load_file(plain_run / "adapter_model.safetensors")
+    own = {name.replace(".default", ""): parameter for name, parameter in model.named_parameters()}
+    for name, weight in saved.items():
+        torch.testing.assert_close(weight, own[name].data, atol=2e-4, rtol=0)
+
+
+def test_first_loss_is_weighed_by_the_token(plain_run, base_folder):
+    """In the first step LoRA adds nothing: the loss is the stretched base's, under shift short attention."""
+    model = stock_model(base_folder, group_size=GROUP, _attn_implementation=LOOP).train()
+    full = stock_model(base_folder).eval()
+    rows = token_ids(base_folder, TRAIN_TEXTS)
+    with torch.no_grad():
+        sums = torch.stack([summed_loss(model, row) for row in rows])
+        sums_of_full = torch.stack([summed_loss(full, row) for row in rows])
+    counts = torch.tensor([row.shape[1] - 1 for row in rows])
+    by_token, by_row = float(sums.sum() / counts.sum()), float((sums / counts).mean())
+    assert losses(plain_run)[1] == pytest.approx(by_token, abs=1e-5)
+    assert abs(by_token - by_row) > 1e-2
+    assert abs(by_token - float(sums_of_full.sum() / counts.sum())) > 1e-3  # S2-Attn is on while training
+
+
+@pytest.mark.parametrize(("batch", "accumulation"), [(1, 4), (2, 2)])
+def test_accumulation_does_not_change_the_run(train, basic, plain_run, tmp_path, batch, accumulation):
+    changed = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation, "save_steps": 100}
+    finish(train({**basic, **changed, "output_dir": str(tmp_path / "out")}))
+    assert losses(tmp_path / "out") == pytest.approx(losses(plain_run), abs=1e-5)
+    ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "out", plain_run))
+    assert ours.keys() == theirs.keys()
+    for name, weight in theirs.items():
+        torch.testing.assert_close(ours[name], weight, atol=2e-4, rtol=0)
+    assert record(tmp_path / "out")["trained_tokens"] == record(plain_run)["trained_tokens"]
+
+
+def hand_computed_eval_loss(out: Path, base: Path) -> float:
+    """Stock PEFT on the stretched stock base, eager full attention, one row at a time, tokens weighing alike."""
+    model = PeftModel.from_pretrained(stock_model(base, _attn_implementation="eager"), out).eval()
+    rows = token_ids(base, EVAL_TEXTS)
+    with torch.no_grad():
+        return sum(float(summed_loss(model, row)) for row in rows) / sum(row.shape[1] - 1 for row in rows)
+
+
+def test_eval_loss_by_hand(train, basic, files, plain_run, base_folder, tmp_path):
+    """Batches of three and of one; full attention; five rows are no multiple of three."""
+    out = tmp_path / "out"
+    finish(train({**basic, "output_dir": str(out), "eval_file": files["eval_file"], "per_device_eval_batch_size": 1}))
+    expected = hand_computed_eval_loss(plain_run, base_folder)
+    for folder in (plain_run, out):
+        measured = json.loads((folder / "eval_results.json").read_text())
+        assert measured["eval_loss"] == pytest.approx(expected, abs=1e-5)
+        assert measured["eval_perplexity"] == pytest.approx(math.exp(expected), rel=1e-4)
+
+
+def test_evaluation_during_training_changes_nothing(train, basic, files, plain_run, base_folder, tmp_path):
+    changed = {"eval_strategy": "steps", "eval_steps": 1, "eval_file": files["eval_file"]}
+    finish(train({**basic, **changed, "output_dir": str(tmp_path / "out")}))
+    assert losses(tmp_path / "out") == pytest.approx(losses(plain_run), abs=1e-6)
+    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    measured = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
+    assert measured.keys() == {1, 2, 3}
+    for step, loss in measured.items():
+        by_hand = hand_computed_eval_loss(tmp_path / "out" / f"checkpoint-{step}", base_folder)
+        assert loss == pytest.approx(by_hand, abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def wide_base(llama_config, base_folder, tmp_path_factory) -> Path:
+    """Rows of 64 weights: what stock bitsandbytes needs to evaluate in 4 bits on the CPU."""
+    folder = tmp_path_factory.mktemp("wide")
+    config = copy.deepcopy(llama_config)
+    config.hidden_size, config.head_dim, config.initializer_range = 64, 16, 0.14
+    build_llama(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base_folder).save_pretrained(folder)
+    return folder
+
+
+def test_evaluation_in_4bit(train, basic, files, wide_base, tmp_path):
+    """... is that of stock bitsandbytes under stock PEFT; and the steps after it are those of a run without it."""
+    changed = {"load_in_4bit": True, "model_name_or_path": str(wide_base)}
+    evaluating = {"eval_strategy": "steps", "eval_steps": 1, "eval_file": files["eval_file"]}
+    with_eval, without = tmp_path / "with", tmp_path / "without"
+    finish(train({**basic, **changed, **evaluating, "output_dir": str(with_eval)}))
+    finish(train({**basic, **changed, "output_dir": str(without)}))
+    assert losses(with_eval) == pytest.approx(losses(without), abs=1e-6)
+    base = AutoModelForCausalLM.from_pretrained(
+        wide_base,
+        config=AutoConfig.from_pretrained(with_eval),
+        dtype=torch.float32,
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+        ),
+    )
+    model = PeftModel.from_pretrained(base, with_eval).eval()
+    rows = token_ids(wide_base, EVAL_TEXTS)
+    with torch.no_grad():
+        by_hand = sum(float(summed_loss(model, row)) for row in rows) / sum(row.shape[1] - 1 for row in rows)
+    measured = json.loads((with_eval / "eval_results.json").read_text())["eval_loss"]
+    assert measured == pytest.approx(by_hand, abs=2e-3)  # batches of eight and of one go through different kernels
+    plain = hand_computed_eval_loss(with_eval, wide_base)
+    assert abs(by_hand - plain) > 5e-3  # of unquantised weights
+
+
+# ---- what it writes
+
+
+def test_exact_files(plain_run):
+    checkpoints = {"checkpoint-1", "checkpoint-2", "checkpoint-3"}
+    assert names(plain_run) == RUN_FILES | checkpoints | {"eval_results.json"}
+    for name in checkpoints:
+        assert names(plain_run / name) == CHECKPOINT_FILES
+    assert not list(plain_run.rglob("training_args.bin"))
+
+
+def test_config_is_the_stretched_one_and_plain(plain_run, base_folder):
+    expected = json.loads((base_folder / "config.json").read_text())
+    expected["rope_parameters"] = {"rope_type": "linear", "factor": 3.0, "rope_theta": 10000.0}
+    for folder in (plain_run, plain_run / "checkpoint-2"):
+        assert json.loads((folder / "config.json").read_text()) == expected
+        config = AutoConfig.from_pretrained(folder)
+        assert config.max_position_embeddings == 64  # vLLM multiplies it by the factor
+        assert not hasattr(config, "group_size")
+        assert LlamaForCausalLM._from_config(config).config._attn_implementation == "sdpa"
+
+
+def test_config_of_a_4bit_run_names_no_quantisation(train, basic, tmp_path):
+    out = tmp_path / "out"
+    finish(train({**basic, "output_dir": str(out), "load_in_4bit": True, "save_steps": 2}))
+    for folder in (out, out / "checkpoint-2"):
+        config = json.loads((folder / "config.json").read_text())
+        assert not {"quantization_config", "group_size", "_attn_implementation", "attn_implementation"} & config.keys()
+    assert len(losses(out)) == 3
+    assert losses(out)[3] < losses(out)[1]
+
+
+def test_record(plain_run, base_folder):
+    expected = {
+        "base_model": str(base_folder.resolve()),
+        "rope_type": "linear",
+        "rope_factor": 3.0,
+        "group_size": GROUP,
+        "steps": 3,
+        "trained_tokens": 3 * sum(row.shape[1] for row in token_ids(base_folder, TRAIN_TEXTS)),
+    }
+    written = record(plain_run)
+    assert {key: written[key] for key in expected} == expected
+    assert {"torch", "transformers", "peft", "bitsandbytes", "deepspeed"} <= written["versions"].keys()
+    assert written["versions"]["torch"] == torch.__version__
+    second = record(plain_run / "checkpoint-2")
+    assert second["steps"] == 2
+    assert second["trained_tokens"] * 3 == written["trained_tokens"] * 2
+
+
+def test_tokenizer_keeps_its_vocabulary_and_learns_the_length(plain_run, base_folder):
+    """Its file is the base's: the truncation of training samples is not in it, for programs that obey the file."""
+    assert json.loads((plain_run / "tokenizer.json").read_text()) == json.loads(
+        (base_folder / "tokenizer.json").read_text()
+    )
+    saved, original = (AutoTokenizer.from_pretrained(folder) for folder in (plain_run, base_folder))
+    assert saved.get_vocab() == original.get_vocab()
+    assert saved.pad_token is None
+    assert saved.model_max_length == 192
+    text = "«Größe», 東京"
+    assert saved(text).input_ids == original(text).input_ids
+
+
+def test_dynamic_and_full_attention(train, basic, base_folder, tmp_path):
+    """Another scaling and no S2-Attn: the loss is that of stock full attention."""
+    changed = {"use_shift_short_attention": False, "rope_type": "yarn", "max_steps": 1}
+    finish(train({**basic, **changed, "output_dir": str(tmp_path / "out")}))
+    written = record(tmp_path / "out")
+    assert (written["rope_type"], written["rope_factor"], written["group_size"]) == ("yarn", 3.0, None)
+    model = AutoModelForCausalLM.from_pretrained(base_folder, config=AutoConfig.from_pretrained(tmp_path / "out"))
+    rows = token_ids(base_folder, TRAIN_TEXTS)
+    with torch.no_grad():
+        loss = sum(float(summed_loss(model.eval(), row)) for row in rows) / sum(row.shape[1] - 1 for row in rows)
+    assert losses(tmp_path / "out")[1] == pytest.approx(loss, abs=1e-5)
+
+
+@pytest.mark.parametrize(("asked", "kept"), [(None, "yarn"), ("linear", "linear")])
+def test_an_extended_model_keeps_its_spacing(train, basic, base_folder, tmp_path, asked, kept):
+    """A yarn model that is tuned further, as for chats, by a YAML that says nothing of positions."""
+    model = shutil.copytree(base_folder, tmp_path / "extended")
+    config = AutoConfig.from_pretrained(model)
+    extend_context(config, 192, "yarn")
+    config.save_pretrained(model)
+    settings = {"model_name_or_path": str(model), "max_steps": 1, "output_dir": str(tmp_path / "out")}
+    printed = finish(train({**basic, **settings} | ({"rope_type": asked} if asked else {})))
+    assert f"({kept} x 3)" in printed
+    assert record(tmp_path / "out")["rope_type"] == kept
+
+
+# ---- what it trains
+
+
+def test_the_last_steps_train_with_full_attention(train, basic, plain_run, base_folder, tmp_path):
+    always, never = tmp_path / "always", tmp_path / "never"
+    finish(train({**basic, "full_attention_ratio": 1, "output_dir": str(always)}))
+    without = {"use_shift_short_attention": False, "full_attention_ratio": 0.5}
+    printed = finish(train({**basic, **without, "output_dir": str(never)}))
+    assert "full, in every step: full_attention_ratio changes nothing" in printed
+    shifted, full = losses(plain_run), losses(never)
+    assert abs(shifted[1] - full[1]) > 1e-3
+    assert losses(always) == pytest.approx(full, abs=1e-5)
+    for last, first_full in ((0.3, 3), (0.66, 2)):
+        out = tmp_path / str(last)
+        printed = finish(train({**basic, "full_attention_ratio": last, "output_dir": str(out)}))
+        assert f"full attention in the last {100 * last:g} % of the steps and when evaluating" in printed
+        mixed = losses(out)
+        for step in range(1, first_full):
+            assert mixed[step] == pytest.approx(shifted[step], abs=1e-6)
+        assert abs(mixed[first_full] - shifted[first_full]) > 1e-3
+    # after a resumption too: the step alone decides
+    shutil.rmtree(out / "checkpoint-3")
+    finish(train({**basic, "full_attention_ratio": 0.66, "output_dir": str(out), "resume_from_checkpoint": True}))
+    assert losses(out) == pytest.approx(mixed, abs=1e-6)
+
+
+def test_sft_learns_answers_and_drops_samples_without_any(train, basic, base_folder, tmp_path):
+    lines = [
+        {"input": "Who jumps?", "output": "The fox."},
+        {"input": "Over whom?", "output": "Over the lazy dog, who does not mind at all."},
+        {"input": "A question that fills the window. " * 40, "output": "Cut off."},
+        {"input": "Nothing to answer?", "output": "  "},
+    ]
+    file = tmp_path / "chat.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    out = tmp_path / "out"
+    changed = {"sft": True, "train_file": str(file), "max_seq_length": 190, "per_device_train_batch_size": 2}
+    printed = finish(train({**basic, **changed, "output_dir": str(out)}))
+    assert "2 of 4 lines dropped" in printed
+    assert losses(out)[3] < losses(out)[1]
+
+    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    model = stock_model(base_folder, group_size=GROUP, _attn_implementation=LOOP).train()
+    system = (
+        "A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions."
+    )
+    total, count = 0.0, 0
+    for line in lines[:2]:
+        prompt = f"{system}\nUSER: {line['input']}\nASSISTANT: "
+        asked = tokenizer(prompt, add_special_tokens=False).input_ids
+        answer = [*tokenizer(line["output"], add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        assert len(asked) + len(answer) <= 190
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([asked + answer]), use_cache=False).logits[0]
+        total += float(F.cross_entropy(logits[len(asked) - 1 : -1], torch.tensor(answer), reduction="sum"))
+        count += len(answer)
+    assert losses(out)[1] == pytest.approx(total / count, abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def tied_base(base_folder, llama_config, tmp_path_factory) -> Path:
+    """The base with one matrix for embedding and lm_head."""
+    folder = tmp_path_factory.mktemp("tied")
+    model = stock_model(base_folder, factor=None, tie_word_embeddings=True)
+    model.tie_weights()
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base_folder).save_pretrained(folder)
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("load_in_4bit", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_embeddings_and_norms_train(train, basic, base_folder, tied_base, tmp_path, tied, load_in_4bit):
+    base, out = tied_base if tied else base_folder, tmp_path / "out"
+    changed = {"train_embedding": True, "train_norm": True, "load_in_4bit": load_in_4bit, "save_steps": 100}
+    finish(train({**basic, **changed, "model_name_or_path": str(base), "output_dir": str(out)}))
+    assert losses(out)[3] < losses(out)[1]
+    saved = load_file(out / "adapter_model.safetensors")
+    before = load_file(base / "model.safetensors")
+    copies = {name for name in before if "norm" in name or "embed_tokens" in name or "lm_head" in name}
+    assert len(copies) == 5 + (1 if tied else 2)
+    for name in copies:
+        found = saved[f"base_model.model.{name}"]
+        assert found.dtype == torch.float32
+        assert not torch.equal(found, before[name].float()), f"{name} has not moved"
+    if not load_in_4bit:  # what is saved is what was trained: stock PEFT goes on from the very loss
+        model = PeftModel.from_pretrained(stock_model(base, group_size=GROUP, _attn_implementation=LOOP), out).train()
+        rows = token_ids(base, TRAIN_TEXTS)
+        with torch.no_grad():
+            loss = sum(float(summed_loss(model, row)) for row in rows) / sum(row.shape[1] - 1 for row in rows)
+        assert loss < losses(out)[3] - 1e-3
+
+
+def test_only_the_targets_train(train, basic, tmp_path):
+    changed = {"target_modules": "q_proj, v_proj", "max_steps": 1, "save_steps": 100}
+    finish(train({**basic, **changed, "output_dir": str(tmp_path / "out")}))
+    saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert {name.split(".")[-3] for name in saved} == {"q_proj", "v_proj"}
+    assert len(saved) == 2 * 2 * 2  # layers, targets, A and B
+    assert all(weight.any() for name, weight in saved.items() if "lora_B" in name)
+
+
+def test_all_linear_layers_train_by_default(plain_run):
+    saved = load_file(plain_run / "adapter_model.safetensors")
+    assert {name.split(".")[-3] for name in saved} == LINEAR
+    assert len(saved) == 2 * 7 * 2
+    assert all(weight.any() for name, weight in saved.items() if "lora_B" in name)
+
+
+def test_recomputation_changes_nothing(train, basic, plain_run, tmp_path):
+    changed = {"gradient_checkpointing": True, "save_steps": 100}
+    printed = finish(train({**basic, **changed, "output_dir": str(tmp_path / "out")}))
+    assert losses(tmp_path / "out") == pytest.approx(losses(plain_run), abs=1e-5)
+    assert "requires_grad=True" not in printed  # torch's warning that a recomputed block has no gradient
+
+
+@pytest.mark.parametrize(
+    ("changed", "fragments"),
+    [
+        ({"target_modules": "q_proj,k_porj"}, ["target_modules", "k_porj", "k_proj"]),
+        ({"model_name_or_path": "/nowhere/model"}, ["model_name_or_path", "/nowhere/model"]),
+        ({"lora_rnak": 8}, ["lora_rnak", "lora_rank"]),
+    ],
+)
+def test_mistakes_end_in_one_message(train, basic, tmp_path, changed, fragments):
+    run = train({**basic, **changed, "output_dir": str(tmp_path / "out")})
+    assert run.returncode == 1
+    assert "Traceback" not in run.stdout
+    for fragment in fragments:
+        assert fragment in run.stdout
+
+
+# ---- what is left when it is killed
+
+
+@pytest.fixture(scope="module")
+def long_basic(base_folder, tmp_path_factory) -> dict:
+    """Eight steps, two to an epoch and a bit, with dropout, accumulation, shuffling and a falling learning rate."""
+    texts = [f"{text} {number}" for number in range(3) for text in TRAIN_TEXTS][:11]
+    return {
+        **BASIC,
+        "model_name_or_path": str(base_folder),
+        "train_file": write_texts(tmp_path_factory.mktemp("long") / "train.jsonl", texts),
+        "lora_dropout": 0.05,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "lr_scheduler_type": "linear",
+        "max_steps": 8,
+        "save_steps": 2,
+    }
+
+
+@pytest.fixture(scope="module")
+def unbroken(train, long_basic, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("unbroken") / "out"
+    finish(train({**long_basic, "output_dir": str(out)}))
+    assert len(losses(out)) == 8
+    return out
+
+
+class DieAt:
+    """Kills the training process at a step, in the middle of something, as a pulled plug would."""
+
+    def __init__(self, what: str, step: int):
+        self.what, self.step = what, step
+
+    def __call__(self) -> None:
+        """In the training process: wrap the function that does it."""
+        import train
+        from component.train import trainer
+
+        owner, name = {
+            "adapter": (trainer, "write_adapter"),
+            "weights": (PeftModel, "save_pretrained"),
+            "optimizer": (torch, "save"),
+            "state": (trainer.Trainer, "_save_rng_state"),
+            "record": (trainer, "write_record"),
+            "removal": (shutil, "rmtree"),
+            "step": (trainer.Trainer, "training_step"),
+        }[self.what]
+        original = getattr(owner, name)
+
+        def wrapped(*args, **kwargs):
+            if self.is_time(args):
+                self.leave_half(args)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args, **kwargs)
+
+        assert train.main
+        setattr(owner, name, wrapped)
+
+    def is_time(self, args: tuple) -> bool:
+        if self.what == "step":
+            return args[0].state.global_step == self.step
+        if self.what == "removal":
+            return Path(args[0]).name == f"checkpoint-{self.step}"
+        return any(f"checkpoint-{self.step}" in str(argument) for argument in args if not isinstance(argument, dict))
+
+    def leave_half(self, args: tuple) -> None:
+        if self.what == "adapter":
+            args[0].mkdir(exist_ok=True)
+            (args[0] / "adapter_model.safetensors").write_bytes(b"half a file")
+        elif self.what == "optimizer":
+            Path(args[1]).write_bytes(b"half a file")
+        elif self.what == "removal":
+            (Path(args[0]) / "adapter_model.safetensors").unlink()
+
+
+def is_whole(checkpoint: Path, reference: Path) -> bool:
+    """Whether a checkpoint holds what the unbroken run's holds, by name and size."""
+    theirs = {file.name: file.stat().st_size for file in (reference / checkpoint.name).iterdir()}
+    del theirs["trainer_state.json"], theirs["longqlora.json"]  # they hold times, paths and arguments
+    ours = {file.name: file.stat().st_size for file in checkpoint.iterdir() if file.name in theirs}
+    return ours == theirs and names(checkpoint) == CHECKPOINT_FILES
+
+
+@pytest.mark.parametrize(
+    ("what", "step"),
+    [("step", 5), ("adapter", 4), ("weights", 4), ("optimizer", 4), ("state", 6), ("record", 4), ("removal", 2)],
+)
+def test_killed_run_goes_on_as_if_nothing_had_happened(train, long_basic, unbroken, tmp_path, what, step):
+    """... and with save_total_limit 1 there is a whole checkpoint at any time after the first."""
+    out = tmp_path / "out"
+    values = {**long_basic, "output_dir": str(out), "save_total_limit": 1, "resume_from_checkpoint": "auto"}
+    killed = train(values, DieAt(what, step))
+    assert killed.returncode == -signal.SIGKILL, killed.stdout[-3000:]
+    whole = {folder.name for folder in out.glob("checkpoint-*") if is_whole(folder, unbroken)}
+    assert len(whole) == 1
+    finish(train(values))
+    assert losses(out) == pytest.approx(losses(unbroken), abs=1e-6)
+    assert {folder.name for folder in out.glob("checkpoint-*")} == {"checkpoint-8"}
+    assert names(out) == RUN_FILES | {"checkpoint-8"}
+    ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (out, unbroken))
+    for name, weight in theirs.items():
+        torch.testing.assert_close(ours[name], weight, atol=1e-6, rtol=0)
+    assert record(out)["trained_tokens"] == record(unbroken)["trained_tokens"]
+
+
+@pytest.mark.parametrize("damaged", ["adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "longqlora.json"])
+def test_cut_checkpoints_are_passed_over(train, long_basic, unbroken, tmp_path, damaged):
+    """A full disk or a lost page: the newest checkpoint has a file that is too short."""
+    out = tmp_path / "out"
+    shutil.copytree(unbroken, out)
+    for file in out.iterdir():
+        if file.is_file():
+            file.unlink()
+    shutil.rmtree(out / "checkpoint-8")
+    file = out / "checkpoint-6" / damaged
+    os.truncate(file, file.stat().st_size // 2)
+    finish(train({**long_basic, "output_dir": str(out), "resume_from_checkpoint": "auto"}))
+    assert losses(out) == pytest.approx(losses(unbroken), abs=1e-6)
+    assert {file.name for file in (out / "checkpoint-6").iterdir()} == CHECKPOINT_FILES
+    assert is_whole(out / "checkpoint-6", unbroken)
+
+
+@pytest.mark.parametrize(
+    ("tied", "precision"),
+    [
+        (False, {"load_in_4bit": True, "bf16": True}),
+        (True, {"load_in_4bit": True}),
+        (True, {"bf16": True}),
+        (False, {}),
+    ],
+    ids=["untied-nf4-bf16", "tied-nf4", "tied-bf16", "untied"],
+)
+def test_trained_embeddings_and_norms_resume(train, long_basic, tied_base, tmp_path, tied, precision):
+    changed = {"train_embedding": True, "train_norm": True, "max_steps": 4, **precision}
+    if tied:
+        changed["model_name_or_path"] = str(tied_base)
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    finish(train({**long_basic, **changed, "output_dir": str(whole)}))
+    shutil.copytree(whole / "checkpoint-2", out / "checkpoint-2")
+    finish(train({**long_basic, **changed, "output_dir": str(out), "resume_from_checkpoint": "auto"}))
+    assert losses(out) == pytest.approx(losses(whole), abs=1e-6)
+    assert len(losses(out)) == 4
+    before, ours, theirs = (
+        load_file(folder / "adapter_model.safetensors") for folder in (whole / "checkpoint-2", out, whole)
+    )
+    assert ours.keys() == theirs.keys() == before.keys()
+    for name, weight in theirs.items():
+        torch.testing.assert_close(ours[name], weight, atol=1e-6, rtol=0)
+        assert not torch.equal(before[name], weight), f"{name} has not moved"
+
+
+def test_rotation_keeps_the_whole_checkpoint_not_the_cut_one(train, long_basic, unbroken, tmp_path):
+    """A cut checkpoint-6 lies ahead of the run that goes on from 4 and ends at 5; one checkpoint may stay."""
+    out = tmp_path / "out"
+    for step in (2, 4, 6):
+        shutil.copytree(unbroken / f"checkpoint-{step}", out / f"checkpoint-{step}")
+    (out / "checkpoint-6" / "longqlora.json").unlink()
+    changed = {"max_steps": 5, "save_total_limit": 1, "resume_from_checkpoint": "auto", "output_dir": str(out)}
+    finish(train({**long_basic, **changed}))
+    assert {folder.name for folder in out.glob("checkpoint-*")} == {"checkpoint-5"}
+    assert names(out / "checkpoint-5") == CHECKPOINT_FILES
+
+
+def test_a_finished_run_is_not_trained_over(train, basic, plain_run):
+    before = (plain_run / "adapter_model.safetensors").read_bytes()
+    run = train({**basic, "output_dir": str(plain_run)})
+    assert run.returncode == 1
+    assert "Traceback" not in run.stdout
+    for fragment in ("output_dir", str(plain_run), "resume_from_checkpoint", "overwrite_output_dir"):
+        assert fragment in run.stdout
+    assert (plain_run / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_overwriting_starts_afresh(train, basic, plain_run, tmp_path):
+    """Nothing of the run before is left: no checkpoint, no evaluation that this run has not made."""
+    out = tmp_path / "out"
+    shutil.copytree(plain_run, out)
+    changed = {"max_steps": 1, "save_steps": 100, "overwrite_output_dir": True, "output_dir": str(out)}
+    finish(train({**basic, **changed}))
+    assert record(out)["steps"] == 1
+    assert losses(out) == pytest.approx({1: losses(plain_run)[1]}, abs=1e-6)
+    assert names(out) - {"checkpoint-1"} == RUN_FILES
+    assert "eval_loss" not in json.loads((out / "all_results.json").read_text())
+
+
+def test_the_command_killed_and_resumed(long_basic, train, tmp_path):
+    """`python train.py` itself, killed with its process group at whatever step it has come to, and run again."""
+    values = {**long_basic, "max_steps": 60, "save_steps": 5, "save_total_limit": 2}
+    finish(train({**values, "output_dir": str(tmp_path / "unbroken")}))
+    out = tmp_path / "out"
+    file = train.yaml({**values, "output_dir": str(out)})
+    command = [sys.executable, "train.py", "--train_args_file", str(file), "--resume_from_checkpoint", "auto"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
+        while not (out / "checkpoint-10" / "longqlora.json").exists():
+            assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
+            time.sleep(0.002)
+        os.killpg(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    assert not (out / "longqlora.json").exists()
+    finish(train({**values, "output_dir": str(out), "resume_from_checkpoint": "auto"}))
+    assert len(losses(out)) == 60
+    assert losses(out) == pytest.approx(losses(tmp_path / "unbroken"), abs=1e-6)
+
+
+# ---- other launchers
+
+
+def overflow_at_the_third_step() -> None:
+    """An infinity in the last gradient of the group, before DeepSpeed's step looks for one."""
+    import component.train.zero
+
+    look, calls = component.train.zero.any_overflow, []
+
+    def planting(gradients):
+        calls.append(len(calls))
+        if len(calls) == 3:
+            gradients[0][-1].view(-1)[-1] = torch.inf
+        print("overflow", look(gradients).tolist())
+        return look(gradients)
+
+    component.train.zero.any_overflow = planting
+
+
+@pytest.mark.slow
+def test_a_step_that_overflows_is_skipped(train, basic, tmp_path):
+    """Under ZeRO-2, in bf16: three steps of which the last overflows leave what two steps do."""
+    values = {**basic, "bf16": True, "eval_strategy": "no", **DEEPSPEED}
+    printed = finish(train({**values, "max_steps": 3, "output_dir": f"{tmp_path}/three"}, overflow_at_the_third_step))
+    finish(train({**values, "max_steps": 2, "output_dir": f"{tmp_path}/two"}))
+    assert re.findall(r"overflow \[(\w+)\]", printed) == ["False", "False", "True"]
+    found, expected = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("three", "two"))
+    assert all(weight.equal(found[name]) for name, weight in expected.items())
+    assert any(bool(weight.any()) for name, weight in expected.items() if "lora_B" in name)
+
+
+DEEPSPEED = {"deepspeed": "./train_args/deepspeed/deepspeed_config_s2_no_offload.json"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "changed"),
+    [
+        (["deepspeed"], DEEPSPEED),
+        ([sys.executable], DEEPSPEED),
+        ([sys.executable], {}),
+        (["torchrun", "--nproc_per_node=1"], {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}),
+        (["torchrun", "--nproc_per_node=2"], {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}),
+        (["torchrun", "--nproc_per_node=2"], {"per_device_train_batch_size": 2, **DEEPSPEED}),
+    ],
+    ids=["deepspeed", "python-zero2", "python", "torchrun-1", "torchrun-2", "torchrun-2-zero2"],
+)
+def test_launchers_agree(train, basic, files, plain_run, base_folder, tmp_path, launcher, changed):
+    """Each step is over the same four texts, however they are dealt out: one curve, one adapter, one evaluation."""
+    values = {**basic, **changed, "eval_file": files["eval_file"], "per_device_eval_batch_size": 2, "save_steps": 2}
+    if not Path(launcher[0]).is_absolute():
+        launcher = [executable(launcher[0]), *launcher[1:]]
+    out = launched(launcher, {**values, "output_dir": str(tmp_path / "out")}, train)
+    assert losses(out) == pytest.approx(losses(plain_run), abs=1e-5)
+    measured, expected = (json.loads((folder / "eval_results.json").read_text()) for folder in (out, plain_run))
+    assert measured["eval_loss"] == pytest.approx(expected["eval_loss"], abs=1e-4)
+    assert measured["eval_loss"] == pytest.approx(hand_computed_eval_loss(out, base_folder), abs=1e-5)
+    assert record(out)["trained_tokens"] == record(plain_run)["trained_tokens"]
+    assert record(out)["files"].keys() == record(plain_run)["files"].keys()
+    assert not list(out.rglob("training_args.bin"))
+
+
+@pytest.mark.slow
+def test_deepspeed_resumes(train, long_basic, tmp_path):
+    """ZeRO-2 keeps its own checkpoint inside ours."""
+    values = {**long_basic, **DEEPSPEED, "max_steps": 4}
+    whole = launched([sys.executable], {**values, "output_dir": str(tmp_path / "whole")}, train)
+    out = tmp_path / "out"
+    shutil.copytree(whole / "checkpoint-2", out / "checkpoint-2")
+    launched([sys.executable], {**values, "output_dir": str(out), "resume_from_checkpoint": "auto"}, train)
+    assert losses(out) == pytest.approx(losses(whole), abs=1e-6)
+    assert len(losses(out)) == 4

@@ -1,0 +1,10 @@
+"""Flags of generation, as a command line gives them."""
+
+from component.inference.flags import generation_parser
+
+
+def flags(*words: str):
+    return generation_parser("").parse_args(words)
+
+
+GREEDY = ("--do_sample", "false")

@@ -1,0 +1,19 @@
+"""How a program ended."""
+
+from tests.conftest import Outcome
+
+
+def refused(outcome: Outcome, *parts: str) -> None:
+    """Status not 0, no traceback, and a message with each of `parts`."""
+    assert outcome.status not in (0, None)
+    assert "Traceback" not in outcome.err
+    assert "error: " in outcome.err
+    message = outcome.err[outcome.err.rindex("error: ") :]
+    for part in parts:
+        assert part in message
+
+
+def refused_by_us(outcome: Outcome, *parts: str) -> None:
+    """... with status 1: by the program's own checks, not by those of argparse."""
+    assert outcome.status == 1, outcome.err
+    refused(outcome, *parts)

@@ -1,0 +1,38 @@
+"""Long instructions: what of a question is kept, and which flags are refused."""
+
+import random
+
+import pytest
+from transformers import AutoTokenizer
+
+from component.data import IGNORE_INDEX
+from component.data.chat_template import encode_chat
+from script.experiment.downstream.instructions import end_of_question
+from tests.script.experiment.downstream.mistakes import refuses
+from tests.words import text_of
+
+DEMO_BASE = "script/demo/base"  # a tokenizer that learnt from real texts; its pieces are words
+
+
+def test_the_end_of_a_question_is_kept_and_the_answer_is_the_same():
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_BASE)
+    record = {"input": text_of(random.Random(1), 800) + "\n\nWho was it?", "output": "It was he."}
+    cut = end_of_question(tokenizer, record, 256)
+    assert record["input"].endswith(cut["input"])
+    (ids, labels), (_, whole) = (encode_chat(tokenizer, [(r["input"], r["output"])]) for r in (cut, record))
+    assert 250 <= len(ids) <= 256
+    learnt, of_whole = ([label for label in found if label != IGNORE_INDEX] for found in (labels, whole))
+    assert learnt == of_whole
+    assert end_of_question(tokenizer, cut, 256) == cut
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--held_out", "1"], ["--held_out", "1.0"]),
+        (["--source", "/no/such"], ["--source", "/no/such"]),
+        (["--per_document", "0"], ["--per_document", "at least 1"]),
+    ],
+)
+def test_mistakes(words, parts, run_program, base_folder, tmp_path):
+    refuses(run_program, "instructions", words, parts, base_folder, tmp_path)

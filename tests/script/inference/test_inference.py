@@ -1,0 +1,162 @@
+"""inference.py at a terminal, in a pipe, and from a file of prompts to a file of answers."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from component.loading import load_for_inference
+from tests.conftest import ROOT
+from tests.generation_flags import GREEDY
+from tests.outcome import refused
+from tests.reference.greedy import stock
+from tests.terminal import CTRL_C, CTRL_D, Terminal
+from tests.words import read_lines, write_lines
+
+INFERENCE, CHAT = "script/inference/inference.py", "script/inference/chat.py"
+SHORT = ("--do_sample", "false", "--max_new_tokens", "4")
+
+
+@pytest.fixture
+def infer(run_program, base_folder):
+    def run(*words: object, stdin: bytes = b""):
+        return run_program(INFERENCE, "--model_name_or_path", base_folder, *words, stdin=stdin)
+
+    return run
+
+
+class TestTerminal:
+    def test_a_session(self, base_folder, tmp_path):
+        words = ("--model_name_or_path", base_folder, "--context_size", 512, "--do_sample", "false")
+        with Terminal(INFERENCE, *words, state=tmp_path, seconds_per_token=0.05) as terminal:
+            terminal.wait_for("Input: ")
+            terminal.type("The dog\n")
+            terminal.wait_for("tokens of context used")
+            terminal.wait_for("\n")
+            while len(terminal.shown) < 5:
+                terminal._read()
+            terminal.type(CTRL_C)
+            assert "(stopped)" in terminal.wait_for("Input: ")
+            terminal.type(CTRL_D)
+            assert terminal.status() == 0
+
+    def test_ctrl_c_ends_what_nobody_can_type_into(self, base_folder, tmp_path):
+        words = ("--model_name_or_path", base_folder, "--prompt", "The dog", "--context_size", 512)
+        with Terminal(INFERENCE, *words, state=tmp_path, seconds_per_token=0.05) as terminal:
+            terminal.wait_for("tokens of context used")
+            terminal.type(CTRL_C)
+            assert terminal.status() == 130
+            assert "Traceback" not in terminal.shown
+
+
+def test_a_prompt_of_the_command_line(infer, base_folder, tokenizer):
+    outcome = infer("--prompt", "The dog", *SHORT)
+    ids = stock(AutoModelForCausalLM.from_pretrained(base_folder), tokenizer("The dog").input_ids, max_new_tokens=4)
+    assert outcome.out == tokenizer.decode(ids, skip_special_tokens=True) + "\n"
+    used = len(tokenizer("The dog").input_ids)
+    assert f"{used} of 64 tokens of context used" in outcome.err
+    assert "dynamic cache 0.0 MiB" in outcome.err
+
+
+def test_one_source_of_prompts(infer):
+    outcome = infer("--prompt", "a", "--prompt_file", "b")
+    assert outcome.status == 2
+    assert "not allowed with argument --prompt" in outcome.err
+
+
+def test_a_prompt_that_is_cut(infer):
+    outcome = infer("--prompt", "the dog " * 200, "--truncate", "middle", *SHORT)
+    assert outcome.status == 0, outcome.err
+    assert "tokens cut from the middle of a prompt of" in outcome.err
+    assert "60 of 64 tokens of context used" in outcome.err
+
+
+class TestManyPrompts:
+    PROMPTS = ("The dog", "Half of the heads", "Long before")
+
+    @pytest.fixture
+    def asked(self, tmp_path):
+        return write_lines(
+            tmp_path / "in.jsonl", *({"prompt": text, "id": at} for at, text in enumerate(self.PROMPTS))
+        )
+
+    def test_each_has_its_completion(self, infer, asked, base_folder, tokenizer, tmp_path):
+        outcome = infer("--input_jsonl", asked, "--output_jsonl", tmp_path / "out.jsonl", *SHORT)
+        assert outcome.status == 0, outcome.err
+        assert "3/3" in outcome.err, "a progress bar"
+        model = AutoModelForCausalLM.from_pretrained(base_folder)
+        for at, row in enumerate(read_lines(tmp_path / "out.jsonl")):
+            ids = tokenizer(self.PROMPTS[at]).input_ids
+            text = tokenizer.decode(stock(model, ids, max_new_tokens=4), skip_special_tokens=True)
+            assert (row["prompt"], row["id"], row["prompt_tokens"]) == (self.PROMPTS[at], at, len(ids))
+            assert row["completion"] == text
+
+    def test_sampled_as_if_it_had_never_been_killed(self, infer, asked, tmp_path):
+        words = ("--max_new_tokens", 8, "--temperature", 2)
+        infer("--input_jsonl", asked, "--output_jsonl", tmp_path / "whole.jsonl", *words)
+        whole = (tmp_path / "whole.jsonl").read_bytes()
+        (tmp_path / "cut.jsonl").write_bytes(whole[: whole.index(b"\n") + 20])
+        infer("--input_jsonl", asked, "--output_jsonl", tmp_path / "cut.jsonl", *words)
+        assert (tmp_path / "cut.jsonl").read_bytes() == whole
+        assert len(whole.splitlines()) == 3
+
+    def test_one_that_is_too_long_is_named_before_any_is_answered(self, infer, tmp_path):
+        asked = write_lines(tmp_path / "in.jsonl", {"prompt": "The dog"}, {"prompt": "the dog " * 200})
+        outcome = infer("--input_jsonl", asked, "--output_jsonl", tmp_path / "out.jsonl")
+        refused(outcome, "in.jsonl: prompt 2 has", "context 64", "--truncate")
+        assert not (tmp_path / "out.jsonl").exists()
+
+    def test_in_without_out(self, infer, asked):
+        refused(infer("--input_jsonl", asked), "--input_jsonl and --output_jsonl belong together")
+
+
+class TestInference:
+    def test_all_of_standard_input_is_one_prompt(self, run_program, base_folder, prompts_seen, tokenizer):
+        text = "The dog.\n\nAnd the «fox»"
+        outcome = run_program(INFERENCE, "--model_name_or_path", base_folder, stdin=text.encode())
+        assert outcome.status == 0
+        assert prompts_seen == [tokenizer(text).input_ids]
+        assert prompts_seen[0][0] == tokenizer.bos_token_id
+
+    def test_a_prompt_file(self, run_program, base_folder, prompts_seen, tokenizer, tmp_path):
+        (tmp_path / "book.txt").write_text("The dog.")
+        run_program(INFERENCE, "--model_name_or_path", base_folder, "--prompt_file", tmp_path / "book.txt")
+        assert prompts_seen == [tokenizer("The dog.").input_ids]
+
+
+PIPES = {
+    INFERENCE: (["--adapter_name_or_path", "{adapter}"], b"The quick brown"),
+    CHAT: (["--model_name_or_path", "{base}", "--context_size", "512"], b"One?\nTwo?\n"),
+}
+
+
+@pytest.mark.parametrize("program", PIPES, ids=["inference", "chat"])
+def test_a_pipe_into_a_real_process_ends_with_status_0(program, adapter_folder, base_folder, tmp_path):
+    words, stdin = PIPES[program]
+    words = [word.format(adapter=adapter_folder, base=base_folder) for word in words]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / program), *words, *GREEDY, "--max_new_tokens", "3"],
+        input=stdin,
+        capture_output=True,
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    assert "Traceback" not in done.stderr.decode()
+    if program == CHAT:
+        assert done.stdout.count(b"ASSISTANT: ") == 2
+        return
+    model, tokenizer = load_for_inference(None, str(adapter_folder))
+    ids = stock(model, tokenizer(stdin.decode()).input_ids, max_new_tokens=3)
+    assert done.stdout.decode() == tokenizer.decode(ids, skip_special_tokens=True) + "\n", "the text and nothing else"
+
+
+@pytest.mark.parametrize("program", [INFERENCE, CHAT], ids=["inference", "chat"])
+@pytest.mark.parametrize("stdin", [b"", b"\n \n"], ids=["nothing", "blank lines"])
+def test_no_prompt_at_all_is_no_mistake(program, stdin, run_program, base_folder):
+    outcome = run_program(program, "--model_name_or_path", base_folder, stdin=stdin)
+    assert (outcome.status, outcome.out.strip()) == (0, "")

@@ -1,0 +1,35 @@
+"""script/performance/plot.py: memory and speed against the length of a sequence."""
+
+import matplotlib.pyplot as plt
+
+from script.performance.plot import KINDS, draw
+
+
+def row(length: int, **values) -> dict:
+    return {"length": length, "overrides": {}, "peak_reserved_gib": 7.0, "tokens_per_second": 100.0, **values}
+
+
+def test_lines_and_crosses(tmp_path):
+    plt.close("all")
+    ours = [row(16384, peak_reserved_gib=12.0), row(8192, overrides={"memory_budget_gib": 9})]
+    hf = [row(8192), {"length": 16384, "overrides": {}, "error": "torch.OutOfMemoryError: CUDA out of memory."}]
+    draw({**{kind: [] for kind in KINDS}, "ours_fastest": ours, "hf": hf}, "title", tmp_path / "new" / "plot.png")
+    memory, speed = plt.gcf().axes
+    lines = {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in speed.get_lines()}
+    assert lines == {
+        KINDS["ours_fastest"][0]: [(8192, 100.0), (16384, 100.0)],
+        KINDS["hf"][0]: [(8192, 100.0)],
+    }
+    points = [list(zip(*line.get_data(), strict=True)) for line in memory.get_lines()]
+    assert [(8192, 7.0), (16384, 12.0)] in points
+    assert [(16384, 0.97)] in points  # the cross of what ran out of memory
+    assert "held to 9 GiB" in [text.get_text() for text in memory.texts]
+    assert (tmp_path / "new" / "plot.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    plt.close("all")
+
+
+def test_the_program(run_program, tmp_path):
+    outcome = run_program("script/performance/plot.py", "figure/benchmark.json", "--output", tmp_path / "plot.png")
+    assert outcome.status == 0, outcome.err
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+    plt.close("all")
