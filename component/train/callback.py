@@ -43,7 +43,7 @@ class FullAttentionCallback(TrainerCallback):
     """S2-Attn while most steps are taken, full attention in the last `ratio` of them.
 
     Not in the papers. A model that has only trained inside groups loses some of what full attention, which it is used
-    with, had learnt; a few steps bring that back (README.md, "Experiments").
+    with, had learnt; a few steps bring that back (script/experiment/README.md).
     """
 
     def __init__(self, ratio: float):

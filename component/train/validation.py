@@ -78,7 +78,7 @@ def _impossible_precision(values: dict) -> list[str]:
     name = torch.cuda.get_device_name() if on_gpu else "no GPU"
     is_old = on_gpu and torch.cuda.get_device_capability() < (8, 0)  # V100, Turing
     if bf16 and is_old:
-        return [f"bf16: true, but {name} has no bf16; set fp16: true (README.md, 'Hardware')"]
+        return [f"bf16: true, but {name} has no bf16; set fp16: true (README.md, 'Install')"]
     if values.get("use_flash_attn") and (is_old or not on_gpu or not (fp16 or bf16)):
         need = "an Ampere or newer GPU and fp16: true or bf16: true"
         return [f"use_flash_attn: true needs {need}, here is {name}; leave it out for the fastest that runs"]

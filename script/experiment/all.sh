@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything in README.md's "Experiments", from texts to tables and figures, on one GPU (an H200: about half an hour,
+# Everything in script/experiment/README.md, from texts to tables and figures, on one GPU (an H200: about half an hour,
 # by its parts).
 #
 #   bash script/experiment/all.sh TEXTS WORK FIGURES [JOBS]

@@ -2,7 +2,7 @@
 
 python script/experiment/train_rolled.py --train_args_file FILE.yaml
 
-For comparison only: while training with it, tokens learn of what comes after them (README.md, the first section).
+For comparison only: while training with it, tokens learn of what comes after them (script/experiment/README.md).
 """
 
 import sys
