@@ -120,7 +120,7 @@ def load_data(args: LongQLoRAArguments, training_args: TrainingArguments, tokeni
     """Training samples, evaluation samples or None, and lines for the summary."""
     rows = {"packing": args.packing, "streaming": args.streaming, "seed": training_args.seed}
     sets, lines = {}, {}
-    with training_args.main_process_first(desc="tokenising"):
+    with training_args.main_process_first(desc="tokenizing"):
         for field, source, how in (("train_file", args.train_file, rows), ("eval_file", args.eval_file, {})):
             if source is not None:
                 sets[field], report = load_samples(source, tokenizer, field=field, **args.data, **how)

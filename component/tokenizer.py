@@ -1,4 +1,4 @@
-"""Which token ids does a text become? A tokenizer: loaded, identified by a hash, saved."""
+"""How is a tokenizer loaded, identified by a hash, and saved?"""
 
 import hashlib
 import json
@@ -21,10 +21,10 @@ def load_tokenizer(
     field: str = "model_name_or_path",
     cure: str = "fetch the model's tokenizer files into the same folder",
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a base model; its vocabulary stays as it is, pad token or none.
+    """The tokenizer of a base model; no pad token is added.
 
     Args:
-        field, cure: the flag that named the folder, and what to do where it holds no tokenizer, for messages.
+        field, cure: the flag that named the folder, and what to do if it holds no tokenizer, for messages.
 
     Raises:
         UserError: no tokenizer there, or one without an end-of-sequence token.
@@ -47,12 +47,12 @@ def load_tokenizer(
 
 
 def any_pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """An id to stand in padded places; they are masked by position, so which one does not matter."""
+    """An id for padding; padding is masked by position, so any id will do."""
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def tokenizer_in(model_name_or_path: str) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a model; None for a folder that has none at all.
+    """The tokenizer of a model; None for a folder without one.
 
     Raises:
         UserError: a tokenizer that cannot be used.
@@ -64,10 +64,10 @@ def tokenizer_in(model_name_or_path: str) -> PreTrainedTokenizerBase | None:
 
 
 def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, sources: Iterable[str]) -> None:
-    """All that a tokenizer is read from; sentencepiece's own file too, which llama.cpp and older programs read.
+    """Save the tokenizer, with sentencepiece's tokenizer.model, which llama.cpp and older programs read.
 
     Args:
-        sources: folders or hub ids of models, the first that has that file gives it.
+        sources: folders or hub ids of models; tokenizer.model is copied from the first that has it.
     """
     tokenizer.save_pretrained(folder)
     files = (fetch(source, "tokenizer.model") for source in sources)
@@ -77,17 +77,17 @@ def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, sources: It
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 over what decides the ids of a text: two tokenizers of one hash give the same ids.
+    """sha256 of everything that determines the ids of a text: tokenizers with equal hashes give equal ids.
 
-    Padding, truncation, decoding and what is put around a text are left out: they change while a tokenizer is in
-    use, and a file of tokens says itself what stands around its documents.
+    Padding, truncation, decoding and post-processing are left out: they change while a tokenizer is used, and a token
+    file's index says which special tokens it has.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         decides: dict = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab()}
     else:
-        # written "always" and read back as "first" by transformers' LlamaTokenizer; texts get the same ids by both,
-        # but for those with a special token in the middle
+        # transformers' LlamaTokenizer writes "always" and reads it back as "first"; ids are the same, except for texts
+        # with a special token in the middle
         decides = json.loads(backend.to_str().replace('"prepend_scheme":"always"', '"prepend_scheme":"first"'))
         for key in ("padding", "truncation", "decoder", "post_processor"):
             decides.pop(key, None)

@@ -1,4 +1,4 @@
-"""What do the programs that build data share? Flags and their checks, and what is written beside a corpus."""
+"""What do the programs that build data share? Flags and their checks, and the files beside a corpus."""
 
 import argparse
 import os
@@ -20,21 +20,23 @@ LIBRARIES = ("transformers", "tokenizers", "pyarrow", "zstandard", "numpy", "mat
 
 
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tokenizer", required=True, help="folder or hub id of the model that is to be trained")
+    parser.add_argument("--tokenizer", required=True, help="folder or hub id of the model to be trained")
     parser.add_argument("--output", type=Path, required=True, help="the file to write")
     parser.add_argument("--num_proc", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
-    parser.add_argument("--max_bad_fraction", type=float, default=0.01, help="share of bad lines tolerated (0.01)")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing output, drop unfinished work")
+    parser.add_argument(
+        "--max_bad_fraction", type=float, default=0.01, help="largest tolerated share of bad lines (0.01)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output, discard unfinished work")
 
 
 def add_source_flags(parser: argparse.ArgumentParser) -> None:
     sources = "files, folders or hub ids; see component/data/source.py"
     parser.add_argument("--source", nargs="+", required=True, help=sources)
-    parser.add_argument("--text_key", default="text", help="of JSON Lines and parquet (text)")
+    parser.add_argument("--text_key", default="text", help="key of the text in JSON Lines and parquet (text)")
 
 
 def check_common_flags(flags: argparse.Namespace, *counts: str, problems: Iterable[str] = ()) -> None:
-    """Refuse, in one message, what is wrong with the common flags, `counts` below 1, and further `problems`."""
+    """Report wrong common flags, `counts` below 1 and further `problems` in one message."""
     found = []
     for name in ("num_proc", *counts):
         if getattr(flags, name) is not None and getattr(flags, name) < 1:
@@ -48,21 +50,21 @@ def check_common_flags(flags: argparse.Namespace, *counts: str, problems: Iterab
 
 
 def resolve_sources(flags: argparse.Namespace) -> list[Path]:
-    """The files of --source, each once, when the output may be written."""
+    """The files of --source, each once; the output is checked too."""
     paths = list(dict.fromkeys(path for source in flags.source for path in resolve_files(source, "--source")))
     open_output(flags, paths)
     return paths
 
 
 def open_tokenizer(flags: argparse.Namespace) -> PreTrainedTokenizerBase:
-    cure = "name the folder or the hub id of the model that is to be trained"
+    cure = "name the folder or the hub id of the model to be trained"
     return load_tokenizer(flags.tokenizer, UNLIMITED, "--tokenizer", cure)
 
 
 def open_output(flags: argparse.Namespace, sources: Iterable[Path]) -> None:
-    """Make the output's folder; refuse to replace what is there. The output comes last: it tells of a whole run."""
+    """Create the output's folder; refuse an output that exists or is a source."""
     if any(flags.output.resolve() == source.resolve() for source in sources):
-        raise UserError(f"--output: {flags.output} is one of the files that are read; name another")
+        raise UserError(f"--output: {flags.output} is one of the sources; name another")
     if flags.output.exists() and not flags.overwrite:
         raise UserError(f"--output: {flags.output} exists; name another file, or replace it with --overwrite")
     flags.output.parent.mkdir(parents=True, exist_ok=True)
@@ -71,14 +73,18 @@ def open_output(flags: argparse.Namespace, sources: Iterable[Path]) -> None:
 def measure_files(
     flags: argparse.Namespace, files: list[SourceFile], settings: dict, measure: Measure
 ) -> tuple[Scan, str]:
-    """What `scan_files` finds, by a journal beside the output, and one line about bad records."""
+    """`scan_files` with a journal beside the output, and one line about bad records."""
     journal = flags.output.with_name(f"{flags.output.name}.journal")
     scan = scan_files(journal, files, settings, measure, num_proc=flags.num_proc, overwrite=flags.overwrite)
     return scan, scan.tally().refuse_if_too_many(flags.max_bad_fraction)
 
 
 def write_statistics(output: Path, stats: dict, drawn: dict[str, dict], kind: str) -> str:
-    """FILE.stats.json and FILE.png beside FILE.jsonl; one line about the corpus, whose texts are of a `kind`."""
+    """Write FILE.stats.json and FILE.png beside FILE.jsonl; returns one line about the corpus.
+
+    Args:
+        kind: of its texts, in the plural, for titles.
+    """
     side, lengths = output.name.removesuffix(output.suffix), stats["lengths"]
     title = f"{output.name}: {lengths['texts']:,} {kind}, {lengths['tokens']:,} tokens"
     write_json(output.with_name(f"{side}.stats.json"), stats)
@@ -87,12 +93,12 @@ def write_statistics(output: Path, stats: dict, drawn: dict[str, dict], kind: st
 
 
 def versions() -> dict[str, str]:
-    """Of all that decides what a corpus holds, and how its figures look."""
+    """Versions of everything that affects a corpus and its figures."""
     return {"python": platform.python_version()} | library_versions(LIBRARIES)
 
 
 def origin(flags: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> dict:
-    """How statistics came about."""
+    """Tokenizer, flags, command, versions and date, for the statistics."""
     return {
         "tokenizer": describe_tokenizer(tokenizer, flags.tokenizer),
         "flags": {name: str(value) if isinstance(value, Path) else value for name, value in vars(flags).items()},

@@ -1,4 +1,4 @@
-"""How long are the texts? Figures for programs (JSON) and one for people (PNG)."""
+"""How are text lengths distributed? As statistics (JSON) and a histogram (PNG)."""
 
 import math
 from pathlib import Path
@@ -13,7 +13,7 @@ BLUE, DARK = "#0072b2", "#d55e00"
 
 
 def describe_lengths(tokens: list[int] | np.ndarray) -> dict:
-    """Count, sum, extremes, mean, percentiles and a histogram of lengths in tokens; of none, count and sum."""
+    """Count, sum, extremes, mean, percentiles and a histogram of lengths in tokens; for no texts, count and sum."""
     lengths = np.asarray(tokens, dtype=np.int64)
     if not len(lengths):
         return {"texts": 0, "tokens": 0}
@@ -44,7 +44,7 @@ def _edges(low: int, high: int) -> list[int]:
 
 
 def draw_lengths(lengths_of: dict[str, dict], file: Path, title: str) -> None:
-    """A histogram for each name in `lengths_of` (values of describe_lengths), side by side on one scale of tokens."""
+    """One histogram per name of `lengths_of` (values of describe_lengths), with a shared axis."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,7 +1,7 @@
-"""How does a published record become a question and its answer? By two templates, or a preset for its shape.
+"""How are published records mapped to question and answer? By a pair of templates, or a preset.
 
-Templates name fields in braces: "{chapter}", "{question.text}" for a field of a field, "{input?}" for one that may be
-missing, "{{" for a brace. A conversation is a list of turns under `conversations` or `messages`.
+Templates name fields in braces: "{chapter}", "{question.text}" for a nested field, "{input?}" for an optional one,
+"{{" for a brace. A conversation is a list of turns under `conversations` or `messages`.
 """
 
 import string
@@ -11,10 +11,10 @@ from typing import Any
 
 from component.data.chat_template import messages_key, parse_messages
 
-Chat = tuple[list[tuple[str, str]], str | None]  # (question, answer) in order; the system text before them, if any
-Mapping = Callable[[dict], Chat]  # raises ValueError, with what is wrong with the record
+Chat = tuple[list[tuple[str, str]], str | None]  # (question, answer) in order, and the system prompt or None
+Mapping = Callable[[dict], Chat]  # raises ValueError for a bad record
 
-# The field names are those of the data sets as published; the wording around them is this project's.
+# Field names are those of the published data sets; the wording around them is ours.
 TEMPLATES = {
     "input_output": {"input": "{input}", "output": "{output}"},
     "alpaca": {"input": "{instruction}\n\n{input?}", "output": "{output}"},  # LongAlpaca, LongQA, Alpaca
@@ -29,7 +29,7 @@ TEMPLATES = {
 def render(template: str, record: dict) -> str:
     """
     Raises:
-        ValueError: a field is missing, or is no text.
+        ValueError: a field is missing or not a string.
     """
     parts = []
     for literal, name, _, _ in string.Formatter().parse(template):
@@ -43,7 +43,7 @@ def render(template: str, record: dict) -> str:
 def template_problem(template: object) -> str | None:
     """What is wrong with a template, or None."""
     if not isinstance(template, str):
-        return f"{template!r} is no text"
+        return f"{template!r} is not a string"
     try:
         fields = [(name, spec, conversion) for _, name, spec, conversion in string.Formatter().parse(template)]
     except ValueError as error:
@@ -52,7 +52,7 @@ def template_problem(template: object) -> str | None:
     if not names:
         return f"{template!r} names no {{field}}"
     if any(not name.removesuffix("?") for name in names) or any(spec or conversion for _, spec, conversion in fields):
-        return f"{template!r}: only {{field}}, {{field.of_it}} and {{field?}} are known"
+        return f"{template!r}: only {{field}}, {{nested.field}} and {{field?}} are supported"
     return None
 
 
@@ -90,8 +90,8 @@ def conversation_turns(record: dict) -> Chat:
 def natural_questions_turns(record: dict) -> Chat:
     """The simplified release (question_text, document_text) or the hub's (question.text, document.tokens).
 
-    The answer is the short one of the first annotation that has one, else yes or no, else the long one; without any
-    the answer is empty, and the record is left out.
+    The answer is the first annotation's short answer if any, else yes or no, else the long one; without any it is
+    empty, and the record is excluded.
     """
     if "document_text" in record:
         question, words = _field(record, "question_text"), _field(record, "document_text").split(" ")
@@ -119,7 +119,7 @@ def _answer(annotations: list[dict], span: Callable[[dict], str]) -> str:
 
 
 def _rows(value: Any) -> list[dict]:
-    """A list of objects, also where parquet holds it as an object of lists."""
+    """A list of objects; parquet may store it as an object of lists."""
     if isinstance(value, dict):
         return [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
     return value or []
@@ -134,5 +134,5 @@ PRESETS: dict[str, Mapping] = {
 
 
 def mapping_of(value: str | dict[str, str]) -> Mapping:
-    """The mapping that a checked YAML value stands for."""
+    """The mapping named by a validated YAML value."""
     return PRESETS[value] if isinstance(value, str) else partial(template_turns, templates=value)

@@ -1,4 +1,4 @@
-"""What is mixed, in which shares? The YAML of build_sft.py: which keys it has, and what is wrong with it."""
+"""Which sources are mixed, in which shares? The YAML of build_sft.py: its keys and their validation."""
 
 import math
 import re
@@ -22,9 +22,9 @@ class MixtureSource:
     name: str
     path: str
     mapping: Any  # a preset's name, or {input, output} templates
-    share: float | None = None  # relative to the other sources' shares
-    count: int | None = None  # examples, at most; of neither count nor share: all there are
-    turns: str = "first"  # of a conversation: its first question and answer, or all, as {"messages": ...}
+    share: float | None = None  # relative to other sources' shares
+    count: int | None = None  # maximum of examples; with neither count nor share: all
+    turns: str = "first"  # of a conversation: the first, or all as {"messages": ...}
     filters: dict = field(default_factory=dict)
     files: list[Path] = field(default_factory=list)
 
@@ -32,7 +32,7 @@ class MixtureSource:
 @dataclass
 class Mixture:
     sources: list[MixtureSource]
-    total: int | None = None  # examples of all sources together, at most
+    total: int | None = None  # maximum of examples of all sources together
 
 
 SOURCE_KEYS = ("name", "path", "mapping", "share", "count", "turns", "filters")
@@ -47,7 +47,7 @@ def read_mixture(file: Path) -> Mixture:
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"--config: {file} cannot be read: {first_line(error)}") from error
+        raise UserError(f"--config: {file} can't be read: {first_line(error)}") from error
     if not isinstance(values, dict) or not isinstance(values.get("sources"), list) or not values["sources"]:
         raise UserError(f"--config: {file} needs `sources:`, a list of {', '.join(SOURCE_KEYS)}")
     problems = _unknown(values, TOP_KEYS, "")
@@ -62,7 +62,7 @@ def read_mixture(file: Path) -> Mixture:
         sources += [source] if source else []
     names = [source.name for source in sources]
     problems += [
-        f"name: {name!r} stands twice; give each source its own"
+        f"name: {name!r} is used twice; give each source its own"
         for name in sorted(set(names))
         if names.count(name) > 1
     ]
@@ -73,13 +73,13 @@ def read_mixture(file: Path) -> Mixture:
 
 def _source(entry: object, place: str) -> tuple[MixtureSource | None, list[str]]:
     if not isinstance(entry, dict):
-        return None, [f"{place}: {entry!r} is no list of keys ({', '.join(SOURCE_KEYS)})"]
+        return None, [f"{place}: {entry!r} is not a mapping with keys ({', '.join(SOURCE_KEYS)})"]
     name = entry.get("name")
     place = f"{place} ({name})" if name else place
     problems = _unknown(entry, SOURCE_KEYS, f"{place}: ")
     problems += [f"{place}: {key} is missing" for key in ("name", "path", "mapping") if not entry.get(key)]
     problems += [
-        f"{place}: {key}: {entry[key]!r} is no text"
+        f"{place}: {key}: {entry[key]!r} is not a string"
         for key in ("name", "path")
         if entry.get(key) and not isinstance(entry[key], str)
     ]
@@ -92,7 +92,7 @@ def _source(entry: object, place: str) -> tuple[MixtureSource | None, list[str]]
         )
     ]
     if entry.get("turns", "first") not in TURNS:
-        problems.append(f"{place}: turns: {entry['turns']!r} is none of {', '.join(TURNS)}")
+        problems.append(f"{place}: turns: {entry['turns']!r} is not one of {', '.join(TURNS)}")
     files: list[Path] = []
     if isinstance(entry.get("path"), str) and entry["path"]:
         try:
@@ -109,7 +109,7 @@ def _share_problems(entry: dict) -> list[str]:
     share, count = entry.get("share"), entry.get("count")
     problems = []
     if share is not None and count is not None:
-        problems.append("share and count exclude each other; leave one out")
+        problems.append("share and count exclude each other; remove one")
     is_number = isinstance(share, int | float) and not isinstance(share, bool)
     if share is not None and not (is_number and 0 < share < math.inf):
         problems.append(f"share: {share!r}; use a number above 0")
@@ -123,7 +123,9 @@ def _mapping_problems(mapping: object) -> list[str]:
         return []  # reported as missing
     if isinstance(mapping, str):
         known = ", ".join(PRESETS)
-        return [] if mapping in PRESETS else [f"mapping: {mapping!r} is no preset{nearest(mapping, PRESETS)}: {known}"]
+        return (
+            [] if mapping in PRESETS else [f"mapping: {mapping!r} is not a preset{nearest(mapping, PRESETS)}: {known}"]
+        )
     if not isinstance(mapping, dict):
         return [f"mapping: {mapping!r}; use a preset ({', '.join(PRESETS)}) or input and output templates"]
     problems = _unknown(mapping, ("input", "output"), "mapping: ")
@@ -148,7 +150,7 @@ def _filter_problems(filters: object) -> list[str]:
         try:
             re.compile(filters.get(key, ""))
         except (re.error, TypeError) as error:
-            problems.append(f"filters: {key}: {filters[key]!r} is no regular expression ({error})")
+            problems.append(f"filters: {key}: {filters[key]!r} is not a regular expression ({error})")
     return problems
 
 
@@ -166,9 +168,9 @@ def _is_count(value: object) -> bool:
 
 
 def apportion(mixture: Mixture, available: list[int]) -> list[int]:
-    """How many examples each source gives, of those it has.
+    """How many of its available examples each source contributes.
 
-    Counts are taken first. Shares are kept exactly: as many of each as the scarcest source allows, and `total`.
+    Counts come first. Shares are exact: as many of each as the scarcest source and `total` allow.
     """
     taken = [
         min(source.count, has) if source.count else 0 if source.share else has
@@ -180,5 +182,5 @@ def apportion(mixture: Mixture, available: list[int]) -> list[int]:
     unit = min(has / share for share, has in zip(shares, available, strict=True) if share)
     if mixture.total:
         unit = min(unit, max(0, mixture.total - sum(taken)) / sum(shares))
-    # what floating point makes of 3 / 0.3 * 0.3 must not cost an example
+    # rounding of 3 / 0.3 * 0.3 must not lose an example
     return [count or int(unit * share + 1e-9) for count, share in zip(taken, shares, strict=True)]

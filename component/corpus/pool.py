@@ -1,4 +1,4 @@
-"""How do several processes work through an input of any size, in order and in little memory?"""
+"""How do several processes map over an input of any size, in order and in bounded memory?"""
 
 import multiprocessing
 import os
@@ -17,17 +17,17 @@ Result = TypeVar("Result")
 
 
 def in_order(work: Callable[[Item], Result], items: Iterable[Item], num_proc: int) -> Iterator[tuple[Item, Result]]:
-    """(item, what `work` made of it) in the order of the items, with at most 2 * num_proc items under way.
+    """(item, work(item)) in input order, with at most 2 * num_proc items in flight.
 
     Raises:
         UserError: a process was killed.
     """
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are what runs in parallel
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes run in parallel already
     if num_proc == 1:
         for item in items:
             yield item, work(item)
         return
-    # forked: the tokenizer is shared instead of sent, and a worker starts in milliseconds
+    # forked: the tokenizer is shared, not pickled, and workers start in milliseconds
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(num_proc, context, _start_worker, (work, os.getpid())) as pool:
         waiting: deque[tuple[Item, Future]] = deque()
@@ -42,8 +42,7 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item], num_proc: in
                 yield first, future.result()
         except BrokenProcessPool as error:
             raise UserError(
-                f"--num_proc: one of {num_proc} processes was killed, most likely for want of memory; "
-                "start again with fewer"
+                f"--num_proc: one of {num_proc} processes was killed, most likely because memory ran out; use fewer"
             ) from error
 
 
@@ -54,7 +53,7 @@ def _start_worker(work: Callable[[Any], Any], parent: int) -> None:
     global _work
     _work = work
 
-    def end_with_parent() -> None:  # a worker whose parent is killed would wait for work for ever
+    def end_with_parent() -> None:  # else the worker of a killed parent waits forever
         while os.getppid() == parent:
             time.sleep(0.5)
         os._exit(1)

@@ -1,9 +1,9 @@
-"""What is a pretraining corpus? Texts of the right length, each once, sampled fairly, in the order of the input.
+"""How is a pretraining corpus selected? Deduplicated texts within a length range, a uniform sample in input order.
 
-A text that is too long may be cut: where a paragraph ends, else where a line does, else at a space.
+Texts that are too long may be split, at the end of a paragraph, else of a line, else at a space.
 
-Two passes: the first measures every text (component/corpus/scan.py), then the sample is drawn from the measures alone
-(component/corpus/sampling.py), and the second pass reads the files again and writes what was drawn. No text is kept.
+Two passes: the first counts the tokens of every text (component/corpus/scan.py), the sample is chosen from the counts
+alone (component/corpus/sampling.py), and the second pass reads the files again and writes it. No text stays in memory.
 """
 
 import json
@@ -24,13 +24,13 @@ from component.data.reader import BadRecord
 from component.storage.atomic import atomic_file
 
 LONG_TEXTS = ("drop", "split")
-UNIT_CHARACTERS = 2000  # at most, of a part of a long line: where there is no better place, cuts fall between parts
-PARAGRAPH, LINE, INSIDE = 2, 1, 0  # what ends with a unit
+UNIT_CHARACTERS = 2000  # longest part of a line; without a better place, texts are split between parts
+PARAGRAPH, LINE, INSIDE = 2, 1, 0  # what ends at a unit's end
 
 
 @dataclass
 class Choice(Place):
-    """A text, or a piece of one, that goes into the corpus."""
+    """A chosen text, or piece of a text."""
 
     start: int  # characters
     end: int
@@ -39,14 +39,14 @@ class Choice(Place):
 
 
 class TextMeasure:
-    """Measures chunks of {key: text}: rows for the texts, or the pieces of texts, of min_tokens to max_tokens."""
+    """Measures chunks of {key: text}: a row per text, or piece of a text, of min_tokens to max_tokens."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, min_tokens: int, max_tokens: int, long_texts: str, key: str
     ):
         self.count, self.key, self.is_split = TokenCounter(tokenizer), key, long_texts == "split"
         self.least, self.most = min_tokens, max_tokens
-        # so few bytes are too few tokens, whatever they are: most texts of a crawl need no tokenizing
+        # a text of fewer bytes has too few tokens: most texts of a crawl need no tokenization
         self.too_few_bytes = min_tokens - self.count.around - 1 if self.count.has_at_most_byte_tokens else 0
 
     def __call__(self, group: int, chunk: Chunk) -> ScannedChunk:
@@ -61,7 +61,7 @@ class TextMeasure:
                 measured.noted["too_short"] += 1
             elif not self.is_split and self.count.is_surely_longer(text, self.most):
                 measured.noted["too_long"] += 1
-            elif self.is_split and len(text) > 4 * self.most:  # likely too long: counted piece by piece, not whole
+            elif self.is_split and len(text) > 4 * self.most:  # likely too long: counted by pieces
                 self._split(number, text, measured)
             else:
                 counted.append((number, text))
@@ -86,15 +86,15 @@ class TextMeasure:
     def _split(self, number: int, text: str, measured: ScannedChunk) -> None:
         pieces = cut_text(text, self.least, self.most, self.count)
         measured.noted["split"] += len(pieces) > 1
-        for start, end in pieces:  # one at a time: a whole book's tokens are never in memory
+        for start, end in pieces:  # one at a time: a book's tokens are never all in memory
             (tokens,) = self.count([text[start:end]])
             self._take(number, text, start, end, tokens, measured)
 
 
 def cut_text(text: str, least: int, most: int, count: TokenCounter) -> list[tuple[int, int]]:
-    """(first, end) characters of pieces of about equal size, as few as `most` tokens allow; together all of `text`.
+    """[start, end) characters of the fewest pieces of about equal size with at most `most` tokens each.
 
-    The pieces' tokens are estimated from their parts: count them before use.
+    Their tokens are estimated from their parts: count them before use.
     """
     units = _units(text, min(UNIT_CHARACTERS, max(8, most // 4)))
     counts = count([text[first:end] for first, end, _ in units])
@@ -114,7 +114,7 @@ def cut_text(text: str, least: int, most: int, count: TokenCounter) -> list[tupl
 
 
 def _cut(units: list, upto: list[int], start: int, target: float, least: int, room: int) -> int:
-    """The unit to cut before: near `target` tokens behind `start`, at the best kind of end there."""
+    """The unit to split before: near `target` tokens after `start`, at the best kind of end there."""
     best, best_rank = start + 1, (-1, 0.0)
     for end in range(start + 1, len(units)):
         tokens = upto[end] - upto[start]
@@ -128,7 +128,7 @@ def _cut(units: list, upto: list[int], start: int, target: float, least: int, ro
 
 
 def _units(text: str, longest: int) -> list[tuple[int, int, int]]:
-    """(first character, end, what ends there): lines, and those of more than `longest` characters in parts."""
+    """(start, end, what ends there) of lines, and of the parts of lines longer than `longest` characters."""
     units, start = [], 0
     while start < len(text):
         end = text.find("\n", start) + 1 or len(text)
@@ -143,7 +143,7 @@ def _units(text: str, longest: int) -> list[tuple[int, int, int]]:
 
 
 def _without_line_ends(text: str, start: int, end: int) -> tuple[int, int]:
-    """A piece's bounds without line ends at either side; its indentation stays."""
+    """The bounds without line breaks at either end; indentation stays."""
     while end > start and text[end - 1] in "\r\n":
         end -= 1
     while start < end and text[start] in "\r\n":
@@ -152,7 +152,7 @@ def _without_line_ends(text: str, start: int, end: int) -> tuple[int, int]:
 
 
 def sample_texts(scan: Scan, num_samples: int, seed: int) -> tuple[list[Choice], Counter]:
-    """The sample in input order, and how many duplicates each file holds of texts before them."""
+    """The sample in input order, and the number of duplicates in each file."""
     kept = sum(count.kept for count in scan.counts)
     is_first = first_of_each((row[-1] for _, row in scan.rows()), kept)
     duplicates = Counter(file for (file, _), first in zip(scan.rows(), is_first, strict=True) if not first)
@@ -161,10 +161,10 @@ def sample_texts(scan: Scan, num_samples: int, seed: int) -> tuple[list[Choice],
 
 
 def write_corpus(output: Path, scan: Scan, choices: list[Choice], key: str) -> None:
-    """One {"text": ...} per line, whole or not at all.
+    """Write one {"text": ...} per line, atomically.
 
     Raises:
-        UserError: a file has changed since it was measured.
+        UserError: a file changed after it was scanned.
     """
     with atomic_file(output) as writing, writing.open("w", encoding="utf-8", newline="\n") as lines:
         for text in tqdm(_texts(scan, choices, key), total=len(choices), desc="writing", unit=" texts"):

@@ -1,9 +1,8 @@
-"""Which texts are chosen? Those whose keyed hashes are lowest.
+"""How are texts sampled? The k with the lowest keyed hashes (bottom-k sampling).
 
-A text's key is a hash of its own hash and the seed: as random as a draw, but decided by the text alone. The k lowest
-keys are therefore a fair sample without replacement that does not depend on the number of processes, on chunks, on
-restarts, or on the order of files; equal texts have equal keys, so a duplicate can never be chosen twice. Only keys
-and places are kept, of k texts at a time.
+A text's key is a hash of the text and the seed. The k lowest keys are a uniform sample without replacement that does
+not depend on the number of processes, chunk borders, restarts, or the order of files; equal texts have equal keys, so
+no duplicate is chosen twice. Memory holds the keys and places of k texts.
 """
 
 import hashlib
@@ -17,7 +16,7 @@ Place = TypeVar("Place")
 
 
 def text_hash(*texts: str) -> str:
-    """32 hexadecimal digits: equal for equal texts."""
+    """32 hexadecimal digits."""
     digest = hashlib.blake2b(digest_size=16)
     for text in texts:
         content = text.encode()
@@ -26,14 +25,14 @@ def text_hash(*texts: str) -> str:
 
 
 def sample_key(hashed: str, seed: int, purpose: str = "sample") -> int:
-    """128 bits; another purpose is another order."""
+    """128 bits; independent for another purpose."""
     return int.from_bytes(hashlib.blake2b(f"{purpose} {seed} {hashed}".encode(), digest_size=16).digest(), "big")
 
 
 def lowest(keyed: Iterable[tuple[int, Place]], count: int) -> dict[int, Place]:
-    """The places with the `count` lowest keys; of equal keys the first place."""
+    """The places with the `count` lowest keys; for equal keys the first place."""
     chosen: dict[int, Place] = {}
-    highest: list[int] = []  # negated keys: the first is the highest chosen one's
+    highest: list[int] = []  # negated keys: a max-heap of the chosen ones
     for key, place in keyed:
         if key in chosen or count == 0:
             continue
@@ -48,7 +47,7 @@ def lowest(keyed: Iterable[tuple[int, Place]], count: int) -> dict[int, Place]:
 
 
 def first_of_each(hashes: Iterable[str], length: int) -> np.ndarray:
-    """Whether each of `length` texts is the first of its kind, (length,) bool; in 8 bytes a text, twice to sort."""
+    """(length,) bool, False for duplicates of an earlier text; takes 8 bytes per text, 16 while sorting."""
     numbers = np.fromiter((int(hashed[:16], 16) for hashed in hashes), dtype=np.uint64, count=length)
     is_first = np.zeros(length, dtype=bool)
     is_first[np.unique(numbers, return_index=True)[1]] = True

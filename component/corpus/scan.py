@@ -1,9 +1,9 @@
-"""How are all records of the input measured once, in a way that a killed run can resume?
+"""How are all input records measured in one resumable pass?
 
-The journal beside the output has a first line with all that results depend on (settings, tokenizer, the files' sizes
-and times) and then one line per chunk of records, in input order. A run that finds its own journal goes on behind the
-last whole line; results do not depend on where chunks begin, so its output is that of a run never killed. Chosen
-samples are drawn from the journal too: in memory there are a few chunks, and counts, whatever the input's size.
+The first line of the journal beside the output holds everything that results depend on (settings, tokenizer, sizes and
+times of the files), each further line one chunk of records in input order. A run that finds its own journal resumes
+after the last complete line; results do not depend on chunk borders, so they equal those of an uninterrupted run.
+Samples are chosen from the journal too: memory holds a few chunks and counts, whatever the input's size.
 """
 
 import json
@@ -22,7 +22,7 @@ from component.data.source import MAX_REPORTED, RecordTally, read_records
 from component.error import UserError
 
 JOURNAL_FORMAT = 1
-CHUNK_RECORDS, CHUNK_CHARACTERS = 256, 2**20  # of a chunk; it ends with the record that reaches either
+CHUNK_RECORDS, CHUNK_CHARACTERS = 256, 2**20  # a chunk ends with the record that reaches either
 Chunk = list[tuple[int, dict | BadRecord]]
 Row = tuple[int, int, int, int, str]  # record number, first and end character, tokens, hash of the text
 
@@ -30,17 +30,17 @@ Row = tuple[int, int, int, int, str]  # record number, first and end character, 
 @dataclass
 class SourceFile:
     path: Path
-    keys: tuple[str, ...] = ()  # what a record must have; all else is left out. Empty: everything is kept
-    group: int = 0  # the source of a mixture that it belongs to
+    keys: tuple[str, ...] = ()  # required of a record, others are removed; empty: all are kept
+    group: int = 0  # index of its source in a mixture
 
 
 @dataclass
 class ScannedChunk:
-    """What became of a chunk."""
+    """The result for one chunk."""
 
-    rows: list[Row] = field(default_factory=list)  # what may be chosen
-    noted: Counter = field(default_factory=Counter)  # what else became of texts, as too_short -> how many
-    bad: list[tuple[int, str]] = field(default_factory=list)  # record number, what is wrong with it
+    rows: list[Row] = field(default_factory=list)  # candidates
+    noted: Counter = field(default_factory=Counter)  # counts of other outcomes, such as too_short
+    bad: list[tuple[int, str]] = field(default_factory=list)  # record number, problem
 
 
 Measure = Callable[[int, Chunk], ScannedChunk]  # of a group and a chunk of its records
@@ -56,7 +56,7 @@ class FileCount:
 
 @dataclass
 class Place:
-    """Of what was chosen: where its record stands."""
+    """The location of a chosen record."""
 
     file: int
     number: int  # of the record
@@ -66,13 +66,13 @@ Chosen = TypeVar("Chosen", bound=Place)
 
 
 class Scan:
-    """The measured files: counts in memory, rows in the journal."""
+    """The scanned files: counts in memory, rows in the journal."""
 
     def __init__(self, journal: Path, files: list[SourceFile]):
         self.journal, self.files = journal, files
         self.counts = [FileCount() for _ in files]
         self.first_bad: list[str] = []
-        self.at = (0, 0)  # file and record number that the journal ends with
+        self.at = (0, 0)  # the journal's last file and record number
         self.is_done = False
 
     def take_in(self, line: dict) -> None:
@@ -99,7 +99,7 @@ class Scan:
                     yield line["file"], tuple(row)
 
     def reread(self, places: Iterable[Chosen]) -> Iterator[tuple[Chosen, dict | BadRecord]]:
-        """Each of `places`, which are in input order, and its record, read again.
+        """Each of `places`, given in input order, with its record, read again.
 
         Raises:
             UserError: a record is no longer there.
@@ -119,9 +119,11 @@ class Scan:
             raise self.changed(place)
 
     def changed(self, place: Place) -> UserError:
-        """To be raised where a record is not the one that was measured. The measures are of no more use."""
+        """The error for a record that changed after the scan; the journal is removed, as it is of no more use."""
         self.journal.unlink(missing_ok=True)
-        return UserError(f"{self.files[place.file].path}:{place.number}: changed while it was read; start again")
+        return UserError(
+            f"{self.files[place.file].path}:{place.number}: changed while it was read; run the command again"
+        )
 
     def tally(self) -> RecordTally:
         empty = [str(file.path) for file, count in zip(self.files, self.counts, strict=True) if not count.read]
@@ -132,22 +134,22 @@ class Scan:
 def scan_files(
     journal: Path, files: list[SourceFile], settings: dict, measure: Measure, *, num_proc: int, overwrite: bool = False
 ) -> Scan:
-    """Measure every record of `files`, going on where a killed run with the same settings was.
+    """Measure every record of `files`, resuming an interrupted run with the same settings.
 
     Args:
-        settings: all that `measure` depends on, as JSON: another run's journal is told by it.
-        num_proc: processes; 1 measures in this one.
-        overwrite: begin anew where the journal belongs to other settings or files.
+        settings: everything that `measure` depends on, as JSON.
+        num_proc: processes; 1 measures in this process.
+        overwrite: start over if the journal is of other settings or files.
 
     Raises:
-        UserError: the journal belongs to another run, a file cannot be read, a process was killed.
+        UserError: the journal belongs to another run, a file can't be read, a process was killed.
     """
     scan = Scan(journal, files)
     head = {"format": JOURNAL_FORMAT, "settings": settings, "files": [stamp(file) for file in files]}
     _take_up(scan, head, overwrite)
     if scan.is_done:
         return scan
-    with journal.open("a", encoding="utf-8") as out, tqdm(desc="measuring", unit=" texts", smoothing=0.05) as bar:
+    with journal.open("a", encoding="utf-8") as out, tqdm(desc="scanning", unit=" texts", smoothing=0.05) as bar:
         bar.update(sum(count.read for count in scan.counts))
 
         def work(item: tuple[int, Chunk]) -> ScannedChunk:
@@ -177,11 +179,11 @@ def stamp(file: SourceFile) -> dict:
 
 def _write_line(out, line: dict) -> None:
     out.write(json.dumps(line, separators=(",", ":")) + "\n")
-    out.flush()  # a killed process loses what it holds itself, not what the system holds
+    out.flush()  # flushed to the system: a killed process loses nothing
 
 
 def _take_up(scan: Scan, head: dict, overwrite: bool) -> None:
-    """Read the journal of a killed run, without the line it was killed in; begin one where there is none."""
+    """Load the journal of an interrupted run up to its last complete line, or start a new one."""
     journal = scan.journal
     if journal.is_file():
         with journal.open("rb") as lines:
@@ -194,12 +196,12 @@ def _take_up(scan: Scan, head: dict, overwrite: bool) -> None:
         if found == head:
             os.truncate(journal, whole)
             read = sum(count.read for count in scan.counts)
-            print(f"going on where an earlier run was, after {read:,} texts ({journal})", flush=True)
+            print(f"resuming an interrupted run after {read:,} texts ({journal})", flush=True)
             return
         if found is not None and not overwrite:
             raise UserError(
                 f"{journal} belongs to an unfinished run with another {_difference(found, head)}; finish that run "
-                "with its own flags and files, or begin anew with --overwrite"
+                "with its own flags and files, or start over with --overwrite"
             )
     with journal.open("w", encoding="utf-8") as out:
         _write_line(out, head)
@@ -221,7 +223,7 @@ def _difference(found: dict, head: dict) -> str:
 
 
 def _chunks(files: list[SourceFile], at: tuple[int, int]) -> Iterator[tuple[int, Chunk]]:
-    """The records behind file and number `at`, in chunks that each lie in one file."""
+    """The records after file and number `at`, in chunks of one file each."""
     for index in range(at[0], len(files)):
         file, chunk, size = files[index], [], 0
         for number, record in read_records(file.path, file.keys):
@@ -239,7 +241,7 @@ def _chunks(files: list[SourceFile], at: tuple[int, int]) -> Iterator[tuple[int,
 
 
 def _characters(value: object) -> int:
-    """How large a record is, roughly."""
+    """Approximate size of a record."""
     if isinstance(value, dict):
         return sum(map(_characters, value.values()))
     if isinstance(value, list):

@@ -1,6 +1,6 @@
-"""What is an instruction corpus? Questions with answers that fit, each once, in the shares asked for, shuffled.
+"""How is an instruction mixture selected? Deduplicated examples that fit, in the configured shares, shuffled.
 
-Two passes as in component/corpus/pretrain.py: measure all examples, draw from the measures, write what was drawn.
+Two passes as in component/corpus/pretrain.py: measure all examples, choose from the measurements, write the choice.
 """
 
 import json
@@ -24,15 +24,15 @@ from component.storage.atomic import atomic_file
 
 @dataclass
 class Example(Place):
-    """One that goes into the corpus."""
+    """A chosen example."""
 
     tokens: int
     hashed: str
-    key: int  # of the corpus' order
+    key: int  # sort key of the shuffled order
 
 
 class ExampleMeasure:
-    """Measures chunks of a mixture's records: a row for each example that may be drawn."""
+    """Measures chunks of a mixture's records: a row per candidate example."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, mixture: Mixture, max_tokens: int, template: str):
         self.tokenizer, self.sources, self.max_tokens = tokenizer, mixture.sources, max_tokens
@@ -55,7 +55,7 @@ class ExampleMeasure:
         return measured
 
     def _examine(self, chat: Chat, filters: dict) -> tuple[str, int]:
-        """(why it is left out, or the empty string; tokens as training spells it)."""
+        """(why it is excluded, or the empty string; tokens in the training format)."""
         turns, system = chat
         if not all(question.strip() and answer.strip() for question, answer in turns):
             return "empty", 0
@@ -76,24 +76,26 @@ class ExampleMeasure:
 def chat_of(record: dict | BadRecord, source: MixtureSource) -> Chat:
     """
     Raises:
-        ValueError: the record is bad, has not the shape of its mapping, or says more than a line of its source can.
+        ValueError: the record is bad, does not match its mapping, or has a system prompt that the output can't hold.
     """
     if isinstance(record, BadRecord):
         raise ValueError(record.problem)
     try:
         turns, system = mapping_of(source.mapping)(record)
-    except (KeyError, TypeError, IndexError, AttributeError) as error:  # a nested shape that is not the published one
-        raise ValueError(f"not of the shape of {source.mapping} ({type(error).__name__}: {error})") from error
+    except (KeyError, TypeError, IndexError, AttributeError) as error:  # a nested field of another shape
+        raise ValueError(f"does not match mapping {source.mapping} ({type(error).__name__}: {error})") from error
     if source.turns == "first" and system is not None:
-        raise ValueError(f"a system text, {system[:40]!r}, has no place in input and output; keep it with turns: all")
+        raise ValueError(
+            f"its system prompt, {system[:40]!r}, has no field in input and output lines; keep it with turns: all"
+        )
     for text in texts_of((turns, system)):
         if problem := text_problem(text):
-            raise ValueError(f"a text of it {problem}")
+            raise ValueError(f"one of its texts {problem}")
     return (turns if source.turns == "all" else turns[:1]), system
 
 
 def texts_of(chat: Chat) -> list[str]:
-    """In order; an odd number of them where the first is the system text."""
+    """All texts in order, the system prompt first if there is one."""
     turns, system = chat
     return [*([] if system is None else [system]), *(text for turn in turns for text in turn)]
 
@@ -107,9 +109,9 @@ def line_of(chat: Chat, source: MixtureSource) -> str:
 
 
 def choose_examples(scan: Scan, mixture: Mixture, seed: int) -> tuple[list[Example], list[dict]]:
-    """The drawn examples in input order; of each source what was available, and how many were drawn."""
+    """The chosen examples in input order, and for each source how many were available and chosen."""
     kept = sum(count.kept for count in scan.counts)
-    is_first = first_of_each((row[-1] for _, row in scan.rows()), kept)  # of equal ones the first source has it
+    is_first = first_of_each((row[-1] for _, row in scan.rows()), kept)  # duplicates count for the first source
     available = [0] * len(mixture.sources)
     for (file, _), first in zip(scan.rows(), is_first, strict=True):
         available[scan.files[file].group] += bool(first)
@@ -122,18 +124,17 @@ def choose_examples(scan: Scan, mixture: Mixture, seed: int) -> tuple[list[Examp
             if first and scan.files[file].group == group
         )
         chosen += [Example(*place) for place in lowest(keyed, quota).values()]
-    told = [{"available": has, "sampled": quota} for has, quota in zip(available, quotas, strict=True)]
-    return sorted(chosen, key=lambda example: (example.file, example.number)), told
+    counts = [{"available": has, "sampled": quota} for has, quota in zip(available, quotas, strict=True)]
+    return sorted(chosen, key=lambda example: (example.file, example.number)), counts
 
 
 def write_examples(output: Path, scan: Scan, mixture: Mixture, examples: list[Example]) -> None:
-    """Write the examples shuffled, whole or not at all.
+    """Write the examples shuffled, atomically.
 
-    They are first written in input order, as they are read, and then copied in the order of their keys: one line is
-    in memory at a time.
+    They are written in input order first, and then copied in shuffled order, with one line in memory at a time.
 
     Raises:
-        UserError: a file has changed since it was measured.
+        UserError: a file changed after it was scanned.
     """
     ordered = output.with_name(f".{output.name}.ordered")
     try:

@@ -1,4 +1,4 @@
-"""How do texts become documents of token ids? In chunks, by several processes, in the order of the input."""
+"""How are texts tokenized for a token file? In chunks, by several processes, in input order."""
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from component.corpus.pool import in_order
 from component.data.source import RecordTally, read_records
 
-CHUNK_CHARACTERS = 2**19  # ids of a chunk come back as Python integers: 8 bytes and more per token
+CHUNK_CHARACTERS = 2**19  # ids are returned as Python integers: at least 8 bytes per token
 
 
 def documents(
@@ -23,7 +23,7 @@ def documents(
     max_documents: int | None = None,
     max_bad_fraction: float = 1.0,
 ) -> Iterator[list[int]]:
-    """Token ids of each text, without special tokens around them; texts without any are left out.
+    """Token ids of each text, without special tokens; empty texts are skipped.
 
     Args:
         tally: counts the records.

@@ -1,3 +1,3 @@
-"""Which label marks a token that is not trained on?"""
+"""The label of tokens that are not trained on."""
 
-IGNORE_INDEX = -100  # labels of this value are left out of the loss
+IGNORE_INDEX = -100  # ignored by the loss

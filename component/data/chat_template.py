@@ -1,8 +1,8 @@
-"""How is a chat read, and how is it formatted for the model? The same way by training, build_sft.py and chat.
+"""How is a chat parsed and formatted? By one parser and one template, for training, build_sft.py and inference.
 
-`vicuna` is the original project's spelling: Vicuna's, with line breaks and without a beginning-of-sequence token, so
-that its published adapters see what they were trained on. `tokenizer` is the model's own chat template.
-Whatever the spelling, answers and their end-of-sequence tokens are learnt, and nothing else.
+`vicuna` is the original project's template: Vicuna's, with line breaks and without a beginning-of-sequence token, as
+its published adapters were trained. `tokenizer` is the model's own chat template. With either, the loss covers the
+assistant's answers and their end-of-sequence tokens, and nothing else.
 """
 
 from collections.abc import Sequence
@@ -18,21 +18,23 @@ SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-ROLES = {  # by the names that published data sets give them, in capitals or not
+ROLES = {  # names used by published data sets, in any case
     "system": "system",
     **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "bard", "model"), "assistant"),
 }
-Turns = list[tuple[str, str | None]]  # (user, assistant) in order; None leaves the last answer to the model
+Turns = list[
+    tuple[str, str | None]
+]  # (user, assistant) in order; the last answer is None if the model is to generate it
 
 
 def encode_chat(
     tokenizer: PreTrainedTokenizerBase, turns: Turns, system: str | None = None
 ) -> tuple[list[int], list[int]]:
-    """Token ids of a conversation as Vicuna spells it, and their labels.
+    """Token ids and labels of a conversation in Vicuna's format.
 
     Args:
-        system: what stands before the first turn; None for Vicuna's own.
+        system: system prompt; None for Vicuna's own.
 
     Returns:
         (input_ids, labels) of equal length; labels are the ids in the answers and their end-of-sequence tokens, and
@@ -55,7 +57,7 @@ def encode_chat(
 def encode_conversation(
     tokenizer: PreTrainedTokenizerBase, turns: Turns, system: str | None, template: str
 ) -> tuple[list[int], list[int]]:
-    """The same in either spelling; nothing at all for a conversation without an answer."""
+    """(input_ids, labels) in the format of `template`; both empty for a conversation without turns."""
     if not turns:
         return [], []
     if template == "vicuna":
@@ -66,10 +68,10 @@ def encode_conversation(
 def encode_by_tokenizer(
     tokenizer: PreTrainedTokenizerBase, turns: Turns, system: str | None = None
 ) -> tuple[list[int], list[int]]:
-    """(input_ids, labels) by the tokenizer's own chat template; an answer is what a longer conversation adds to it.
+    """(input_ids, labels) by the tokenizer's own chat template; an answer is the text it adds.
 
     Raises:
-        UserError: there is no template, it refuses the conversation, or it rewrites earlier turns as it goes on.
+        UserError: there is no template, it rejects the conversation, or it rewrites earlier turns.
     """
     check_template(tokenizer)
     spans, text = [], ""
@@ -77,16 +79,16 @@ def encode_by_tokenizer(
         prompt = whole = _render(tokenizer, as_messages([*turns[:at], (user, None)], system), opens_answer=True)
         if assistant is not None:
             whole = _render(tokenizer, as_messages(turns[: at + 1], system), opens_answer=False)
-            spans.append((len(prompt), len(whole.rstrip())))  # ChatML puts a line break behind the end
+            spans.append((len(prompt), len(whole.rstrip())))  # ChatML ends with a line break
         if not (prompt.startswith(text) and whole.startswith(prompt)):
             raise UserError(
-                f"template: the chat template of {tokenizer.name_or_path or 'the tokenizer'} spells earlier turns "
-                "otherwise once a later one follows, so answers cannot be told from questions; use template: vicuna, "
-                "or conversations of one turn"
+                f"template: the chat template of {tokenizer.name_or_path or 'the tokenizer'} changes earlier turns "
+                "when a later one follows, so the answers can't be located; use template: vicuna, or conversations "
+                "of one turn"
             )
         text = whole
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    # tokenizers that trim offsets, as Llama 3's, say of a token of blanks that it is empty, and stands where it ends
+    # tokenizers that trim offsets, like Llama 3's, report a token of blanks as an empty span at its end
     labels = [
         token if any(start <= first and start < last <= end for start, end in spans) else IGNORE_INDEX
         for token, (first, last) in zip(encoded.input_ids, encoded.offset_mapping, strict=True)
@@ -96,7 +98,7 @@ def encode_by_tokenizer(
 
 def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
     if not tokenizer.chat_template or not tokenizer.is_fast:
-        lack = "no fast form, which knows where tokens stand" if tokenizer.chat_template else "no chat template"
+        lack = "no fast version, which has offsets" if tokenizer.chat_template else "no chat template"
         raise UserError(f"template: tokenizer, but {tokenizer.name_or_path or 'it'} has {lack}; use template: vicuna")
 
 
@@ -105,11 +107,11 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], 
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opens_answer)
     except Exception as error:  # jinja's own, and whatever the template raises
         reason = first_line(error)
-        raise UserError(f"template: the tokenizer's chat template refuses a conversation ({reason})") from error
+        raise UserError(f"template: the tokenizer's chat template rejects a conversation ({reason})") from error
 
 
 def turns_of(record: dict[str, Any]) -> tuple[Turns, str | None]:
-    """The answered turns of an SFT record, and its system text; a conversation ends at its first empty answer."""
+    """The answered turns of an SFT record, up to the first empty answer, and its system prompt."""
     if not holds_messages(record):
         turns: Turns = [(record["input"], record["output"])]
         return (turns if record["output"].strip() else []), None
@@ -123,7 +125,7 @@ def turns_of(record: dict[str, Any]) -> tuple[Turns, str | None]:
 
 
 def as_messages(turns: Sequence[tuple[str, str | None]], system: str | None = None) -> list[dict[str, str]]:
-    """A chat as files and templates have it; an answer that is left to the model is no message."""
+    """{"role", "content"} messages; an answer of None is left out."""
     messages = [] if system is None else [{"role": "system", "content": system}]
     for turn in turns:
         said = zip(("user", "assistant"), turn, strict=True)
@@ -132,7 +134,7 @@ def as_messages(turns: Sequence[tuple[str, str | None]], system: str | None = No
 
 
 def holds_messages(record: dict[str, Any]) -> bool:
-    """Whether it is a list of messages, not an input and its output; tables leave other kinds' columns empty."""
+    """Whether the record is a chat rather than input and output; in tables the other kind's columns are null."""
     keys = [key for key in ("messages", "conversations") if key in record]
     return any(record[key] is not None for key in keys) or bool(keys and "input" not in record)
 
@@ -142,15 +144,15 @@ def messages_key(record: dict[str, Any]) -> str:
 
 
 def parse_messages(record: dict[str, Any]) -> tuple[list[tuple[str, str]], str | None]:
-    """(role, text) of {"messages"} or {"conversations"}, user and assistant in turn, and the system text before them.
+    """(role, text) of {"messages"} or {"conversations"}, user and assistant alternating, and the system prompt.
 
     Raises:
-        ValueError: with what is wrong with the record.
+        ValueError: what is wrong with the record.
     """
     name = messages_key(record)
     messages = record.get(name)
     if not isinstance(messages, list) or not messages:
-        raise ValueError(f'"{name}" is no list of messages')
+        raise ValueError(f'"{name}" is not a list of messages')
     said = []
     for place, message in enumerate(messages, 1):
         try:
@@ -170,7 +172,7 @@ def parse_messages(record: dict[str, Any]) -> tuple[list[tuple[str, str]], str |
 
 def _message(message: dict[str, Any]) -> tuple[str, str]:
     """(role, text) of {"role", "content"}, or of {"from", "value"} as ShareGPT has it."""
-    role, text = (  # tables leave the columns of the other kind empty
+    role, text = (  # in tables the columns of the other kind are null
         message[key] if message.get(key) is not None else message[other]
         for key, other in (("role", "from"), ("content", "value"))
     )

@@ -1,7 +1,7 @@
 """How do samples become a batch? Padded on the right, with positions and shifted labels.
 
-A pad token is told from a real one by where it stands, not by its value: where pad and end-of-sequence share an id
-(LLaMA has no pad token), a genuine end-of-sequence token is still trained on.
+Padding is identified by position, not by value: where pad and end-of-sequence share an id (LLaMA has no pad token), a
+genuine end-of-sequence token is still trained on.
 """
 
 import torch

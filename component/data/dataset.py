@@ -1,9 +1,8 @@
-"""How do files become a data set? Samples {"input_ids", "labels"}, at most `max_seq_length` tokens, none unlabelled.
+"""How do files become a data set? Samples {"input_ids", "labels"} of at most `max_seq_length` tokens, all with labels.
 
-Pretraining: the tokenizer's own beginning token, the text and, where it fits, the end-of-sequence token; every token
-is a label but the first, which nothing predicts. Instruction tuning: questions are masked, answers are learnt.
-Samples are tokenised once, kept as Arrow on disk and memory-mapped, so that host memory does not grow with the data;
-or they are made while they are trained on, and nothing is kept (`streaming`).
+Pretraining: the tokenizer's beginning-of-sequence token, the text and, where it fits, the end-of-sequence token; the
+loss covers every token but the first. Instruction tuning: the loss covers answers only. Samples are tokenized once and
+memory-mapped from Arrow files, so host memory does not grow with the data, or tokenized on the fly (`streaming`).
 """
 
 from collections import deque
@@ -28,21 +27,21 @@ from component.data.source import RecordTally, read_usable, resolve_files
 from component.data.token_file import index_path
 from component.error import UserError
 
-FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), "fate": Value("uint8")})
-SAMPLE_FORMAT = 3  # raise it with every change of what a line becomes
-SHUFFLED_SAMPLES = 256  # of a stream: one in so many is drawn next
+FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), "outcome": Value("uint8")})
+SAMPLE_FORMAT = 3  # increase it with every change of what a record becomes
+SHUFFLED_SAMPLES = 256  # size of a stream's shuffle buffer
 
 
 @dataclass
 class DataReport:
-    """What became of a source's lines."""
+    """How many samples a source gave, and what was truncated, split, dropped or unusable."""
 
     files: list[str]
     lines: int
     samples: int
     tokens: int
     outcomes: tuple[int, ...]  # documents by WHOLE, CUT, ...
-    bad: str = ""  # what was said of lines that cannot be used
+    bad: str = ""  # message about unusable lines
     packed: str = ""
 
     @property
@@ -51,19 +50,19 @@ class DataReport:
 
     @property
     def dropped(self) -> int:
-        """Documents without anything to learn, and those that are too long if such are left out."""
+        """Documents without label tokens, and too long ones with truncation_policy: drop."""
         return self.outcomes[TOO_LONG] + self.outcomes[EMPTY]
 
     def __str__(self) -> str:
         text = f"{self.samples:,} samples, {self.tokens:,} tokens from {', '.join(self.files)}"
         outcomes, of = self.outcomes, f"of {self.lines:,} lines"
         notes = [
-            f"{outcomes[CUT]:,} cut to max_seq_length" if outcomes[CUT] else "",
+            f"{outcomes[CUT]:,} truncated to max_seq_length" if outcomes[CUT] else "",
             f"{outcomes[SPLIT]:,} {of} split into {outcomes[SPLIT] + outcomes[PIECE]:,} samples"
             if outcomes[SPLIT]
             else "",
             f"{outcomes[TOO_LONG]:,} {of} dropped: longer than max_seq_length" if outcomes[TOO_LONG] else "",
-            f"{outcomes[EMPTY]:,} {of} dropped: nothing to learn in them" if outcomes[EMPTY] else "",
+            f"{outcomes[EMPTY]:,} {of} dropped: no label tokens left" if outcomes[EMPTY] else "",
             self.bad,
             self.packed,
         ]
@@ -83,7 +82,7 @@ def load_samples(
     seed: int = 42,
     **options,
 ) -> tuple["Dataset | PackedRows | EndlessStream", DataReport | str]:
-    """Texts, chats or tokens -> tokenised samples, and what became of the lines, or of a stream where they come from.
+    """Tokenized samples of texts, chats or token files, and a report, or for a stream the names of its files.
 
     Args:
         source: a file, a folder, or `owner/dataset[/file.jsonl]` on the Hugging Face hub: component/data/source.py; or
@@ -91,12 +90,12 @@ def load_samples(
         max_seq_length: in tokens.
         sft: lines are {"input", "output"}, {"messages"} or {"conversations"}; otherwise {"text"}.
         field: the YAML key that named `source`, for messages.
-        packing: rows of whole documents, with `position_ids`, in place of samples.
-        streaming: samples are made while they are asked for, shuffled a little by `seed`.
+        packing: fill rows with whole samples, separated by `position_ids`.
+        streaming: tokenize on the fly; shuffled in a small buffer by `seed`.
         options: the other fields of `SampleOptions`.
 
     Raises:
-        UserError: no such file, too many lines that cannot be used (file and line named), nothing left to train on.
+        UserError: no such file, too many unusable lines (the first are named), or no label tokens.
     """
     wanted = SampleOptions(max_seq_length, sft, **options)
     if wanted.template == "tokenizer":
@@ -104,12 +103,12 @@ def load_samples(
     if streaming:
         files = resolve_files(source, field)
         if source.endswith(".bin"):
-            open_tokens(source, tokenizer, wanted, field)  # what is wrong with it is said before any weight is loaded
+            open_tokens(source, tokenizer, wanted, field)  # a bad file is reported before any weight is loaded
         arguments = {"files": [str(file) for file in files], "tokenizer": tokenizer, "options": asdict(wanted)}
         stream = IterableDataset.from_generator(generate_stream, gen_kwargs=arguments | {"packing": packing})
         shuffled = EndlessStream(stream.shuffle(seed=seed, buffer_size=SHUFFLED_SAMPLES), f"{field}: {source}")
         return shuffled, f"streamed from {', '.join(map(str, files))}"
-    dataset, lengths, report = tokenise(source, tokenizer, wanted, field)
+    dataset, lengths, report = tokenize(source, tokenizer, wanted, field)
     if not packing:
         return dataset, report
     rows = PackedRows(dataset, lengths, max_seq_length)
@@ -118,10 +117,10 @@ def load_samples(
 
 
 class EndlessStream(TorchIterableDataset):
-    """A shuffled stream, pass after pass, each in another order: one epoch to the Trainer.
+    """A shuffled stream, repeated without end in another order each time: one epoch for the Trainer.
 
-    Of a stream that ends the Trainer does not know how many steps a pass took: resuming in a later one, it would skip
-    the steps so far in the first.
+    The Trainer does not know how many steps a pass over a finite stream took: a run that resumed in a later pass would
+    skip its steps in the first.
     """
 
     def __init__(self, one_pass: IterableDataset, name: str):
@@ -136,34 +135,34 @@ class EndlessStream(TorchIterableDataset):
             if not samples and get_worker_info() is not None:
                 return  # there are more workers than files
             if not samples:
-                raise UserError(f"{self.name}: nothing to learn in it; see max_seq_length and truncation_policy")
+                raise UserError(f"{self.name}: no label tokens; see max_seq_length and truncation_policy")
 
 
-def tokenise(
+def tokenize(
     source: str, tokenizer: PreTrainedTokenizerBase, options: SampleOptions, field: str
 ) -> tuple[Dataset, np.ndarray, DataReport]:
-    """The samples on disk, the length of each in tokens, and what became of the lines."""
+    """The samples on disk, their lengths in tokens, and the report."""
     stamps, lines, bad = check_source(source, tokenizer, options, field)
     files = [file for file, *_ in stamps]
     arguments = {"files": files, "tokenizer": tokenizer, "options": asdict(options)}
     stamped = arguments | {"stamps": stamps}
-    if all(sample["fate"] in DROPPED for sample in generate_samples(**arguments)):
+    if all(sample["outcome"] in DROPPED for sample in generate_samples(**arguments)):
         need = "answers, and prompts that leave room for them in max_seq_length" if options.sft else "texts"
-        raise UserError(f"{field}: nothing to learn in {source} (lines: {lines}); it needs {need}")
+        raise UserError(f"{field}: no label tokens in {source} (lines: {lines}); it needs {need}")
     try:
         dataset = Dataset.from_generator(generate_samples, features=FEATURES, gen_kwargs=stamped)
-    except DatasetGenerationError as error:  # it hides the message: a template refuses one conversation of many
+    except DatasetGenerationError as error:  # it hides the message, as of a template that rejects one conversation
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
         raise
-    outcomes = dataset.data.column("fate").to_numpy()
+    outcomes = dataset.data.column("outcome").to_numpy()
     lengths = pyarrow.compute.list_value_length(dataset.data.column("input_ids")).to_numpy()
     kept = np.flatnonzero(~np.isin(outcomes, DROPPED))
     if len(kept) < len(dataset):
         dataset, lengths = dataset.select(kept), lengths[kept]
     counts = tuple(np.bincount(outcomes, minlength=6).tolist())
     report = DataReport(files, lines, len(dataset), int(lengths.sum()), counts, bad)
-    return dataset.remove_columns("fate"), lengths, report
+    return dataset.remove_columns("outcome"), lengths, report
 
 
 def check_source(

@@ -1,4 +1,4 @@
-"""Which token ids does a document become, and which are labels? A line of text, a chat, a stretch of a token file."""
+"""How is one document tokenized and labelled? A text, a chat, or a span of a token file."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,24 +15,24 @@ from component.data.token_file import check_tokenizer, read_index, read_tokens
 from component.error import UserError
 
 POLICIES = ("truncate", "split", "drop")
-BATCH_TEXTS = 64  # tokenised at a time, on all cores
+BATCH_TEXTS = 64  # tokenized at a time, on all cores
 
 
 @dataclass(frozen=True)
 class SampleOptions:
-    """What a line becomes. Everything here is part of the key under which tokenised samples are kept."""
+    """How records become samples; part of the cache key of tokenized samples."""
 
     max_seq_length: int  # in tokens
     sft: bool
-    truncation_policy: str = "truncate"  # of longer samples: cut at the end, cut into pieces, or left out
-    template: str = "vicuna"  # how chats are spelt; see component/data/chat_template.py
-    max_bad_fraction: float = 0.01  # of lines that cannot be used; more are refused
+    truncation_policy: str = "truncate"  # of longer samples: truncate, split or drop
+    template: str = "vicuna"  # of chats: component/data/chat_template.py
+    max_bad_fraction: float = 0.01  # of unusable lines; more are an error
 
 
 def encode_file(
     file: Path, tokenizer: PreTrainedTokenizerBase, options: SampleOptions, tally: RecordTally
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """(ids, labels) of each document of `file` that can be used, whole; both empty where there is nothing in it."""
+    """(ids, labels) of each usable document of `file`, not yet truncated; both empty for an empty text."""
     if file.suffix == ".bin":
         tokens, spans = open_tokens(str(file), tokenizer, options)
         for start, end in spans:
@@ -52,8 +52,8 @@ def encode_file(
 def encode_texts(
     texts: list[str], tokenizer: PreTrainedTokenizerBase, options: SampleOptions
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """Pretraining texts: every token but the first is learnt, the end-of-sequence token included."""
-    # two tokens more than fit tell "cut" from "fits", and keep the tokenizer from walking a whole book
+    """Pretraining texts: every token but the first is a label, the end-of-sequence token included."""
+    # two tokens beyond the limit tell a longer text from one that fits, without tokenizing a whole book
     limit = {} if options.truncation_policy == "split" else {"max_length": options.max_seq_length + 2}
     for text, ids in zip(texts, tokenizer(texts, truncation=bool(limit), **limit).input_ids, strict=True):
         if not text.strip():
@@ -67,7 +67,7 @@ def encode_texts(
 def open_tokens(
     path: str, tokenizer: PreTrainedTokenizerBase, options: SampleOptions, field: str = "train_file"
 ) -> tuple[np.ndarray, list[tuple[int, int]]]:
-    """The ids of a `.bin` file, and [start, end) of each of its documents: those of its index, or the whole file."""
+    """The ids of a `.bin` file, and [start, end) of each document in its index; without one, the whole file."""
     if options.sft:
         raise UserError(f"{field}: {path} holds tokens of texts; chats (sft: true) are trained on from .jsonl files")
     tokens, index = read_tokens(path, len(tokenizer), field), read_index(path)

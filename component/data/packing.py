@@ -1,7 +1,7 @@
-"""How do documents fill rows? Whole, the longest first, each in the fullest row that still has room for it.
+"""How are samples packed into rows? Whole, longest first, each into the fullest row with space for it (best fit).
 
-In a packed row positions start again with each document: attention and the groups of S2-Attn stay inside it, and its
-first token is nobody's label. So a row's loss is the sum over its documents, and short ones waste no step.
+Positions restart at 0 with each document of a packed row: attention and the groups of S2-Attn stay inside a document,
+and its first token is no label. So the loss of a row is the sum over its documents.
 """
 
 from bisect import bisect_left, insort
@@ -11,7 +11,7 @@ import numpy as np
 from datasets import Dataset
 from torch.utils.data import Dataset as TorchDataset
 
-OPEN_ROWS = 16  # rows that a stream fills at the same time
+OPEN_ROWS = 16  # kept open while packing a stream
 
 
 def pack(lengths: np.ndarray, row_tokens: int) -> list[list[int]]:
@@ -24,7 +24,7 @@ def pack(lengths: np.ndarray, row_tokens: int) -> list[list[int]]:
         Indices of documents, one list per row; every document is in one row.
     """
     rows: list[list[int]] = []
-    open_rows: dict[int, list[int]] = {}  # tokens of room: rows with that much
+    open_rows: dict[int, list[int]] = {}  # free tokens: rows with that many
     rooms: list[int] = []  # the keys of open_rows, sorted
     for document in np.argsort(-lengths, kind="stable").tolist():
         length = int(lengths[document])
@@ -47,7 +47,7 @@ def pack(lengths: np.ndarray, row_tokens: int) -> list[list[int]]:
 
 
 def join(documents: list[dict]) -> dict[str, list[int]]:
-    """One row of samples {"input_ids", "labels"}, with the positions that tell them apart."""
+    """One row of several samples {"input_ids", "labels"}, with positions that restart at 0 for each."""
     return {
         "input_ids": [token for document in documents for token in document["input_ids"]],
         "labels": [label for document in documents for label in document["labels"]],
@@ -56,7 +56,7 @@ def join(documents: list[dict]) -> dict[str, list[int]]:
 
 
 class PackedRows(TorchDataset):
-    """Rows of the documents of a memory-mapped data set; they are put together when asked for."""
+    """Packed rows of a memory-mapped data set, assembled on access."""
 
     def __init__(self, documents: Dataset, lengths: np.ndarray, row_tokens: int):
         self.documents = documents
@@ -73,7 +73,7 @@ class PackedRows(TorchDataset):
 
 
 def pack_stream(documents: Iterable[dict], row_tokens: int) -> Iterator[dict[str, list[int]]]:
-    """The same for documents that come one by one: each goes into the fullest of a few open rows that has room."""
+    """Packing of a stream: each document goes into the fullest of OPEN_ROWS rows that has space."""
     rows: list[list[dict]] = []
     sizes: list[int] = []
     for document in documents:

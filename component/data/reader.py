@@ -1,6 +1,6 @@
-"""How is a file of records taken apart? One JSON value, or what is wrong with it, at a time, with its number.
+"""How are file formats parsed? Into numbered records, one at a time, or what is wrong with them.
 
-Nothing here knows what a record must hold; component/data/source.py does.
+JSON Lines, JSON arrays, parquet and text, compressed or not. component/data/source.py validates the records.
 """
 
 import codecs
@@ -20,16 +20,16 @@ import pyarrow.parquet
 import zstandard
 
 PACKED = (".gz", ".xz", ".zst")
-ROWS = 32  # of a parquet file, decoded at a time: rows may be whole books
+ROWS = 32  # of a parquet file decoded at a time: one may be a whole book
 CHUNK = 2**16  # bytes read at a time
-BLANKS = re.compile(r"[ \t\r\n]*")  # as JSON knows them
-# what the decompressors and parquet raise for a file that is cut off or damaged
+BLANKS = re.compile(r"[ \t\r\n]*")  # JSON's white space
+# what decompressors and parquet raise for a truncated or damaged file
 DAMAGE = (EOFError, OSError, zlib.error, lzma.LZMAError, zstandard.ZstdError, pyarrow.ArrowException)
 
 
 @dataclass(frozen=True)
 class BadRecord:
-    """Stands where a record should: what is wrong with it."""
+    """In place of a record: what is wrong with it."""
 
     problem: str
 
@@ -48,7 +48,7 @@ def json_lines(file: Path) -> Iterator[tuple[int, object]]:
 
 
 def _parse(line: bytes) -> object:
-    """What a line of JSON holds, or what is wrong with it."""
+    """The value of a line of JSON, or what is wrong with it."""
     try:
         return json.loads(line.rstrip(b"\r\n").decode())
     except UnicodeDecodeError as error:
@@ -67,7 +67,7 @@ def _open(file: Path) -> BinaryIO:
 
 
 class _Zstandard(io.RawIOBase):
-    """Decompresses frame after frame. The package's own reader takes a file that is cut off for one that ends."""
+    """Decompresses frame after frame; the package's own reader does not notice a truncated file."""
 
     def __init__(self, file: Path):
         self.file, self.rest, self.ready = file.open("rb"), b"", b""
@@ -100,7 +100,7 @@ class _Zstandard(io.RawIOBase):
 
 def rows(file: Path, keys: tuple[str, ...]) -> Iterator[tuple[int, object]]:
     with pyarrow.parquet.ParquetFile(file) as table:
-        # only the columns asked for are decoded; where one is missing all are, to say what there is instead
+        # only the requested columns, or all where one is missing, to list what there is
         columns = list(keys) if keys and set(keys) <= set(table.schema_arrow.names) else None
         number = 0
         for batch in table.iter_batches(batch_size=ROWS, columns=columns):
@@ -139,19 +139,19 @@ def array(file: Path) -> Iterator[tuple[int, object]]:
             before, end = pending[mark : mark + 1], mark if number else start
             if pending[end : end + 1] == "]":
                 if pending[end + 1 :].strip() or content.read().strip():
-                    raise EOFError(f"something stands behind the array of {number} elements")
+                    raise EOFError(f"there is more text after the array of {number} elements")
                 return
             if before and before != ("," if number else "["):
-                raise EOFError(f"{before!r} in place of a comma behind element {number} of the array")
+                raise EOFError(f"{before!r} instead of a comma after element {number} of the array")
             try:
                 value, end = decode(pending, start)
-                if end == len(pending) and not is_end:  # a number may go on
+                if end == len(pending) and not is_end:  # a number may continue
                     raise ValueError("unfinished")
             except (ValueError, RecursionError) as error:
                 if is_end:
                     raise EOFError(f"element {number + 1} of the array: {error}") from error
                 part = content.read(size)
-                size, is_end = size * 2, not part  # twice as much each time: reading an element stays linear
+                size, is_end = size * 2, not part  # doubled, so that reading an element stays linear
                 try:
                     pending, at = pending[at:] + characters.decode(part, final=is_end), 0
                 except UnicodeDecodeError as problem:

@@ -1,6 +1,6 @@
-"""What does a document become? Samples of token ids and labels: cut, split, left out, and why.
+"""How does a document become samples of at most `max_seq_length` tokens? Truncated, split or dropped, and counted.
 
-A document is a line of a file, a chat, or a stretch of a file of tokens.
+A document is a text, a chat, or a span of a token file.
 """
 
 from collections.abc import Iterator
@@ -13,17 +13,17 @@ from component.data.document import SampleOptions, encode_file
 from component.data.packing import pack_stream
 from component.data.source import RecordTally
 
-WHOLE, CUT, SPLIT, PIECE, TOO_LONG, EMPTY = range(6)  # what became of a document; PIECE: the later ones of a SPLIT
+WHOLE, CUT, SPLIT, PIECE, TOO_LONG, EMPTY = range(6)  # outcomes of a document; PIECE: further pieces of a SPLIT one
 DROPPED = (TOO_LONG, EMPTY)
-FIRST_LINES = 1000  # of a stream: with fewer, a few bad ones prove nothing
+FIRST_LINES = 1000  # of a stream, before its share of bad lines is checked
 
 
 def generate_samples(
     files: list[str], tokenizer: PreTrainedTokenizerBase, options: dict, stamps: list | None = None
 ) -> Iterator[dict]:
-    """The samples of the files, in order, each with its fate; those that are left out have no tokens.
+    """The samples of the files in order, each with its outcome; dropped ones have no tokens.
 
-    `stamps` say which state of the files this is, for the key under which the samples are kept.
+    `stamps` identify the files' contents in the cache key.
     """
     wanted = SampleOptions(**options)
     for file in files:
@@ -34,10 +34,10 @@ def generate_samples(
 def generate_stream(
     files: list[str], tokenizer: PreTrainedTokenizerBase, options: dict, packing: bool
 ) -> Iterator[dict]:
-    """What there is to train on, packed if asked.
+    """Samples to train on, packed if `packing`.
 
     Raises:
-        UserError: as soon as too many lines turn out to be unusable.
+        UserError: as soon as too many lines are unusable.
     """
     wanted, tally = SampleOptions(**options), RecordTally()
 
@@ -47,7 +47,7 @@ def generate_stream(
                 if tally.total >= FIRST_LINES:
                     tally.refuse_if_too_many(wanted.max_bad_fraction)
                 for sample in fit(ids, labels, wanted, tokenizer):
-                    if sample.pop("fate") not in DROPPED:
+                    if sample.pop("outcome") not in DROPPED:
                         yield sample
         tally.refuse_if_too_many(wanted.max_bad_fraction)
 
@@ -57,27 +57,27 @@ def generate_stream(
 def fit(
     ids: list[int], labels: list[int], options: SampleOptions, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[dict]:
-    """The samples that one document becomes."""
+    """The samples of one document."""
     length, policy = options.max_seq_length, options.truncation_policy
     is_longer = len(ids) > length
     if is_longer and policy != "truncate" and len(ids) == length + 1 and ids[-1] == tokenizer.eos_token_id:
-        ids, labels, is_longer = ids[:length], labels[:length], False  # all but the end is there
+        ids, labels, is_longer = ids[:length], labels[:length], False  # only the end-of-sequence token does not fit
     if is_longer and policy == "drop":
-        yield {"input_ids": [], "labels": [], "fate": TOO_LONG}
+        yield {"input_ids": [], "labels": [], "outcome": TOO_LONG}
     elif is_longer and policy == "split":
         yield from split(ids, labels, length, tokenizer)
     elif any(label != IGNORE_INDEX for label in labels[:length]):
-        yield {"input_ids": ids[:length], "labels": labels[:length], "fate": CUT if is_longer else WHOLE}
+        yield {"input_ids": ids[:length], "labels": labels[:length], "outcome": CUT if is_longer else WHOLE}
     else:
-        yield {"input_ids": [], "labels": [], "fate": EMPTY}
+        yield {"input_ids": [], "labels": [], "outcome": EMPTY}
 
 
 def split(ids: list[int], labels: list[int], length: int, tokenizer: PreTrainedTokenizerBase) -> Iterator[dict]:
-    """A text in pieces of at most `length` tokens, each with the beginning token, if the text has one."""
-    yield {"input_ids": ids[:length], "labels": labels[:length], "fate": SPLIT}
+    """Pieces of at most `length` tokens, each with the beginning-of-sequence token if the text has one."""
+    yield {"input_ids": ids[:length], "labels": labels[:length], "outcome": SPLIT}
     head = ids[:1] if ids[0] == tokenizer.bos_token_id else []
     step = length - len(head)
     for start in range(length, len(ids), step):
         piece = [*head, *ids[start : start + step]]
-        if len(piece) > 1 and piece[len(head) :] != [tokenizer.eos_token_id]:  # an end alone teaches nonsense
-            yield {"input_ids": piece, "labels": [IGNORE_INDEX, *piece[1:]], "fate": PIECE}
+        if len(piece) > 1 and piece[len(head) :] != [tokenizer.eos_token_id]:  # not an end-of-sequence token alone
+            yield {"input_ids": piece, "labels": [IGNORE_INDEX, *piece[1:]], "outcome": PIECE}

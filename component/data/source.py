@@ -1,9 +1,8 @@
-"""Where do texts come from? Files of records, read one record at a time, whatever they are packed in.
+"""Which files does a source name, and which of their records are valid?
 
 JSON Lines (`.jsonl`, `.json`, or any other name), a `.json` file that is one array of objects, `.parquet`, and `.txt`
-(one text per file, under the key "text"); all but parquet also as `.gz`, `.xz` or `.zst`. A record is a dict. What is
-wrong with a bad one is said in its place, and its file and number are known: whoever reads decides how many bad ones
-are too many (`RecordTally`). Memory does not grow with a file, only with its longest record.
+(one text per file, under the key "text"); all but parquet also as `.gz`, `.xz` or `.zst`. An invalid record becomes a
+`BadRecord` with the reason; `RecordTally` decides how many are too many. Memory grows with the longest record only.
 """
 
 import json
@@ -26,7 +25,7 @@ Check = Callable[[dict], str | None]
 
 @dataclass
 class RecordTally:
-    """How many records there were, and how many of them were bad."""
+    """Counts of records and bad records."""
 
     total: int = 0
     bad: int = 0
@@ -34,7 +33,7 @@ class RecordTally:
     empty: list[str] = field(default_factory=list)  # files without any record
 
     def good(self, file: Path, records: Iterator[tuple[int, dict | BadRecord]]) -> Iterator[tuple[int, dict]]:
-        """The records of `file` that are none too bad, each with its number; all are counted."""
+        """The valid records of `file`, each with its number; all are counted."""
         before = self.total
         for number, record in records:
             self.count(file, number, record.problem if isinstance(record, BadRecord) else None)
@@ -51,19 +50,19 @@ class RecordTally:
                 self.first.append(f"{file}:{number}: {problem}")
 
     def refuse_if_too_many(self, max_bad_fraction: float = 0.01) -> str:
-        """One line about what was left out, empty if nothing was.
+        """One line about what was skipped, empty if nothing was.
 
         Raises:
-            UserError: there is no record at all, or more than `max_bad_fraction` of them are bad.
+            UserError: there is no record, or more than `max_bad_fraction` of them are bad.
         """
         if self.total == 0:
             raise UserError(f"nothing to read in {', '.join(self.empty) or 'no file'}: no record in it; name another")
         if self.bad > max_bad_fraction * self.total:
             raise UserError(
-                f"{self.bad:,} of {self.total:,} lines cannot be used, more than max_bad_fraction "
-                f"{max_bad_fraction:g} allows; mend them, or raise it:\n  {self._listing()}"
+                f"{self.bad:,} of {self.total:,} lines can't be used, more than max_bad_fraction "
+                f"{max_bad_fraction:g} allows; fix them, or raise it:\n  {self._listing()}"
             )
-        notes = [f"{self.bad:,} of {self.total:,} lines left out: {self._listing('; ')}"] if self.bad else []
+        notes = [f"{self.bad:,} of {self.total:,} lines skipped: {self._listing('; ')}"] if self.bad else []
         notes += [f"nothing in {', '.join(self.empty)}"] if self.empty else []
         return "; ".join(notes)
 
@@ -73,10 +72,10 @@ class RecordTally:
 
 
 def resolve_files(source: str, field: str) -> list[Path]:
-    """The files behind a path or a hub id; a file of tokens (`.bin`) is named alone, and never fetched.
+    """The files of a path or a hub id; a token file (`.bin`) is a local file.
 
-    Of a folder these are its `.jsonl` (packed or not) and `.parquet` files, sorted; its `.txt` files where it has
-    none of those, as a README.txt beside data is no data. `.json` files are taken only by name, for the same reason.
+    Of a folder: its `.jsonl` (compressed or not) and `.parquet` files, sorted, or its `.txt` files if it has none of
+    those: a README.txt beside data is no data. For the same reason `.json` files are read only if named.
     """
     path = Path(source)
     if path.is_file():
@@ -124,14 +123,14 @@ def _fetch(repository: str, name: str, source: str, field: str) -> Path:
 def read_records(
     file: Path, keys: tuple[str, ...] = (), check: Check | None = None
 ) -> Iterator[tuple[int, dict | BadRecord]]:
-    """(number from 1, record or what is wrong with it): lines of JSON Lines, rows of parquet, the one text of a .txt.
+    """(number from 1, record or what is wrong with it) of each line, parquet row or text file.
 
     Args:
-        keys: each must be there and hold a text; a .txt file has its text under the one key that is asked for.
-        check: says what else is wrong with a record, or None.
+        keys: required, with strings as values; a .txt file's text gets the only key.
+        check: returns a further problem of a record, or None.
 
     Raises:
-        UserError: the file cannot be read, is cut off or damaged.
+        UserError: the file can't be read, is truncated or damaged.
     """
     name = Path(file.name.lower())
     kind = Path(name.stem).suffix if name.suffix in PACKED else name.suffix
@@ -149,11 +148,13 @@ def read_records(
             yield number, BadRecord(problem) if problem else record
     except DAMAGE as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{file}: cut off, damaged or not readable ({reason}); fetch or make it again") from error
+        raise UserError(
+            f"{file}: truncated, damaged or not readable ({reason}); download or create it again"
+        ) from error
 
 
 def read_usable(file: Path, sft: bool) -> Iterator[tuple[int, dict | BadRecord]]:
-    """(number, record or what is wrong with it) of each line of `file`, as training reads it: {"text"}, or a chat."""
+    """`read_records` with the checks of training: {"text"} lines, or chats if `sft`."""
     if not sft:
         return read_records(file, ("text",))
     return read_records(file, check=chat_problem)
@@ -167,7 +168,7 @@ def chat_problem(record: dict) -> str | None:
 
 def record_problem(record: object, keys: tuple[str, ...], check: Check | None = None) -> str | None:
     if not isinstance(record, dict):
-        return f"{json.dumps(record)[:40]} is no object"
+        return f"{json.dumps(record)[:40]} is not an object"
     for key in keys:
         if key not in record:
             return f'no "{key}" (its keys: {", ".join(map(str, record)) or "none"})'
@@ -177,7 +178,7 @@ def record_problem(record: object, keys: tuple[str, ...], check: Check | None = 
 
 
 def text_problem(value: object) -> str | None:
-    """What keeps `value` from being a text that can be encoded."""
+    """Why `value` is not a string that can be encoded, or None."""
     if not isinstance(value, str):
         return f"is {json.dumps(value, default=repr)[:40]}, not a text"
     try:

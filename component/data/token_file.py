@@ -1,7 +1,7 @@
-"""What is a file of tokens? A flat array of ids, and an index beside it that says what they are.
+"""What is a token file? `FILE.bin`, a flat array of token ids, and optionally its index, `FILE.bin.json`.
 
-`FILE.bin` holds token ids and nothing else: uint16, or uint32 for vocabularies above 65535. `FILE.bin.json`, where
-there is one, says where each document starts, which tokenizer made the ids, and what stands around documents.
+Ids are uint16, or uint32 for vocabularies above 65535. The index holds the documents' offsets, the tokenizer, and
+which special tokens surround documents.
 """
 
 import json
@@ -17,7 +17,7 @@ from component.error import UserError, first_line
 from component.storage.atomic import atomic_file
 from component.tokenizer import describe_tokenizer, tokenizer_hash
 
-INDEX_FORMAT = 1  # raise it with every change of what the index means
+INDEX_FORMAT = 1  # increase it with every change of the index
 BOS, EOS = ("each", "first", "none"), ("each", "none")
 
 
@@ -26,10 +26,10 @@ class TokenIndex:
     dtype: str  # uint16 or uint32
     tokens: int
     documents: int
-    offsets: list[int]  # the token that each document starts at, its beginning token included
+    offsets: list[int]  # of the documents, in tokens, special tokens included
     tokenizer: dict  # name, vocab_size, sha256
-    bos: str  # which documents a beginning-of-sequence token stands before
-    eos: str  # which documents an end-of-sequence token stands after
+    bos: str  # which documents a beginning-of-sequence token precedes
+    eos: str  # which documents an end-of-sequence token follows
     sources: list[str] = field(default_factory=list)
     command: str = ""
     date: str = ""
@@ -46,12 +46,13 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 def read_tokens(path: str, vocab_size: int, field: str = "data_path") -> np.ndarray:
-    """The token ids of a `.bin` file, memory-mapped, in its index's type; without one, in that of the vocabulary.
+    """The token ids of a `.bin` file, memory-mapped, in the dtype of its index or else of the vocabulary.
 
-    `field` is what named `path`, for messages.
+    Args:
+        field: the flag or key that named `path`, for messages.
 
     Raises:
-        UserError: no such file, a size that is no whole number of ids, ids beyond the vocabulary, a damaged index.
+        UserError: no such file, a size that is not a multiple of an id's, ids beyond the vocabulary, a damaged index.
     """
     file = Path(path)
     if not file.is_file():
@@ -61,7 +62,7 @@ def read_tokens(path: str, vocab_size: int, field: str = "data_path") -> np.ndar
     size = file.stat().st_size
     if size == 0 or size % dtype.itemsize:
         raise UserError(
-            f"{field}: {path} has {size} bytes, no whole number of {dtype.name} token ids; fetch or make it again"
+            f"{field}: {path} has {size} bytes, not a multiple of a {dtype.name} token id; download or create it again"
         )
     tokens = np.memmap(file, dtype=dtype, mode="r")
     for start in range(0, len(tokens), 2**24):
@@ -70,7 +71,7 @@ def read_tokens(path: str, vocab_size: int, field: str = "data_path") -> np.ndar
             place = start + int((part >= vocab_size).argmax())
             raise UserError(
                 f"{field}: token {place} of {path} is {tokens[place]}, but the model has {vocab_size} tokens; "
-                "the file belongs to another tokenizer: make one with this model's"
+                "the file was made with another tokenizer; create it again with this model's"
             )
     return tokens
 
@@ -88,7 +89,7 @@ def read_index(path: str | Path) -> TokenIndex | None:
         values = json.loads(file.read_text(encoding="utf-8"))
         if values["format"] != INDEX_FORMAT:
             raise UserError(
-                f"{file}: format {values['format']!r}, but this version reads {INDEX_FORMAT}; make it again"
+                f"{file}: format {values['format']!r}, but this version reads {INDEX_FORMAT}; create it again"
             )
         index = TokenIndex(**{key.name: values[key.name] for key in fields(TokenIndex) if key.name in values})
         _check_shape(index)
@@ -96,13 +97,13 @@ def read_index(path: str | Path) -> TokenIndex | None:
         raise
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(
-            f"{file}: damaged ({type(error).__name__}: {first_line(error)}); make {path} again, or remove its index"
+            f"{file}: damaged ({type(error).__name__}: {first_line(error)}); create {path} again, or remove its index"
         ) from error
-    size, told = Path(path).stat().st_size, index.tokens * np.dtype(index.dtype).itemsize
-    if size != told:
+    size, expected = Path(path).stat().st_size, index.tokens * np.dtype(index.dtype).itemsize
+    if size != expected:
         raise UserError(
-            f"{path} has {size:,} bytes, but its index {file.name} tells of {index.tokens:,} {index.dtype} tokens "
-            f"({told:,} bytes); fetch or make both again"
+            f"{path} has {size:,} bytes, but its index {file.name} is of {index.tokens:,} {index.dtype} tokens "
+            f"({expected:,} bytes); download or create both again"
         )
     return index
 
@@ -114,7 +115,7 @@ def _check_shape(index: TokenIndex) -> None:
     if len(offsets) != index.documents or (len(offsets) and offsets[0] != 0):
         raise ValueError(f"{len(offsets)} offsets for {index.documents} documents, the first at {index.offsets[:1]}")
     if (np.diff(offsets, append=index.tokens) < 0).any():
-        raise ValueError("offsets that go back, or beyond the last token")
+        raise ValueError("offsets that decrease, or exceed the number of tokens")
     if not isinstance(index.tokenizer["sha256"], str):
         raise TypeError("tokenizer without a sha256")
 
@@ -126,7 +127,7 @@ def check_tokenizer(index: TokenIndex, tokenizer: PreTrainedTokenizerBase, path:
         raise UserError(
             f"{path} was made by the tokenizer {made_by.get('name')} ({made_by.get('vocab_size')} tokens), which "
             f"gives other ids than {tokenizer.name_or_path or 'this one'} ({len(tokenizer)} tokens); "
-            "make it again with script/data/tokenize_bin.py and this tokenizer"
+            "create it again with script/data/tokenize_bin.py and this tokenizer"
         )
 
 
@@ -143,14 +144,14 @@ def write_tokens(
     versions: dict[str, str] | None = None,
     overwrite: bool = False,
 ) -> TokenIndex:
-    """Write documents one after the other, and the index; both whole or not at all, one document in memory at a time.
+    """Write documents and their index, both atomically, with one document in memory at a time.
 
     Args:
-        documents: token ids without any special token around them; `bos` and `eos` say what is put there.
-        name: of the tokenizer, for people.
+        documents: token ids without special tokens; `bos` and `eos` say which are added.
+        name: of the tokenizer, for messages.
 
     Raises:
-        UserError: the file exists, the tokenizer lacks a token that is asked for, or there is no document.
+        UserError: the file exists, the tokenizer lacks a requested special token, or there is no document.
     """
     path = Path(path)
     before, after = _specials(tokenizer, bos, eos)
@@ -164,17 +165,17 @@ def write_tokens(
         offsets, tokens = _write_ids(writing, complete, dtype)
         if not tokens:
             raise UserError(f"{path}: no document to write; name sources that hold texts")
-        told = describe_tokenizer(tokenizer, name)
+        described = describe_tokenizer(tokenizer, name)
         origin = (list(sources), command, str(date.today()), versions or {})
-        index = TokenIndex(dtype.name, tokens, len(offsets), offsets, told, bos, eos, *origin)
+        index = TokenIndex(dtype.name, tokens, len(offsets), offsets, described, bos, eos, *origin)
         writing_index.write_text(json.dumps({"format": INDEX_FORMAT, **asdict(index)}) + "\n", encoding="utf-8")
-        # the tokens go first and come last (the inner file is renamed first): where they are, so is their own index
+        # the index is renamed first (it is the inner context): a .bin that exists has its own index
         path.unlink(missing_ok=True)
     return index
 
 
 def _write_ids(file: Path, documents: Iterable[list[int]], dtype: np.dtype) -> tuple[list[int], int]:
-    """The token that each document starts at, and how many there are."""
+    """The documents' offsets, and the number of tokens."""
     offsets, tokens = [], 0
     with file.open("wb") as out:
         for ids in documents:
@@ -185,14 +186,14 @@ def _write_ids(file: Path, documents: Iterable[list[int]], dtype: np.dtype) -> t
 
 
 def _specials(tokenizer: PreTrainedTokenizerBase, bos: str, eos: str) -> tuple[list[int], list[int]]:
-    """What stands before and after documents."""
+    """The special tokens before and after a document."""
     found = []
     for flag, value, known, token in (
         ("bos", bos, BOS, tokenizer.bos_token_id),
         ("eos", eos, EOS, tokenizer.eos_token_id),
     ):
         if value not in known:
-            raise UserError(f"--{flag}: {value!r} is none of {', '.join(known)}")
+            raise UserError(f"--{flag}: {value!r} is not one of {', '.join(known)}")
         if value != "none" and token is None:
             raise UserError(f"--{flag}: {value}, but the tokenizer has no such token; use --{flag} none")
         found.append([] if value == "none" else [token])

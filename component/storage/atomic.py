@@ -1,4 +1,4 @@
-"""How are files and folders written atomically, so that a killed program leaves a whole one or none?"""
+"""How are files and folders written atomically? Beside their place, then renamed: a killed program leaves none."""
 
 import contextlib
 import fcntl
@@ -12,7 +12,7 @@ from component.error import UserError
 
 @contextlib.contextmanager
 def atomic_file(target: str | Path) -> Iterator[Path]:
-    """The path of a file beside `target` that becomes `target` only when the block has ended well."""
+    """A temporary path beside `target`, renamed to `target` if the block succeeds."""
     target = Path(target)
     writing = target.with_name(f".{target.name}.writing")
     try:
@@ -24,13 +24,13 @@ def atomic_file(target: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A folder beside `target` that becomes `target` only when everything in it has been written.
+    """A temporary folder beside `target`, renamed to `target` if the block succeeds.
 
-    Its name is always the same, so that the next program to write `target` removes what a killed one has left; a lock,
-    which ends with its process, tells that from a folder that is being written now.
+    Its name is fixed, so the next program that writes `target` removes what a killed one left; a lock, which dies with
+    its process, tells such a folder from one that is being written.
 
     Args:
-        overwrite: take the place of a `target` that exists, in one step; it is lost only then.
+        overwrite: replace an existing `target`, in one step at the end.
 
     Raises:
         UserError: another process is writing `target`.
@@ -53,28 +53,25 @@ def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _locked(folder: Path, target: Path) -> Iterator[None]:
-    """`folder`, made if need be, in the hands of this process alone."""
+    """Create `folder` if necessary, and lock it."""
     folder.mkdir(mode=0o700, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # it may have become `target`, or nothing, between opening and locking
+            # it may have been renamed or removed between opening and locking
             is_ours = folder.exists() and os.fstat(handle).st_ino == folder.stat().st_ino
         except BlockingIOError:
             is_ours = False
         if not is_ours:
-            raise UserError(f"{target}: another process is writing it; wait for it, or name another folder")
+            raise UserError(f"{target}: another process is writing it; wait for it to end, or name another folder")
         yield
     finally:
         os.close(handle)
 
 
 def _exchange(folder: Path, target: Path) -> None:
-    """Put `folder` in the place of `target`, and `target` in that of `folder`.
-
-    There is no moment without a `target`, except on file systems that cannot exchange two names.
-    """
+    """Exchange `folder` and `target`; there is always a `target`, except on file systems that can't exchange names."""
     import ctypes
 
     at_working_folder, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux's renameat2
@@ -87,7 +84,7 @@ def _exchange(folder: Path, target: Path) -> None:
 
 
 def open_to_readers(folder: Path) -> None:
-    """The modes that the umask gives: safetensors (0.8) keeps what it makes to its owner."""
+    """Apply the umask: safetensors 0.8 creates files that only their owner can read."""
     mask = os.umask(0)
     os.umask(mask)
     for path in (folder, *folder.rglob("*")):
@@ -95,16 +92,16 @@ def open_to_readers(folder: Path) -> None:
 
 
 def check_target(target: Path, field: str, overwrite: bool | None = None) -> None:
-    """Refuse a folder that exists already, or that cannot be made.
+    """Refuse a folder that exists or can't be created.
 
     Args:
-        overwrite: a folder that holds a model may exist; None where the program has no such flag.
+        overwrite: whether a model folder may be replaced; None if the program has no such flag.
     """
     if target.exists() and not overwrite:
         or_flag = "" if overwrite is None else ", --overwrite it"
         raise UserError(f"{field}: {target} exists; name another folder{or_flag} or remove it")
     if target.exists() and not (target / "config.json").is_file():
-        raise UserError(f"{field}: {target} exists and is no model, so it is not overwritten; name another folder")
+        raise UserError(f"{field}: {target} exists and is not a model, so it is not overwritten; name another folder")
     for parent in target.absolute().parents:
         if parent.exists() and not parent.is_dir():
-            raise UserError(f"{field}: {parent} is a file, so {target} cannot be made; name another folder")
+            raise UserError(f"{field}: {parent} is a file, so {target} can't be created; name another folder")

@@ -1,4 +1,4 @@
-"""How is a result stored? As JSON or a figure that is written atomically, with the command, hardware and versions."""
+"""How is a measurement stored? As JSON or a figure, written atomically, with command, hardware, versions and date."""
 
 import contextlib
 import importlib.metadata
@@ -22,20 +22,20 @@ LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed", "acce
 
 
 def check_result_file(path: str | None, field: str) -> None:
-    """Refuse a file that could not be written, before anything is measured."""
+    """Refuse a file that can't be written, before anything is measured."""
     if path and not Path(path).absolute().parent.is_dir():
-        raise UserError(f"{field}: there is no folder for {path}; make it, or name another")
+        raise UserError(f"{field}: there is no folder for {path}; create it, or name another")
     if path and Path(path).is_dir():
         raise UserError(f"{field}: {path} is a folder; name a file")
 
 
 def origin() -> dict[str, Any]:
-    """The command, hardware, versions and date that a result stands with."""
+    """The command, hardware, versions and date of a result."""
     return {"command": command(), "hardware": hardware(), "date": str(date.today()), "versions": library_versions()}
 
 
 def library_versions(names: Iterable[str] = LIBRARIES) -> dict[str, str]:
-    """Of the packages among `names` that are installed; none is imported for it."""
+    """Versions of the installed packages among `names`, without importing them."""
     found = {}
     for name in names:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -44,8 +44,7 @@ def library_versions(names: Iterable[str] = LIBRARIES) -> dict[str, str]:
 
 
 def command() -> str:
-    """What was called, as it can be called again."""
-    # a program's own path is where somebody has put this repository: its name is enough
+    """The command line, to be run again from the repository's root."""
     script = Path(sys.argv[0]).absolute()
     root = Path(__file__).resolve().parents[2]
     name = str(script.relative_to(root)) if script.is_relative_to(root) else script.name
@@ -61,19 +60,19 @@ def hardware() -> str:
 
 
 def write_json(path: str | Path, record: dict[str, Any]) -> None:
-    """`record` into `path`, innermost lists and objects on one line each.
+    """Write `record` atomically, with innermost lists and objects on one line each.
 
-    What is infinite or no number becomes null, since JSON knows neither.
+    Infinities and NaN become null, as JSON has neither.
     """
     text = json.dumps(_finite(record), indent=2, allow_nan=False)
-    # line breaks inside of strings are escaped: those that are found here only lay out
+    # line breaks inside strings are escaped: those found here are layout
     text = re.sub(r"[\[{]\n[^\[\]{}]*[\]}]", lambda found: re.sub(r"\n\s*", " ", found[0]), text)
     with atomic_file(path) as writing:
         writing.write_text(text + "\n", encoding="utf-8")
 
 
 def save_figure(figure: Any, path: str | Path) -> None:
-    """A matplotlib figure as a PNG, whole or not at all."""
+    """Write a matplotlib figure as PNG, atomically."""
     with atomic_file(path) as writing:
         figure.savefig(writing, dpi=130, format="png")
 

@@ -1,7 +1,7 @@
-"""Where do a model's tensors lie, and how is one of them read?
+"""Where are a model's tensors stored, and how is one read?
 
-A `TensorRef` is a tensor in a file, known by type and shape, unread. Reading copies it out of the file with plain
-reads: the pages of a memory-mapped file would count as the process's own until the system wants them back.
+A `TensorRef` is a tensor in a file, with dtype and shape, not yet read. It is read with plain reads: pages of a
+memory-mapped file would count as resident memory until the system reclaims them.
 """
 
 import functools
@@ -18,7 +18,7 @@ from transformers.utils import cached_file
 
 from component.error import UserError, first_line
 
-NAMES = {  # as the safetensors format spells them
+NAMES = {  # in the safetensors format
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -48,7 +48,7 @@ class TensorRef:
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    start: int | None = None  # byte of the file that it begins at; None in a .bin file
+    start: int | None = None  # offset in the file in bytes; None in a .bin file
 
     @property
     def size(self) -> int:
@@ -59,13 +59,13 @@ class TensorRef:
         return torch.empty(self.shape, dtype=self.dtype, device="meta")
 
     def expect(self) -> None:
-        """Let the system fetch it from the disk while others are worked on."""
+        """Prefetch it from disk while other tensors are processed."""
         if self.start is not None and hasattr(os, "posix_fadvise"):
             with self.file.open("rb", buffering=0) as stream:
                 os.posix_fadvise(stream.fileno(), self.start, self.size, os.POSIX_FADV_WILLNEED)
 
     def read(self, into: torch.Tensor | None = None) -> torch.Tensor:
-        """A copy in memory of its own, or in the bytes `into`; nothing else of the file stays in memory."""
+        """A copy, in new memory or in the bytes `into`; nothing else of the file stays in memory."""
         values = torch.empty(self.size, dtype=torch.uint8) if into is None else into
         if self.start is None:
             tensor = values.view(self.dtype).reshape(self.shape)
@@ -76,16 +76,16 @@ class TensorRef:
             while done < self.size:
                 count = stream.readinto(view[done:])  # Linux reads at most 2 GiB at once
                 if not count:
-                    raise UserError(f"{self.file} is damaged: it ends inside of {self.name}; fetch it again")
+                    raise UserError(f"{self.file} is damaged: it ends inside {self.name}; download it again")
                 done += count
         return values.view(self.dtype).reshape(self.shape)
 
 
 def tensors_in(file: Path) -> dict[str, TensorRef]:
-    """What a .safetensors or .bin file holds; no code in it runs.
+    """The tensors of a .safetensors or .bin file; no code in it runs.
 
     Raises:
-        UserError: the file is damaged or holds something else than tensors by name.
+        UserError: the file is damaged or holds anything but named tensors.
     """
     if file.suffix != ".safetensors":
         return {
@@ -95,7 +95,9 @@ def tensors_in(file: Path) -> dict[str, TensorRef]:
         return dict(_read_header(file))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, MemoryError) as error:
         reason = first_line(error)
-        raise UserError(f"{file} is damaged or holds more than weights ({reason}); fetch or train it again") from error
+        raise UserError(
+            f"{file} is damaged or holds more than weights ({reason}); download or train it again"
+        ) from error
 
 
 def _read_header(file: Path) -> Iterator[tuple[str, TensorRef]]:
@@ -103,26 +105,26 @@ def _read_header(file: Path) -> Iterator[tuple[str, TensorRef]]:
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if length > end - 8:
-            raise ValueError("its header is cut off")
+            raise ValueError("its header is truncated")
         header = json.loads(stream.read(length))
     header.pop("__metadata__", None)
     for name, entry in header.items():
         first, last = entry["data_offsets"]
         stored = TensorRef(file, name, NAMES[entry["dtype"]], tuple(entry["shape"]), 8 + length + first)
         if first < 0 or last - first != stored.size or 8 + length + last > end:
-            raise ValueError(f"{name} does not lie inside of it")
+            raise ValueError(f"{name} lies outside of the file")
         yield name, stored
 
 
 def read_weights(file: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a file, by name."""
+    """All tensors of a file."""
     if file.suffix == ".safetensors":
         return {name: stored.read() for name, stored in tensors_in(file).items()}
     return {name: tensor.clone() for name, tensor in _unpickled(file).items()}
 
 
 def _unpickled(file: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a .bin file, mapped and not yet read; weights-only unpickling, so no code in them runs."""
+    """The tensors of a .bin file, memory-mapped; weights-only unpickling runs no code."""
     load = functools.partial(torch.load, file, map_location="cpu", weights_only=True)
     try:
         try:
@@ -130,21 +132,23 @@ def _unpickled(file: Path) -> dict[str, torch.Tensor]:
         except RuntimeError as error:
             if "mmap" not in str(error):
                 raise
-            weights = load()  # written by PyTorch before 1.6, or asked to write as that did
-    except Exception as error:  # zip and pickle each have their own kinds
-        is_pickle = "weights_only" in str(error)  # torch's advice to unpickle it all the same is not passed on
-        reason = "it would run code of its own" if is_pickle else first_line(error)
-        raise UserError(f"{file} is damaged or holds more than weights ({reason}); fetch or train it again") from error
+            weights = load()  # the format of PyTorch before 1.6
+    except Exception as error:  # zip and pickle raise many types
+        is_pickle = "weights_only" in str(error)  # torch advises to unpickle it anyway
+        reason = "it would run code" if is_pickle else first_line(error)
+        raise UserError(
+            f"{file} is damaged or holds more than weights ({reason}); download or train it again"
+        ) from error
     if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
-        raise UserError(f"{file} holds something else than weights by name; use the file that training has written")
+        raise UserError(f"{file} holds something other than named weights; use the file that training wrote")
     return weights
 
 
 def model_tensors(model_name_or_path: str) -> dict[str, TensorRef]:
-    """The tensors of a model folder or hub id, in the order that they lie on the disk.
+    """The tensors of a model folder or hub id, in the order of the files.
 
     Raises:
-        UserError: no weights there, or damaged ones.
+        UserError: no weights, or damaged ones.
     """
     source = f"model_name_or_path: the weights of {model_name_or_path!r} do not load"
     for name in MODEL_FILES:
@@ -158,7 +162,7 @@ def model_tensors(model_name_or_path: str) -> dict[str, TensorRef]:
         except UserError as error:
             raise UserError(f"{source} ({error})") from error
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{source} ({name}: {first_line(error)}); fetch them again") from error
+            raise UserError(f"{source} ({name}: {first_line(error)}); download them again") from error
     raise UserError(f"{source}: it has none of {', '.join(MODEL_FILES)}; name a folder with weights")
 
 
@@ -168,11 +172,11 @@ def _sharded(model_name_or_path: str, index: Path) -> dict[str, TensorRef]:
     for shard in sorted(set(places.values())):
         file = fetch(model_name_or_path, shard)
         if file is None:
-            raise UserError(f"{shard} is missing; fetch it again")
+            raise UserError(f"{shard} is missing; download it again")
         found |= {name: stored for name, stored in tensors_in(file).items() if places.get(name) == shard}
     absent = sorted(places.keys() - found.keys())
     if absent:
-        raise UserError(f"{places[absent[0]]} lacks {absent[0]}; fetch it again")
+        raise UserError(f"{places[absent[0]]} lacks {absent[0]}; download it again")
     return found
 
 
@@ -183,7 +187,7 @@ def fetch(model_name_or_path: str, name: str) -> Path | None:
         file = cached_file(model_name_or_path, name, **options)
     except OSError as error:
         raise UserError(
-            f"model_name_or_path: {name} of {model_name_or_path!r} cannot be read ({first_line(error)}); "
+            f"model_name_or_path: {name} of {model_name_or_path!r} can't be read ({first_line(error)}); "
             "name a folder with weights"
         ) from error
     return Path(file) if file else None

@@ -1,6 +1,6 @@
-"""How is a model written without being held in memory? Shards of safetensors, one tensor after the other.
+"""How is a model written without holding it in memory? To safetensors shards, one tensor at a time.
 
-A safetensors file begins with the places of all its tensors, and those follow from types and shapes alone.
+A safetensors header holds the offsets of all tensors; dtypes and shapes determine them.
 """
 
 import json
@@ -16,7 +16,7 @@ import torch
 from component.error import UserError
 from component.storage.tensor_reader import NAMES
 
-SPELLINGS = {dtype: name for name, dtype in NAMES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in NAMES.items()}
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -24,7 +24,7 @@ def shard_bytes(text: str) -> int:
     """`5GB`, `500MB`, `2GiB` or a plain number, in bytes.
 
     Raises:
-        UserError: something else, or nothing at all.
+        UserError: anything else, or less than a byte.
     """
     match = re.fullmatch(r"([0-9.]+)\s*([A-Za-z]*)", text.strip())
     try:
@@ -32,7 +32,7 @@ def shard_bytes(text: str) -> int:
     except (ValueError, KeyError):
         size = 0
     if size < 1:
-        raise UserError(f"--max_shard_size: {text!r} is no size of a file; use one as 5GB or 500MB")
+        raise UserError(f"--max_shard_size: {text!r} is not a file size; use one like 5GB or 500MB")
     return size
 
 
@@ -44,13 +44,14 @@ def write_model(
     max_shard_bytes: int,
     progress: Callable[[int], Any] = lambda size: None,
 ) -> list[str]:
-    """`model.safetensors`, or shards and their index; the files' names. One tensor is written while the next is made.
+    """Write `model.safetensors`, or shards and their index; returns the files' names.
 
     Args:
-        layout: the type and shape of every tensor, by name, in the order of writing.
-        produce: a tensor by name; called once for each. Its memory may be used again two calls later.
-        max_shard_bytes: of a file's tensors; a larger tensor is a file of its own.
-        progress: told the bytes of every tensor that is written.
+        layout: dtype and shape of each tensor, in the order of writing.
+        produce: returns a tensor by name, called once for each while the one before is written; it may reuse the
+            memory of the tensor before that.
+        max_shard_bytes: of a file; a larger tensor gets its own file.
+        progress: called with the bytes of each tensor written.
     """
     shards = _shards({name: _size(*of_tensor) for name, of_tensor in layout.items()}, max_shard_bytes)
     files = [f"model-{at:05}-of-{len(shards):05}.safetensors" for at in range(1, len(shards) + 1)]
@@ -99,14 +100,14 @@ def _shards(sizes: dict[str, int], max_shard_bytes: int) -> list[list[str]]:
 
 
 def _header(layout: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file that does not say so
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # required by transformers
     place = 0
     for name, (dtype, shape) in layout.items():
         end = place + _size(dtype, shape)
-        entries[name] = {"dtype": SPELLINGS[dtype], "shape": list(shape), "data_offsets": [place, end]}
+        entries[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [place, end]}
         place = end
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin at multiples of 8 bytes
+    text += b" " * (-len(text) % 8)  # aligned to 8 bytes
     return len(text).to_bytes(8, "little") + text
 
 

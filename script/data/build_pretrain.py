@@ -1,11 +1,11 @@
-"""A pretraining corpus out of any texts: those of 4096 to 32768 tokens, each once, a fair sample of them.
+"""Build a pretraining corpus: a uniform sample of deduplicated texts of 4096 to 32768 tokens.
 
     python script/data/build_pretrain.py --source books.jsonl.xz articles/ --tokenizer NousResearch/Llama-2-7b-hf \\
         --output data/pretrain.jsonl --min_tokens 4096 --max_tokens 32768 --num_samples 54212 --seed 42
 
-Beside FILE.jsonl, for train_file: FILE.stats.json (what was read, left out and taken, and how long it is) and FILE.png
-(the distribution of lengths). A run that was killed goes on where it was when it is started again; its file is the
-same, byte for byte, with any --num_proc.
+Beside FILE.jsonl, for train_file: FILE.stats.json (what was read, excluded and sampled, and lengths) and FILE.png (the
+length distribution). An interrupted run resumes where it stopped; the output is the same, byte for byte, with any
+--num_proc.
 """
 
 import argparse
@@ -38,11 +38,13 @@ def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_source_flags(parser)
     add_common_flags(parser)
-    parser.add_argument("--min_tokens", type=int, default=4096, help="of a text, as training counts them (4096)")
-    parser.add_argument("--max_tokens", type=int, default=32768, help="of a text, as training counts them (32768)")
-    parser.add_argument("--num_samples", type=int, default=54212, help="texts at most (54212, as the original's)")
-    parser.add_argument("--seed", type=int, default=42, help="another seed is another sample (42)")
-    long_texts = "what becomes of longer ones: drop, as the original; split, at ends of paragraphs (drop)"
+    parser.add_argument("--min_tokens", type=int, default=4096, help="shortest text, as training counts tokens (4096)")
+    parser.add_argument(
+        "--max_tokens", type=int, default=32768, help="longest text, as training counts tokens (32768)"
+    )
+    parser.add_argument("--num_samples", type=int, default=54212, help="maximum of texts (54212, as in the original)")
+    parser.add_argument("--seed", type=int, default=42, help="of the sample (42)")
+    long_texts = "longer texts: drop, as in the original, or split at ends of paragraphs (drop)"
     parser.add_argument("--long_texts", choices=LONG_TEXTS, default="drop", help=long_texts)
     return parser.parse_args()
 
@@ -96,14 +98,14 @@ def main() -> None:
     if not choices:
         raise UserError(
             f"--source: no text of {flags.min_tokens:,} to {flags.max_tokens:,} tokens in it; change --min_tokens or "
-            "--max_tokens, or cut longer texts with --long_texts split"
+            "--max_tokens, or split longer texts with --long_texts split"
         )
     stats = statistics(flags, scan, choices, duplicates) | origin(flags, tokenizer)
-    told = write_statistics(flags.output, stats, {"": stats["lengths"]}, "texts")
-    write_corpus(flags.output, scan, choices, flags.text_key)  # last: it tells of a whole run
+    summary = write_statistics(flags.output, stats, {"": stats["lengths"]}, "texts")
+    write_corpus(flags.output, scan, choices, flags.text_key)  # last: its existence marks a complete run
     scan.journal.unlink()
     counts = ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in stats["counts"].items())
-    print("\n".join(filter(None, [note, counts, told])), flush=True)
+    print("\n".join(filter(None, [note, counts, summary])), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""An instruction corpus out of several published ones: questions and answers that fit, each once, in chosen shares.
+"""Build an instruction mixture: deduplicated examples that fit, from several data sets in configured shares.
 
     python script/data/build_sft.py --config script/data/sft_sources.yaml --tokenizer lmsys/vicuna-13b-v1.5 \\
         --output data/sft.jsonl --max_tokens 8192 --seed 42
 
-Beside FILE.jsonl, for train_file: FILE.stats.json (what was read, left out and taken of each source, and how long it
-is) and FILE.png (the distribution of lengths, source by source). Killed runs go on where they were.
+Beside FILE.jsonl, for train_file: FILE.stats.json (what was read, excluded and sampled from each source, and lengths)
+and FILE.png (the length distribution of each source). An interrupted run resumes where it stopped.
 """
 
 import argparse
@@ -41,14 +41,14 @@ def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="YAML of the sources; see sft_sources.yaml")
     add_common_flags(parser)
-    parser.add_argument("--max_tokens", type=int, default=8192, help="of an example, chat template included (8192)")
-    spelling = "how training will spell chats: vicuna, or tokenizer for the model's own template (vicuna)"
-    parser.add_argument("--template", choices=TEMPLATES, default="vicuna", help=spelling)
-    parser.add_argument("--seed", type=int, default=42, help="another seed is another sample and order (42)")
+    parser.add_argument("--max_tokens", type=int, default=8192, help="longest example, chat template included (8192)")
+    template = "chat template of training: vicuna, or tokenizer for the model's own (vicuna)"
+    parser.add_argument("--template", choices=TEMPLATES, default="vicuna", help=template)
+    parser.add_argument("--seed", type=int, default=42, help="of the sample and its order (42)")
     return parser.parse_args()
 
 
-def statistics(scan: Scan, mixture: Mixture, examples: list[Example], told: list[dict]) -> dict:
+def statistics(scan: Scan, mixture: Mixture, examples: list[Example], summary: list[dict]) -> dict:
     sources = []
     for group, source in enumerate(mixture.sources):
         counts = [count for file, count in zip(scan.files, scan.counts, strict=True) if file.group == group]
@@ -65,8 +65,8 @@ def statistics(scan: Scan, mixture: Mixture, examples: list[Example], told: list
                 "read": sum(count.read for count in counts),
                 "bad": sum(count.bad for count in counts),
                 **{reason: noted[reason] for reason in REASONS},
-                "duplicates": kept - told[group]["available"],
-                **told[group],
+                "duplicates": kept - summary[group]["available"],
+                **summary[group],
                 "lengths": describe_lengths(lengths),
             }
         )
@@ -110,12 +110,12 @@ def main() -> None:
         flush=True,
     )
     scan, note = measure(flags, mixture, tokenizer)
-    examples, told = choose_examples(scan, mixture, flags.seed)
+    examples, summary = choose_examples(scan, mixture, flags.seed)
     if not examples:
         raise UserError(
             f"--config: no example of {flags.config} fits; raise --max_tokens, or loosen filters and shares"
         )
-    stats = statistics(scan, mixture, examples, told) | origin(flags, tokenizer)
+    stats = statistics(scan, mixture, examples, summary) | origin(flags, tokenizer)
     drawn = {source["name"]: source["lengths"] for source in stats["sources"]}
     written = write_statistics(flags.output, stats, drawn, "examples")
     write_examples(flags.output, scan, mixture, examples)  # last: it tells of a whole run

@@ -1,10 +1,10 @@
-"""Texts to a file of token ids and its index, for evaluate.py and for any trainer that reads flat arrays.
+"""Tokenize texts into a token file and its index, for evaluate.py, train.py and others that read flat arrays.
 
     python script/data/tokenize_bin.py --source books-validation.jsonl.xz --tokenizer NousResearch/Llama-2-7b-hf \\
         --output data/validation.bin --bos each --eos each
 
 FILE.bin holds uint16 ids (uint32 above 65535 tokens), document after document in input order; FILE.bin.json says where
-each document starts, and which tokenizer made it.
+each document starts, and which tokenizer was used.
 """
 
 import argparse
@@ -32,9 +32,9 @@ def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_source_flags(parser)
     add_common_flags(parser)
-    parser.add_argument("--bos", choices=BOS, default="each", help="documents that <s> stands before (each)")
-    parser.add_argument("--eos", choices=EOS, default="each", help="documents that </s> stands after (each)")
-    parser.add_argument("--max_documents", type=int, help="the first so many only")
+    parser.add_argument("--bos", choices=BOS, default="each", help="documents that <s> precedes (each)")
+    parser.add_argument("--eos", choices=EOS, default="each", help="documents that </s> follows (each)")
+    parser.add_argument("--max_documents", type=int, help="only the first N documents")
     return parser.parse_args()
 
 
@@ -68,8 +68,8 @@ def main() -> None:
         overwrite=flags.overwrite,
     )
     note = tally.refuse_if_too_many(flags.max_bad_fraction)
-    told = f"{index.documents:,} documents, {index.tokens:,} tokens in {index.dtype} -> {flags.output}"
-    print("\n".join(filter(None, [note, told])), flush=True)
+    summary = f"{index.documents:,} documents, {index.tokens:,} tokens in {index.dtype} -> {flags.output}"
+    print("\n".join(filter(None, [note, summary])), flush=True)
 
 
 if __name__ == "__main__":

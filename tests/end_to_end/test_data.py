@@ -208,7 +208,7 @@ def test_a_stream_of_tokens(run, base_folder, tmp_path):
 def test_a_stream_that_turns_out_bad_is_one_message(run):
     lines = of_texts(SHORT_TEXTS)
     error = run([*lines, {"txt": "no text"}], **STREAM, status=1)
-    assert "1 of 16 lines cannot be used, more than max_bad_fraction 0.01 allows" in error
+    assert "1 of 16 lines can't be used, more than max_bad_fraction 0.01 allows" in error
     assert 'data.jsonl:16: no "text" (its keys: txt)' in error
     assert "Traceback" not in error
 

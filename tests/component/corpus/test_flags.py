@@ -51,7 +51,7 @@ def test_the_folder_of_an_output_is_made(tmp_path):
 
 
 def test_a_source_is_never_the_output(tmp_path):
-    with pytest.raises(UserError, match=r"--output: .*in\.jsonl is one of the files that are read"):
+    with pytest.raises(UserError, match=r"--output: .*in\.jsonl is one of the sources"):
         open_output(parsed(tmp_path / "x" / ".." / "in.jsonl", "--overwrite"), [tmp_path / "in.jsonl"])
 
 

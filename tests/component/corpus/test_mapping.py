@@ -121,7 +121,7 @@ WRONG = {
     "input_output": ({"text": "a"}, r'no "input" \(its keys: text\)'),
     "alpaca": ({"instruction": 5, "output": "a"}, "\"instruction\" is '5', not a text"),
     "conversations": ({"text": "a"}, r'no list "conversations" or "messages" \(its keys: text\)'),
-    "conversations empty": ({"conversations": []}, '"conversations" is no list of messages'),
+    "conversations empty": ({"conversations": []}, '"conversations" is not a list of messages'),
     "conversations odd": ({"conversations": [{"from": "human", "value": "a"}]}, '"conversations": user; must be'),
     "messages order": (
         {"messages": [{"role": role, "content": "a"} for role in ("assistant", "user")]},
@@ -146,11 +146,11 @@ def test_other_shapes_are_told(name):
     [
         ("{a}", None),
         ("{a.b} {c?} {{", None),
-        (5, "5 is no text"),
+        (5, "5 is not a string"),
         ("plain", "'plain' names no {field}"),
         ("{a", "'{a': expected '}' before end of string; write {{ for a brace"),
-        ("{}", "'{}': only {field}, {field.of_it} and {field?} are known"),
-        ("{a:>5}", "'{a:>5}': only {field}, {field.of_it} and {field?} are known"),
+        ("{}", "'{}': only {field}, {nested.field} and {field?} are supported"),
+        ("{a:>5}", "'{a:>5}': only {field}, {nested.field} and {field?} are supported"),
     ],
 )
 def test_templates_are_checked(template, problem):

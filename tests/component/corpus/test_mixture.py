@@ -53,31 +53,31 @@ def test_everything_wrong_is_told_at_once(config, tmp_path):
         "  total: 0; use a whole number of at least 1",
         "  sources[0] (one): unknown key 'shares' (did you mean share?); known: "
         "name, path, mapping, share, count, turns, filters",
-        "  sources[0] (one): share and count exclude each other; leave one out",
+        "  sources[0] (one): share and count exclude each other; remove one",
         "  sources[0] (one): share: 0; use a number above 0",
         "  sources[0] (one): count: True; use a whole number of at least 1",
-        "  sources[0] (one): mapping: 'bocksum' is no preset (did you mean booksum?): input_output, alpaca, "
+        "  sources[0] (one): mapping: 'bocksum' is not a preset (did you mean booksum?): input_output, alpaca, "
         "evol_instruct, booksum, conversations, messages, natural_questions",
         "  sources[0] (one): filters: unknown key 'min_token' (did you mean min_tokens?); "
         "known: min_tokens, max_tokens, contains, excludes",
         "  sources[0] (one): filters: max_tokens: -1; use a whole number of at least 1",
-        "  sources[0] (one): filters: contains: '(' is no regular expression "
+        "  sources[0] (one): filters: contains: '(' is not a regular expression "
         "(missing ), unterminated subpattern at position 0)",
-        "  sources[0] (one): turns: 'some' is none of first, all",
+        "  sources[0] (one): turns: 'some' is not one of first, all",
         f"  sources[0] (one): path: there is no file or folder {tmp_path}/none.jsonl; "
         "name one, or owner/dataset/file.jsonl on the hub",
-        "  sources[1] (one): share and count exclude each other; leave one out",
+        "  sources[1] (one): share and count exclude each other; remove one",
         "  sources[1] (one): mapping: unknown key 'ouput' (did you mean output?); known: input, output",
         "  sources[1] (one): mapping: input: '{a': expected '}' before end of string; write {{ for a brace",
         "  sources[1] (one): mapping: output: is missing",
         "  sources[1] (one): filters: ['x']; use min_tokens, max_tokens, contains, excludes",
-        "  sources[2]: 'text' is no list of keys (name, path, mapping, share, count, turns, filters)",
+        "  sources[2]: 'text' is not a mapping with keys (name, path, mapping, share, count, turns, filters)",
         "  sources[3]: name is missing",
         "  sources[3]: path is missing",
         "  sources[3]: mapping is missing",
         "  sources[4] (5): path is missing",
         "  sources[4] (5): mapping is missing",
-        "  sources[4] (5): name: 5 is no text",
+        "  sources[4] (5): name: 5 is not a string",
     ]  # fmt: skip
 
 
@@ -90,7 +90,7 @@ def test_no_end_and_no_room(config, tmp_path):
 
 
 def test_two_of_one_name(config, tmp_path):
-    with pytest.raises(UserError, match="name: 'one' stands twice; give each source its own"):
+    with pytest.raises(UserError, match="name: 'one' is used twice; give each source its own"):
         read_mixture(config(source(tmp_path), source(tmp_path)))
 
 
@@ -110,7 +110,7 @@ def test_no_sources(tmp_path, content):
 def test_no_yaml(tmp_path, content):
     if content:
         (tmp_path / "sources.yaml").write_bytes(content)
-    with pytest.raises(UserError, match=r"--config: .*sources.yaml cannot be read: "):
+    with pytest.raises(UserError, match=r"--config: .*sources.yaml can't be read: "):
         read_mixture(tmp_path / "sources.yaml")
 
 

@@ -115,5 +115,5 @@ def test_what_is_no_journal_is_begun_anew(text, files, tmp_path):
 
 def test_measures_of_changed_files_are_of_no_more_use(files, tmp_path):
     scan = scanned(tmp_path, files)
-    assert str(scan.changed(Place(1, 3))) == f"{files[1].path}:3: changed while it was read; start again"
+    assert str(scan.changed(Place(1, 3))) == f"{files[1].path}:3: changed while it was read; run the command again"
     assert not (tmp_path / "out.journal").exists()

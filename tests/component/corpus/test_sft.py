@@ -63,9 +63,9 @@ def test_turns_of_a_conversation(turns, expected):
 
 def test_a_record_of_another_shape():
     record = {"question_text": "Who?", "document_text": "He .", "annotations": [{"long_answer": {"start_token": 0}}]}
-    with pytest.raises(ValueError, match=r"^not of the shape of natural_questions \(KeyError: 'end_token'\)"):
+    with pytest.raises(ValueError, match=r"^does not match mapping natural_questions \(KeyError: 'end_token'\)"):
         chat_of(record, source(mapping="natural_questions"))
-    with pytest.raises(ValueError, match="a text of it "):
+    with pytest.raises(ValueError, match="one of its texts "):
         chat_of(pair("\ud83d", "b"), source())
 
 

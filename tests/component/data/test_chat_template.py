@@ -24,7 +24,7 @@ def test_an_open_prompt_is_the_originals(tokenizer):
 
 
 def test_a_training_sample_is_the_originals(tokenizer):
-    """component/dataset.py there: prompt and answer are tokenised apart, and the end-of-sequence token follows."""
+    """component/dataset.py there: prompt and answer are tokenized apart, and the end-of-sequence token follows."""
     ids, labels = encode_chat(tokenizer, [("How long?", "Long enough.")])
     prompt = tokenizer(ORIGINAL.format(input="How long?"), add_special_tokens=False).input_ids
     answer = [*tokenizer("Long enough.", add_special_tokens=False).input_ids, tokenizer.eos_token_id]
@@ -143,9 +143,9 @@ def test_keys_of_both_kinds_as_tables_mix_them():
 @pytest.mark.parametrize(
     ("record", "problem"),
     [
-        ({"messages": []}, '"messages" is no list of messages'),
-        ({"messages": "Q"}, '"messages" is no list of messages'),
-        ({"conversations": None}, '"conversations" is no list of messages'),
+        ({"messages": []}, '"messages" is not a list of messages'),
+        ({"messages": "Q"}, '"messages" is not a list of messages'),
+        ({"conversations": None}, '"conversations" is not a list of messages'),
         ({"messages": [bot("A")]}, "assistant; user and assistant must take turns, beginning with the user"),
         ({"messages": [user("Q"), user("R"), bot("A")]}, "user, user, assistant; user and assistant must"),
         ({"messages": [user("Q"), bot("A"), bot("B")]}, "user, assistant, assistant; user and assistant must"),
@@ -289,14 +289,14 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(template):
     tokenizer.chat_template = template
     one = [("One?", "<think>Hm.</think>First.")]
     assert runs(tokenizer, encode_by_tokenizer(tokenizer, one)[1]) == ["<think>Hm.</think>First.<|im_end|>"]
-    with pytest.raises(UserError, match=r"template: the chat template of .* spells earlier turns otherwise"):
+    with pytest.raises(UserError, match=r"template: the chat template of .* changes earlier turns"):
         encode_by_tokenizer(tokenizer, [*one, ("Two?", "2")])
 
 
 def test_a_template_that_refuses_a_conversation():
     tokenizer = chatml(False)
     tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
-    with pytest.raises(UserError, match=r"refuses a conversation \(System role not supported\)"):
+    with pytest.raises(UserError, match=r"rejects a conversation \(System role not supported\)"):
         encode_by_tokenizer(tokenizer, [("One?", "First.")], "Be brief.")
 
 

@@ -24,14 +24,14 @@ def test_order_and_counts(write, words):
     assert [ids for ids, _ in rows(samples)] == [[BOS, A, EOS], [BOS, B, C, D], [BOS, C, EOS]]
     assert (report.lines, report.samples, report.dropped, report.cut, report.tokens) == (5, 3, 2, 1, 10)
     assert report.files == [file]
-    for number in ("3 samples", "10 tokens", "1 cut", "2 of 5 lines dropped", file):
+    for number in ("3 samples", "10 tokens", "1 truncated", "2 of 5 lines dropped", file):
         assert number in str(report)
 
 
 # --- the cache ---
 
 
-def test_samples_are_tokenised_once_and_lie_on_disk(write, words):
+def test_samples_are_tokenized_once_and_lie_on_disk(write, words):
     file = write(*texts("a b"))
     first, _ = load_samples(file, words, 8, sft=False)
     (cached,) = {entry["filename"] for entry in first.cache_files}
@@ -170,7 +170,9 @@ def test_a_stream_goes_on_forever_each_pass_in_another_order(write, words):
     passes = [found[:5], found[5:10], found[10:]]
     assert [sorted(order) for order in passes] == [[A, B, C, D, E]] * 3
     assert passes[0] != passes[1] or passes[1] != passes[2]
-    assert [row["input_ids"][1] for row in islice(stream, 15)] == found  # from the start again, as a resumed run does
+    assert [
+        row["input_ids"][1] for row in islice(stream, 15)
+    ] == found  # from the run the command again, as a resumed run does
     other, _ = load_samples(file, words, 8, sft=False, streaming=True, seed=1)
     assert [row["input_ids"][1] for row in islice(other, 15)] != found
     assert told == f"streamed from {file}"
@@ -191,12 +193,12 @@ def test_a_stream_is_refused_while_it_runs(tmp_path, words):
     )
     stream, _ = load_samples(str(tmp_path / "long.jsonl"), words, 8, sft=False, streaming=True)
     seen: list[dict] = []
-    with pytest.raises(UserError, match=r"lines cannot be used, more than max_bad_fraction 0\.01 allows") as refusal:
+    with pytest.raises(UserError, match=r"lines can't be used, more than max_bad_fraction 0\.01 allows") as refusal:
         seen.extend(stream)
     assert len(seen) < 2000
     assert f"{tmp_path / 'long.jsonl'}:801: " in str(refusal.value)
     file = with_bad_lines(tmp_path, 50, 1)
-    with pytest.raises(UserError, match="1 of 51 lines cannot be used"):
+    with pytest.raises(UserError, match="1 of 51 lines can't be used"):
         list(islice(load_samples(file, words, 8, sft=False, streaming=True)[0], 100))
     patient, _ = load_samples(file, words, 8, sft=False, streaming=True, max_bad_fraction=0.02)
     assert len(list(islice(patient, 100))) == 100
@@ -204,7 +206,7 @@ def test_a_stream_is_refused_while_it_runs(tmp_path, words):
 
 def test_a_stream_without_anything_to_learn_ends(write, words):
     stream, _ = load_samples(write(*texts("", "  ")), words, 8, sft=False, streaming=True)
-    with pytest.raises(UserError, match=r"train_file: .*data\.jsonl: nothing to learn in it"):
+    with pytest.raises(UserError, match=r"train_file: .*data\.jsonl: no label tokens"):
         next(iter(stream))
 
 

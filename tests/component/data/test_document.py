@@ -90,7 +90,7 @@ def test_few_bad_lines_are_left_out_and_told(allowed, good, bad, tmp_path, words
     assert [ids[1] for ids, _ in rows(samples)] == [A] * half + [B] * (good - half)
     assert report.lines == good + bad
     if bad:
-        assert f"{bad} of {good + bad} lines left out: {file}:{half + 1}: " in str(report)
+        assert f"{bad} of {good + bad} lines skipped: {file}:{half + 1}: " in str(report)
         assert f'{file}:{half + 1}: "text" is 5, not a text' in str(report)
     else:
         assert "left out" not in str(report)
@@ -101,7 +101,7 @@ def test_too_many_bad_lines_are_refused_with_their_places(allowed, good, bad, tm
     file = with_bad_lines(tmp_path, good, bad)
     with pytest.raises(UserError) as refusal:
         load_samples(file, words, 8, sft=False, max_bad_fraction=allowed, field="eval_file")
-    heading = f"eval_file: {bad} of {good + bad} lines cannot be used, more than max_bad_fraction {allowed:g} allows"
+    heading = f"eval_file: {bad} of {good + bad} lines can't be used, more than max_bad_fraction {allowed:g} allows"
     assert str(refusal.value).startswith(heading)
     for place in range(bad):
         assert f"{file}:{good // 2 + place + 1}: " in str(refusal.value)
@@ -113,7 +113,7 @@ def test_half_an_object_is_no_line_of_chats(write, words):
     file = write(*[good] * 99, {"messages": good["messages"][::-1]})
     samples, report = load_samples(file, words, 64, sft=True)
     assert len(samples) == 99
-    assert f'1 of 100 lines left out: {file}:100: "messages": assistant, user; user and assistant must' in str(report)
+    assert f'1 of 100 lines skipped: {file}:100: "messages": assistant, user; user and assistant must' in str(report)
     with pytest.raises(UserError, match=r"data\.jsonl:100: "):
         load_samples(file, words, 64, sft=True, max_bad_fraction=0)
 
@@ -178,9 +178,12 @@ def test_chats_of_all_kinds_as_vicuna_spells_them(write, words):
         (
             "{% if messages[0].role == 'system' %}{{ raise_exception('no system, please') }}{% endif %}"
             + PLAIN_TEMPLATE,
-            r"refuses a conversation \(no system, please\)",
+            r"rejects a conversation \(no system, please\)",
         ),
-        (PLAIN_TEMPLATE.replace("m.content }}", "m.content + (' a' if loop.last else '') }}"), "spells earlier turns"),
+        (
+            PLAIN_TEMPLATE.replace("m.content }}", "m.content + (' a' if loop.last else '') }}"),
+            "changes earlier turns",
+        ),
         (None, "no chat template"),
     ],
 )

@@ -91,7 +91,7 @@ def test_a_text_file_is_one_text(tmp_path, packed):
 BAD_LINES = [
     (b"nonsense", "not JSON (Expecting value, column 1)"),
     (b'{"text": "cut', "not JSON (Unterminated string starting at, column 10)"),
-    (b'["a"]', '["a"] is no object'),
+    (b'["a"]', '["a"] is not an object'),
     (b'{"text": "\xe4"}', "not UTF-8 (invalid continuation byte); convert the file"),
     (b'{"text": "a\\ud83d"}', "\"text\" holds half a character, '\\ud83d', at 1; remove it"),
     (b'{"input": "a", "output": "b"}', 'no "text" (its keys: input, output)'),
@@ -135,5 +135,5 @@ def test_a_damaged_file_is_named(tmp_path, name):
     file.write_bytes(DAMAGED[name])
     with pytest.raises(UserError) as refusal:
         list(read_records(file, ("text",)))
-    assert str(refusal.value).startswith(f"{file}: cut off, damaged or not readable (")
-    assert str(refusal.value).endswith("); fetch or make it again")
+    assert str(refusal.value).startswith(f"{file}: truncated, damaged or not readable (")
+    assert str(refusal.value).endswith("); download or create it again")

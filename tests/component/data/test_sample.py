@@ -74,7 +74,7 @@ def test_a_tokenizer_that_ends_texts_itself(policy, write):
 @pytest.mark.parametrize(
     ("policy", "counts", "samples", "tokens", "notes"),
     [
-        ("truncate", outcomes(whole=1, cut=4, empty=1), 5, 19, "4 cut to max_seq_length; "),
+        ("truncate", outcomes(whole=1, cut=4, empty=1), 5, 19, "4 truncated to max_seq_length; "),
         ("split", outcomes(whole=2, split=3, piece=4, empty=1), 9, 33, "3 of 6 lines split into 7 samples; "),
         ("drop", outcomes(whole=2, long=3, empty=1), 2, 7, "3 of 6 lines dropped: longer than max_seq_length; "),
     ],
@@ -84,7 +84,7 @@ def test_counts_and_what_is_said_of_them(policy, counts, samples, tokens, notes,
     found, report = load_samples(file, words, 4, sft=False, truncation_policy=policy)
     assert (report.lines, report.samples, report.tokens, report.outcomes) == (6, samples, tokens, counts)
     assert (len(found), sum(len(ids) for ids, _ in rows(found))) == (samples, tokens)
-    dropped = "1 of 6 lines dropped: nothing to learn in them"
+    dropped = "1 of 6 lines dropped: no label tokens left"
     assert str(report) == f"{samples} samples, {tokens} tokens from {file} ({notes}{dropped})"
 
 
@@ -114,7 +114,7 @@ def test_an_answer_that_is_too_long_is_cut_or_left_out(write, words):
 
 
 def test_everything_too_long(write, words):
-    with pytest.raises(UserError, match="train_file: nothing to learn in"):
+    with pytest.raises(UserError, match="train_file: no label tokens in"):
         load_samples(write(*texts("a b c d")), words, 3, sft=False, truncation_policy="drop")
 
 

@@ -45,14 +45,14 @@ def test_a_few_bad_records_are_left_out_and_told(tmp_path):
     tally, good = tally_of(tmp_path, '{"text": "a"}\n' * 299 + "bad\n", "\n")
     assert (len(good), tally.total, tally.bad) == (299, 300, 1)
     first = f"{tmp_path}/0.jsonl:300: not JSON (Expecting value, column 1)"
-    assert tally.refuse_if_too_many() == f"1 of 300 lines left out: {first}; nothing in {tmp_path}/1.jsonl"
-    with pytest.raises(UserError, match=r"1 of 300 lines cannot be used, more than max_bad_fraction 0\.003 allows"):
+    assert tally.refuse_if_too_many() == f"1 of 300 lines skipped: {first}; nothing in {tmp_path}/1.jsonl"
+    with pytest.raises(UserError, match=r"1 of 300 lines can't be used, more than max_bad_fraction 0\.003 allows"):
         tally.refuse_if_too_many(0.003)
 
 
 def test_bad_records_at_the_limit_are_tolerated(tmp_path):
     tally, _ = tally_of(tmp_path, '{"text": "a"}\n' * 99 + "bad\n")
-    assert tally.refuse_if_too_many(0.01).startswith("1 of 100 lines left out")
+    assert tally.refuse_if_too_many(0.01).startswith("1 of 100 lines skipped")
 
 
 def test_many_bad_records_are_refused_and_the_first_five_named(tmp_path):
@@ -60,7 +60,7 @@ def test_many_bad_records_are_refused_and_the_first_five_named(tmp_path):
     with pytest.raises(UserError) as refusal:
         tally.refuse_if_too_many()
     lines = [f"  {tmp_path}/0.jsonl:{number}: not JSON (Expecting value, column 1)" for number in range(2, 7)]
-    heading = "7 of 8 lines cannot be used, more than max_bad_fraction 0.01 allows; mend them, or raise it:"
+    heading = "7 of 8 lines can't be used, more than max_bad_fraction 0.01 allows; fix them, or raise it:"
     assert str(refusal.value).splitlines() == [heading, *lines, "  and 2 more"]
 
 

@@ -103,19 +103,19 @@ def test_no_index(tmp_path):
 DAMAGES = {
     "no JSON": (lambda index: "{", "damaged (JSONDecodeError"),
     "no object": (lambda index: [], "damaged (TypeError"),
-    "another format": (lambda index: index | {"format": 2}, "format 2, but this version reads 1; make it again"),
+    "another format": (lambda index: index | {"format": 2}, "format 2, but this version reads 1; create it again"),
     "no dtype": (lambda index: {key: index[key] for key in index if key != "dtype"}, "damaged (TypeError"),
     "unknown dtype": (lambda index: index | {"dtype": "int8"}, "dtype 'int8'"),
     "unknown bos": (lambda index: index | {"bos": "some"}, "bos 'some'"),
     "an offset less": (lambda index: index | {"offsets": [0, 4]}, "2 offsets for 3 documents"),
-    "offsets that go back": (lambda index: index | {"offsets": [0, 6, 4]}, "offsets that go back"),
-    "offsets beyond the end": (lambda index: index | {"offsets": [0, 4, 12]}, "offsets that go back, or beyond"),
+    "offsets that go back": (lambda index: index | {"offsets": [0, 6, 4]}, "offsets that decrease"),
+    "offsets beyond the end": (lambda index: index | {"offsets": [0, 4, 12]}, "offsets that decrease, or exceed"),
     "not from the start": (lambda index: index | {"offsets": [1, 4, 6]}, "the first at [1]"),
     "no hash": (lambda index: index | {"tokenizer": {"name": "words"}}, "damaged (KeyError"),
     "endless offsets": (lambda index: index | {"offsets": [0, 2**70, 6]}, "damaged (OverflowError"),
     "another size": (
         lambda index: index | {"tokens": 12},
-        "has 22 bytes, but its index t.bin.json tells of 12 uint16",
+        "has 22 bytes, but its index t.bin.json is of 12 uint16",
     ),
 }
 
@@ -160,7 +160,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path):
 
 @pytest.mark.parametrize(("flag", "value"), [("bos", "all"), ("eos", "first")])
 def test_an_unknown_setting(tmp_path, flag, value):
-    with pytest.raises(UserError, match=f"--{flag}: '{value}' is none of each, "):
+    with pytest.raises(UserError, match=f"--{flag}: '{value}' is not one of each, "):
         write(tmp_path / "t.bin", **{flag: value})
 
 
@@ -207,7 +207,7 @@ class TestReadTokens:
 
     def test_a_file_of_uint16_for_a_large_vocabulary_is_refused(self, tmp_path):
         np.array([5, 6, 7], dtype=np.uint16).tofile(tmp_path / "t.bin")
-        with pytest.raises(UserError, match=r"data_path: .*t\.bin has 6 bytes, no whole number of uint32"):
+        with pytest.raises(UserError, match=r"data_path: .*t\.bin has 6 bytes, not a multiple of a uint32"):
             read_tokens(str(tmp_path / "t.bin"), 128256)
 
     def test_the_first_id_beyond_the_vocabulary_is_named(self, tmp_path):

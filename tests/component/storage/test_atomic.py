@@ -135,7 +135,7 @@ def test_only_models_are_overwritten(tmp_path):
     check_target(tmp_path / "model", "--save_path", overwrite=True)
     check_target(tmp_path / "new", "--save_path", overwrite=False)
     for name, overwrite, reason in (
-        ("notes", True, "no model"),
+        ("notes", True, "not a model"),
         ("model", False, "--overwrite"),
         ("model", None, "remove"),
     ):

@@ -88,7 +88,7 @@ def test_the_files(build, sources, tmp_path, word_folder):
     with Image.open(tmp_path / "out.png") as picture:
         assert picture.format == "PNG"
     assert sorted(file.name for file in tmp_path.glob("*out*")) == ["out.jsonl", "out.png", "out.stats.json"]
-    assert f'1 of 10 lines left out: {folder / "2.jsonl.gz"}:4: no "text" (its keys: txt)' in outcome.out
+    assert f'1 of 10 lines skipped: {folder / "2.jsonl.gz"}:4: no "text" (its keys: txt)' in outcome.out
     assert f"out.jsonl: 4 texts, 28 tokens -> {tmp_path}/out.jsonl" in outcome.out
 
 
@@ -199,7 +199,7 @@ def test_a_killed_run_goes_on_and_writes_the_same_bytes(build, tmp_path, word_fo
     assert not (tmp_path / "out.jsonl").exists()
     journal.write_bytes(done + b'{"file":0,"last":')  # as if killed while it wrote a line
     outcome = build(file, **flags)
-    assert "going on where an earlier run was, after " in outcome.out
+    assert "resuming an interrupted run after " in outcome.out
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     ours, whole = (json.loads((tmp_path / f"{name}.stats.json").read_text()) for name in ("out", "whole"))
     assert ours["counts"] == whole["counts"]
@@ -248,7 +248,7 @@ def test_a_file_that_changes_between_the_passes(build, unfinished, tmp_path):
     before = unfinished[1].stat()
     unfinished[1].write_bytes(unfinished[1].read_bytes().replace(b"w50", b"v50"))
     os.utime(unfinished[1], ns=(before.st_atime_ns, before.st_mtime_ns))
-    refused_by_us(build(*unfinished), f"{unfinished[1]}:31: changed while it was read; start again")
+    refused_by_us(build(*unfinished), f"{unfinished[1]}:31: changed while it was read; run the command again")
     assert not list(tmp_path.glob("*out.jsonl*"))
     assert build(*unfinished).status == 0, "measured anew"
     assert {"text": "v50 b c d"} in read_lines(tmp_path / "out.jsonl")
@@ -268,9 +268,7 @@ def test_an_existing_output_stays(build, sources, tmp_path):
 def test_a_source_is_not_overwritten(build, sources, tmp_path):
     file = sources[0] / "1.jsonl"
     before = file.read_bytes()
-    refused_by_us(
-        build(*sources, output="in/1.jsonl", overwrite=True), f"--output: {file} is one of the files that are read"
-    )
+    refused_by_us(build(*sources, output="in/1.jsonl", overwrite=True), f"--output: {file} is one of the sources")
     assert file.read_bytes() == before
 
 
@@ -284,7 +282,7 @@ def test_wrong_flags_are_told_together(build, sources, tmp_path):
 
 def test_too_many_bad_lines(build, sources, tmp_path):
     outcome = build(*sources, max_bad_fraction=0.05)
-    refused_by_us(outcome, "1 of 10 lines cannot be used", f'{tmp_path}/in/2.jsonl.gz:4: no "text" (its keys: txt)')
+    refused_by_us(outcome, "1 of 10 lines can't be used", f'{tmp_path}/in/2.jsonl.gz:4: no "text" (its keys: txt)')
     assert not (tmp_path / "out.jsonl").exists()
 
 
@@ -310,4 +308,4 @@ def test_a_damaged_file(build, tmp_path):
     file = tmp_path / "in.jsonl.gz"
     file.write_bytes(gzip.compress(b'{"text": "a b c d"}\n' * 50)[:-9])
     for num_proc in (1, 2):
-        refused_by_us(build(file, num_proc=num_proc), f"{file}: cut off, damaged or not readable")
+        refused_by_us(build(file, num_proc=num_proc), f"{file}: truncated, damaged or not readable")

@@ -81,7 +81,7 @@ def test_the_files(build, sources, tmp_path):
     assert "plain: 2 of 7 read (bad 0, too short 1, too long 1, empty 1, filtered 1, duplicates 1)" in outcome.out
     problem = '"conversations": user; must be user, assistant, ...'
     assert (
-        f'2 of 13 lines left out: {tmp_path}/talk.jsonl:2: {problem}; {tmp_path}/story.jsonl:3: no "plot.text"'
+        f'2 of 13 lines skipped: {tmp_path}/talk.jsonl:2: {problem}; {tmp_path}/story.jsonl:3: no "plot.text"'
         in outcome.out
     )
 
@@ -121,7 +121,7 @@ def test_a_system_text_is_kept_or_refused_but_never_dropped(build, tmp_path):
     outcome = build(source, output="first.jsonl", max_bad_fraction=0.9)
     assert read_lines(tmp_path / "first.jsonl") == [{"input": "b", "output": "c"}]
     assert "talk: 1 of 3 read (bad 2," in outcome.out
-    refusal = "talk.jsonl:1: a system text, 'd', has no place in input and output; keep it with turns: all"
+    refusal = "talk.jsonl:1: its system prompt, 'd', has no field in input and output lines; keep it with turns: all"
     assert refusal in outcome.out
 
 
@@ -180,7 +180,7 @@ def test_going_on_and_other_settings(build, sources, tmp_path, monkeypatch):
         assert build(*sources).status == 130
     refused_by_us(build(*sources, max_tokens=99), "max_tokens", "now 99", "--overwrite")
     outcome = build(*sources)
-    assert "going on where an earlier run was, after 13 texts" in outcome.out
+    assert "resuming an interrupted run after 13 texts" in outcome.out
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
@@ -188,15 +188,15 @@ def test_what_is_refused(build, run_program, sources, tmp_path):
     refused_by_us(
         build(sources[0] | {"mapping": "alpacca"}),
         "sources.yaml",
-        "mapping: 'alpacca' is no preset (did you mean alpaca?)",
+        "mapping: 'alpacca' is not a preset (did you mean alpaca?)",
     )
     refused_by_us(build(*sources, max_tokens=0, num_proc=0), "--max_tokens: 0", "--num_proc: 0")
-    refused_by_us(build(*sources, max_bad_fraction=0.1), "2 of 13 lines cannot be used", "talk.jsonl:2: ")
+    refused_by_us(build(*sources, max_bad_fraction=0.1), "2 of 13 lines can't be used", "talk.jsonl:2: ")
     refused_by_us(build(*sources, output="2.jsonl", max_tokens=5), "no example of", "raise --max_tokens")
     nested = write_lines(tmp_path / "nested.jsonl", {"question_text": "a", "document_text": "b", "annotations": [5]})
     odd = {"name": "odd", "path": str(nested), "mapping": "natural_questions"}
     refused_by_us(
-        build(odd, output="3.jsonl"), "nested.jsonl:1: not of the shape of natural_questions (AttributeError"
+        build(odd, output="3.jsonl"), "nested.jsonl:1: does not match mapping natural_questions (AttributeError"
     )
     (tmp_path / "out.jsonl").write_text("mine")
     refused_by_us(build(*sources), "out.jsonl exists", "--overwrite")

@@ -72,9 +72,9 @@ def test_bad_lines(tokenize, texts, tmp_path):
     with first.open("a") as file:
         file.write("bad\n")
     outcome = tokenize(first)
-    assert f"1 of 102 lines left out: {first}:102: not JSON" in outcome.out
+    assert f"1 of 102 lines skipped: {first}:102: not JSON" in outcome.out
     refused_by_us(
-        tokenize(first, max_bad_fraction=0, overwrite=True), "1 of 102 lines cannot be used", f"{first}:102: not JSON"
+        tokenize(first, max_bad_fraction=0, overwrite=True), "1 of 102 lines can't be used", f"{first}:102: not JSON"
     )
     assert read_index(tmp_path / "out.bin").documents == 100, "what was there stays"
 

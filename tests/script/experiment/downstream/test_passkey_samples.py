@@ -47,7 +47,7 @@ def test_pass_keys_are_learnt_in_the_very_tokens_that_are_measured(any_tokenizer
     assert Flags.steps * Flags.tokens_per_step <= sum(len(ids) for ids, _ in encoded)
     lengths = set()
     for ids, labels in encoded:
-        assert next(fit(ids, labels, options, tokenizer))["fate"] == WHOLE
+        assert next(fit(ids, labels, options, tokenizer))["outcome"] == WHOLE
         learnt = [at for at, label in enumerate(labels) if label != IGNORE_INDEX]
         key = tokenizer.decode([ids[at] for at in learnt]).split()[0]
         answer, again = maker.tokens_of(f" {key}."), maker.tokens_of(f" {key}")
