@@ -3,7 +3,7 @@
     deepspeed train.py --train_args_file ./train_args/llama2-7b-pretrain.yaml
     deepspeed train.py --train_args_file ./train_args/vicuna-13b-sft.yaml --learning_rate 5e-5
 
-The same with `python` or `torchrun` in place of `deepspeed`. Any key of the YAML can be overridden as --key value.
+`python` or `torchrun` can replace `deepspeed`. Any key of the YAML can be overridden as --key value.
 """
 
 import copy
@@ -37,12 +37,12 @@ from component.train.zero import single_process_environment
 
 
 class Memory(NamedTuple):
-    """The memory plan, what it was computed from, and what it is expected to need."""
+    """The chosen memory plan, the workload it was chosen for, and its estimate."""
 
     work: Workload
     plan: MemoryPlan
     expected: Estimate
-    line: str  # of the summary
+    line: str  # for the summary
 
 
 @exit_on_user_error
@@ -57,7 +57,7 @@ def main() -> None:
     limit_memory(args.memory_budget_gib)
     limit_kernels(args.use_flash_attn)
 
-    # what it becomes: the base's config with longer positions, before any weight is loaded
+    # everything that can be checked without weights comes before they are loaded
     extended = load_config(args.model_name_or_path)
     tokenizer = load_tokenizer(args.model_name_or_path, args.model_max_length)
     check_targets_early(extended, args.target_names)
@@ -66,7 +66,7 @@ def main() -> None:
     train_set, eval_set, data_lines = load_data(args, training_args, tokenizer)
 
     model = load_adapted(args, training_args, strategy, training_config(args, extended))
-    no_plan = apply_plan(args, training_args, strategy, model, memory)
+    fallback = apply_plan(args, training_args, strategy, model, memory)
     trainer = LongQLoRATrainer(
         model=model,
         args=training_args,
@@ -79,22 +79,23 @@ def main() -> None:
         record=args.record(extended, factor) | {"versions": library_versions()},
         strategy=strategy,
     )
-    lines = data_lines | {"memory": f"no plan, {no_plan}" if no_plan else memory.line}
+    lines = data_lines | {"memory": f"no plan ({fallback})" if fallback else memory.line}
     print_summary(args, training_args, trainer, factor, lines)
-    train(trainer, resume, memory, no_plan)
+    train(trainer, resume, memory, fallback)
 
 
-def attention_is_ours(args: LongQLoRAArguments, extended: PretrainedConfig) -> bool:
-    """Whether training attends through component/attention; if not, through Hugging Face's full attention."""
+def uses_own_attention(args: LongQLoRAArguments, extended: PretrainedConfig) -> bool:
+    """Whether training runs component/attention instead of Hugging Face's full attention."""
     if args.use_shift_short_attention or args.packing:
         return True
-    return args.memory_plan and has_plain_attention(extended, args.max_seq_length)  # then a plan can keep its output
+    # full attention by our kernels, so that a memory plan can keep attention's output
+    return args.memory_plan and has_plain_attention(extended, args.max_seq_length)
 
 
 def plan_memory(
     args: LongQLoRAArguments, training_args: TrainingArguments, strategy: Strategy, extended: PretrainedConfig
 ) -> Memory:
-    """The fastest plan that fits this machine, by arithmetic on the config."""
+    """The fastest memory plan that fits this machine, computed from the config alone."""
     work = workload(
         extended,
         target_names=args.target_names,
@@ -111,28 +112,30 @@ def plan_memory(
         offload_optimizer=strategy.offloads_optimizer,
     )
     gpu_gib, host_gib = available_memory(work, args.memory_budget_gib, training_args.device)
-    no_output = {} if attention_is_ours(args, extended) else {"keep_attention_output": False}
-    plan, expected = choose_plan(work, gpu_gib, host_gib, **(args.memory_options | no_output))
+    options = args.memory_options
+    if not uses_own_attention(args, extended):
+        options["keep_attention_output"] = False
+    plan, expected = choose_plan(work, gpu_gib, host_gib, **options)
     return Memory(work, plan, expected, describe_estimate(work, plan, expected, gpu_gib))
 
 
 def load_data(args: LongQLoRAArguments, training_args: TrainingArguments, tokenizer: PreTrainedTokenizerBase):
-    """Training samples, evaluation samples or None, and lines for the summary."""
-    rows = {"packing": args.packing, "streaming": args.streaming, "seed": training_args.seed}
+    """Training samples, evaluation samples or None, and the summary's lines about them."""
+    options = {"packing": args.packing, "streaming": args.streaming, "seed": training_args.seed}
     sets, lines = {}, {}
     with training_args.main_process_first(desc="tokenizing"):
-        for field, source, how in (("train_file", args.train_file, rows), ("eval_file", args.eval_file, {})):
+        for field, source, more in (("train_file", args.train_file, options), ("eval_file", args.eval_file, {})):
             if source is not None:
-                sets[field], report = load_samples(source, tokenizer, field=field, **args.data, **how)
+                sets[field], report = load_samples(source, tokenizer, field=field, **args.data, **more)
                 lines[field] = str(report)
     return sets["train_file"], sets.get("eval_file"), lines
 
 
 def training_config(args: LongQLoRAArguments, extended: PretrainedConfig) -> PretrainedConfig:
-    """`extended` with the attention that training uses; adapter folders get `extended` itself."""
+    """A copy of `extended` that selects the attention used in training; adapter folders get `extended` itself."""
     config = copy.deepcopy(extended)
     config.use_cache = False  # only generation needs it
-    if attention_is_ours(args, extended):
+    if uses_own_attention(args, extended):
         is_full = not args.use_shift_short_attention or args.full_attention_ratio > 0
         use_shift_short_attention(config, args.group_tokens, args.max_seq_length if is_full else 0)
     return config
@@ -141,7 +144,7 @@ def training_config(args: LongQLoRAArguments, extended: PretrainedConfig) -> Pre
 def load_adapted(
     args: LongQLoRAArguments, training_args: TrainingArguments, strategy: Strategy, config: PretrainedConfig
 ) -> PeftModel:
-    """The frozen base, in 4 bits if asked, with what trains around it."""
+    """The frozen base, in NF4 unless `load_in_4bit` is false, with a trainable adapter."""
     model = load_base(
         args.model_name_or_path,
         config,
@@ -163,21 +166,21 @@ def load_adapted(
 def apply_plan(
     args: LongQLoRAArguments, training_args: TrainingArguments, strategy: Strategy, model: PeftModel, memory: Memory
 ) -> str | None:
-    """Put the memory plan into `model`; None, or why it trains by Hugging Face's own layers."""
+    """Apply the memory plan to `model`; None, or the reason why Hugging Face's own layers are used instead."""
     if not args.memory_plan:
         return "memory_plan: false"
-    no_plan = use_memory_plan(model, memory.plan, fused=memory.work.fused, strategy=strategy)
-    # a plan computes again what it must; without one, transformers does it (5.23: activation_checkpointing)
-    is_checkpointed = no_plan is not None and memory.plan.keep_layers < memory.work.layers
+    fallback = use_memory_plan(model, memory.plan, fused=memory.work.fused, strategy=strategy)
+    # layers under a plan recompute by themselves; on fallback transformers' checkpointing does (5.23: activation_*)
+    is_checkpointed = fallback is not None and memory.plan.keep_layers < memory.work.layers
     training_args.gradient_checkpointing = training_args.activation_checkpointing = is_checkpointed
-    return no_plan
+    return fallback
 
 
-def train(trainer: LongQLoRATrainer, resume: str | None, memory: Memory, no_plan: str | None) -> None:
-    """Train, evaluate, and leave metrics and the adapter in the output folder."""
+def train(trainer: LongQLoRATrainer, resume: str | None, memory: Memory, fallback: str | None) -> None:
+    """Train, evaluate, and save metrics and the adapter to the output folder."""
     with explaining_out_of_memory(memory.work, memory.plan):
         metrics = trainer.train(resume_from_checkpoint=resume).metrics | peak_memory()
-        trainer.report("train", metrics if no_plan else metrics | memory.expected.metrics)
+        trainer.report("train", metrics if fallback else metrics | memory.expected.metrics)
     if trainer.eval_dataset is not None:
         trainer.report("eval", trainer.evaluate())
     trainer.save_state()

@@ -1,10 +1,10 @@
-"""What must be set before torch or bitsandbytes is imported?"""
+"""Which environment settings must precede the import of torch and bitsandbytes?"""
 
 import logging
 import os
 
-# On a CPU bitsandbytes asks at import for an optional package with a faster kernel; NF4 runs without it.
+# On import, bitsandbytes suggests an optional package with a faster CPU kernel; NF4 works without it.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-# A GPU's memory in segments that grow: what the allocator holds stays near to what tensors take.
+# Less fragmentation: reserved GPU memory stays close to allocated memory.
 if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")

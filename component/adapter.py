@@ -1,8 +1,8 @@
-"""What trains, and how is it put around a base? LoRA on every linear layer, and embeddings and norms where asked.
+"""Which parameters are trained, and how is an adapter attached to a base?
 
-LoRA (arXiv 2106.09685): y = W x + (alpha / rank) B A x, W frozen. QLoRA (2305.14314, section 4) found that it takes
-adapters on *all* linear layers to match full fine-tuning. Embeddings and norms train as full copies (PEFT's
-`modules_to_save`), as LongLoRA (2309.12307, section 3.3) does for low ranks.
+LoRA (arXiv 2106.09685): y = W x + (alpha / rank) B A x, W frozen. QLoRA (2305.14314, section 4) found that matching
+full fine-tuning takes LoRA on *all* linear layers. Embeddings and norms can be trained in full (PEFT's
+`modules_to_save`), as in LongLoRA (2309.12307, section 3.3).
 """
 
 import warnings
@@ -16,69 +16,57 @@ from huggingface_hub import hf_hub_download
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils import set_peft_model_state_dict
 from torch import nn
-from transformers import (
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PretrainedConfig, PreTrainedModel
 
 from component.error import UserError, first_line, nearest
 from component.model import without_weights
 from component.storage.tensor_reader import TensorRef, read_weights
 
 Weight = TypeVar("Weight", torch.Tensor, TensorRef)
-LEGACY_EXTRAS = "trainable_params.bin"  # LongLoRA's file of trained embeddings and norms, beside the LoRA weights
+LEGACY_EXTRAS = "trainable_params.bin"  # LongLoRA's trained embeddings and norms
 
 
 def linear_names(model: PreTrainedModel) -> list[str]:
-    """The names, as in `q_proj`, of the linear layers of `model`, its output embedding (lm_head) left out."""
+    """Module names such as `q_proj` of all linear layers but the output embedding (lm_head)."""
     head = model.get_output_embeddings()
-    return sorted(
-        {name.rpartition(".")[2] for name, layer in model.named_modules() if _is_linear(layer) and layer is not head}
-    )
+    return sorted({path.rpartition(".")[2] for path, layer in _linear_layers(model) if layer is not head})
 
 
-def _is_linear(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Linear)  # bitsandbytes' Linear4bit is one too
+def _linear_layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
+    # bitsandbytes' Linear4bit is a subclass
+    return [(path, layer) for path, layer in model.named_modules() if isinstance(layer, nn.Linear)]
 
 
 def target_layers(model: PreTrainedModel, names: list[str]) -> list[tuple[str, nn.Module]]:
-    """The linear layers, with their paths, that one of `names` is or ends the path of."""
-    layers = [(path, layer) for path, layer in model.named_modules() if _is_linear(layer)]
+    """(path, layer) of the linear layers whose path is, or ends in, one of `names`."""
+    layers = _linear_layers(model)
     return [(path, layer) for path, layer in layers if any(f".{path}".endswith(f".{name}") for name in names)]
 
 
 def check_targets(model: PreTrainedModel, names: list[str]) -> None:
-    """Every name must be, or end the path of, a linear layer.
+    """Check that each of `names` selects a linear layer.
 
     Raises:
-        UserError: a name matches nothing, even if the others match.
+        UserError: a name matches no layer; PEFT would ignore it if others match.
     """
     for wanted in names:
         if not target_layers(model, [wanted]):
-            known = sorted({path.rpartition(".")[2] for path, layer in model.named_modules() if _is_linear(layer)})
-            raise UserError(
-                f"target_modules: {wanted!r} is no linear layer of this model{nearest(wanted, known)}; "
-                f"it has {', '.join(known)}"
-            )
+            known = sorted({path.rpartition(".")[2] for path, _ in _linear_layers(model)})
+            hint = nearest(wanted, known)
+            raise UserError(f"target_modules: {wanted!r} is not a linear layer{hint}; choose from {', '.join(known)}")
 
 
 def full_copies(model: PreTrainedModel, train_embedding: bool, train_norm: bool) -> list[str]:
-    """The names of the modules that are trained whole. Tied embeddings are named once."""
-    names = set()
+    """Names of the modules to train in full; tied embeddings are named once."""
+    modules: list[nn.Module] = []
     if train_embedding:
-        modules = [model.get_input_embeddings()]
+        modules.append(model.get_input_embeddings())
         if not model.config.tie_word_embeddings:
             modules.append(model.get_output_embeddings())
-        names |= {
-            name.rpartition(".")[2] for name, module in model.named_modules() if any(module is m for m in modules)
-        }
     if train_norm:
-        names |= {
-            name.rpartition(".")[2]
-            for name, module in model.named_modules()
-            if type(module).__name__.endswith(("RMSNorm", "LayerNorm"))
-        }
-    return sorted(names)
+        modules += [m for m in model.modules() if type(m).__name__.endswith(("RMSNorm", "LayerNorm"))]
+    wanted = {id(m) for m in modules}
+    return sorted({path.rpartition(".")[2] for path, m in model.named_modules() if id(m) in wanted})
 
 
 def add_adapter(
@@ -91,13 +79,13 @@ def add_adapter(
     train_embedding: bool = False,
     train_norm: bool = False,
 ) -> PeftModel:
-    """Freeze `model` and put trainable LoRA, and copies of embeddings and norms if asked, around it.
+    """Freeze `model` and add trainable LoRA, and trainable copies of embeddings and norms if asked.
 
     Args:
-        target_names: linear layers that get LoRA; None for all of them but lm_head.
+        target_names: linear layers that get LoRA; None for all but lm_head.
 
     Raises:
-        UserError: a target that is no linear layer of the model.
+        UserError: a target that is not a linear layer of the model.
     """
     if target_names is not None:
         check_targets(model, target_names)
@@ -113,32 +101,33 @@ def add_adapter(
     with quiet_peft():
         adapted = get_peft_model(model, config)
     for parameter in adapted.parameters():
-        if parameter.requires_grad:  # optimizers step in fp32; DeepSpeed's half precision keeps its own fp32 masters
+        if parameter.requires_grad:  # optimizers update in fp32; DeepSpeed keeps its own fp32 master weights
             parameter.data = parameter.data.float()
     return adapted
 
 
 @contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Without a warning that is for PEFT: it asks transformers by a name that will be dropped."""
+    """Suppress a deprecation warning caused by PEFT's own call into transformers."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
         yield
 
 
 def check_adapter(source: str, field: str) -> None:
-    """Refuse what is neither a folder nor looks like a hub id."""
+    """Raise a `UserError` if `source` is neither a folder nor looks like a hub id."""
     if not Path(source).is_dir() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
-        raise UserError(f"{field}: there is no adapter folder {source}; name one, or a hub id")
+        raise UserError(f"{field}: there is no adapter folder {source}; name a folder or a hub id")
 
 
 def load_adapter(model: PreTrainedModel, source: str) -> PeftModel:
-    """`model` with the adapter in a folder or on the hub around it, frozen, every weight of both accounted for.
+    """`model` with the adapter of a folder or hub repository, frozen and in evaluation mode.
 
-    Reads our folders, PEFT's, and the original projects': `adapter_model.bin` and LongLoRA's `trainable_params.bin`.
+    Reads our folders, PEFT's, and the original projects' (`adapter_model.bin`, LongLoRA's `trainable_params.bin`).
+    Missing or unexpected weights are errors.
 
     Raises:
-        UserError: no adapter there, damaged files, or weights that do not fit the model.
+        UserError: no adapter, damaged files, or weights that do not fit the model.
     """
     config, file, extras = find_adapter(source)
     weights = read_weights(file)
@@ -150,65 +139,58 @@ def load_adapter(model: PreTrainedModel, source: str) -> PeftModel:
 
 
 def find_adapter(source: str) -> tuple[PeftConfig, Path, Path | None]:
-    """The config of the adapter in a folder or on the hub, its file of weights, and LongLoRA's second one or None.
+    """An adapter's config, weight file, and LongLoRA's `trainable_params.bin` or None.
 
     Raises:
-        UserError: no adapter there.
+        UserError: `source` is not an adapter.
     """
     try:
         config = PeftConfig.from_pretrained(source)
     except (ValueError, OSError, TypeError, KeyError) as error:
         reason = first_line(error)
         raise UserError(
-            f"{source} is no adapter: its adapter_config.json cannot be read ({reason}); "
-            "name a folder that training wrote"
+            f"{source} is not an adapter: its adapter_config.json cannot be read ({reason}); "
+            "name a folder written by training"
         ) from error
     config.inference_mode = True
     names = ("adapter_model.safetensors", "adapter_model.bin")
     file, extras = _fetch(source, *names), _fetch(source, LEGACY_EXTRAS)
     if file is None:
-        raise UserError(f"{source} is no adapter: it holds neither {' nor '.join(names)}; name a folder of a run")
+        raise UserError(f"{source} is not an adapter: no {' or '.join(names)}; name a folder written by training")
     return config, file, extras
 
 
 def fit_adapter(
     model: PreTrainedModel, config: PeftConfig, weights: dict[str, torch.Tensor], source: str
 ) -> PeftModel:
-    """The adapter of `config` and `weights` around `model`; all on the meta device, where `model` is there.
+    """`model` with the adapter given by `config` and `weights`; on the meta device if `model` is.
 
     Raises:
-        UserError: a weight that is missing, belongs nowhere or has another shape than the model asks for.
+        UserError: a weight that is missing, unexpected or of the wrong shape.
     """
     cure = "use the base model that it was trained on"
     is_empty = model.device.type == "meta"
-    config.base_model_name_or_path = None  # which PEFT sets; it would warn of the same folder under another name
+    config.base_model_name_or_path = None  # set by PEFT; it warns if the same folder has another name
     try:
         with quiet_peft():
             adapted = get_peft_model(model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=is_empty)
         result = set_peft_model_state_dict(adapted, weights, low_cpu_mem_usage=is_empty)
-    except (
-        RuntimeError,
-        ValueError,
-    ) as error:  # sizes that mismatch, spelt over many lines; targets that are not there
+    except (RuntimeError, ValueError) as error:  # mismatched shapes (many lines); missing target modules
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{source} does not fit this base model ({reason}); {cure}") from error
-    except KeyError as error:  # PEFT looks up each of `modules_to_save` before it counts what is missing
+    except KeyError as error:  # PEFT looks up each of `modules_to_save` directly
         raise UserError(f"{source} does not fit this base model: {error.args[0]} is missing; {cure}") from error
-    missing = [key for key in result.missing_keys if _is_adapter_weight(key)]
-    unknown = list(result.unexpected_keys)
-    if missing or unknown:
-        parts = [f"{len(missing)} weights are missing, as {missing[0]}"] if missing else []
-        parts += [f"{len(unknown)} belong nowhere, as {unknown[0]}"] if unknown else []
+    missing = [key for key in result.missing_keys if ".lora_" in key or ".modules_to_save." in key]
+    unexpected = list(result.unexpected_keys)
+    if missing or unexpected:
+        parts = [f"{len(missing)} weights are missing, such as {missing[0]}"] if missing else []
+        parts += [f"{len(unexpected)} weights are unexpected, such as {unexpected[0]}"] if unexpected else []
         raise UserError(f"{source} does not fit this base model: {' and '.join(parts)}; {cure}")
     return adapted
 
 
-def _is_adapter_weight(name: str) -> bool:
-    return ".lora_" in name or ".modules_to_save." in name
-
-
 def _fetch(source: str, *names: str) -> Path | None:
-    """The first of the files `names` in a folder or hub repository; None if it holds none of them."""
+    """The first of the files `names` that a folder or hub repository has, or None."""
     for name in names:
         if Path(source).is_dir():
             if (Path(source) / name).is_file():
@@ -216,13 +198,13 @@ def _fetch(source: str, *names: str) -> Path | None:
             continue
         try:
             return Path(hf_hub_download(source, name))
-        except Exception:  # absent, offline or gated: the next name
+        except Exception:  # missing, offline or gated
             continue
     return None
 
 
 def match_extras(model: PreTrainedModel, weights: dict[str, Weight], file: Path) -> dict[str, Weight]:
-    """LongLoRA's trained embeddings and norms, by their names in the base: they go into it before LoRA goes around it.
+    """LongLoRA's trained embeddings and norms by parameter name of the base, which they replace before LoRA is added.
 
     Raises:
         UserError: a weight that the base does not have, or has in another shape.
@@ -232,11 +214,11 @@ def match_extras(model: PreTrainedModel, weights: dict[str, Weight], file: Path)
     for key, value in weights.items():
         name = key.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
         if name not in own:
-            raise UserError(f"{file}: {key} is no weight of this base model; use the one it was trained on")
+            raise UserError(f"{file}: {key} is not a weight of this base model; use the one it was trained on")
         if own[name].shape != value.shape:
             hint = "; use the base model that it was trained on"
             if value.shape[0] == own[name].shape[0] + 1:
-                hint = "; the extra row is a pad token that was added for training: use a base resized in the same way"
+                hint = "; the extra row is a pad token added for training: use a base resized in the same way"
             raise UserError(f"{file}: {key} is {tuple(value.shape)}, the base has {tuple(own[name].shape)}{hint}")
         matched[name] = value
     return matched
@@ -253,6 +235,6 @@ def trainable_counts(model: nn.Module) -> dict[str, int]:
 
 
 def check_targets_early(config: PretrainedConfig, target_names: list[str] | None) -> None:
-    """Refuse a target that is no linear layer of the model, before any weight is loaded."""
+    """`check_targets` from the config alone, before weights are loaded."""
     if target_names is not None:
         check_targets(without_weights(config), target_names)

@@ -1,8 +1,8 @@
 """What is in an adapter folder? One writer, one reader.
 
 `output_dir` and each `checkpoint-N` hold PEFT's files (adapter_config.json, adapter_model.safetensors), the tokenizer,
-the extended config.json and `longqlora.json`, the record: what was extended, how far, with what. The record is written
-last and lists every file with its size, so a folder that was cut off while being written is told from a whole one.
+the extended config.json and the record `longqlora.json`: base model, scaling, group size, steps, versions. The record
+is written last and lists every file with its size, so an incomplete folder is recognized.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from component.error import UserError
 from component.storage.atomic import atomic_file, open_to_readers
 
 RECORD_FILE = "longqlora.json"
-OUTPUT_ROOT = Path(__file__).resolve().parents[1] / "output"  # where the shipped YAMLs train to
+OUTPUT_ROOT = Path(__file__).resolve().parents[1] / "output"  # of the shipped YAMLs
 
 
 def write_adapter(
@@ -31,36 +31,38 @@ def write_adapter(
     config: PretrainedConfig,
     state_dict: dict | None = None,
 ) -> list[str]:
-    """PEFT's files, the tokenizer and the extended config into `folder`, each whole or not at all; their names.
+    """Write PEFT's files, the tokenizer and the extended config into `folder`, each atomically.
 
     Args:
-        config: of the extended base, without anything of ours in it.
-        state_dict: the model's weights where the model itself holds only shards of them (ZeRO-3).
+        config: of the extended base, without any setting of our own.
+        state_dict: the gathered weights if the model holds only shards of them (ZeRO-3).
+
+    Returns:
+        The names of the files.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for left_over in folder.glob(".writing-*"):  # by a run that was killed here
+    for left_over in folder.glob(".writing-*"):  # of a killed run
         shutil.rmtree(left_over)
     with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as temporary:
-        # save_embedding_layers: trained embeddings are in modules_to_save; "auto" would ask the hub for the base
+        # trained embeddings are in modules_to_save; save_embedding_layers="auto" would look up the base on the hub
         model.save_pretrained(temporary, state_dict=state_dict, save_embedding_layers=False)
         if tokenizer.is_fast:
-            tokenizer.backend_tokenizer.no_truncation()  # of the last call, which its file would keep
+            tokenizer.backend_tokenizer.no_truncation()  # else tokenizer.json keeps the last call's truncation
         tokenizer.save_pretrained(temporary)
         config.save_pretrained(temporary)
         open_to_readers(Path(temporary))
-        # README.md is PEFT's empty model card
-        files = [file for file in sorted(Path(temporary).iterdir()) if file.name != "README.md"]
-        (folder / RECORD_FILE).unlink(missing_ok=True)  # written before: not whole again until its record is
+        files = [file for file in sorted(Path(temporary).iterdir()) if file.name != "README.md"]  # empty model card
+        (folder / RECORD_FILE).unlink(missing_ok=True)  # incomplete until the new record is written
         for file in files:
             file.replace(folder / file.name)
     return [file.name for file in files]
 
 
 def write_record(folder: Path, record: dict, names: Iterable[str] | None = None) -> None:
-    """`longqlora.json`, with the size in bytes of the files that must be there.
+    """Write `longqlora.json`, with the sizes in bytes of the files that make the folder complete.
 
     Args:
-        names: those files; None for all that the folder holds.
+        names: of those files; None for all files in the folder.
     """
     if names is None:
         found = (file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
@@ -71,10 +73,10 @@ def write_record(folder: Path, record: dict, names: Iterable[str] | None = None)
 
 
 def read_record(folder: str | Path) -> dict | None:
-    """The record of one of our adapter folders; None if the folder has none (another project's adapter).
+    """The record of an adapter folder; None if it has none (another project's adapter).
 
     Raises:
-        UserError: the record cannot be read, or a file that it lists is missing or has another size.
+        UserError: the record is damaged, or a file that it lists is missing or has another size.
     """
     path = Path(folder) / RECORD_FILE
     if not path.is_file():
@@ -90,19 +92,19 @@ def read_record(folder: str | Path) -> dict | None:
         actual = file.stat().st_size if file.is_file() else None
         if actual != size:
             state = "missing" if actual is None else f"{actual} bytes long instead of {size}"
-            raise UserError(f"{folder} is not whole: {name} is {state}; use another checkpoint or train again")
+            raise UserError(f"{folder} is incomplete: {name} is {state}; use another checkpoint or train again")
     return record
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
-    """The `checkpoint-N` folders of a run, oldest first, whole or not."""
+    """The `checkpoint-N` folders of a run by step, complete or not."""
     found = [
         (re.fullmatch(r"checkpoint-(\d+)", folder.name), folder) for folder in Path(output_dir).glob("checkpoint-*")
     ]
     return [folder for _, folder in sorted((int(match[1]), folder) for match, folder in found if match)]
 
 
-def newest_whole_checkpoint(output_dir: str | Path) -> Path | None:
+def latest_complete_checkpoint(output_dir: str | Path) -> Path | None:
     for folder in reversed(checkpoints(output_dir)):
         with contextlib.suppress(UserError):
             if read_record(folder) is not None:
@@ -111,9 +113,9 @@ def newest_whole_checkpoint(output_dir: str | Path) -> Path | None:
 
 
 def remove_old_checkpoints(output_dir: str | Path, limit: int | None, keep: Iterable[Path]) -> None:
-    """The oldest go until `limit` are left (None or 0: no limit), but never those in `keep`.
+    """Delete the oldest checkpoints until `limit` are left (None or 0: no limit), but none of `keep`.
 
-    transformers' own rotation keeps the one with the highest step, which may be one that a killed run has cut off.
+    Used instead of transformers' rotation, which keeps the highest step even if that checkpoint is incomplete.
     """
     found, kept = checkpoints(output_dir), [folder.resolve() for folder in keep]
     excess = max(len(found) - limit, 0) if limit and limit > 0 else 0
@@ -122,25 +124,29 @@ def remove_old_checkpoints(output_dir: str | Path, limit: int | None, keep: Iter
 
 
 def checkpoint_to_resume(output_dir: str, resume: str | None) -> str | None:
-    """The folder that `resume_from_checkpoint` means: None, a path, or the newest whole one for `auto` and `true`."""
+    """The checkpoint selected by `resume_from_checkpoint`: a path, or the latest complete one for `auto` and `true`.
+
+    Raises:
+        UserError: `true` without a complete checkpoint, or a path that is not one.
+    """
     if resume is None or str(resume).lower() in ("false", "none", ""):
         return None
     if str(resume).lower() in ("auto", "true"):
-        newest = newest_whole_checkpoint(output_dir)
-        if newest is None and str(resume).lower() == "true":
+        latest = latest_complete_checkpoint(output_dir)
+        if latest is None and str(resume).lower() == "true":
             raise UserError(
-                f"resume_from_checkpoint: true, but {output_dir} holds no whole checkpoint; use auto or false"
+                f"resume_from_checkpoint: true, but {output_dir} has no complete checkpoint; use auto or false"
             )
-        return str(newest) if newest else None
+        return str(latest) if latest else None
     if not Path(resume).is_dir():
-        raise UserError(f"resume_from_checkpoint: there is no folder {resume}; use auto for the newest in output_dir")
+        raise UserError(f"resume_from_checkpoint: there is no folder {resume}; use auto for the latest in output_dir")
     if read_record(resume) is None:
-        raise UserError(f"resume_from_checkpoint: {resume} has no {RECORD_FILE}, so it was never finished; use auto")
+        raise UserError(f"resume_from_checkpoint: {resume} is incomplete: it has no {RECORD_FILE}; use auto")
     return resume
 
 
 def newest_run(root: Path = OUTPUT_ROOT) -> Path:
-    """The finished run under `root` that was written last.
+    """The most recently finished run under `root`.
 
     Raises:
         UserError: there is none.
@@ -155,10 +161,13 @@ def newest_run(root: Path = OUTPUT_ROOT) -> Path:
 
 
 def prepare_output_dir(output_dir: str, resume: str | None, overwrite: bool) -> str | None:
-    """Make sure that a run may write into `output_dir`; the checkpoint that it starts from, or None.
+    """Check that a run may write to `output_dir`, and delete the old run with `overwrite`.
+
+    Returns:
+        The checkpoint to resume from, or None.
 
     Raises:
-        UserError: the folder holds a run already, and neither resuming nor overwriting was asked for.
+        UserError: the folder already holds a run, and neither resuming nor overwriting was asked for.
     """
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
@@ -173,16 +182,16 @@ def prepare_output_dir(output_dir: str, resume: str | None, overwrite: bool) -> 
         return None
     start = checkpoint_to_resume(output_dir, resume)
     is_finished = (folder / "adapter_config.json").is_file()
-    # half-written checkpoints alone are no obstacle to `auto`: the run was killed before its first whole one
+    # `auto` starts from scratch if all checkpoints are incomplete: the run was killed before it completed one
     is_in_use = is_finished or (bool(checkpoints(folder)) and str(resume).lower() != "auto")
     if start is None and is_in_use:
         raise UserError(
-            f"output_dir: {output_dir} holds a {'finished' if is_finished else 'started'} run; go on with "
-            "resume_from_checkpoint: auto, start afresh with overwrite_output_dir: true, or name another folder"
+            f"output_dir: {output_dir} holds {'a finished' if is_finished else 'an unfinished'} run; set "
+            "resume_from_checkpoint: auto to resume, overwrite_output_dir: true to replace it, or another output_dir"
         )
     return start
 
 
 def merged_folder(adapter: Path) -> Path:
-    """Where the merged model of an adapter folder goes unless told otherwise."""
+    """The default output folder for merging `adapter`."""
     return adapter.parent / f"{adapter.name}-merged"

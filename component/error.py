@@ -1,7 +1,7 @@
-"""What does the user see when something is wrong? One sentence, never a traceback.
+"""What does the user see when something is wrong? One message without a traceback.
 
-A `UserError` names the field (or the file and line), the value and the cure. Anything else that is raised is a
-defect of ours and keeps its traceback.
+A `UserError` names the field (or the file and line), the value and the cure. Any other exception is a bug of ours and
+keeps its traceback.
 """
 
 import difflib
@@ -9,18 +9,18 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Something a YAML, a flag, a data file or a folder got wrong."""
+    """A mistake in a YAML, a flag, a data file or a folder."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """' (did you mean x?)' for the known name that looks most like `name`, or the empty string."""
+    """' (did you mean x?)' for the known name most similar to `name`, or an empty string."""
     match = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {match[0]}?)" if match else ""
 
 
 def first_line(error: BaseException) -> str:
-    """A library's complaint without the pages that follow, and without its advice to run foreign code."""
+    """The first line of a library's message, without advice to enable `trust_remote_code`."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if "trust_remote_code" in str(error):
-        return "it brings code of its own, which is never run here"
+        return "it requires trust_remote_code, which is not supported"
     return lines[0]

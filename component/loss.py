@@ -1,7 +1,7 @@
-"""What is the loss? Cross-entropy of the next token, a chunk of tokens at a time: the logits never exist as a whole.
+"""What is the loss? Next-token cross-entropy, computed in chunks of tokens, so the full logits are never in memory.
 
-32000 logits in fp32 for each of 8192 tokens are 1 GiB, and their gradient is another. Here a chunk's gradient is
-computed right after its loss, while its logits are there, and what is left of it is the gradient of the hidden states.
+For 8192 tokens, 32000 fp32 logits take 1 GiB and their gradient another. Here each chunk's gradient is computed right
+after its loss, while its logits exist; only the gradient of the hidden states is kept.
 """
 
 from collections.abc import Iterator
@@ -18,19 +18,19 @@ TOKENS_PER_CHUNK = 1024
 
 
 class ChunkedLoss(nn.Module):
-    """Mixed into the class of a causal language model: with labels it gives the loss in training, and no logits."""
+    """Mixed into the class of a causal language model: in training with labels it returns the loss and no logits."""
 
     loss_chunk: int = TOKENS_PER_CHUNK
 
     def train(self, mode: bool = True):
-        # the Trainer says so before every step: walking through 2600 modules each time leaves the GPU idle for 20 ms
+        # the Trainer calls this before every step; traversing 2600 modules each time would idle the GPU for 20 ms
         return self if mode == self.training else super().train(mode)
 
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,  # by name: the Trainer drops columns that no argument is called after
+        position_ids: Tensor | None = None,  # named here, since the Trainer drops columns that are not arguments
         *args,
         labels: Tensor | None = None,
         shift_labels: Tensor | None = None,
@@ -50,14 +50,14 @@ class ChunkedLoss(nn.Module):
 
 
 def use_chunked_loss(model: PreTrainedModel, chunk: int) -> bool:
-    """Mix `ChunkedLoss` into `model`; False if its logits are not one plain linear layer of the hidden states."""
+    """Mix `ChunkedLoss` into `model`; False if its logits are more than one linear layer of the hidden states."""
     config = model.config
     is_scaled = any(
         getattr(config, name, None) for name in ("logit_scale", "logits_scaling", "final_logit_softcapping")
     )
     if is_scaled or not isinstance(_inner(model.get_output_embeddings()), nn.Linear):
         return False
-    # under its own name: the Trainer looks there whether labels are to be shifted, and saved configs name it
+    # keep the class name: the Trainer reads from it whether to shift labels, and saved configs contain it
     model.__class__ = type(type(model).__name__, (ChunkedLoss, type(model)), {})
     model.loss_chunk = chunk
     return True
@@ -66,13 +66,13 @@ def use_chunked_loss(model: PreTrainedModel, chunk: int) -> bool:
 def next_token_loss(
     hidden: Tensor, shift_labels: Tensor, head: nn.Linear, items: Tensor | int | None, chunk: int
 ) -> Tensor:
-    """Mean loss in nats of the labelled tokens, each predicted from the hidden state before it.
+    """Mean loss in nats over the supervised tokens.
 
     Args:
-        hidden: (B, T, H), what `head` makes logits of.
-        shift_labels: (B, T), at t the token to predict there, that of t + 1; `IGNORE_INDEX` where none is trained on.
-        items: labels in all micro-batches of the step, to divide the sum by; None for the mean of this batch.
-        chunk: tokens whose logits exist at a time.
+        hidden: (B, T, H), the input of `head`.
+        shift_labels: (B, T), the label of token t + 1 at position t; `IGNORE_INDEX` where there is none.
+        items: number of labels in all micro-batches of the step, the divisor; None for the mean over this batch.
+        chunk: tokens whose logits exist at the same time.
     """
     target = shift_labels.reshape(-1)
     count = (target != IGNORE_INDEX).sum().clamp(min=1) if items is None else items
@@ -95,7 +95,7 @@ class _SummedLoss(torch.autograd.Function):
             part = slice(start, start + chunk)
             loss, grad = _chunk(F.linear(hidden[part], w, b), target[part])
             total += loss
-            # not yet divided by the number of tokens: in fp16 it would vanish before the loss scale reaches it
+            # not divided by the number of tokens yet: in fp16 it would underflow before the loss scale is applied
             grad = grad.to(hidden.dtype)
             if grad_hidden is not None:
                 torch.mm(grad, w, out=grad_hidden[part])
@@ -118,7 +118,7 @@ class _SummedLoss(torch.autograd.Function):
 
 
 def _chunk(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed loss, and d loss / d logits in fp32, of (n, V) logits; ignored rows count nothing."""
+    """Summed loss, and d loss / d logits in fp32, of (n, V) logits; rows without a label contribute zero."""
     logits = logits.float()
     counts = (target != IGNORE_INDEX).unsqueeze(1)
     index = target.clamp(min=0).unsqueeze(1)
@@ -130,7 +130,7 @@ def _chunk(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _inner(module: nn.Module) -> nn.Module:
-    """The module that trains inside PEFT's wrapper of a fully trained one."""
+    """The trained copy inside PEFT's `modules_to_save` wrapper, or the module itself."""
     return module.modules_to_save[module.active_adapters[0]] if hasattr(module, "modules_to_save") else module
 
 
@@ -138,12 +138,12 @@ def _inner(module: nn.Module) -> nn.Module:
 def next_token_losses(
     model: PreTrainedModel, input_ids: Tensor, chunk: int = TOKENS_PER_CHUNK, **inputs: Tensor
 ) -> Tensor:
-    """Loss in nats of each token but the first, given those before it; logits exist for `chunk` tokens at a time.
+    """Loss in nats of each token but the first; logits exist for `chunk` tokens at a time.
 
     Args:
-        model: a causal language model, PEFT's wrapper around it or not.
+        model: a causal language model, with or without PEFT's wrapper.
         input_ids: (B, T), T at least 2.
-        inputs: attention_mask or position_ids, (B, T); the losses of padding mean nothing.
+        inputs: attention_mask or position_ids, (B, T); the losses of padding are meaningless.
 
     Returns:
         (B, T - 1) in fp32; entry t is the loss of token t + 1.
@@ -158,14 +158,14 @@ def next_token_losses(
 
 
 def chunked_logits(model: PreTrainedModel, input_ids: Tensor, chunk: int = TOKENS_PER_CHUNK) -> Iterator[Tensor]:
-    """(B, T, V) in fp32 as parts (B, `chunk`, V), each to be forgotten before the next is made."""
+    """Logits (B, T, V) in fp32, in parts (B, `chunk`, V)."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     hidden = base.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
     yield from (_logits(base, part) for part in hidden.split(chunk, 1))
 
 
 def _logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """(B, T, V) in fp32 from (B, T, hidden size), scaled and capped as some Llama relatives do."""
+    """(B, T, V) in fp32 from (B, T, hidden size), with the scaling or softcapping of some architectures."""
     config = model.config
     scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)  # Cohere; Granite
     logits = model.get_output_embeddings()(hidden).float().mul_(scale)

@@ -1,7 +1,7 @@
 """How are a base model's config and weights loaded, in 4 bits or not?
 
-NF4 with double quantisation: QLoRA (arXiv 2305.14314, section 3). The base is never passed through PEFT's
-`prepare_model_for_kbit_training`: that turns norms and embeddings, and with them the residual stream, into fp32.
+NF4 with double quantization: QLoRA (arXiv 2305.14314, section 3). PEFT's `prepare_model_for_kbit_training` is not
+used: it casts norms and embeddings, and with them the residual stream, to fp32.
 """
 
 import copy
@@ -19,19 +19,19 @@ def load_config(model_name_or_path: str, field: str = "model_name_or_path") -> P
     """The config of a base model.
 
     Raises:
-        UserError: nothing loadable there, or a model whose attention cannot be exchanged.
+        UserError: no readable config, or a model whose attention cannot be replaced.
     """
     try:
         config = AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{field}: {model_name_or_path!r} is no model folder and no hub id that can be read here "
-            f"({first_line(error)}); name a folder with config.json, or a hub id"
+            f"{field}: {model_name_or_path!r} is not a readable model folder or hub id ({first_line(error)}); "
+            "name a folder with config.json, or a hub id"
         ) from error
     model_class = AutoModelForCausalLM._model_mapping.get(type(config), None)
     if not getattr(model_class, "_supports_attention_backend", False):
         raise UserError(
-            f"{field}: model type {config.model_type!r} does not take its attention from transformers' interface; "
+            f"{field}: model type {config.model_type!r} does not use transformers' attention interface; "
             "use a model of the Llama family (llama, mistral, qwen2, qwen3)"
         )
     try:
@@ -49,11 +49,11 @@ def load_base(
     load_in_4bit: bool,
     device: str | torch.device | None,
 ) -> PreTrainedModel:
-    """The base's weights under `config`; nothing is initialised at random.
+    """Load the base's weights into the model of `config`; no weight is initialized randomly.
 
     Args:
-        dtype: of weights, or with `load_in_4bit` of what stays unquantised and of computing.
-        device: where to put the weights; None leaves that to ZeRO-3, which partitions while loading.
+        dtype: of the weights; with `load_in_4bit` the compute dtype, and that of the weights that are not quantized.
+        device: of the weights; None leaves placement to ZeRO-3, which partitions while loading.
 
     Raises:
         UserError: weights that are missing or do not fit the config.
@@ -68,7 +68,7 @@ def load_base(
             dtype=dtype,
             trust_remote_code=False,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported below, in our words
+            ignore_mismatched_sizes=True,  # reported below
             **options,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
@@ -76,10 +76,10 @@ def load_base(
             raise
         reason = " ".join(first_line(error).split())[:300]
         raise UserError(
-            f"model_name_or_path: the weights of {model_name_or_path!r} do not load ({reason}); fetch them again"
+            f"model_name_or_path: the weights of {model_name_or_path!r} do not load ({reason}); download them again"
         ) from error
     _check_loading(model_name_or_path, report)
-    _keep_packing(model)
+    _disable_cpu_repacking(model)
     return model
 
 
@@ -87,13 +87,13 @@ def _check_loading(model_name_or_path: str, report: dict) -> None:
     for name, found, wanted in sorted(report["mismatched_keys"]):
         raise UserError(
             f"model_name_or_path: the weights of {model_name_or_path!r} do not fit the config: {name} is "
-            f"{tuple(found)} instead of {tuple(wanted)}; use the base model that config or adapter belongs to"
+            f"{tuple(found)} instead of {tuple(wanted)}; use the base model that the config or adapter belongs to"
         )
     missing = sorted(report["missing_keys"])
     if missing:
         raise UserError(
-            f"model_name_or_path: {model_name_or_path!r} lacks {len(missing)} weights of its config, as {missing[0]}; "
-            "fetch the model again"
+            f"model_name_or_path: {model_name_or_path!r} lacks {len(missing)} weights of its config, such as "
+            f"{missing[0]}; download the model again"
         )
 
 
@@ -103,16 +103,16 @@ def _nf4(dtype: torch.dtype, is_partitioned: bool) -> BitsAndBytesConfig:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
-        # 4-bit values travel in this type when ZeRO-3 partitions and gathers them
+        # the dtype in which ZeRO-3 partitions and gathers 4-bit values
         bnb_4bit_quant_storage=dtype if is_partitioned else torch.uint8,
     )
 
 
-def _keep_packing(model: PreTrainedModel) -> None:
-    """Leave 4-bit weights on the CPU as they were loaded.
+def _disable_cpu_repacking(model: PreTrainedModel) -> None:
+    """Keep 4-bit weights on the CPU as they were loaded.
 
-    Where a CPU has AVX-512, bitsandbytes repacks them for good when they first evaluate, with scales rounded to bf16:
-    the steps after an evaluation would differ from those of a run without it, and from those of a resumed one.
+    On CPUs with AVX-512, bitsandbytes permanently repacks weights at their first evaluation, with scales rounded to
+    bf16. Losses after an evaluation would then differ from those of a run without it, or of a resumed run.
     """
     for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
@@ -124,6 +124,6 @@ def compute_dtype(fp16: bool, bf16: bool) -> torch.dtype:
 
 
 def without_weights(config: PretrainedConfig) -> PreTrainedModel:
-    """The model of `config` on the meta device, whole under ZeRO-3 too: `from_config` would partition it."""
+    """The model of `config` on the meta device; unlike `from_config`, not partitioned under ZeRO-3."""
     with torch.device("meta"):
         return AutoModelForCausalLM._model_mapping[type(config)](copy.deepcopy(config))

@@ -1,7 +1,7 @@
-"""How does transformers train with S2-Attn? As a registered attention and mask, selected through the config.
+"""How does transformers call S2-Attn? As a registered attention and mask function, selected by the config.
 
-`config._attn_implementation = "shift_short"` acts in training mode only: modules that evaluate or generate call stock
-SDPA with the mask that stock SDPA would have got.
+`config._attn_implementation = "shift_short"` takes effect in training mode only. In evaluation and generation, modules
+call stock SDPA with its usual mask.
 
 Shapes: B batch, T tokens.
 """
@@ -19,19 +19,19 @@ from component.attention.shift_short import attend_in_groups, check_group_size, 
 from component.error import UserError
 
 NAME = "shift_short"
-PLAIN = ("llama", "mistral", "qwen2", "qwen3")  # models without capped scores, sinks or windows in some layers
-NO_GROUPS = 2**40  # tokens of a group that no text ever fills: full attention
+PLAIN = ("llama", "mistral", "qwen2", "qwen3")  # no softcapping, attention sinks or local-attention layers
+UNLIMITED = 2**40  # group size in tokens beyond any text: full attention
 
 
 class TrainingMask:
-    """What one forward pass over whole sequences knows about its mask, shared by all layers.
+    """The attention mask of one forward pass over full sequences, shared by all layers.
 
-    The mask is built before any layer has said whether it trains: a training layer reads padding and documents, an
-    evaluating one asks for the tensor (B, 1, T, T) that stock SDPA would have got.
+    transformers builds the mask before any layer says whether it is training. A layer in training mode reads padding
+    and documents; one in evaluation mode takes `full`, the (B, 1, T, T) tensor for stock SDPA.
     """
 
     def __init__(self, padding: Tensor | None, build_full: Callable[[], Tensor | None]):
-        self.padding = padding  # (B, T) bool, False where a token is padding
+        self.padding = padding  # (B, T) bool, False for padding
         self._build_full = build_full
         self._documents: list | None = None
         self._documents_known = False
@@ -41,12 +41,12 @@ class TrainingMask:
         return self._build_full()
 
     def contiguous(self) -> Tensor | None:
-        """`generate` asks its prepared masks for this; whoever generates wants the full one."""
+        """Called by `generate` on its prepared masks, where stock SDPA's mask is needed."""
         return self.full
 
     @cached_property
     def is_right_padded(self) -> bool:
-        """True if no real token follows a padding token."""
+        """Whether no real token follows a padding token."""
         return self.padding is None or not bool((self.padding[:, 1:] & ~self.padding[:, :-1]).any())
 
     def documents(self, position_ids: Tensor | None) -> list | None:
@@ -58,12 +58,12 @@ class TrainingMask:
 def shift_short_mask(
     batch_size: int, q_length: int, kv_length: int, *args, attention_mask: Tensor | None = None, **kwargs
 ):
-    """transformers' mask interface: a `TrainingMask` for whole sequences, stock SDPA's mask while decoding."""
+    """transformers' mask interface: a `TrainingMask` for full sequences, stock SDPA's mask while decoding."""
 
     def build_full() -> Tensor | None:
         return sdpa_mask(batch_size, q_length, kv_length, *args, attention_mask=attention_mask, **kwargs)
 
-    if q_length != kv_length:  # a cache is in use: nobody trains
+    if q_length != kv_length:  # decoding with a KV cache
         return build_full()
     return TrainingMask(attention_mask, build_full)
 
@@ -80,10 +80,10 @@ def shift_short_attention_forward(
     saved_attention: SavedAttention | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: S2 while `module` trains, stock SDPA otherwise.
+    """transformers' attention interface: S2-Attn if `module` is in training mode, stock SDPA otherwise.
 
     Raises:
-        UserError: training with left padding, holes in the mask, a custom mask, a key-value cache or capped scores.
+        UserError: left padding, holes in the mask, a 4D mask, a KV cache, softcapping or attention sinks in training.
     """
     if not module.training:
         mask = attention_mask.full if isinstance(attention_mask, TrainingMask) else attention_mask
@@ -92,20 +92,20 @@ def shift_short_attention_forward(
         )
     if isinstance(attention_mask, Tensor) or query.shape[2] != key.shape[2]:
         raise UserError(
-            "attention_mask: shift short attention trains on whole rows, without a key-value cache and without a "
-            "custom mask; pass (batch, tokens) masks, or set use_shift_short_attention: false"
+            "attention_mask: training with shift short attention supports neither a KV cache nor a custom 4D mask; "
+            "pass a (batch, tokens) mask, or set use_shift_short_attention: false"
         )
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         raise UserError(
-            f"use_shift_short_attention: {type(module).__name__} caps its scores or adds sinks to them, which shift "
-            "short attention does not; set it to false"
+            f"use_shift_short_attention: {type(module).__name__} uses softcapping or attention sinks, which shift "
+            "short attention does not support; set it to false"
         )
     documents = None
     if attention_mask is not None:
         if not attention_mask.is_right_padded:
             raise UserError(
-                "attention_mask: left padding or holes; groups are counted from the first token, so training with "
-                "shift short attention needs right padding (padding_side='right')"
+                "attention_mask: left padding or holes; groups start at the first token, so training with shift short "
+                "attention needs right padding (padding_side='right')"
             )
         documents = attention_mask.documents(position_ids)
     out = attend_in_groups(query, key, value, module.config.group_size, documents, scaling, dropout, saved_attention)
@@ -113,45 +113,45 @@ def shift_short_attention_forward(
 
 
 def use_shift_short_attention(config: PretrainedConfig, group_size: int | None, full_tokens: int = 0) -> None:
-    """Select S2 with groups of `group_size` tokens for the model that is built from `config`.
+    """Select S2-Attn with groups of `group_size` tokens for models built from `config`.
 
     Args:
-        group_size: None for full attention by the same kernels, which, unlike Hugging Face's attention, stays inside
-            packed documents and hands out what a memory plan can keep.
-        full_tokens: of the rows that are to be trained with full attention, if any are.
+        group_size: None for full attention by the same kernels. Unlike Hugging Face's attention it stays inside packed
+            documents and returns what a memory plan can keep.
+        full_tokens: row length of the steps that train with full attention; 0 if there are none.
 
     Raises:
         UserError: an odd or too small group, or a model whose sliding window is shorter than a group or such a row.
     """
     if group_size is not None:
         check_group_size(group_size)
-    window = own_window(config)
+    window = sliding_window(config)
     if window is not None and window < max(group_size or 0, full_tokens):
-        shorter = f"but the model's own sliding window is {window}; "
+        shorter = f"but the model's sliding window is {window}; "
         if window < (group_size or 0):
             raise UserError(f"group_size: {group_size} tokens, {shorter}use an even group_size of at most {window}")
         key = "full_attention_ratio" if group_size else "packing"
-        raise UserError(f"{key}: full attention in rows of {full_tokens} tokens, {shorter}leave {key} out")
-    config.group_size = group_size or NO_GROUPS
+        raise UserError(f"{key}: full attention over rows of {full_tokens} tokens, {shorter}leave {key} out")
+    config.group_size = group_size or UNLIMITED
     config._attn_implementation = NAME
 
 
-def own_window(config: PretrainedConfig) -> int | None:
-    """Tokens of the model's own sliding window, None if it looks back without end."""
+def sliding_window(config: PretrainedConfig) -> int | None:
+    """The model's own sliding window in tokens, or None."""
     return getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
 
 
 def has_plain_attention(config: PretrainedConfig, tokens: int) -> bool:
-    """Whether the model's own attention in rows of `tokens` tokens is causal, full, and nothing else besides."""
-    window = own_window(config)
+    """Whether the model's own attention over rows of `tokens` tokens is plain causal full attention."""
+    window = sliding_window(config)
     return config.model_type in PLAIN and (window is None or window >= tokens)
 
 
 def use_full_attention(model: nn.Module) -> None:
-    """Switch a model that trains with S2 to full attention, still inside packed documents."""
+    """Switch a model that trains with S2-Attn to full attention, still inside packed documents."""
     for module in model.modules():
         if getattr(module, "config", None) is not None and hasattr(module.config, "group_size"):
-            module.config.group_size = NO_GROUPS
+            module.config.group_size = UNLIMITED
 
 
 AttentionInterface.register(NAME, shift_short_attention_forward)

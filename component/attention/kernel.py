@@ -1,7 +1,8 @@
-"""Which kernel computes causal attention, forward and backward?
+"""Which SDPA kernel computes causal attention, forward and backward?
 
-The one that PyTorch's scaled_dot_product_attention (SDPA) would take, called as SDPA calls it: the operators below
-SDPA hand out what their backward needs, so that a caller can keep it, take strided views, and say where gradients go.
+The kernel that PyTorch's scaled_dot_product_attention (SDPA) would select. The operators below SDPA are called
+directly, because they return what their backward needs: callers can keep that, pass strided views, and choose where
+gradients are written.
 
 Shapes: b batch, h query heads, hk key/value heads (h is a multiple of hk), t tokens, D head size.
 """
@@ -15,49 +16,49 @@ from torch import Tensor
 from torch.backends import cuda
 from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 
-CUDNN, FLASH, EFFICIENT, CPU_FLASH, VARLEN = "cuDNN", "flash", "memory-efficient", "CPU flash", "flash, varied lengths"
+CUDNN, FLASH, EFFICIENT, CPU_FLASH, VARLEN = "cuDNN", "flash", "memory-efficient", "CPU flash", "flash varlen"
 BACKENDS = {
     int(SDPBackend.CUDNN_ATTENTION): CUDNN,
     int(SDPBackend.FLASH_ATTENTION): FLASH,
     int(SDPBackend.EFFICIENT_ATTENTION): EFFICIENT,
 }
-GROUPED = {CUDNN, FLASH, CPU_FLASH}  # take fewer key/value heads than query heads
-CUDNN_TOKENS = 128  # cuDNN compiles anew for each length: it gets multiples of this, flash gets the odd remainders
+GROUPED = {CUDNN, FLASH, CPU_FLASH}  # support grouped-query attention
+CUDNN_TOKENS = 128  # cuDNN compiles once per length: only multiples of this go to cuDNN, other lengths to flash
 
 aten: Any = torch.ops.aten
 
 
 class SavedForBackward(NamedTuple):
-    """What the backward needs beside inputs and output; the first of `tensors` is the log-sum-exp."""
+    """What the backward needs besides inputs and output; the first of `tensors` is the log-sum-exp."""
 
     kernel: str
     tensors: tuple[Tensor | None, ...]
-    longest: int = 0  # sequence in tokens, of varied lengths
+    longest: int = 0  # sequence in tokens, for the varlen kernel
 
 
 def select_kernel(query: Tensor, key: Tensor, value: Tensor) -> str | None:
-    """The kernel for (b, h, t, D), (b, hk, t, D) twice; None: no fused one, SDPA alone can compute this."""
+    """The fused kernel for query (b, h, t, D), key and value (b, hk, t, D); None if only SDPA itself can do it."""
     if query.device.type not in ("cpu", "cuda") or not query.dtype == key.dtype == value.dtype:
         return None
     name = _sdpa_choice(query, key, value)
-    if name is None and query.shape[1] > key.shape[1]:  # one call for each member of a group of heads?
+    if name is None and query.shape[1] > key.shape[1]:  # without grouped-query support
         name = _sdpa_choice(query[:, :: query.shape[1] // key.shape[1]], key, value)
     if name == CUDNN and query.shape[2] % CUDNN_TOKENS and supports_varlen(query, key, value):
         return FLASH
-    return None if name == FLASH and query.shape[3] % 8 else name  # SDPA pads such heads, the operator refuses them
+    return None if name == FLASH and query.shape[3] % 8 else name  # SDPA pads these, its operator rejects them
 
 
 def _sdpa_choice(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     try:
         choice = torch._fused_sdp_choice(query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1])
-    except RuntimeError:  # every kernel that could is switched off: SDPA will say so better
+    except RuntimeError:  # all suitable kernels are disabled; SDPA raises a clearer error
         return None
     name = BACKENDS.get(choice)
     return CPU_FLASH if name == FLASH and query.device.type == "cpu" else name
 
 
 def supports_varlen(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether `causal_forward` takes `lengths` for tensors like these: CUDA's flash kernel does."""
+    """Whether `causal_forward` accepts `lengths` for such tensors: only CUDA's flash kernel does."""
     if not query.is_cuda or query.shape[3] % 8 or not query.dtype == key.dtype == value.dtype:
         return False
     return cuda.can_use_flash_attention(_params(query, key, value))
@@ -76,21 +77,21 @@ def causal_forward(
     kernel: str | None = None,
     lengths: Sequence[int] | None = None,
 ) -> tuple[Tensor, SavedForBackward]:
-    """Causal attention: (b, h, t, D), (b, hk, t, D) twice -> (b, h, t, D) and what the backward needs.
+    """Causal attention: query (b, h, t, D), key and value (b, hk, t, D) -> (b, h, t, D) and what the backward needs.
 
     Args:
-        kernel: as `choose` said; None to ask it here.
-        lengths: in tokens, with sum t, of sequences behind each other that don't see one another; then b is 1.
+        kernel: from `select_kernel`; None to select it here.
+        lengths: in tokens, with sum t, of concatenated sequences that don't attend to each other; then b is 1.
     """
     if lengths is not None:
         cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(query.device)
         return _varlen_forward(query, key, value, cu_seqlens, max(lengths), scale)
     kernel = kernel or select_kernel(query, key, value)
-    assert kernel is not None, "no fused kernel: ask choose() first"
+    assert kernel is not None, "no fused kernel: call select_kernel() first"
     if query.shape[1] == key.shape[1] or kernel in GROUPED:
         out, tensors = _forward(kernel, query, key, value, scale)
         return out, SavedForBackward(kernel, tensors)
-    parts = [_forward(kernel, member, key, value, scale) for member in _members(query, key)]
+    parts = [_forward(kernel, part, key, value, scale) for part in _per_kv_head(query, key)]
     out = torch.stack([out for out, _ in parts], dim=2).flatten(1, 2)
     return out, SavedForBackward(kernel, tuple(tensor for _, tensors in parts for tensor in tensors))
 
@@ -104,15 +105,15 @@ def causal_backward(
     saved: SavedForBackward,
     scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients by query, key and value, shaped like them; `grad_out` and `out` are (b, h, t, D), D contiguous."""
+    """Gradients of query, key and value, shaped like them; `grad_out` and `out` are (b, h, t, D), D contiguous."""
     kernel, tensors, _ = saved
     if kernel == VARLEN:
         return _varlen_backward(grad_out, query, key, value, out, saved, scale)
     if query.shape[1] == key.shape[1] or kernel in GROUPED:
         return _backward(kernel, grad_out, query, key, value, out, tensors, scale)
     grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-    members = zip(*(_members(tensor, key) for tensor in (grad_query, grad_out, query, out)), strict=True)
-    for i, (dq, grad, q, o) in enumerate(members):
+    per_kv_head = zip(*(_per_kv_head(tensor, key) for tensor in (grad_query, grad_out, query, out)), strict=True)
+    for i, (dq, grad, q, o) in enumerate(per_kv_head):
         parts = _backward(kernel, grad, q, key, value, o, tensors[3 * i : 3 * i + 3], scale)
         dq.copy_(parts[0])
         grad_key += parts[1]
@@ -120,16 +121,16 @@ def causal_backward(
     return grad_query, grad_key, grad_value
 
 
-def _members(tensor: Tensor, key: Tensor) -> tuple[Tensor, ...]:
-    """Views (b, hk, t, D): the first query head of each key/value head, the second of each ..."""
+def _per_kv_head(tensor: Tensor, key: Tensor) -> tuple[Tensor, ...]:
+    """Views (b, hk, t, D): the first query head of each key/value head, then the second of each, ..."""
     return tensor.unflatten(1, (key.shape[1], -1)).unbind(2)
 
 
-# The operators; which result is which argument of the backward is in PyTorch's tools/autograd/derivatives.yaml
+# The operators. PyTorch's tools/autograd/derivatives.yaml maps their results to the arguments of their backward.
 
 
 def _forward(kernel: str, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tensor, tuple]:
-    """The output and (log-sum-exp, state and offset of a random generator that nothing here uses)."""
+    """The output and (log-sum-exp, RNG seed, RNG offset); there is no dropout, so the latter two are unused."""
     seed = offset = None
     if kernel == CUDNN:
         out, lse, *_, seed, offset, _ = aten._scaled_dot_product_cudnn_attention(
@@ -152,10 +153,10 @@ def _backward(kernel, grad, q, k, v, out, tensors, scale) -> tuple[Tensor, Tenso
     lse, seed, offset = tensors
     t = q.shape[2]
     if kernel == CUDNN:
-        # PyTorch finds a compiled backward again by the strides of q, k and v alone: those of grad and out must follow
-        # from them, or a call reads memory in the layout of an earlier one
+        # PyTorch caches the compiled backward by the strides of q, k and v alone: grad and out must have q's layout,
+        # or they are read in the layout of an earlier call
         return aten._scaled_dot_product_cudnn_attention_backward(
-            *(_laid_out_like(q, grad), q, k, v, _laid_out_like(q, out), lse),
+            *(_with_strides_of(q, grad), q, k, v, _with_strides_of(q, out), lse),
             *(seed, offset, None, None, None, t, t, 0.0, True),
             scale=scale,
         )
@@ -164,15 +165,15 @@ def _backward(kernel, grad, q, k, v, out, tensors, scale) -> tuple[Tensor, Tenso
             grad, q, k, v, out, lse, None, None, t, t, 0.0, True, seed, offset, scale=scale
         )
     if kernel == EFFICIENT:
-        out = out.transpose(1, 2).contiguous().transpose(1, 2)  # it takes tokens to be h * D apart, without a check
-        wanted = (True, True, True, False)
+        out = out.transpose(1, 2).contiguous().transpose(1, 2)  # the operator assumes a token stride of h * D
+        needs_grad = (True, True, True, False)
         return aten._scaled_dot_product_efficient_attention_backward(
-            grad, q, k, v, None, out, lse, seed, offset, 0.0, wanted, True, scale=scale
+            grad, q, k, v, None, out, lse, seed, offset, 0.0, needs_grad, True, scale=scale
         )[:3]
     return aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, True, scale=scale)
 
 
-def _laid_out_like(like: Tensor, tensor: Tensor) -> Tensor:
+def _with_strides_of(like: Tensor, tensor: Tensor) -> Tensor:
     if tensor.stride() == like.stride():
         return tensor
     return torch.empty_strided(like.shape, like.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
@@ -195,7 +196,7 @@ def _varlen_backward(grad_out, query, key, value, out, saved, scale) -> tuple[Te
 
 
 def limit_kernels(use_flash_attn: bool | None) -> None:
-    """Let SDPA choose among all kernels (None), flash and cuDNN alone (True), or all but those (False: a V100)."""
+    """Let SDPA select from all kernels (None), only flash and cuDNN (True), or all but those (False; as on a V100)."""
     if use_flash_attn is not None:
         torch.backends.cuda.enable_flash_sdp(use_flash_attn)
         torch.backends.cuda.enable_cudnn_sdp(use_flash_attn)
@@ -204,9 +205,9 @@ def limit_kernels(use_flash_attn: bool | None) -> None:
 
 
 def describe_kernels(device: torch.device, dtype: torch.dtype) -> str:
-    """The kernels that may run on `device` for `dtype`, the preferred one first; math is SDPA's unfused one."""
+    """The SDPA kernels available on `device` for `dtype`, in order of preference; math is the unfused one."""
     probe = torch.empty(1, 1, CUDNN_TOKENS, 64, device=device, dtype=dtype)
-    names = [select_kernel(probe, probe, probe)]  # asked first: PyTorch sets its order then, by the GPU
+    names = [select_kernel(probe, probe, probe)]  # also makes PyTorch set its priority order for this GPU
     if device.type == "cuda":
         params = _params(probe, probe, probe)
         can = {

@@ -1,18 +1,18 @@
-"""Which tokens does a token see while training? Shift short attention, S2-Attn (LongLoRA, arXiv 2309.12307, 3.2).
+"""Which tokens does a token attend to during training? Shift short attention (S2-Attn), arXiv 2309.12307, section 3.2.
 
-The first half of the heads attends causally inside groups of g tokens, the second half inside groups shifted by g/2.
-Twelve tokens, g = 4; a token sees itself and those before it in its group:
+In the first half of the heads a token attends causally within its group of g tokens. In the second half the groups are
+shifted by g/2. Twelve tokens, g = 4; a token attends to itself and to the earlier tokens of its group:
 
     token               0  1  2  3  4  5  6  7  8  9 10 11
     unshifted heads    [0  1  2  3][4  5  6  7][8  9 10 11]
     shifted heads      [0  1][2  3  4  5][6  7  8  9][10 11]
 
-Groups of one half straddle the borders of the other, so information passes from group to group, layer by layer, and
-only ever to later tokens. Deviation from the published code: there the shifted heads *roll* the sequence, [10 11 0 1]
-is one group, and token 0 learns about the end of the text. Here nothing wraps around.
+Each shifted group overlaps two unshifted ones, so information passes from group to group, layer by layer, and only to
+later tokens. Deviation from the published code, which *rolls* the sequence in the shifted heads: there [10 11 0 1] is
+one group, so token 0 sees the end of the text. Here nothing wraps around.
 
-This file says which tokens form a group: packed documents, grouped-query heads, last groups that are not full. How a
-group is computed is in segment.py, and how transformers is told to train with it in interface.py.
+This module decides which tokens form a group: in packed documents, in grouped-query models, at any length. segment.py
+computes attention inside the groups, and interface.py registers it with transformers.
 
 Shapes: B batch, T tokens, H query heads, Hkv key/value heads, D head size, g group size in tokens.
 """
@@ -21,10 +21,10 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from component.attention.segment import SavedAttention, Segment, attend_again, attend_segments
+from component.attention.segment import SavedAttention, Segment, attend_from_saved, attend_segments
 from component.error import UserError
 
-HEAD_TOKENS = 2**20  # query heads x tokens of one kernel call: its own sums, in fp32 in the backward pass, stay small
+HEAD_TOKENS = 2**20  # query heads x tokens of one kernel call: bounds the backward kernel's fp32 buffers
 
 
 def shift_short_attention(
@@ -47,12 +47,12 @@ def shift_short_attention(
         query: (B, H, T, D), after rotary embedding.
         key: (B, Hkv, T, D), after rotary embedding; H is a multiple of Hkv.
         value: (B, Hkv, T, D).
-        group_size: g in tokens, even and at least 2. T is any length; up to g/2 it is plain causal attention.
-        position_ids: (B, T), or (1, T) for all rows alike. Where a position is 0 a packed document starts: its groups
-            start there too, and no token sees another document. None: each row is one document.
+        group_size: g in tokens, even and at least 2. T can be any length; T <= g/2 is plain causal attention.
+        position_ids: (B, T), or (1, T) for all rows. Each 0 starts a packed document: groups restart there, and no
+            token attends to another document. None: each row is one document.
         scale: of the scores before the softmax; D ** -0.5 if None.
         dropout: probability of dropping an attention weight.
-        saved_attention: filled by this call; if an earlier call with the same inputs filled it, no kernel runs.
+        saved_attention: filled by the first call. A second call with the same inputs reads it and runs no kernel.
 
     Returns:
         (B, T, H, D).
@@ -67,74 +67,74 @@ def shift_short_attention(
 
 def check_group_size(group_size: int) -> None:
     if group_size < 2 or group_size % 2:
-        raise UserError(
-            f"group_size: {group_size} tokens; groups are shifted by half of that: use an even number >= 2"
-        )
+        raise UserError(f"group_size: {group_size} tokens cannot be halved for the shift; use an even number >= 2")
 
 
 def document_spans(position_ids: Tensor) -> list[list[tuple[int, int]]] | None:
     """[start, end) of each document in each row of `position_ids` (B, T); None if every row is one document.
 
-    Reads the positions back to the host: call it once per forward pass, not once per layer.
+    Copies the positions to the CPU, so call it once per forward pass, not once per layer.
     """
     starts_document = position_ids == 0
     starts_document[:, 0] = True
-    length = position_ids.shape[1]
     starts = [row.nonzero().flatten().tolist() for row in starts_document.cpu()]
     if all(len(row) == 1 for row in starts):
         return None
-    return [list(zip(row, [*row[1:], length], strict=True)) for row in starts]
+    return [list(zip(row, [*row[1:], position_ids.shape[1]], strict=True)) for row in starts]
 
 
 def attend_in_groups(query, key, value, group_size, documents, scale, dropout, saved_attention) -> Tensor:
-    """`shift_short_attention` with documents in place of positions.
+    """`shift_short_attention` with document spans in place of positions.
 
     Args:
-        documents: as from `document_spans`, one list per row or one for all; None: each row is one document.
+        documents: as returned by `document_spans`, one list per row or one for all; None: each row is one document.
     """
     if saved_attention is not None and saved_attention.out is not None:
-        return attend_again(query, key, value, scale, saved_attention)
+        return attend_from_saved(query, key, value, scale, saved_attention)
     documents = documents or [[(0, query.shape[2])]]
     documents = documents * len(query) if len(documents) == 1 else documents
-    rows = [_halves(row, query.shape[1], key.shape[1], spans, group_size) for row, spans in enumerate(documents)]
+    rows = [_row_segments(i, query.shape[1], key.shape[1], spans, group_size) for i, spans in enumerate(documents)]
     return attend_segments(rows, query, key, value, scale, dropout, saved_attention)
 
 
-def _halves(row: int, heads: int, kv_heads: int, spans, group_size: int) -> list[list[Segment]]:
-    """The segments of the unshifted and of the shifted heads in a row whose documents are `spans`."""
-    plain_kv = kv_heads // 2
-    plain = plain_kv * (heads // kv_heads) if kv_heads > 1 else heads // 2
+def _row_segments(row: int, heads: int, kv_heads: int, spans, group_size: int) -> list[list[Segment]]:
+    """The segments of one row whose documents are `spans`: one list for each set of heads in a kernel call."""
+    unshifted_kv = kv_heads // 2
+    unshifted = unshifted_kv * (heads // kv_heads) if kv_heads > 1 else heads // 2
     half = group_size // 2
-    halves = [(slice(0, plain), slice(0, plain_kv or 1), 0), (slice(plain, heads), slice(plain_kv, kv_heads), half)]
-    if plain == 0:  # a single query head is of the shifted half
+    halves = [  # query heads, key/value heads, length of the first group
+        (slice(0, unshifted), slice(0, unshifted_kv or 1), 0),
+        (slice(unshifted, heads), slice(unshifted_kv, kv_heads), half),
+    ]
+    if unshifted == 0:  # a single query head is a shifted one
         del halves[0]
-    if all(end - start <= half for start, end in spans):
-        halves = [(slice(0, heads), slice(0, kv_heads), 0)]  # no group ends before its document: no need to split
-    at_once = max(1, HEAD_TOKENS // spans[-1][1] // (heads // kv_heads))  # key/value heads in one kernel call
-    at_once = min(at_once, max(1, kv_heads - plain_kv))  # never more than of two halves: plans count on that
+    if all(end - start <= half for start, end in spans):  # both halves have one group per document: no need to split
+        halves = [(slice(0, heads), slice(0, kv_heads), 0)]
+    kv_per_call = max(1, HEAD_TOKENS // spans[-1][1] // (heads // kv_heads))
+    kv_per_call = min(kv_per_call, max(1, kv_heads - unshifted_kv))  # memory plans count on at most half of the heads
     return [
         [Segment(row, q, kv, start, lengths) for start, lengths in _groups(spans, first_group, group_size)]
-        for all_q, all_kv, first_group in halves
-        for q, kv in _portions(all_q, all_kv, at_once)
+        for half_q, half_kv, first_group in halves
+        for q, kv in _split_heads(half_q, half_kv, kv_per_call)
     ]
 
 
-def _portions(heads: slice, kv_heads: slice, at_once: int) -> Iterator[tuple[slice, slice]]:
-    """Query heads and their key/value heads, `at_once` of the latter at a time."""
+def _split_heads(heads: slice, kv_heads: slice, kv_per_call: int) -> Iterator[tuple[slice, slice]]:
+    """Query heads and their key/value heads, at most `kv_per_call` of the latter at a time."""
     count = kv_heads.stop - kv_heads.start
     per_kv = (heads.stop - heads.start) // count
-    for first in range(0, count, at_once):
-        last = min(first + at_once, count)
+    for first in range(0, count, kv_per_call):
+        last = min(first + kv_per_call, count)
         q = slice(heads.start + first * per_kv, heads.start + last * per_kv)
         yield q, slice(kv_heads.start + first, kv_heads.start + last)
 
 
 def _groups(spans, first_group: int, group_size: int) -> Iterator[tuple[int, tuple[int, ...]]]:
-    """Start and lengths: of each document's first group, if that is another length, its whole groups, and the rest."""
+    """(start, group lengths) of each document's shorter first group, its full groups, and the remainder."""
     for start, end in spans:
         head = min(first_group, end - start)
-        whole, tail = divmod(end - start - head, group_size)
-        for lengths in ((head,), (group_size,) * whole, (tail,)):
+        full, tail = divmod(end - start - head, group_size)
+        for lengths in ((head,), (group_size,) * full, (tail,)):
             if sum(lengths):
                 yield start, lengths
                 start += sum(lengths)

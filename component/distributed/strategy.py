@@ -1,4 +1,4 @@
-"""How is training distributed over processes? The one answer that loading, memory plans, summary and saving read."""
+"""How is training distributed: one process, DDP, or ZeRO-1/2/3?"""
 
 import json
 from dataclasses import dataclass
@@ -7,15 +7,15 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Strategy:
-    """Replicas of the model (DDP), or DeepSpeed's ZeRO: 1 shards optimizer states, 2 gradients, 3 weights too."""
+    """Model replicas (DDP), or DeepSpeed ZeRO: stage 1 shards optimizer states, 2 also gradients, 3 also weights."""
 
     processes: int = 1
     zero_stage: int | None = None  # None without DeepSpeed
-    offloads_optimizer: bool = False  # its states are in host memory, and DeepSpeed's CPU Adam steps
+    offloads_optimizer: bool = False  # optimizer states in CPU memory, updated by DeepSpeed's CPU Adam
 
     @property
     def shards_weights(self) -> bool:
-        """Whether a process holds only its part of each weight and gathers the rest when a module runs."""
+        """Whether each process holds only a shard of each weight, and gathers it when the module runs."""
         return self.zero_stage == 3
 
     def __str__(self) -> str:
@@ -28,7 +28,7 @@ def training_strategy(deepspeed: str | dict | None, processes: int = 1) -> Strat
     """The strategy of a run.
 
     Args:
-        deepspeed: DeepSpeed's configuration or the JSON file that holds it; None without DeepSpeed.
+        deepspeed: DeepSpeed's configuration, or the path of its JSON file; None without DeepSpeed.
         processes: data-parallel processes.
     """
     if not deepspeed:

@@ -1,7 +1,7 @@
-"""Which share of the work is this process's? For measurements that torchrun starts several processes of.
+"""Which share of the work belongs to this process? Data parallelism for evaluation under torchrun.
 
-Each process has the whole model on its own GPU and takes every N-th piece of work; only plain numbers are exchanged,
-over the CPU (gloo), at the end. Started without torchrun there is one process, and it does everything.
+Each process holds the full model on its own GPU and takes every N-th piece of work. Only plain numbers are exchanged
+at the end, over the CPU (gloo). Without torchrun there is one process, which does everything.
 """
 
 import os
@@ -16,15 +16,15 @@ import torch.distributed as dist
 from component.error import UserError
 
 Piece = TypeVar("Piece")
-LONGEST_WAIT = timedelta(days=1)  # for the process that got the most work; gloo's own 30 minutes may not do
+TIMEOUT = timedelta(days=1)  # for the slowest process; gloo's default of 30 minutes may be too short
 
 
 @contextmanager
 def joined_processes() -> Iterator[None]:
-    """Among the processes that torchrun started, if it did.
+    """Join the process group if torchrun started several processes.
 
     Raises:
-        UserError: there are more processes than GPUs.
+        UserError: more processes than GPUs.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
@@ -34,7 +34,7 @@ def joined_processes() -> Iterator[None]:
         if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > gpus:
             raise UserError(f"--nproc_per_node: more processes than this machine's {gpus} GPUs; use {gpus}")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("gloo", timeout=LONGEST_WAIT)
+    dist.init_process_group("gloo", timeout=TIMEOUT)
     try:
         yield
     finally:
@@ -51,12 +51,12 @@ def is_first_process() -> bool:
 
 
 def own_share(pieces: list[Piece]) -> list[Piece]:
-    """Every N-th of `pieces`, so that each process has some from the beginning and some from the end."""
+    """Every N-th of `pieces`, so that each process gets some from the beginning and some from the end."""
     return pieces[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else pieces
 
 
 def gathered(values: list[Any]) -> list[Any]:
-    """What all processes have, those of the first one first, in every process."""
+    """The values of all processes, in rank order, on every process."""
     if not dist.is_initialized():
         return values
     lists: list[Any] = [None] * dist.get_world_size()

@@ -1,7 +1,7 @@
-"""What is kept, recomputed or moved to the host?
+"""How is a memory plan applied to a model?
 
-A `MemoryPlan` (component/memory/plan.py) put into a model: LoRA in few passes, decoder layers that keep what the plan
-says, the loss in chunks, fused kernels. And the cap on GPU memory, and losses of whole windows for evaluation.
+LoRA in fewer passes, decoder layers that save what the plan says (component/memory/layer.py), the loss in chunks, and
+Liger's kernels.
 """
 
 import torch
@@ -15,18 +15,20 @@ from component.memory.linear import fuse_lora
 from component.memory.offload import ActivationOffloader
 from component.memory.plan import MemoryPlan
 
-ALONE = Strategy()
+ONE_PROCESS = Strategy()
 
 
-def use_memory_plan(model: nn.Module, plan: MemoryPlan, *, fused: bool, strategy: Strategy = ALONE) -> str | None:
-    """Make `model`, PEFT's wrapper around a causal language model, train as `plan` says; evaluation stays as it is.
+def use_memory_plan(
+    model: nn.Module, plan: MemoryPlan, *, fused: bool, strategy: Strategy = ONE_PROCESS
+) -> str | None:
+    """Make `model`, a PEFT-wrapped causal language model, train as `plan` says; evaluation is unchanged.
 
     Args:
         fused: use Liger's kernels; see `liger_runs`.
         strategy: how training is distributed.
 
     Returns:
-        None, or why Hugging Face's own layers stay: the caller may checkpoint those.
+        None, or the reason why Hugging Face's own layers stay; the caller may enable checkpointing for those.
     """
     if strategy.shards_weights:
         return f"{strategy} gathers each weight through its module's own forward"
@@ -37,22 +39,22 @@ def use_memory_plan(model: nn.Module, plan: MemoryPlan, *, fused: bool, strategy
     if fused:
         _use_liger_kernels(base, layers)
     if not layers:
-        return f"the decoder layers of {type(base).__name__} are not among those that a plan is written for"
-    stack = ActivationOffloader(plan.fetch_ahead) if plan.offload_activations else None
+        return f"memory plans do not support the decoder layers of {type(base).__name__}"
+    offloader = ActivationOffloader(plan.fetch_ahead) if plan.offload_activations else None
     for layer, level in zip(layers, plan.levels(len(layers)), strict=True):
-        layer.level, layer.stack, layer.tile = level, stack, plan.mlp_tile_tokens
+        layer.level, layer.offloader, layer.tile = level, offloader, plan.mlp_tile_tokens
         layer.keeps_attention_output = plan.keep_attention_output
-    if stack is not None:
-        base.get_decoder().register_forward_pre_hook(_clear_stack)
+    if offloader is not None:
+        base.get_decoder().register_forward_pre_hook(_clear_offloader)
     return None
 
 
-def _clear_stack(decoder: nn.Module, *_) -> None:
-    decoder.layers[0].stack.clear()  # all layers have the same
+def _clear_offloader(decoder: nn.Module, *_) -> None:
+    decoder.layers[0].offloader.clear()  # shared by all layers; looked up here, since a copied model has its own
 
 
 def liger_runs() -> bool:
-    """Whether Liger's kernels can be used: they are written in Triton, which wants Ampere or newer."""
+    """Whether Liger's Triton kernels can be used: they need an Ampere or newer GPU."""
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
         return False
     try:
@@ -63,7 +65,7 @@ def liger_runs() -> bool:
 
 
 def _use_liger_kernels(base: PreTrainedModel, layers: list[LeanLayer]) -> None:
-    """Liger's norms and rotary embedding in place of the model's own, and SwiGLU for layers under a memory plan."""
+    """Replace the model's norms and rotary embedding by Liger's, and SwiGLU in layers under a memory plan."""
     from liger_kernel.ops.swiglu import LigerSiLUMulFunction
     from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
 
@@ -72,4 +74,4 @@ def _use_liger_kernels(base: PreTrainedModel, layers: list[LeanLayer]) -> None:
     )
     if base.config.hidden_act in ("silu", "swish"):
         for layer in layers:
-            layer.second_half.activate = LigerSiLUMulFunction.apply
+            layer.fused_mlp.activate = LigerSiLUMulFunction.apply

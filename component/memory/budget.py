@@ -1,3 +1,5 @@
+"""How much memory is available, and what was the peak?"""
+
 import math
 import resource
 from collections.abc import Iterator
@@ -10,16 +12,16 @@ from component.error import UserError, first_line
 from component.memory.plan import MemoryPlan, estimate, next_memory_option
 from component.memory.workload import Workload, paged_bytes
 
-CONTEXT_GIB = 0.6  # CUDA's own, which `mem_get_info` already leaves out
-LIBRARIES_GIB = 1.2  # NCCL's buffers, cuDNN's and Triton's kernels: outside of PyTorch's allocator
-USABLE = 0.98  # of a budget: estimates are that good
-HOST_SHARE = 0.8  # of the host memory that is free: pinned memory cannot be swapped out
+CONTEXT_GIB = 0.6  # CUDA context; `mem_get_info` does not count it as free
+LIBRARIES_GIB = 1.2  # NCCL buffers, cuDNN and Triton kernels: outside PyTorch's allocator
+USABLE = 0.98  # of a budget: the accuracy of the estimates
+HOST_SHARE = 0.8  # of free CPU memory: pinned memory cannot be swapped out
 
 
 def available_memory(work: Workload, budget_gib: float | None, device: torch.device) -> tuple[float, float]:
-    """GiB that a plan may take of the GPU and of the host; infinite where there is no GPU to run out of.
+    """GiB of GPU memory and of pinned CPU memory that a plan may use; both infinite without a GPU.
 
-    `budget_gib` caps PyTorch's allocator; what lies outside of it must find room on the card too.
+    `budget_gib` caps PyTorch's allocator only; what lies outside it must fit on the GPU as well.
     """
     if device.type != "cuda":
         return math.inf, math.inf
@@ -31,49 +33,48 @@ def available_memory(work: Workload, budget_gib: float | None, device: torch.dev
 
 @contextmanager
 def explaining_out_of_memory(work: Workload, plan: MemoryPlan) -> Iterator[None]:
-    """Say what to change when the GPU's memory does not suffice after all."""
+    """Turn an out-of-memory error into a `UserError` that names the YAML key to change next."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         peak = estimate(work, plan).peak_gib
         raise UserError(
-            f"the GPU is out of memory ({first_line(error)}); the plan was estimated at {peak:.1f} GiB. "
-            f"Next: {next_memory_option(work, plan)}"
+            f"the GPU is out of memory ({first_line(error)}); the plan's estimated peak is {peak:.1f} GiB. "
+            f"To save memory: {next_memory_option(work, plan)}"
         ) from error
 
 
 def limit_memory(budget_gib: float | None) -> None:
-    """Make the GPU as small as `budget_gib` GiB for this process: allocations beyond fail as on such a card.
+    """Cap PyTorch's allocator at `budget_gib` GiB: allocations beyond it fail as on a GPU of that size.
 
     Raises:
-        UserError: there is no GPU, or it is smaller than that.
+        UserError: no GPU, or a smaller one.
     """
     if budget_gib is None:
         return
     if not torch.cuda.is_available():
-        raise UserError(f"memory_budget_gib: {budget_gib} GiB, but there is no GPU whose memory it could limit")
+        raise UserError(f"memory_budget_gib: {budget_gib} GiB, but there is no GPU; leave it out")
     total = torch.cuda.mem_get_info()[1]
     if budget_gib * 2**30 > total:
-        raise UserError(f"memory_budget_gib: {budget_gib} GiB, but this GPU has {total / 2**30:.1f}")
+        raise UserError(f"memory_budget_gib: {budget_gib} GiB, but this GPU has {total / 2**30:.1f}; lower it")
     torch.cuda.set_per_process_memory_fraction(budget_gib * 2**30 / total)
 
 
-_most_in_use = 0  # bytes of the whole card, the highest that note_device_memory saw
+_device_peak = 0  # bytes, the highest value seen by note_device_memory
 
 
 def note_device_memory() -> None:
-    """Look at how much of the card is in use now, for `peak_memory`."""
-    global _most_in_use
+    """Sample the device memory in use, for `peak_memory`."""
+    global _device_peak
     free, total = torch.cuda.mem_get_info()
-    _most_in_use = max(_most_in_use, total - free)
+    _device_peak = max(_device_peak, total - free)
 
 
 def peak_memory() -> dict[str, float]:
-    """The most that this process took so far, in GiB: of the host's memory, and of the GPU's where there is one.
+    """Peak memory of this process so far, in GiB: CPU memory and, with a GPU, allocated, reserved and device memory.
 
-    Of the GPU: by tensors, held by PyTorch's allocator, and in use on the card, as far as `note_device_memory` was
-    called. The last has all that no allocator of PyTorch's knows of: the CUDA context, libraries' own workspaces,
-    bitsandbytes' paged optimizer states while they are on the card, and other processes.
+    Device memory is what `note_device_memory` sampled. It includes what PyTorch's allocator does not know of: the CUDA
+    context, library workspaces, bitsandbytes' paged optimizer states while on the GPU, and other processes.
     """
     peaks = {"host_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}  # KiB on Linux
     if torch.cuda.is_available():
@@ -81,6 +82,6 @@ def peak_memory() -> dict[str, float]:
         peaks |= {
             "peak_allocated_gib": torch.cuda.max_memory_allocated() / 2**30,
             "peak_reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
-            "device_in_use_gib": _most_in_use / 2**30,
+            "device_in_use_gib": _device_peak / 2**30,
         }
     return {name: round(gib, 2) for name, gib in peaks.items()}

@@ -1,10 +1,10 @@
 """How is a frozen linear layer with LoRA computed? y = W x + b + (alpha / rank) B A dropout(x), in few passes.
 
-PEFT clones the layer's output, scales LoRA's and adds the two: three more passes over (tokens, out) in forward and as
-many in backward. Here the matrix products add to what is there (BLAS' beta = 1), W is dequantised when needed and
-dropped at once, and the dropout mask is drawn again from a number instead of being kept.
+PEFT computes the layer's output, scales LoRA's, and adds the two: three more passes over (tokens, out) in the forward
+pass and as many in the backward pass. Here matrix products accumulate in place (BLAS with beta = 1), W is dequantized
+when needed and freed right after, and the dropout mask is regenerated from a seed instead of being saved.
 
-Shapes: N tokens of all rows, I and O the layer's inputs and outputs, r the rank of LoRA.
+Shapes: N tokens of all rows, I and O the layer's input and output features, r the LoRA rank.
 """
 
 from collections.abc import Iterator
@@ -21,10 +21,10 @@ Gradients = dict[nn.Parameter, Tensor]  # summed over tiles of tokens in fp32
 
 
 class LoRALinear:
-    """One linear layer as a pair of functions on plain tensors: `forward`, and `backward` that needs no graph.
+    """One linear layer as plain functions on tensors: `forward`, and a `backward` that needs no autograd graph.
 
-    The layer's weight and bias are frozen; LoRA's matrices, if it has them, train. They, the scaling and the dropout
-    are read from PEFT's module at every call: whoever loads, rescales or shards an adapter replaces them there.
+    The layer's weight and bias are frozen; LoRA's matrices, if any, are trained. LoRA's matrices, scaling and dropout
+    are read from PEFT's module at every call, since loading, rescaling or sharding an adapter replaces them there.
     """
 
     def __init__(self, module: nn.Module):
@@ -50,23 +50,23 @@ class LoRALinear:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """Those of the factors that train."""
+        """The trainable ones."""
         return [p for p in self.factors or () if p.requires_grad]
 
     @staticmethod
-    def fits(module: nn.Module) -> bool:
-        """Whether this class computes what `module` computes: a frozen linear layer, plain LoRA around it or none."""
+    def supports(module: nn.Module) -> bool:
+        """Whether this class can compute `module`: a frozen linear layer, with plain LoRA or without."""
         base: Any = module
         if isinstance(module, LoraLayer):
             names = module.active_adapters
-            plain = not module.disable_adapters and not module.merged and not module.lora_variant
-            if not plain or len(names) != 1 or names[0] not in module.lora_A or module.lora_bias[names[0]]:
+            is_plain = not module.disable_adapters and not module.merged and not module.lora_variant
+            if not is_plain or len(names) != 1 or names[0] not in module.lora_A or module.lora_bias[names[0]]:
                 return False
             base = module.get_base_layer()
         return isinstance(base, nn.Linear) and not any(p.requires_grad for p in base.parameters())
 
     def weight(self, dtype: torch.dtype) -> Tensor:
-        """(O, I) in `dtype`, dequantised if the base is in 4 bits."""
+        """(O, I) in `dtype`, dequantized if the base is in 4 bits."""
         if self._held is not None:
             return self._held
         weight = self.base.weight
@@ -76,19 +76,19 @@ class LoRALinear:
 
     @contextmanager
     def holding_weight(self, dtype: torch.dtype) -> Iterator[None]:
-        """Dequantise once for all that is computed inside: 90 MiB for a 7B's gate, against 0.06 ms each time."""
+        """Dequantize once for all calls inside: holds 90 MiB for a 7B's gate, and saves 0.06 ms per call."""
         self._held = self.weight(dtype)
         try:
             yield
         finally:
             self._held = None
 
-    def draw(self) -> int | None:
-        """What the dropout mask of one call grows from: a number of torch's own CPU generator."""
+    def draw_seed(self) -> int | None:
+        """The seed of one call's dropout mask, from torch's CPU generator; None without dropout."""
         return int(torch.randint(2**62, ())) if self.dropout else None
 
     def forward(self, x: Tensor, seed: int | None = None) -> tuple[Tensor, Tensor | None]:
-        """(N, I) -> (N, O) and A dropout(x), (N, r), which `backward` wants again."""
+        """(N, I) -> (N, O), and A dropout(x) (N, r) for `backward`."""
         bias = None if self.base.bias is None else self.base.bias.to(x.dtype)
         y = F.linear(x, self.weight(x.dtype), bias)
         low, factors = self.low(x, seed), self.factors
@@ -112,7 +112,7 @@ class LoRALinear:
         need_x: bool = True,
         add_to: Tensor | None = None,
     ) -> Any:
-        """dL/dx (N, I) from dL/dy (N, O), added to `add_to` if that is given; None if nobody needs it.
+        """dL/dx (N, I) from dL/dy (N, O), accumulated in `add_to` if given; None unless `need_x`.
 
         The gradients of A and B are added to `sums`.
         """
@@ -125,8 +125,8 @@ class LoRALinear:
             return dx
         (a, b), scaling, dropout = factors, self.scaling, self.dropout
         grad_low = grad @ b.to(grad.dtype)
-        _add(sums, b, grad.t(), low, scaling)
-        _add(sums, a, grad_low.t(), _drop(x, dropout, seed), scaling)
+        _accumulate(sums, b, grad.t(), low, scaling)
+        _accumulate(sums, a, grad_low.t(), _drop(x, dropout, seed), scaling)
         if dx is None:
             return None
         if dropout:
@@ -134,21 +134,20 @@ class LoRALinear:
         return dx.addmm_(grad_low, a.to(grad.dtype), alpha=scaling)
 
 
-def _add(sums: Gradients, parameter: nn.Parameter, left: Tensor, right: Any, scale: float) -> None:
-    """sums[parameter] += scale * left @ right, in fp32 as soon as there is more than one tile to sum."""
-    if not parameter.requires_grad:
-        return
-    value = torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scale)
-    sums[parameter] = sums[parameter].float().add_(value) if parameter in sums else value
+def _accumulate(sums: Gradients, parameter: nn.Parameter, left: Tensor, right: Any, scale: float) -> None:
+    """sums[parameter] += scale * left @ right; in fp32 from the second tile on."""
+    if parameter.requires_grad:
+        value = torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scale)
+        sums[parameter] = sums[parameter].float().add_(value) if parameter in sums else value
 
 
-def in_order(sums: Gradients, parameters: list[nn.Parameter]) -> list[Tensor]:
-    """The gradients as an autograd function returns them."""
+def as_returned(sums: Gradients, parameters: list[nn.Parameter]) -> list[Tensor]:
+    """The gradients in the order and dtypes of `parameters`, as an autograd function returns them."""
     return [sums[parameter].to(parameter.dtype) for parameter in parameters]
 
 
 def _drop(x: Tensor, probability: float, seed: int | None) -> Tensor:
-    """Dropout whose mask depends on `seed` and the shape alone: linear in x, so that it is its own backward too."""
+    """Dropout with a mask determined by `seed` and the shape; linear in x, so it is its own backward as well."""
     if seed is None or not probability:
         return x
     generator = torch.Generator(x.device).manual_seed(seed)
@@ -157,11 +156,11 @@ def _drop(x: Tensor, probability: float, seed: int | None) -> Tensor:
 
 
 class _LoRALinearFunction(torch.autograd.Function):
-    """`LoRALinear` as a function that autograd knows, for layers that Hugging Face's code calls."""
+    """`LoRALinear` as an autograd function, for layers called by Hugging Face's code."""
 
     @staticmethod
     def forward(ctx, x: Tensor, projection: LoRALinear, *trained: nn.Parameter) -> Tensor:
-        ctx.seed, ctx.projection, ctx.shape, ctx.trained = projection.draw(), projection, x.shape, trained
+        ctx.seed, ctx.projection, ctx.shape, ctx.trained = projection.draw_seed(), projection, x.shape, trained
         flat = x.reshape(-1, x.shape[-1])
         y, low = projection.forward(flat, ctx.seed)
         ctx.save_for_backward(x, low)
@@ -173,29 +172,29 @@ class _LoRALinearFunction(torch.autograd.Function):
         sums: Gradients = {}
         grad, x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         dx = ctx.projection.backward(grad, x, low, ctx.seed, sums, need_x=ctx.needs_input_grad[0])
-        return None if dx is None else dx.view(ctx.shape), None, *in_order(sums, ctx.trained)
+        return None if dx is None else dx.view(ctx.shape), None, *as_returned(sums, ctx.trained)
 
 
-def compute_in(x: Tensor) -> Tensor:
-    """`x` in the type that autocast computes in, where autocast is on."""
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+def to_autocast_dtype(x: Tensor) -> Tensor:
+    """`x` in autocast's dtype if autocast is enabled, else unchanged."""
+    device_type = x.device.type
+    return x.to(torch.get_autocast_dtype(device_type)) if torch.is_autocast_enabled(device_type) else x
 
 
 class FusedLoRALayer(nn.Module):
-    """Mixed into the class of a PEFT layer: training goes through `_LoRALinearFunction`, all else as PEFT does it."""
+    """Mixed into the class of a PEFT layer: `_LoRALinearFunction` in training, PEFT's own forward otherwise."""
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        # without gradients too: a layer that is computed again must draw the same dropout mask both times
+        # also under no_grad: the first pass of a recomputed layer must draw the same dropout mask as the second
         trains = self.training and not self.disable_adapters and not self.merged
         if not trains or args or kwargs:
             return super().forward(x, *args, **kwargs)
-        return _LoRALinearFunction.apply(compute_in(x), self.projection, *self.projection.parameters)
+        return _LoRALinearFunction.apply(to_autocast_dtype(x), self.projection, *self.projection.parameters)
 
 
 def fuse_lora(model: nn.Module) -> None:
-    """Let every LoRA layer of `model` that `LoRALinear` can compute do so while it trains."""
+    """Mix `FusedLoRALayer` into every LoRA layer of `model` that `LoRALinear` supports."""
     for layer in model.modules():
-        if isinstance(layer, LoraLayer) and LoRALinear.fits(layer):
+        if isinstance(layer, LoraLayer) and LoRALinear.supports(layer):
             layer.__class__ = type(f"Fused{type(layer).__name__}", (FusedLoRALayer, type(layer)), {})
             layer.projection = LoRALinear(layer)

@@ -1,7 +1,7 @@
-"""Where do a layer's inputs wait for the backward pass? On the host, in buffers that are pinned once and used again.
+"""How are activations offloaded to CPU memory until the backward pass? Into reused pinned buffers.
 
-A stack: what the forward pass puts last, the backward pass takes first. Copies run on a stream of their own beside the
-computation: going out, while the next layer computes; coming back, one layer ahead of need.
+Last in, first out: the backward pass fetches in the reverse order of the forward pass. Copies run on their own CUDA
+stream and overlap with computation: out while the next layer runs, back in one layer ahead.
 """
 
 import weakref
@@ -14,34 +14,34 @@ from component.error import UserError
 
 
 class ActivationOffloader:
-    """Tensors of a GPU kept in host memory between forward and backward. On a CPU it keeps plain copies."""
+    """GPU tensors held in pinned CPU memory between forward and backward; for CPU tensors, plain copies."""
 
     def __init__(self, fetches_ahead: bool = True) -> None:
-        self.fetches_ahead = fetches_ahead  # what a layer will need comes while the one above it computes
-        self._buffers: list[Tensor] = []  # bytes, pinned; the n-th belongs to the n-th entry of the stack
-        finalizer = weakref.finalize(self, _unpin, self._buffers)  # memory given back pinned cannot be pinned again
+        self.fetches_ahead = fetches_ahead  # prefetch a layer's tensors while the layer above runs its backward
+        self._buffers: list[Tensor] = []  # pinned bytes; the n-th buffer belongs to the n-th entry
+        finalizer = weakref.finalize(self, _unpin, self._buffers)  # memory freed while pinned cannot be pinned again
         finalizer.atexit = False
         self._entries: list[_Entry] = []
-        self._leaving: tuple[list[Tensor], torch.cuda.Event] | None = None
+        self._outgoing: tuple[list[Tensor], torch.cuda.Event] | None = None
         self._stream: torch.cuda.Stream | None = None
 
     def __deepcopy__(self, memo: dict) -> "ActivationOffloader":
-        """A copied model gets a stack of its own, with nothing on it."""
+        """A copied model gets its own, empty offloader."""
         return ActivationOffloader(self.fetches_ahead)
 
     @property
     def nbytes(self) -> int:
-        """Host memory that the buffers hold."""
+        """Size of the buffers."""
         return sum(len(buffer) for buffer in self._buffers)
 
     def clear(self) -> None:
-        """Forget what waits, keep the buffers: for a forward pass whose backward pass never came."""
-        self._settle()
+        """Drop all entries but keep the buffers, after a forward pass without a backward pass."""
+        self._release_outgoing()
         self._entries.clear()
 
     def put(self, tensors: list[Tensor]) -> Callable[[], list[Tensor]]:
-        """Copy `tensors` out; calling the result brings them back. Results are called last put, first called."""
-        self._settle()
+        """Offload `tensors`; the returned function fetches them. Fetch in reverse order of `put`."""
+        self._release_outgoing()
         depth = len(self._entries)
         parts = self._buffer(depth, tensors)
         if tensors[0].is_cuda:
@@ -50,36 +50,36 @@ class ActivationOffloader:
             with torch.cuda.stream(stream):
                 for part, tensor in zip(parts, tensors, strict=True):
                     part.copy_(tensor, non_blocking=True)
-            self._leaving = (tensors, stream.record_event())
+            self._outgoing = (tensors, stream.record_event())
         else:
             for part, tensor in zip(parts, tensors, strict=True):
                 part.copy_(tensor)
         entry = _Entry(parts, tensors[0].device)
         self._entries.append(entry)
 
-        def take() -> list[Tensor]:
+        def fetch() -> list[Tensor]:
             is_last = bool(self._entries) and self._entries[-1] is entry
-            assert is_last, "layers go back in another order than they came, or after another forward pass"
-            self._settle()
+            assert is_last, "fetched out of order, or after another forward pass"
+            self._release_outgoing()
             self._entries.pop()
             self._fetch(entry)
             if self._entries and self.fetches_ahead:
                 self._fetch(self._entries[-1])
             return entry.arrived()
 
-        return take
+        return fetch
 
-    def _settle(self) -> None:
-        """What is on its way out may be freed once it is copied: in practice it long is."""
-        if self._leaving is not None:
-            tensors, copied = self._leaving
+    def _release_outgoing(self) -> None:
+        """Drop the tensors of the last `put` once their copy is done; usually it has been for long."""
+        if self._outgoing is not None:
+            tensors, copied = self._outgoing
             torch.cuda.current_stream(tensors[0].device).wait_event(copied)
-            self._leaving = None
+            self._outgoing = None
 
     def _fetch(self, entry: "_Entry") -> None:
         if entry.tensors is not None:
             return
-        # allocated for the computing stream, so that they may be freed there: hence the copy waits for that stream
+        # allocated on the compute stream, where they are freed; so the copy has to wait for that stream
         entry.tensors = [torch.empty_like(part, device=entry.device) for part in entry.parts]
         if entry.device.type != "cuda":
             for part, tensor in zip(entry.parts, entry.tensors, strict=True):
@@ -98,13 +98,13 @@ class ActivationOffloader:
         return self._stream
 
     def _buffer(self, depth: int, tensors: list[Tensor]) -> list[Tensor]:
-        """Pinned memory at `depth` of the stack, in the types and shapes of `tensors`."""
-        sizes = [-(-tensor.nbytes // 256) * 256 for tensor in tensors]  # each part starts aligned
+        """The buffer of entry `depth`, viewed in the dtypes and shapes of `tensors`."""
+        sizes = [-(-tensor.nbytes // 256) * 256 for tensor in tensors]  # alignment
         if depth == len(self._buffers):
             self._buffers.append(torch.empty(0, dtype=torch.uint8))
         if len(self._buffers[depth]) < sum(sizes):
             if self._stream is not None:
-                self._stream.synchronize()  # nothing may still be read from the buffer that goes
+                self._stream.synchronize()  # copies from the old buffer may still be running
             _unpin(self._buffers[depth : depth + 1])
             self._buffers[depth] = _pin(torch.empty(sum(sizes), dtype=torch.uint8), tensors[0].is_cuda)
         parts = self._buffers[depth][: sum(sizes)].split(sizes)
@@ -128,13 +128,13 @@ class _Entry:
 
 
 def _pin(buffer: Tensor, is_needed: bool) -> Tensor:
-    # PyTorch's own pinned memory comes in powers of two: 128 MiB for the 80 MiB of a 13B model's 8192 tokens
+    # PyTorch's pinned allocator rounds up to powers of two: 128 MiB for the 80 MiB of a 13B model's 8192 tokens
     if is_needed:
         result = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), len(buffer), 0)
         if int(result) != 0:
             raise UserError(
-                f"offload_activations: {len(buffer) / 2**20:.0f} MiB of host memory could not be pinned (CUDA error "
-                f"{int(result)}); free host memory, set offload_activations: false, or shorten max_seq_length"
+                f"offload_activations: {len(buffer) / 2**20:.0f} MiB of CPU memory could not be pinned (CUDA error "
+                f"{int(result)}); free CPU memory, set offload_activations: false, or shorten max_seq_length"
             )
     return buffer
 

@@ -1,4 +1,4 @@
-"""What do memory and time of a training step depend on? Counted from a model's config, byte by byte.
+"""What do memory and time of a training step depend on? Sizes in bytes, computed from a model's config.
 
 Shapes in the comments: N tokens of a micro-batch, H hidden size, I MLP size, A query heads and K key/value heads of
 D numbers each, L layers, r rank.
@@ -15,12 +15,12 @@ from component.adapter import full_copies, linear_names, target_layers
 from component.model import without_weights
 
 GIB = 2**30
-NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # of a weight: its value, its share of a block's scale, and of that's scale
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # per weight: value, block scale, scale of scales
 
 
 @dataclass(frozen=True)
 class Workload:
-    """All that memory and time depend on, beside the plan."""
+    """Everything besides the memory plan that memory and time of a training step depend on."""
 
     hidden: int
     mlp: int
@@ -30,18 +30,18 @@ class Workload:
     head_size: int
     vocabulary: int
     weights: int  # in the linear layers of all decoder layers
-    embeddings: int  # numbers in the token embedding and lm_head
+    embeddings: int  # parameters of the token embedding and lm_head
     rank: int
-    trained: int  # parameters that train
+    trained: int  # trainable parameters
     tokens: int  # N, of one micro-batch
-    group: int  # tokens that attention reaches over: a group of S2-Attn, or the whole row
-    value_bytes: int = 2  # of what is computed in
+    group: int  # attention span in tokens: the S2-Attn group, or the full row
+    value_bytes: int = 2  # of the compute dtype
     in_4bit: bool = True
     fused: bool = True  # Liger's norms, rope and SwiGLU
     optimizer: str = "paged_adamw_32bit"
-    zero: bool = True  # DeepSpeed's ZeRO-2: trained parameters in half precision with fp32 masters
+    zero: bool = True  # DeepSpeed ZeRO-2: half-precision trainable parameters with fp32 master weights
     offload_optimizer: bool = False
-    head: int = 0  # numbers of lm_head, if it trains as a full copy
+    head: int = 0  # parameters of lm_head, if it is trained in full
 
 
 def workload(
@@ -53,7 +53,7 @@ def workload(
     train_norm: bool = False,
     **rest: Any,
 ) -> Workload:
-    """The workload of training a model of `config`; `rest` are the fields that config and adapter do not tell."""
+    """The workload of training a model of `config`; `rest`: the fields that do not follow from config and adapter."""
     model = without_weights(config)
     linears = [m for m in model.get_decoder().modules() if isinstance(m, nn.Linear)]
     targets = [m for _, m in target_layers(model, target_names or linear_names(model))]
@@ -80,7 +80,7 @@ def workload(
 
 
 class Sizes:
-    """Bytes of the tensors of one layer for all N tokens."""
+    """Bytes of one layer's tensors for all N tokens."""
 
     def __init__(self, work: Workload):
         n, value = work.tokens, work.value_bytes
@@ -89,12 +89,12 @@ class Sizes:
         self.key = n * work.kv_heads * work.head_size * value
         self.mlp = n * work.mlp * value
         self.low = n * work.rank * value
-        self.log_sum = n * work.heads * 4
-        # the eager norm of Hugging Face keeps its input in fp32, Liger's the input as it came
+        self.lse = n * work.heads * 4
+        # Hugging Face's eager norm saves an fp32 copy of its input, Liger's only the input itself
         self.norm = 0 if work.fused else n * work.hidden * 4
-        # in the graph of a layer's attention: normed, q, k, v, what of attention's output, log-sum-exp, A x of LoRA
-        self.graph = self.hidden + 2 * self.query + 2 * self.key + self.log_sum + self.norm + 4 * self.low
-        self.attention = self.graph + 2 * self.hidden  # and the layer's and the MLP's input
+        # saved by a layer's attention: normed input, q, k, v, output, log-sum-exp, LoRA's A x
+        self.graph = self.hidden + 2 * self.query + 2 * self.key + self.lse + self.norm + 4 * self.low
+        self.attention = self.graph + 2 * self.hidden  # plus the inputs of the layer and of the MLP
         self.gate_and_up = 2 * self.mlp + 3 * self.low
         self.fixed = fixed_bytes(work)
         self.mlp_weights = 3 * work.hidden * work.mlp * value if work.in_4bit else 0
@@ -106,13 +106,13 @@ def sizes(work: Workload) -> Sizes:
 
 
 def fixed_bytes(work: Workload) -> float:
-    """Weights, trained parameters, their gradients and optimizer states that are there while activations are."""
+    """Weights, trainable parameters, gradients and optimizer states held during forward and backward passes."""
     weights = work.weights * (NF4_BYTES if work.in_4bit else work.value_bytes)
     per_trained = 2.0 if work.zero else 4.0
     if not work.zero:
         per_trained += 4  # gradients
     elif not work.offload_optimizer:
-        per_trained += 4 + 2  # fp32 masters, half gradients
+        per_trained += 4 + 2  # fp32 master weights, half-precision gradients
     if not work.offload_optimizer:
         name = work.optimizer
         per_trained += 0 if "paged" in name or "sgd" in name else 2 if "8bit" in name else 8
@@ -120,10 +120,10 @@ def fixed_bytes(work: Workload) -> float:
 
 
 def paged_bytes(work: Workload) -> float:
-    """Optimizer states in managed memory: on the card while there is room, but not in PyTorch's allocator."""
+    """Paged optimizer states: on the GPU while they fit, but outside PyTorch's allocator."""
     return 8.0 * work.trained if "paged" in work.optimizer and not work.offload_optimizer else 0.0
 
 
 def step_bytes(work: Workload) -> float:
-    """What the optimizer's step needs on top of `fixed_bytes`, when no activation is left."""
+    """What the optimizer step needs on top of `fixed_bytes`; activations are freed by then."""
     return 4.0 * work.trained if work.zero and not work.offload_optimizer else 0.0

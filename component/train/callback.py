@@ -1,3 +1,5 @@
+"""What happens at each step? Throughput, and the switch to full attention."""
+
 import time
 from collections import deque
 
@@ -9,9 +11,9 @@ from component.memory.budget import note_device_memory
 
 
 class SpeedCallback(TrainerCallback):
-    """Seconds and tokens of each optimizer step: its passes and its update, nothing between steps.
+    """Measures seconds and tokens of each optimizer step, without the time between steps.
 
-    Tokens are the Trainer's num_input_tokens_seen, of all processes, without padding.
+    Tokens are the Trainer's num_input_tokens_seen: of all processes, without padding.
     """
 
     def __init__(self) -> None:
@@ -30,8 +32,8 @@ class SpeedCallback(TrainerCallback):
         self._seconds += self.step_seconds[-1]
         self._tokens += state.num_input_tokens_seen - self._seen
 
-    def since_last_time(self) -> dict[str, float]:
-        """`tokens_per_second` of the steps since this was last asked, and on a GPU `reserved_gib`, the most so far."""
+    def since_last_log(self) -> dict[str, float]:
+        """`tokens_per_second` since the last call, and on a GPU the peak of `reserved_gib` so far."""
         rates = {"tokens_per_second": round(self._tokens / self._seconds, 1)} if self._tokens else {}
         self._seconds, self._tokens = 0.0, 0
         if torch.cuda.is_initialized():
@@ -40,10 +42,10 @@ class SpeedCallback(TrainerCallback):
 
 
 class FullAttentionCallback(TrainerCallback):
-    """S2-Attn while most steps are taken, full attention in the last `ratio` of them.
+    """Switches from S2-Attn to full attention for the last `ratio` of the steps.
 
-    Not in the papers. A model that has only trained inside groups loses some of what full attention, which it is used
-    with, had learnt; a few steps bring that back (script/experiment/README.md).
+    Not in the papers. Inference uses full attention, and training only within groups degrades long-range attention; a
+    few steps with full attention restore it (script/experiment/README.md).
     """
 
     def __init__(self, ratio: float):
@@ -51,7 +53,7 @@ class FullAttentionCallback(TrainerCallback):
         self.is_full = False
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
-        last_steps = max(1, round(self.ratio * state.max_steps))  # of however short a run
-        if not self.is_full and state.global_step >= state.max_steps - last_steps:  # after resuming too
+        last_steps = max(1, round(self.ratio * state.max_steps))  # even in a short run
+        if not self.is_full and state.global_step >= state.max_steps - last_steps:  # also after resuming
             use_full_attention(model)
-            self.is_full = True  # once: walking through all modules leaves the GPU idle
+            self.is_full = True  # only once: traversing all modules idles the GPU

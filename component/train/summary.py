@@ -1,4 +1,4 @@
-"""What does a run say of itself before its first step?"""
+"""What does a run print before its first step?"""
 
 from torch import nn
 from transformers import TrainingArguments
@@ -19,7 +19,7 @@ def print_summary(
     factor: float,
     more: dict[str, str],
 ) -> None:
-    """What is about to happen, printed once by the first process; `more` follows, name and text."""
+    """Print the summary on the first process; `more` adds lines, name -> text."""
     if trainer.is_world_process_zero():
         lines = summary_lines(args, training_args, trainer, factor) | more
         print(f"\n{aligned(lines)}\n", flush=True)
@@ -38,9 +38,9 @@ def describe_trainable(model: nn.Module) -> str:
 
 def describe_attention(args: LongQLoRAArguments) -> str:
     if not args.use_shift_short_attention:
-        return "full" + (", in every step: full_attention_ratio changes nothing" if args.full_attention_ratio else "")
+        return "full" + (" in every step; full_attention_ratio has no effect" if args.full_attention_ratio else "")
     last = f"in the last {100 * args.full_attention_ratio:g} % of the steps and " if args.full_attention_ratio else ""
-    return f"S2-Attn in groups of {args.group_tokens} tokens, full attention {last}when evaluating"
+    return f"S2-Attn with groups of {args.group_tokens} tokens; full attention {last}in evaluation"
 
 
 def summary_lines(
@@ -56,8 +56,8 @@ def summary_lines(
         "context": f"{original_context(extended)} -> {args.model_max_length} tokens ({rope} x {factor:g})",
         "attention": describe_attention(args),
         "kernel": describe_kernels(training_args.device, dtype),
-        "base": f"{'NF4, double quantisation' if args.load_in_4bit else dtype}, computing in {dtype}",
-        "trains": describe_trainable(trainer.model),
+        "base": f"{'NF4, double quantization' if args.load_in_4bit else dtype}, compute dtype {dtype}",
+        "trainable": describe_trainable(trainer.model),
         "weights": f"{trainer.model.get_memory_footprint() / 2**30:.2f} GiB on {training_args.device}",
         "optimizer": optimizer,
         "step": f"{rows} samples, at most {rows * args.max_seq_length:,} tokens",

@@ -1,8 +1,7 @@
-"""How is it trained, resumed, saved? By the Hugging Face Trainer, with three things of ours.
+"""How is a model trained, resumed and saved? By the Hugging Face Trainer, with two changes.
 
-Checkpoints are adapter folders whose record is written last, so a killed run knows its newest whole one. Evaluation
-weighs tokens alike whatever batch they fall in, with full attention, since modules evaluate with full attention. And a
-run says what it is about to do before its first step.
+Checkpoints are adapter folders whose record is written last, so an interrupted run finds its latest complete one.
+Evaluation uses full attention and weights all tokens equally, independent of batching.
 """
 
 import math
@@ -22,11 +21,11 @@ from component.train.zero import GradientCallback
 
 
 class LongQLoRATrainer(Trainer):
-    """The Hugging Face Trainer, writing adapter folders and measuring perplexity by the token.
+    """The Hugging Face Trainer, writing adapter folders and computing token-weighted perplexity.
 
     Args:
-        extended_config: the config that goes into adapter folders.
-        record: what `longqlora.json` says of this run; steps and tokens are added when it is written.
+        extended_config: the config to save in adapter folders.
+        record: content of `longqlora.json`; steps and tokens are added on writing.
         strategy: how training is distributed.
     """
 
@@ -40,29 +39,29 @@ class LongQLoRATrainer(Trainer):
         self.add_callback(GradientCallback)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        # here, since the Trainer's history and earlier callbacks have their copies before our callback would be asked
-        super().log({**logs, **self.speed.since_last_time()} if "loss" in logs else logs, start_time)
+        # not in a callback: by then the Trainer's history and other callbacks have copied the logs
+        super().log({**logs, **self.speed.since_last_log()} if "loss" in logs else logs, start_time)
 
     @cached_property
-    def _parameters(self) -> int:
+    def _parameter_count(self) -> int:
         return self.accelerator.unwrap_model(self.model).num_parameters(exclude_embeddings=True)
 
     def floating_point_ops(self, inputs: dict[str, torch.Tensor]) -> int:
-        """As the Trainer counts them, without walking through all modules at every step: 20 ms of a 7B's 500."""
-        return 6 * inputs["input_ids"].numel() * self._parameters
+        """The Trainer's formula without traversing all modules at every step, 20 of a 7B's 500 ms."""
+        return 6 * inputs["input_ids"].numel() * self._parameter_count
 
     def report(self, split: str, metrics: dict[str, float]) -> None:
-        """Print `metrics`, and keep them in output_dir as `split`_results.json, that of "train" with step_seconds."""
+        """Print `metrics` and save them as `split`_results.json; those of "train" with step_seconds."""
         self.log_metrics(split, metrics)
         steps = {"step_seconds": [round(seconds, 4) for seconds in self.speed.step_seconds]}
         self.save_metrics(split, {**metrics, **steps} if split == "train" else metrics)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the adapter's files; the record follows when everything else in the folder is written."""
+        """Write the adapter's files; in checkpoints the record follows once the Trainer's own files are written."""
         folder = Path(output_dir or self.args.output_dir)
         state_dict = None
         if self.strategy.shards_weights:
-            # a gathering that all processes take part in
+            # collective: all processes must call it
             state_dict = self.deepspeed._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=True)
         names = None
         if self.args.should_save:
@@ -71,7 +70,7 @@ class LongQLoRATrainer(Trainer):
             self._write_record(folder, names)
 
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
-        # old checkpoints go only after this one is whole
+        # delete old checkpoints only after this one is complete
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
@@ -91,11 +90,11 @@ class LongQLoRATrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """(None, summed loss of each row, its number of labels): `token_weighted_loss` puts them together."""
+        """(None, summed loss per row, labels per row), for `token_weighted_loss`."""
         inputs = self._prepare_inputs(inputs)
         has_label = inputs.pop("shift_labels")[:, :-1] != IGNORE_INDEX
         inputs.pop("labels")
-        with self.accelerator.autocast():  # which the wrapped model would bring along
+        with self.accelerator.autocast():  # the wrapped model would enable it itself
             losses = next_token_losses(self.accelerator.unwrap_model(model), **inputs)
         return None, (losses * has_label).sum(1), has_label.sum(1)
 

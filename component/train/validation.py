@@ -1,4 +1,4 @@
-"""Which values of a YAML make no sense? Each alone, together with others, and on this machine."""
+"""Which values of a YAML are invalid, alone, in combination, or on this machine?"""
 
 import torch
 from transformers.integrations import get_available_reporting_integrations
@@ -9,24 +9,24 @@ from component.data.document import POLICIES
 from component.rope import ROPE_TYPES
 from component.train.zero import bad_strategy
 
-# keys: (what a sane value fulfils, the cure)
+# keys -> (predicate of a valid value, cure)
 BOUNDS = {
     "max_seq_length model_max_length": (lambda v: v >= 2, "at least 2 tokens"),
     "group_size": (lambda v: v >= 2 and v % 2 == 0, "an even number of tokens >= 2"),
-    "group_size_ratio": (lambda v: 0 < v <= 1, "a share in (0, 1], 0.25 as in the paper"),
-    "full_attention_ratio": (lambda v: 0 <= v <= 1, "a share of the steps in [0, 1], as 0.1"),
+    "group_size_ratio": (lambda v: 0 < v <= 1, "a share in (0, 1], 0.25 in the paper"),
+    "full_attention_ratio": (lambda v: 0 <= v <= 1, "a share of the steps in [0, 1], e.g. 0.1"),
     "rope_type": (lambda v: v in ROPE_TYPES, "one of " + ", ".join(ROPE_TYPES)),
     "truncation_policy": (lambda v: v in POLICIES, "one of " + ", ".join(POLICIES)),
     "template": (lambda v: v in TEMPLATES, "one of " + ", ".join(TEMPLATES)),
-    "max_bad_fraction": (lambda v: 0 <= v < 1, "a share in [0, 1), as 0.01"),
+    "max_bad_fraction": (lambda v: 0 <= v < 1, "a share in [0, 1), e.g. 0.01"),
     "lora_rank gradient_accumulation_steps": (lambda v: v >= 1, "at least 1"),
     "per_device_train_batch_size per_device_eval_batch_size": (lambda v: v >= 1, "at least 1"),
     "lora_alpha memory_budget_gib num_train_epochs save_steps logging_steps": (lambda v: v > 0, "a number above 0"),
     "keep_layers keep_attention_layers mlp_tile_tokens": (lambda v: v >= 0, "0 or more"),
     "loss_chunk_tokens": (lambda v: v >= 1, "at least 1"),
     "lora_dropout": (lambda v: 0 <= v < 1, "a probability in [0, 1)"),
-    "learning_rate": (lambda v: 0 < v < 1, "a number in (0, 1), as 2e-4"),
-    "max_steps": (lambda v: v >= 1 or v == -1, "at least 1, or -1 for whole epochs"),
+    "learning_rate": (lambda v: 0 < v < 1, "a number in (0, 1), e.g. 2e-4"),
+    "max_steps": (lambda v: v >= 1 or v == -1, "at least 1, or -1 to train for num_train_epochs"),
     "warmup_steps weight_decay max_grad_norm dataloader_num_workers": (lambda v: v >= 0, "0 or more"),
     "target_modules": (lambda v: str(v).strip(", []"), "names of linear layers, or leave the key out for all of them"),
     "log_level log_level_replica": (lambda v: v in trainer_log_levels, "one of " + ", ".join(trainer_log_levels)),
@@ -39,7 +39,7 @@ BOUNDS = {
 
 
 def validate(values: dict) -> list[str]:
-    """Values of the right type that make no sense, one sentence each."""
+    """One message for each invalid value, or combination of values, of the right type."""
     problems = [
         f"{key}: {values[key]!r}; use {cure}"
         for keys, (is_valid, cure) in BOUNDS.items()
@@ -48,20 +48,20 @@ def validate(values: dict) -> list[str]:
     ]
     longest, target = values.get("max_seq_length"), values.get("model_max_length")
     if longest and target and longest > target:
-        reach = f"{longest} tokens reach beyond model_max_length, {target}"
-        problems.append(f"max_seq_length: {reach}; raise model_max_length or shorten the samples")
+        cure = "raise model_max_length or shorten the samples"
+        problems.append(f"max_seq_length: {longest} tokens exceed model_max_length, {target}; {cure}")
     if not values.get("output_dir"):
-        problems.append("output_dir: missing; where checkpoints and the adapter go")
+        problems.append("output_dir: missing; the folder where checkpoints and the adapter are saved")
     if values.get("eval_strategy", "no") != "no" and not values.get("eval_file"):
-        problems.append(f"eval_strategy: {values['eval_strategy']}, but no eval_file says on what; add one")
+        problems.append(f"eval_strategy: {values['eval_strategy']}, but there is no eval_file; add one")
     if values.get("sft") and values.get("truncation_policy") == "split":
         problems.append("truncation_policy: split, but a chat (sft: true) cannot be split; use truncate or drop")
     if values.get("streaming") and (values.get("max_steps") or -1) < 1:
-        problems.append("streaming: true, but nobody knows how long the data is; set max_steps")
+        problems.append("streaming: true, but a stream has no known length; set max_steps")
     if values.get("streaming") and "epoch" in (values.get("save_strategy"), values.get("eval_strategy")):
         problems.append("save_strategy, eval_strategy: epoch, but a stream has no epochs; use steps")
     if values.get("template", "vicuna") != "vicuna" and values.get("sft") is False:
-        problems.append("template: only chats (sft: true) have one; leave it out")
+        problems.append("template: only used with sft: true; leave it out")
     if (values.get("memory_budget_gib") or 0) > 0 and not torch.cuda.is_available():
         problems.append(f"memory_budget_gib: {values['memory_budget_gib']:g}, but there is no GPU; leave it out")
     return problems + _impossible_precision(values) + bad_strategy(values)
@@ -81,5 +81,5 @@ def _impossible_precision(values: dict) -> list[str]:
         return [f"bf16: true, but {name} has no bf16; set fp16: true (README.md, 'Install')"]
     if values.get("use_flash_attn") and (is_old or not on_gpu or not (fp16 or bf16)):
         need = "an Ampere or newer GPU and fp16: true or bf16: true"
-        return [f"use_flash_attn: true needs {need}, here is {name}; leave it out for the fastest that runs"]
+        return [f"use_flash_attn: true needs {need}, here is {name}; leave it out for the fastest available kernel"]
     return []

@@ -1,4 +1,4 @@
-"""Is a value of a YAML file of the type that a key wants, or close enough to be read as one?"""
+"""Does a value of a YAML file have the type of its key, or can it be parsed as that type?"""
 
 import enum
 import math
@@ -12,11 +12,15 @@ from component.error import UserError, nearest
 
 
 def parse_value(value: typing.Any, hint: typing.Any) -> typing.Any:
-    """`value` as the type that `hint` asks for ('2e-4', which YAML 1.1 reads as a string, becomes a float)."""
+    """`value` parsed as type `hint`: '2e-4', a string in YAML 1.1, becomes a float.
+
+    Raises:
+        ValueError: it has another type.
+    """
     origin = typing.get_origin(hint)
-    members = sorted(_members(hint), key=lambda member: member is str)  # every string is a str: try that last
+    members = sorted(_members(hint), key=lambda member: member is str)  # any string is a valid str, so try that last
     if len(members) > 1:
-        if isinstance(members[0], enum.EnumMeta):  # `OptimizerNames | str` means a name of the former
+        if isinstance(members[0], enum.EnumMeta):  # transformers' `OptimizerNames | str`: only its names are valid
             return parse_value(value, members[0])
         for member in members:
             try:
@@ -36,7 +40,7 @@ def parse_value(value: typing.Any, hint: typing.Any) -> typing.Any:
         value = "no" if value is False else value  # YAML 1.1 reads `save_strategy: no` as false
         if value in names:
             return value
-        raise ValueError(f"{value!r} is none of {', '.join(names)}{nearest(str(value), names)}")
+        raise ValueError(f"{value!r} is not one of {', '.join(names)}{nearest(str(value), names)}")
     if (origin or hint) in (dict, list) and isinstance(value, origin or hint):
         return value
     raise ValueError(f"{value!r} is not {_type_name(hint)}")
@@ -62,22 +66,27 @@ def _members(hint: typing.Any) -> tuple:
 
 
 class _NoDuplicates(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys without a word."""
+    """Rejects duplicate keys, of which PyYAML silently keeps the last."""
 
     def construct_mapping(self, node, deep=False):
         seen = set()
         for key_node, _ in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
-                raise yaml.MarkedYAMLError(None, None, "a key must be a name", key_node.start_mark)
+                raise yaml.MarkedYAMLError(None, None, "a key must be a plain string", key_node.start_mark)
             if key_node.value in seen:
                 raise yaml.MarkedYAMLError(None, None, f"{key_node.value} is set twice", key_node.start_mark)
             seen.add(key_node.value)
         return super().construct_mapping(node, deep)
 
 
-def _read_yaml(file: str) -> dict:
+def read_yaml(file: str) -> dict:
+    """The keys and values of a YAML file.
+
+    Raises:
+        UserError: no such file, invalid YAML, or duplicate keys.
+    """
     if not Path(file).is_file():
-        raise UserError(f"--train_args_file: there is no file {file}; train_args/ has one for each run we ship")
+        raise UserError(f"--train_args_file: there is no file {file}; train_args/ has examples")
     try:
         values = yaml.load(Path(file).read_text(encoding="utf-8"), Loader=_NoDuplicates)
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -1,4 +1,4 @@
-"""What trains, what is saved of it, and who can read it: stock PEFT, and we what the original projects saved."""
+"""Trained parameters, saved adapters in stock PEFT, and adapters of the original projects."""
 
 import copy
 import json
@@ -14,14 +14,7 @@ from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    Qwen2Config,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, Qwen2Config
 
 from component.adapter import add_adapter, check_targets, full_copies, linear_names, load_adapter, trainable_counts
 from component.attention.interface import use_shift_short_attention
@@ -33,16 +26,12 @@ from component.storage.tensor_reader import read_weights
 
 LINEAR = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 CPU = torch.device("cpu")
-FAMILIES = {
-    "llama": LlamaConfig,
-    "qwen2": Qwen2Config,  # biases in q, k and v
-    "mistral": MistralConfig,
-}
+FAMILIES = {"llama": LlamaConfig, "qwen2": Qwen2Config, "mistral": MistralConfig}  # qwen2: biases in q, k and v
 
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory, llama_config):
-    """bases(family, tied) -> a folder with a tiny base of that family."""
+    """bases(family, tied): a folder with a tiny base."""
     made: dict[tuple[str, bool], Path] = {}
 
     def make(family: str = "llama", tied: bool = False) -> Path:
@@ -54,7 +43,7 @@ def bases(tmp_path_factory, llama_config):
                     "num_key_value_heads", "max_position_embeddings", "bos_token_id", "eos_token_id",
                 )
             }  # fmt: skip
-            # rows of 64: one block of NF4 weights
+            # rows of 64 weights, one NF4 block
             config = FAMILIES[family](**shape, hidden_size=64, initializer_range=0.14, tie_word_embeddings=tied)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(1)
@@ -77,7 +66,7 @@ def adapted(model, **options) -> PeftModel:
 
 
 def perturb(model: nn.Module) -> list[str]:
-    """Random numbers onto every trainable weight, as training would; their names."""
+    """Add noise to every trainable weight, in place of training; their names."""
     moved = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -95,13 +84,13 @@ def logits(model, ids: torch.Tensor) -> torch.Tensor:
     return model.eval()(input_ids=ids, use_cache=False).logits.float()
 
 
-# ---- which layers
+# ---- target layers
 
 
 @pytest.mark.parametrize("load_in_4bit", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_linear_names_are_all_but_the_head(bases, family, tied, load_in_4bit):
+def test_linear_names_exclude_the_head(bases, family, tied, load_in_4bit):
     model = base_model(bases(family, tied), dtype=torch.bfloat16, load_in_4bit=load_in_4bit)
     assert linear_names(model) == LINEAR
 
@@ -119,13 +108,13 @@ def test_every_linear_layer_but_the_head_gets_lora(bases, family, load_in_4bit):
 @pytest.mark.parametrize(
     "names", [["q_proj"], ["q_proj", "down_proj"], ["self_attn.q_proj"], ["layers.1.mlp.up_proj"], LINEAR]
 )
-def test_targets_that_exist(tiny_llama, names):
+def test_valid_targets(tiny_llama, names):
     check_targets(tiny_llama, names)
 
 
 @pytest.mark.parametrize("wrong", ["q_porj", "embed_tokens", "proj", "self_attn", "input_layernorm"])
-def test_targets_that_do_not(tiny_llama, wrong):
-    """Even one among others that do; PEFT would train without it in silence."""
+def test_invalid_targets(tiny_llama, wrong):
+    """Even one among valid ones, which PEFT would silently ignore."""
     with pytest.raises(UserError) as error:
         check_targets(tiny_llama, ["q_proj", wrong])
     for fragment in ("target_modules", repr(wrong), *LINEAR):
@@ -147,7 +136,7 @@ def test_a_subset_of_targets(tiny_llama):
     ]  # fmt: skip
 
 
-# ---- what trains
+# ---- trained parameters
 
 
 def test_lora_is_configured_as_asked(tiny_llama):
@@ -161,7 +150,7 @@ def test_lora_is_configured_as_asked(tiny_llama):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_counts_by_hand(bases, tied):
+def test_trainable_counts(bases, tied):
     """Two layers: q and o 64 to 64, k and v 64 to 32, gate, up and down 64 to 64; five norms of 64."""
     model = adapted(base_model(bases("llama", tied)), rank=4, train_embedding=True, train_norm=True)
     lora = 2 * 4 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 64))
@@ -184,8 +173,8 @@ def test_full_copies(bases, family, tied, expected):
 
 @pytest.mark.parametrize("load_in_4bit", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
-def test_what_trains_is_fp32_and_the_rest_stays(bases, tied, load_in_4bit):
-    """Base weights keep their type and values; an untrained adapter changes no logit."""
+def test_trained_parameters_are_fp32_and_others_unchanged(bases, tied, load_in_4bit):
+    """Base weights keep their dtype and values; an untrained adapter does not change the logits."""
     folder = bases("llama", tied)
     base = base_model(folder, dtype=torch.bfloat16, load_in_4bit=load_in_4bit)
     untouched = copy.deepcopy(base)
@@ -203,9 +192,9 @@ def test_what_trains_is_fp32_and_the_rest_stays(bases, tied, load_in_4bit):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_gradients_reach_what_trains_and_nothing_else(bases, tied):
+def test_only_trained_parameters_get_gradients(bases, tied):
     model = adapted(base_model(bases("llama", tied)), train_embedding=True, train_norm=True).train()
-    perturb(model)  # B is zero at first, and lets no gradient through to A
+    perturb(model)  # with B = 0, A gets no gradient
     ids = some_ids(model)
     model(input_ids=ids, labels=ids).loss.backward()
     for name, parameter in model.named_parameters():
@@ -213,7 +202,7 @@ def test_gradients_reach_what_trains_and_nothing_else(bases, tied):
 
 
 def test_tied_embeddings_stay_tied_while_training(bases):
-    """One matrix reads and writes: the adapter has one copy of it."""
+    """The adapter has one copy for both."""
     model = adapted(base_model(bases("llama", True)), train_embedding=True)
     trained = {id(p) for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad and "lora" not in n}
     assert len(trained) == 1
@@ -229,8 +218,7 @@ def test_tied_embeddings_stay_tied_while_training(bases):
     assert not torch.equal(before, target(torch.ones(64)))
 
 
-# ---- what we save is read by stock PEFT
-
+# ---- saved adapters in stock PEFT
 
 WHAT = {
     "lora": {},
@@ -241,7 +229,7 @@ WHAT = {
 
 
 def saved_adapter(folder: Path, base: Path, tokenizer, *, target: int = 64, **options) -> PeftModel:
-    """An adapter trained (at random) on `base` stretched to `target` tokens and written to `folder`."""
+    """An adapter with random weights on `base` extended to `target` tokens, written to `folder`."""
     extended = load_config(str(base))
     extend_context(extended, target)
     config = copy.deepcopy(extended)
@@ -257,7 +245,7 @@ def saved_adapter(folder: Path, base: Path, tokenizer, *, target: int = 64, **op
 @pytest.mark.parametrize("what", WHAT)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_stock_peft_loads_what_we_save(bases, tokenizer, tmp_path, tied, what):
-    """In one call, without anything of ours. The base is not stretched here: that one call takes the base's config."""
+    """In one call, without LongQLoRA code; that call uses the base's config, without scaled positions."""
     base = bases("llama", tied)
     model = saved_adapter(tmp_path / "out", base, tokenizer, **WHAT[what])
     ids = some_ids(model)
@@ -266,12 +254,12 @@ def test_stock_peft_loads_what_we_save(bases, tokenizer, tmp_path, tied, what):
     assert_close(logits(stock, ids), expected, atol=1e-5, rtol=1e-5)
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     assert (logits(plain, ids) - expected).abs().mean() > 0.1
-    for kept_back in set(WHAT[what]):  # each of what was trained matters to the logits
-        assert (logits(without(stock, kept_back), ids) - expected).abs().mean() > 1e-3
+    for omitted in set(WHAT[what]):  # everything that was trained changes the logits
+        assert (logits(without(stock, omitted), ids) - expected).abs().mean() > 1e-3
 
 
 def without(model: PeftModel, kind: str) -> PeftModel:
-    """`model` with the trained norms, or embeddings, of the base back in place."""
+    """`model` with the base's own norms (`train_norm`) or embeddings."""
     model = copy.deepcopy(model)
     for name, module in model.named_modules():
         if isinstance(module, ModulesToSaveWrapper) and ("norm" in name) == (kind == "train_norm"):
@@ -282,7 +270,7 @@ def without(model: PeftModel, kind: str) -> PeftModel:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_stock_peft_on_a_base_built_from_the_adapters_config(bases, tokenizer, tmp_path, family, tied):
-    """The extended config is the adapter folder's: at the extended length, logits are those of the model in memory."""
+    """With the extended config of the adapter folder, logits at the extended length equal the saved model's."""
     base = bases(family, tied)
     model = saved_adapter(tmp_path / "out", base, tokenizer, target=200, **WHAT["all"])
     config = AutoConfig.from_pretrained(tmp_path / "out")
@@ -295,8 +283,8 @@ def test_stock_peft_on_a_base_built_from_the_adapters_config(bases, tokenizer, t
         ids = some_ids(model, length)
         expected = logits(model, ids)
         assert_close(logits(stock, ids), expected, atol=1e-5, rtol=1e-5)
-    unstretched = PeftModel.from_pretrained(base_model(base), tmp_path / "out")
-    assert (logits(unstretched, ids) - expected).abs().mean() > 1e-2
+    unscaled = PeftModel.from_pretrained(base_model(base), tmp_path / "out")
+    assert (logits(unscaled, ids) - expected).abs().mean() > 1e-2
 
 
 @pytest.mark.parametrize("what", WHAT)
@@ -319,7 +307,7 @@ def test_we_load_what_we_save(bases, tokenizer, tmp_path, tied, what):
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_an_adapter_trained_on_4bit_weights(bases, tokenizer, tmp_path, tied):
-    """... is the same adapter: no weight of the base is in it, whatever the base's type."""
+    """It contains no base weight, whatever the base's dtype."""
     base = bases("llama", tied)
     model = adapted(base_model(base, load_in_4bit=True), **WHAT["all"])
     perturb(model)
@@ -335,7 +323,7 @@ def test_an_adapter_trained_on_4bit_weights(bases, tokenizer, tmp_path, tied):
         assert_close(theirs[name], own[name], atol=0, rtol=0, check_device=False)
 
 
-def test_the_file_holds_what_trains_and_no_more(bases, tokenizer, tmp_path):
+def test_the_file_contains_only_trained_weights(bases, tokenizer, tmp_path):
     for what, copies in (("lora", 0), ("norms", 5), ("embeddings", 2), ("all", 7)):
         saved_adapter(tmp_path / what, bases(), tokenizer, **WHAT[what])
         weights = load_file(tmp_path / what / "adapter_model.safetensors")
@@ -343,7 +331,7 @@ def test_the_file_holds_what_trains_and_no_more(bases, tokenizer, tmp_path):
         assert all(value.dtype == torch.float32 for value in weights.values())
 
 
-# ---- every weight accounted for
+# ---- missing, unexpected and damaged weights
 
 
 @pytest.fixture
@@ -366,7 +354,7 @@ LORA_KEY = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
     [LORA_KEY, "base_model.model.model.norm.weight", "base_model.model.model.embed_tokens.weight",
      "base_model.model.lm_head.weight"],
 )  # fmt: skip
-def test_a_missing_weight_is_refused(bases, saved, missing):
+def test_a_missing_weight_is_rejected(bases, saved, missing):
     rewrite(saved, lambda weights: weights.pop(missing))
     with pytest.raises(UserError, match="missing") as error:
         load_adapter(base_model(bases()), str(saved))
@@ -378,15 +366,15 @@ def test_a_missing_weight_is_refused(bases, saved, missing):
     ["base_model.model.model.layers.2.mlp.up_proj.lora_B.weight", "base_model.model.model.rotary.lora_A.weight",
      "something"],
 )  # fmt: skip
-def test_a_weight_too_many_is_refused(bases, saved, extra):
+def test_an_unexpected_weight_is_rejected(bases, saved, extra):
     rewrite(saved, lambda weights: weights.update({extra: torch.zeros(64, 4)}))
-    with pytest.raises(UserError, match="belong nowhere") as error:
+    with pytest.raises(UserError, match="1 weights are unexpected") as error:
         load_adapter(base_model(bases()), str(saved))
     assert str(saved) in str(error.value)
     assert extra.removeprefix("base_model.model.").removesuffix(".weight") in str(error.value)
 
 
-def test_a_weight_of_another_shape_is_refused(bases, saved):
+def test_a_weight_of_another_shape_is_rejected(bases, saved):
     rewrite(saved, lambda weights: weights.update({LORA_KEY: torch.zeros(65, 4)}))
     with pytest.raises(UserError, match="does not fit") as error:
         load_adapter(base_model(bases()), str(saved))
@@ -408,8 +396,8 @@ def test_damaged_files(bases, saved, name, damage):
         load_adapter(base_model(bases()), str(saved))
 
 
-def test_a_folder_that_is_no_adapter(bases, tmp_path):
-    with pytest.raises(UserError, match="is no adapter"):
+def test_a_folder_without_an_adapter(bases, tmp_path):
+    with pytest.raises(UserError, match="is not an adapter"):
         load_adapter(base_model(bases()), str(tmp_path))
 
 
@@ -418,7 +406,7 @@ def test_a_folder_that_is_no_adapter(bases, tmp_path):
 
 @pytest.fixture
 def original(bases, tmp_path):
-    """original(prefix) -> a folder as LongQLoRA (PEFT 0.4) and LongLoRA left it, and the merged weights by hand."""
+    """original(prefix): a folder as written by LongQLoRA (PEFT 0.4) and LongLoRA, and the expected merged weights."""
 
     def make(prefix: str | None = None) -> tuple[Path, dict[str, torch.Tensor]]:
         folder = tmp_path / "original"
@@ -464,20 +452,20 @@ def original(bases, tmp_path):
 
 
 @pytest.mark.parametrize("prefix", [None, "", "base_model.model."], ids=["adapter-alone", "bare", "prefixed"])
-def test_the_originals_files(bases, original, prefix):
+def test_adapters_of_the_original_projects(bases, original, prefix):
     folder, weights = original(prefix)
     loaded = load_adapter(base_model(bases()), str(folder))
-    by_hand = AutoModelForCausalLM.from_pretrained(bases(), dtype=torch.float32)
-    ids = some_ids(by_hand)
-    untouched = logits(by_hand, ids)
-    by_hand.load_state_dict(weights, strict=True)
-    expected = logits(by_hand, ids)
+    reference = AutoModelForCausalLM.from_pretrained(bases(), dtype=torch.float32)
+    ids = some_ids(reference)
+    untouched = logits(reference, ids)
+    reference.load_state_dict(weights, strict=True)
+    expected = logits(reference, ids)
     assert_close(logits(loaded, ids), expected, atol=1e-4, rtol=1e-4)
     assert (expected - untouched).abs().mean() > 0.1
     assert_close(logits(loaded.merge_and_unload(), ids), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_an_unknown_extra_weight_is_refused(bases, original):
+def test_an_unknown_extra_weight_is_rejected(bases, original):
     folder, _ = original("")
     extras = torch.load(folder / "trainable_params.bin", weights_only=True)
     torch.save({**extras, "model.norms.weight": torch.zeros(64)}, folder / "trainable_params.bin")
@@ -485,8 +473,8 @@ def test_an_unknown_extra_weight_is_refused(bases, original):
         load_adapter(base_model(bases()), str(folder))
 
 
-def test_the_row_of_an_added_pad_token_is_named(bases, original):
-    """LongLoRA added a pad token and resized the embedding by it."""
+def test_an_added_pad_token_is_named(bases, original):
+    """LongLoRA added a pad token and resized the embedding."""
     folder, _ = original("")
     extras = torch.load(folder / "trainable_params.bin", weights_only=True)
     torch.save({**extras, "model.embed_tokens.weight": torch.zeros(385, 64)}, folder / "trainable_params.bin")
@@ -495,7 +483,7 @@ def test_the_row_of_an_added_pad_token_is_named(bases, original):
 
 
 class Bomb:
-    """Pickles into a call."""
+    """Unpickling it calls os.mkdir."""
 
     def __init__(self, path: str):
         self.path = path
@@ -515,19 +503,19 @@ def test_no_code_is_unpickled(bases, original, tmp_path, name):
 
 
 @pytest.mark.parametrize("content", [[torch.zeros(3)], {"state": {"model.norm.weight": torch.zeros(32)}}, {"a": 1}])
-def test_files_of_something_else_than_weights(tmp_path, content):
+def test_files_without_weights(tmp_path, content):
     torch.save(content, tmp_path / "adapter_model.bin")
     with pytest.raises(UserError, match=r"adapter_model\.bin"):
         read_weights(tmp_path / "adapter_model.bin")
 
 
 def test_safetensors_are_preferred(bases, saved, tmp_path):
-    """A folder with both holds a converted copy; the pickle is not even opened."""
+    """A folder with both has a converted copy; the pickle is not opened."""
     (saved / "adapter_model.bin").write_bytes(b"no pickle at all")
     load_adapter(base_model(bases()), str(saved))
 
 
-def test_reading_leaves_the_folder_alone(bases, saved, tmp_path):
+def test_loading_does_not_change_the_folder(bases, saved, tmp_path):
     shutil.copytree(saved, tmp_path / "copy")
     load_adapter(base_model(bases()), str(saved))
     assert {file.name for file in saved.iterdir()} == {file.name for file in (tmp_path / "copy").iterdir()}
@@ -535,7 +523,7 @@ def test_reading_leaves_the_folder_alone(bases, saved, tmp_path):
         assert file.read_bytes() == (tmp_path / "copy" / file.name).read_bytes()
 
 
-def test_loading_an_adapter_warns_of_nothing(base_folder, adapter_folder):
+def test_loading_an_adapter_raises_no_warning(base_folder, adapter_folder):
     model = LlamaForCausalLM.from_pretrained(base_folder)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -1,4 +1,4 @@
-"""What is in an adapter folder, which folders are whole, and which run may write where."""
+"""Content of adapter folders, complete and incomplete checkpoints, and which run may write where."""
 
 import json
 import os
@@ -17,9 +17,9 @@ from component.adapter import add_adapter
 from component.checkpoint import (
     checkpoint_to_resume,
     checkpoints,
+    latest_complete_checkpoint,
     merged_folder,
     newest_run,
-    newest_whole_checkpoint,
     prepare_output_dir,
     read_record,
     remove_old_checkpoints,
@@ -65,7 +65,7 @@ def test_exact_files(model, tokenizer, tiny_llama_config, tmp_path):
 
 
 def test_truncation_of_the_last_call_is_not_saved(model, tokenizer, tiny_llama_config, tmp_path):
-    """Programs that read tokenizer.json by itself would cut every prompt as training samples were cut."""
+    """Programs that read tokenizer.json would truncate every prompt like a training sample."""
     tokenizer("A text of more than three tokens.", truncation=True, max_length=3)
     assert tokenizer.backend_tokenizer.truncation is not None
     write_adapter(tmp_path, model, tokenizer, tiny_llama_config)
@@ -73,17 +73,17 @@ def test_truncation_of_the_last_call_is_not_saved(model, tokenizer, tiny_llama_c
     assert len(AutoTokenizer.from_pretrained(tmp_path)("A text of more than three tokens.").input_ids) > 3
 
 
-def test_nothing_of_the_hub_is_asked(model, tokenizer, tiny_llama_config, tmp_path):
-    """PEFT's `save_embedding_layers="auto"` looks up the base's config online; here the base has moved away."""
+def test_the_hub_is_not_contacted(model, tokenizer, tiny_llama_config, tmp_path):
+    """PEFT's `save_embedding_layers="auto"` looks up the base's config online; here the base does not exist."""
     model.peft_config["default"].base_model_name_or_path = "nobody/no-such-model"
     model.get_base_model().config._name_or_path = "nobody/no-such-model"
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*config file")  # PEFT's, when it has looked in vain
+        warnings.filterwarnings("error", message=".*config file")  # PEFT's, if the lookup fails
         write_adapter(tmp_path, model, tokenizer, tiny_llama_config)
     assert (tmp_path / "adapter_model.safetensors").is_file()
 
 
-def test_an_interrupted_writer_leaves_the_old_files(model, tokenizer, tiny_llama_config, tmp_path, monkeypatch):
+def test_an_interrupted_write_keeps_the_old_files(model, tokenizer, tiny_llama_config, tmp_path, monkeypatch):
     write_adapter(tmp_path, model, tokenizer, tiny_llama_config)
     write_record(tmp_path, RECORD)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
@@ -97,11 +97,11 @@ def test_an_interrupted_writer_leaves_the_old_files(model, tokenizer, tiny_llama
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
-def test_a_folder_being_written_again_is_not_whole(model, tokenizer, tiny_llama_config, tmp_path):
-    """Weights of one step and a record of another would pass for a checkpoint: sizes are the same."""
+def test_a_folder_being_rewritten_is_incomplete(model, tokenizer, tiny_llama_config, tmp_path):
+    """Otherwise new weights with an old record would pass as complete: the sizes are the same."""
     write_adapter(tmp_path, model, tokenizer, tiny_llama_config)
     write_record(tmp_path, RECORD)
-    (tmp_path / ".writing-abc").mkdir()  # a killed process was here
+    (tmp_path / ".writing-abc").mkdir()  # of a killed process
     write_adapter(tmp_path, model, tokenizer, tiny_llama_config)
     assert read_record(tmp_path) is None
     assert not (tmp_path / ".writing-abc").exists()
@@ -134,13 +134,13 @@ def test_record_comes_back(tmp_path):
     }  # fmt: skip
 
 
-def test_a_folder_of_another_project_has_none(tmp_path):
+def test_a_folder_without_a_record(tmp_path):
     assert read_record(tmp_path) is None
     assert read_record(str(tmp_path / "nowhere")) is None
 
 
-def test_records_are_written_at_once(tmp_path, monkeypatch):
-    """An old record stays until the new one is whole on disk."""
+def test_records_are_written_atomically(tmp_path, monkeypatch):
+    """The old record stays until the new one is complete on disk."""
     folder = make_checkpoint(tmp_path / "run")
     before = (folder / "longqlora.json").read_bytes()
 
@@ -164,7 +164,7 @@ BROKEN_RECORDS = ["", "{", "[]", "null", '{"files": {}}', '{"files": 3}', json.d
 
 
 @pytest.mark.parametrize("name", CUTS)
-def test_cut_files_are_named(tmp_path, name):
+def test_truncated_and_missing_files_are_named(tmp_path, name):
     folder = make_checkpoint(tmp_path / "checkpoint-2")
     CUTS[name](folder)
     with pytest.raises(UserError) as error:
@@ -181,8 +181,8 @@ def test_a_broken_record_is_named(tmp_path, text):
         read_record(folder)
 
 
-def test_a_record_vouches_for_the_named_files_alone(tmp_path):
-    """A log that the shell writes into output_dir grows after the record has been written."""
+def test_a_record_covers_only_the_named_files(tmp_path):
+    """A log in output_dir may grow after the record is written."""
     folder = make_checkpoint(tmp_path / "run")
     (folder / "train.txt").write_text("step 1\n")
     make_checkpoint(folder / "checkpoint-2")
@@ -197,7 +197,7 @@ def test_a_record_vouches_for_the_named_files_alone(tmp_path):
 
 @pytest.fixture
 def run(tmp_path) -> Path:
-    """Checkpoints at 9, 10 and 100 (their names do not sort by their steps), and what is no checkpoint."""
+    """Checkpoints at steps 9, 10 and 100, whose names do not sort by step, and other folders."""
     for step in (100, 9, 10):
         make_checkpoint(tmp_path / "run" / f"checkpoint-{step}", steps=step)
     (tmp_path / "run" / "checkpoint-final").mkdir()
@@ -219,14 +219,14 @@ def break_record(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", [*CUTS.values(), cut_record, break_record])
-def test_newest_whole_checkpoint_passes_over_cut_ones(run, cut):
-    assert newest_whole_checkpoint(run).name == "checkpoint-100"
+def test_latest_complete_checkpoint_skips_incomplete_ones(run, cut):
+    assert latest_complete_checkpoint(run).name == "checkpoint-100"
     cut(run / "checkpoint-100")
-    assert newest_whole_checkpoint(run).name == "checkpoint-10"
+    assert latest_complete_checkpoint(run).name == "checkpoint-10"
     cut(run / "checkpoint-10")
-    assert newest_whole_checkpoint(run).name == "checkpoint-9"
+    assert latest_complete_checkpoint(run).name == "checkpoint-9"
     cut(run / "checkpoint-9")
-    assert newest_whole_checkpoint(run) is None
+    assert latest_complete_checkpoint(run) is None
 
 
 @pytest.mark.parametrize(
@@ -242,19 +242,19 @@ def test_newest_whole_checkpoint_passes_over_cut_ones(run, cut):
         (2, "checkpoint-9", {9, 100}),
     ],
 )
-def test_old_checkpoints_go(run, limit, keep, left):
+def test_old_checkpoints_are_removed(run, limit, keep, left):
     remove_old_checkpoints(run, limit, keep=[run / keep])
     assert {int(folder.name.split("-")[1]) for folder in checkpoints(run)} == left
     assert (run / "checkpoint-final").is_dir()
 
 
-def test_the_best_checkpoint_stays(run, monkeypatch):
+def test_the_best_checkpoint_is_kept(run, monkeypatch):
     monkeypatch.chdir(run.parent)  # a relative output_dir beside an absolute best_model_checkpoint
     remove_old_checkpoints("run", 1, keep=[Path("run/checkpoint-100"), run / "checkpoint-9"])
     assert [folder.name for folder in checkpoints(run)] == ["checkpoint-9", "checkpoint-100"]
 
 
-# ---- which checkpoint, which folder
+# ---- resuming and overwriting
 
 
 @pytest.mark.parametrize("value", [None, False, "false", "False", "none", ""])
@@ -263,7 +263,7 @@ def test_not_resuming(run, value):
 
 
 @pytest.mark.parametrize("value", [True, "true", "True", "auto", "AUTO"])
-def test_resuming_at_the_newest_whole_one(run, value):
+def test_resuming_from_the_latest_complete_one(run, value):
     assert Path(checkpoint_to_resume(str(run), value)) == run / "checkpoint-100"
     cut_record(run / "checkpoint-100")
     assert Path(checkpoint_to_resume(str(run), value)) == run / "checkpoint-10"
@@ -286,14 +286,14 @@ def test_resuming_from_a_path(run, tmp_path):
 
 
 @pytest.mark.parametrize("resume", [None, "auto", False])
-def test_a_new_folder_may_be_claimed(tmp_path, resume):
+def test_a_new_folder(tmp_path, resume):
     assert prepare_output_dir(str(tmp_path / "new"), resume, overwrite=False) is None
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "train.log").write_text("")
     assert prepare_output_dir(str(tmp_path / "new"), resume, overwrite=False) is None
 
 
-def test_a_file_is_no_folder(tmp_path):
+def test_a_file_as_output_dir(tmp_path):
     (tmp_path / "file").write_text("")
     for overwrite in (False, True):
         with pytest.raises(UserError, match=r"output_dir: .*file"):
@@ -301,7 +301,7 @@ def test_a_file_is_no_folder(tmp_path):
 
 
 @pytest.mark.parametrize("is_finished", [False, True])
-def test_a_used_folder_needs_a_word(run, is_finished):
+def test_a_folder_with_a_run_needs_a_decision(run, is_finished):
     if is_finished:
         (run / "adapter_config.json").write_text("{}")
     before = names(run)
@@ -313,7 +313,7 @@ def test_a_used_folder_needs_a_word(run, is_finished):
     assert names(run) == before
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_again(run):
+def test_a_run_killed_before_its_first_checkpoint_restarts(run):
     for folder in checkpoints(run):
         cut_record(folder)
     assert prepare_output_dir(str(run), "auto", overwrite=False) is None
@@ -321,7 +321,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(run):
         prepare_output_dir(str(run), None, overwrite=False)
 
 
-def test_a_finished_run_without_checkpoints_is_not_trained_over(tmp_path):
+def test_a_finished_run_without_checkpoints_is_not_overwritten(tmp_path):
     make_checkpoint(tmp_path / "run")
     with pytest.raises(UserError, match="output_dir"):
         prepare_output_dir(str(tmp_path / "run"), "auto", overwrite=False)
@@ -335,16 +335,15 @@ def finished(run: Path) -> Path:
 
 
 @pytest.mark.parametrize("resume", [None, "auto"])
-def test_overwriting_takes_the_old_run_away(run, resume):
-    """... and nothing of the user's."""
+def test_overwriting_deletes_only_the_old_run(run, resume):
     assert prepare_output_dir(str(finished(run)), resume, overwrite=True) is None
     assert names(run) == {"checkpoint-final", "tmp-checkpoint-200", "train.log"}
     with pytest.raises(UserError, match="no finished run"):
         newest_run(run.parent)
 
 
-def test_one_process_overwrites(run, monkeypatch):
-    """The others may come later, when the first has begun to write."""
+def test_only_the_first_process_overwrites(run, monkeypatch):
+    """The others may be later than its first new file."""
     before = names(finished(run))
     monkeypatch.setenv("RANK", "1")
     assert prepare_output_dir(str(run), None, overwrite=True) is None
@@ -360,14 +359,14 @@ def test_newest_run(tmp_path):
         os.utime(tmp_path / name / "longqlora.json", (1e9 - age, 1e9 - age))
     make_checkpoint(tmp_path / "unfinished" / "checkpoint-2")
     (tmp_path / "newest-merged").mkdir()
-    write_record(tmp_path / "newest-merged", RECORD)  # a plain model, no adapter
+    write_record(tmp_path / "newest-merged", RECORD)  # a merged model, not an adapter
     assert newest_run(tmp_path) == tmp_path / "newest"
-    (tmp_path / "newest" / "longqlora.json").unlink()  # as if it had been killed while saving
+    (tmp_path / "newest" / "longqlora.json").unlink()  # as if killed while saving
     assert newest_run(tmp_path) == tmp_path / "middle"
 
 
 @pytest.mark.parametrize("make_root", [False, True])
-def test_no_run_at_all(tmp_path, make_root):
+def test_no_run(tmp_path, make_root):
     root = tmp_path / "output"
     if make_root:
         root.mkdir()
@@ -376,7 +375,7 @@ def test_no_run_at_all(tmp_path, make_root):
     assert str(root) in str(error.value)
 
 
-def test_runs_are_where_the_shipped_files_train_to():
+def test_shipped_files_train_to_the_output_root():
     root = Path(checkpoint.__file__).resolve().parents[1]
     assert root / "output" == checkpoint.OUTPUT_ROOT
     for file in (root / "train_args").glob("*.yaml"):

@@ -1,4 +1,4 @@
-"""The loss in chunks of tokens against cross_entropy on whole logits, and losses that nobody may chunk."""
+"""The chunked loss against cross_entropy on full logits, and models that do not support it."""
 
 import math
 
@@ -43,7 +43,7 @@ HIDDEN, VOCABULARY = 24, 50
 
 
 def problem(rows=2, tokens=37, *, bias=False, dtype=torch.float32, ignored=5):
-    """Hidden states, labels and a head, all of which train; a quarter of the labels and the first are ignored."""
+    """Trainable hidden states and head, and labels, of which a quarter and the first ones are ignored."""
     hidden = torch.randn(rows, tokens, HIDDEN, dtype=dtype, requires_grad=True)
     labels = torch.randint(VOCABULARY, (rows, tokens))
     labels[:, :ignored] = IGNORE_INDEX
@@ -99,7 +99,7 @@ def test_equals_cross_entropy(chunk, bias):
 
 
 @pytest.mark.parametrize("frozen", ["head", "hidden"])
-def test_what_is_frozen_gets_no_gradient(frozen):
+def test_frozen_tensors_get_no_gradient(frozen):
     hidden, labels, head = problem(bias=True)
     if frozen == "head":
         head.requires_grad_(False)
@@ -117,7 +117,7 @@ def test_what_is_frozen_gets_no_gradient(frozen):
 
 @pytest.mark.parametrize("scale", [0.0, 0.125, 3.0, -1.0])
 def test_gradients_are_scaled(scale):
-    """backward gets something else than one: a loss scale, a share of accumulated micro-batches."""
+    """backward gets a factor other than one: a loss scale, or a share of accumulated micro-batches."""
     hidden, labels, head = problem(bias=True)
     found = with_gradients(chunked_loss, hidden, labels, head, None, 7, scale=scale)
     expected = with_gradients(plain_loss, hidden, labels, head, scale=scale)
@@ -126,7 +126,7 @@ def test_gradients_are_scaled(scale):
 
 
 def test_rows_without_labels():
-    """One such row changes nothing; if all are, there is nothing to learn: no loss, and gradients that are zero."""
+    """One such row changes nothing; without any label, the loss and all gradients are zero."""
     hidden, labels, head = problem()
     labels[0] = IGNORE_INDEX
     expected = with_gradients(plain_loss, hidden, labels, head)
@@ -140,14 +140,14 @@ def test_rows_without_labels():
         assert not any(gradient.any() for gradient in gradients)
 
 
-def test_a_single_token_predicts_nothing():
+def test_a_single_token_has_no_loss():
     hidden, labels, head = problem(1, 1, ignored=0)
     loss, *gradients = with_gradients(chunked_loss, hidden, labels, head, None, 7)
     assert float(loss) == 0
     assert not any(gradient.any() for gradient in gradients)
 
 
-def test_the_last_hidden_state_and_the_first_label_do_not_count():
+def test_the_last_hidden_state_and_the_first_label_are_unused():
     hidden, labels, head = problem(ignored=0)
     loss, gradient, _ = with_gradients(chunked_loss, hidden, labels, head, None, 7)
     assert not gradient[:, -1].any()
@@ -158,7 +158,7 @@ def test_the_last_hidden_state_and_the_first_label_do_not_count():
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 4e-3), (torch.bfloat16, 3e-2)])
 def test_half_precision(dtype, tolerance):
-    """Against fp32 on the same rounded numbers; chunks are summed in fp32, so that their number does not matter."""
+    """Against fp32 on the same rounded inputs; chunks are summed in fp32, so their number does not matter."""
     hidden, labels, head = problem(2, 200, dtype=dtype, bias=True)
     exact = nn.Linear(HIDDEN, VOCABULARY)
     exact.load_state_dict(head.state_dict())
@@ -171,7 +171,7 @@ def test_half_precision(dtype, tolerance):
 
 
 def test_a_scaled_loss_does_not_underflow():
-    """fp16 has nothing below 6e-8: divided by 8192 labels too early, most of the gradient would be gone."""
+    """fp16's smallest number is 6e-8: dividing by 8192 labels too early would lose most of the gradient."""
     hidden, labels, head = problem(2, 40, dtype=torch.float16, ignored=0)
     with torch.no_grad():
         head.weight.mul_(1e-3)  # gradients of 1e-3 / 8192
@@ -185,7 +185,7 @@ def test_a_scaled_loss_does_not_underflow():
 
 
 def test_fp32_head_under_autocast():
-    """A trained head is fp32 while the hidden states are bf16."""
+    """A trained head is fp32, but hidden states are bf16."""
     hidden, labels, head = problem()
     expected = with_gradients(plain_loss, hidden, labels, head)
     with torch.autocast("cpu", torch.bfloat16):
@@ -195,7 +195,7 @@ def test_fp32_head_under_autocast():
 
 
 def test_large_logits():
-    """exp of none of them overflows, and the loss of a certain token is zero."""
+    """No overflow in exp."""
     hidden, labels, head = problem(ignored=0)
     hidden = (hidden * 1e4).detach().requires_grad_()
     found = with_gradients(chunked_loss, hidden, labels, head, None, 7)
@@ -206,7 +206,7 @@ def test_large_logits():
 # ---- in a model
 
 
-def test_no_logits_while_training_alone():
+def test_no_logits_only_in_training_with_labels():
     lean = under_plan(tiny_model(), loss_chunk_tokens=11)
     batch = random_batch(2)
     assert lean.train()(**batch).logits is None
@@ -218,7 +218,7 @@ def test_no_logits_while_training_alone():
     assert lean.get_base_model().loss_chunk == 11
 
 
-def test_chunks_hold_no_more_logits_than_asked_for(monkeypatch):
+def test_chunk_size_limits_the_logits(monkeypatch):
     sizes = []
     linear = F.linear
     monkeypatch.setattr(F, "linear", lambda x, w, b=None: sizes.append((len(x), len(w))) or linear(x, w, b))
@@ -236,15 +236,15 @@ def test_chunks_hold_no_more_logits_than_asked_for(monkeypatch):
     ],
     ids=lambda config: config.model_type,
 )
-def test_scaled_and_capped_logits_are_left_alone(config):
+def test_scaled_and_capped_logits_are_unsupported(config):
     model = tiny_base(config)
     own = type(model)
     assert not use_chunked_loss(model, 7)
     assert type(model) is own
 
 
-def test_a_model_keeps_its_name():
-    """The Trainer asks it whether labels are to be shifted, and a saved config tells it."""
+def test_a_model_keeps_its_class_name():
+    """The Trainer reads from it whether to shift labels, and saved configs contain it."""
     model = tiny_base(tiny_config())
     assert use_chunked_loss(model, 7)
     assert isinstance(model, ChunkedLoss)
@@ -252,14 +252,14 @@ def test_a_model_keeps_its_name():
 
 
 def test_label_smoothing_shifts_labels(tmp_path):
-    """The Trainer makes that loss from logits, and shifts labels for models whose name it knows."""
+    """The Trainer computes this loss from logits, and shifts labels for class names it knows."""
     model = tiny_model()
     losses = []
     for trained in (model, under_plan(model)):
         arguments = TrainingArguments(tmp_path, label_smoothing_factor=0.1, use_cpu=True, report_to="none")
         trainer = LongQLoRATrainer(model=trained, args=arguments, extended_config=None, record={}, strategy=Strategy())
         losses.append(trainer.compute_loss(trained.train(), random_batch(2)).item())
-        shifted = F.pad(random_batch(2)["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)  # as the collator's batches have
+        shifted = F.pad(random_batch(2)["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)  # as in the collator's batches
         again = trainer.compute_loss(trained.train(), {**random_batch(2), "shift_labels": shifted})
         assert again.item() == losses[-1]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
@@ -271,13 +271,13 @@ def test_label_smoothing_shifts_labels(tmp_path):
 
 
 def test_positional_arguments():
-    """The second is the mask, as in the model's own forward."""
+    """The second one is the mask, as in the model's own forward."""
     model = tiny_model(s2=False).get_base_model().train()
     lean = under_plan(tiny_model(s2=False)).get_base_model().train()
     batch = random_batch(2)
     mask = torch.ones_like(batch["input_ids"])
     mask[1, 30:], batch["labels"][1, 30:] = 0, -100
-    mask[0, :20] = 0  # no right padding: the loss shows whether the mask was seen
+    mask[0, :20] = 0  # left padding: the loss shows whether the mask is used
     losses = [m(batch["input_ids"], mask, labels=batch["labels"]).loss.item() for m in (model, lean)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     assert losses[0] != pytest.approx(model(**batch).loss.item(), rel=1e-4)
@@ -304,14 +304,14 @@ SMALL = {
 
 
 def full_logits_losses(model, ids: torch.Tensor) -> torch.Tensor:
-    """(B, T - 1) from the logits of whole windows, as every tutorial does it."""
+    """(B, T - 1) from the full logits."""
     with torch.no_grad():
         logits = model(input_ids=ids, use_cache=False).logits
     return F.cross_entropy(logits[:, :-1].transpose(1, 2).float(), ids[:, 1:], reduction="none")
 
 
 def adapted(model):
-    """With LoRA, and trained copies of embeddings and norms, that change the output."""
+    """`model` with random LoRA, embeddings and norms."""
     model = add_adapter(model, rank=4, alpha=8, dropout=0.0, train_embedding=True, train_norm=True).eval()
     with torch.no_grad():
         for parameter in model.parameters():

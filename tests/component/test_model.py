@@ -1,4 +1,4 @@
-"""How a base is loaded: its config, its weights, in 4 bits or not; and what is refused."""
+"""Loading a base: config and weights, in 4 bits or not, and what is rejected."""
 
 import copy
 import json
@@ -11,11 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
-from transformers import (
-    AutoModelForCausalLM,
-    BitsAndBytesConfig,
-    GPT2Config,
-)
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config
 
 from component.error import UserError
 from component.model import compute_dtype, load_base, load_config
@@ -37,7 +33,7 @@ def ids(llama_config):
 
 @pytest.fixture
 def own_base(base_folder, tmp_path) -> Path:
-    """A copy of the base, to be damaged."""
+    """A copy of the base, to modify."""
     return Path(shutil.copytree(base_folder, tmp_path / "base"))
 
 
@@ -61,7 +57,7 @@ def test_no_such_model(source):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"model_type": "lamma"}'])
-def test_a_config_that_is_none(tmp_path, text):
+def test_invalid_configs(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UserError, match="base_model") as error:
         load_config(str(tmp_path), field="base_model")
@@ -98,7 +94,7 @@ def test_base_equals_stock(base_folder, ids, dtype):
 
 @pytest.fixture(scope="module")
 def wide_base(llama_config, tmp_path_factory) -> Path:
-    """Rows of 64 weights, a block each: bitsandbytes gets shorter ones wrong on the CPU."""
+    """Rows of 64 weights, one block each; bitsandbytes computes shorter ones incorrectly on the CPU."""
     folder = tmp_path_factory.mktemp("wide")
     config = copy.deepcopy(llama_config)
     config.hidden_size, config.head_dim, config.initializer_range = 64, 16, 0.14
@@ -107,7 +103,7 @@ def wide_base(llama_config, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_nf4_with_double_quantisation(wide_base, dtype):
+def test_nf4_with_double_quantization(wide_base, dtype):
     config = load_config(str(wide_base))
     model = load_base(str(wide_base), config, dtype=dtype, load_in_4bit=True, device=CPU)
     layers = [layer for layer in model.modules() if isinstance(layer, bitsandbytes.nn.Linear4bit)]
@@ -117,7 +113,7 @@ def test_nf4_with_double_quantisation(wide_base, dtype):
         assert layer.weight.quant_state.quant_type == "nf4"
         assert layer.weight.quant_state.nested
         assert layer.compute_dtype == dtype
-    # the norms, embeddings and lm_head stay as they are: nothing turns the residual stream into fp32
+    # norms, embeddings and lm_head keep their dtype, so the residual stream is not fp32
     for name, parameter in model.named_parameters():
         if "proj" not in name:
             assert parameter.dtype == dtype
@@ -129,7 +125,7 @@ def test_nf4_with_double_quantisation(wide_base, dtype):
 
 
 def test_nf4_equals_stock_bitsandbytes(wide_base, ids):
-    """In training mode; evaluation first or not. (Stock bitsandbytes repacks weights in evaluation on some CPUs.)"""
+    """In training mode, before and after evaluation, in which stock bitsandbytes repacks weights on some CPUs."""
     config = load_config(str(wide_base))
     ours = load_base(str(wide_base), config, dtype=torch.float32, load_in_4bit=True, device=CPU).train()
     options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
@@ -140,7 +136,7 @@ def test_nf4_equals_stock_bitsandbytes(wide_base, ids):
     assert_close(logits(ours.train(), ids), expected, atol=1e-6, rtol=1e-6)
 
 
-def test_the_callers_config_is_left_alone(base_folder):
+def test_the_callers_config_is_unchanged(base_folder):
     config = load_config(str(base_folder))
     before = config.to_json_string(use_diff=False)
     load_base(str(base_folder), config, dtype=torch.bfloat16, load_in_4bit=True, device=CPU)
@@ -150,7 +146,7 @@ def test_the_callers_config_is_left_alone(base_folder):
 
 @pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight", "model.layers.1.mlp.up_proj.weight"])
 @pytest.mark.parametrize("load_in_4bit", [False, True])
-def test_missing_weights_are_not_made_up(own_base, name, load_in_4bit):
+def test_missing_weights_are_not_initialized(own_base, name, load_in_4bit):
     weights = load_file(own_base / "model.safetensors")
     del weights[name]
     save_file(weights, own_base / "model.safetensors", metadata={"format": "pt"})

@@ -1,4 +1,4 @@
-"""Rotary scaling: the tables that a stock Llama computes from an extended config, and what is written to disk."""
+"""Rotary scaling: the cos and sin tables of a stock Llama with an extended config, and saved configs."""
 
 import copy
 import json
@@ -48,7 +48,7 @@ def llama31() -> LlamaConfig:
 
 @pytest.fixture
 def log(monkeypatch):
-    """Everything that transformers warns of, also what it has already said once in this process."""
+    """All warnings of transformers, including `warning_once` ones already issued in this process."""
     records = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: records.append(record.getMessage())
@@ -60,7 +60,7 @@ def log(monkeypatch):
 
 
 def tables(config: LlamaConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin, (T, head_dim), as a stock Llama of that config computes them."""
+    """cos and sin, (T, head_dim), computed by a stock Llama."""
     cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1), positions[None])
     return cos[0], sin[0]
 
@@ -79,17 +79,17 @@ def expected_tables(positions: Tensor, factor: float, theta: float, head_dim: in
 @pytest.mark.parametrize(
     ("target", "factor"), [(4096, 1.0), (4097, 2.0), (6000, 2.0), (8192, 2.0), (10000, 3.0), (32768, 8.0)]
 )
-def test_linear_tables_are_those_of_the_stretched_positions(theta, target, factor):
+def test_linear_tables_equal_the_formula(theta, target, factor):
     config = llama2(rope_parameters={"rope_type": "default", "rope_theta": theta})
     assert extend_context(config, target) == factor
     positions = torch.arange(target)
-    # fp32 knows an angle of up to 4096 to about 5e-4
+    # fp32 represents angles of up to 4096 to about 5e-4
     for mine, theirs in zip(tables(config, positions), expected_tables(positions, factor, theta, 128), strict=True):
         assert_close(mine.double(), theirs, atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("factor", [2, 4, 8])
-def test_linear_tables_are_those_of_the_unscaled_model_at_p_over_factor(factor):
+def test_linear_tables_equal_the_unscaled_model_at_p_over_factor(factor):
     config = llama2()
     unscaled = tables(config, torch.arange(4096))
     assert extend_context(config, 4096 * factor) == factor
@@ -110,7 +110,7 @@ def test_linear_tables_are_those_of_the_unscaled_model_at_p_over_factor(factor):
         (64, 100, 2.0),
     ],
 )
-def test_factor_is_the_next_whole_number(original, target, factor):
+def test_factor_is_rounded_up(original, target, factor):
     config = llama2(max_position_embeddings=original)
     result = extend_context(config, target)
     assert result == factor
@@ -121,7 +121,7 @@ def test_factor_is_the_next_whole_number(original, target, factor):
 
 @pytest.mark.parametrize("rope_type", ["linear", "dynamic", "yarn"])
 @pytest.mark.parametrize("target", [1, 2048, 4095, 4096])
-def test_covered_target_leaves_the_config_alone(target, rope_type):
+def test_covered_target_does_not_change_the_config(target, rope_type):
     config = llama2()
     before = copy.deepcopy(config.to_dict())
     assert extend_context(config, target, rope_type) == 1.0
@@ -146,11 +146,11 @@ def test_extending_an_extended_config_is_absolute(first, second, target, factor)
     assert extend_context(config, 16384, first) == 4.0
     assert extend_context(config, target, second) == factor
     extend_context(fresh, target, second)
-    assert config.to_dict() == fresh.to_dict()  # nothing of the first scaling is left
+    assert config.to_dict() == fresh.to_dict()  # the first scaling is fully replaced
 
 
 @pytest.mark.parametrize("rope_type", ["linear", "dynamic", "yarn"])
-def test_target_below_the_original_leaves_an_extended_config_alone(rope_type):
+def test_target_below_the_original_does_not_change_an_extended_config(rope_type):
     config = llama2()
     extend_context(config, 16384, rope_type)
     before = copy.deepcopy(config.to_dict())
@@ -169,18 +169,18 @@ def test_lengths_of_a_config():
 
 
 def test_length_of_a_llama3_scaling_is_not_its_factor():
-    """Llama 3.2 says 32 times 8192, yet covers 131072 tokens: there the factor is of the slowest frequencies only."""
+    """Llama 3.2: factor 32, original 8192, yet 131072 tokens; the factor applies to the lowest frequencies only."""
     config = llama2(max_position_embeddings=131072, rope_parameters={**LLAMA3_SCALING, "factor": 32.0})
     assert context_length(config) == 131072
     assert extend_context(config, 131072) == 32.0
     assert config.rope_parameters["rope_type"] == "llama3"
 
 
-# Models that come with a base or a scaling of their own
+# Models with another rope_theta or a scaling of their own
 
 
 @pytest.mark.parametrize("target", [8192, 8193, 65536, 100000, 131072])
-def test_llama3_scaling_that_covers_the_target_stays(target):
+def test_llama3_scaling_that_covers_the_target_is_kept(target):
     config = llama31()
     before = copy.deepcopy(config.to_dict())
     assert extend_context(config, target) == 8.0
@@ -188,7 +188,7 @@ def test_llama3_scaling_that_covers_the_target_stays(target):
 
 
 @pytest.mark.parametrize("rope_type", ["linear", "dynamic", "yarn"])
-def test_llama3_scaling_gives_way_beyond_its_length(rope_type, log):
+def test_llama3_scaling_is_replaced_beyond_its_length(rope_type, log):
     config = llama31()
     assert extend_context(config, 262144, rope_type) == 32.0
     parameters = {"rope_type": rope_type, "rope_theta": 500000.0, "factor": 32.0}
@@ -207,19 +207,19 @@ def test_llama3_without_scaling_keeps_its_theta():
 
 
 @pytest.mark.parametrize(("own", "kept"), [("default", "linear"), ("linear", "linear"), ("yarn", "yarn")])
-def test_a_model_that_was_extended_keeps_its_spacing(own, kept):
+def test_an_extended_model_keeps_its_rope_type(own, kept):
     config = llama2()
     if own != "default":
         extend_context(config, 16384, own)
     assert own_rope_type(config) == kept
 
 
-def test_a_spacing_that_we_do_not_make_is_not_kept():
+def test_an_unsupported_rope_type_is_not_kept():
     assert own_rope_type(llama31()) == "linear"
 
 
-@pytest.mark.parametrize("max_positions", [4096, 16384])  # both are found: as the length before and after stretching
-def test_yarn_of_a_published_config_is_read_through(max_positions):
+@pytest.mark.parametrize("max_positions", [4096, 16384])  # both occur: the length before and after scaling
+def test_original_length_of_published_yarn_configs(max_positions):
     scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096, "rope_theta": 1e6}
     config = llama2(max_position_embeddings=max_positions, rope_parameters=scaling)
     assert extend_context(config, 30000) == 8.0
@@ -240,7 +240,7 @@ def test_yarn_of_a_published_config_is_read_through(max_positions):
 def test_other_models_of_the_family(config):
     assert extend_context(config, 131072) == 4.0
     parameters = dict(config.rope_parameters)
-    parameters.pop("partial_rotary_factor", None)  # of the architecture, where it has one
+    parameters.pop("partial_rotary_factor", None)  # part of the architecture
     assert parameters == {"rope_type": "linear", "rope_theta": 1e6, "factor": 4.0}
     assert config.max_position_embeddings == 32768
 
@@ -293,7 +293,7 @@ def test_config_of_the_original_project(tmp_path, theta):
         assert_close(mine.double(), theirs, atol=1e-3, rtol=0)
     after = copy.deepcopy(config.to_dict())
     for kept in (before, after):
-        kept["rope_parameters"].pop("type", None)  # the old spelling beside the new one: neither harm nor promise
+        kept["rope_parameters"].pop("type", None)  # old key beside the new one; harmless
     assert after == before
 
     assert extend_context(config, 16384) == 4.0
@@ -321,7 +321,7 @@ SCALED = {
 
 
 @pytest.mark.parametrize("rope_type", SCALED)
-def test_saved_config_comes_back(tmp_path, tiny_llama_config, rope_type, log):
+def test_saved_config_round_trip(tmp_path, tiny_llama_config, rope_type, log):
     assert extend_context(tiny_llama_config, 180, rope_type) == 3.0
     tiny_llama_config.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
@@ -352,8 +352,7 @@ def test_model_runs_at_its_extended_length(tiny_llama_config, rope_type, log):
     assert log == []
 
 
-def test_log_hears_what_transformers_warns_of(log):
-    """The fixture itself: its silence above is silence of transformers."""
+def test_log_fixture_records_warnings(log):
     llama2(rope_parameters={**SCALED["yarn"], "original_max_position_embeddings": 1000, "surplus": 1})
     assert any("surplus" in message for message in log)
     assert any("implicit factor" in message for message in log)
@@ -370,7 +369,7 @@ assert "component" not in sys.modules
 """
 
 
-def test_saved_models_load_with_nothing_of_ours(tmp_path, tiny_llama_config):
+def test_saved_models_load_without_longqlora_code(tmp_path, tiny_llama_config):
     folders, expected = [], []
     for rope_type in SCALED:
         config = copy.deepcopy(tiny_llama_config)
@@ -394,10 +393,10 @@ def test_saved_models_load_with_nothing_of_ours(tmp_path, tiny_llama_config):
     assert "rope" not in ran.stderr.lower()
 
 
-# The other two kinds do what their names say
+# The other two rope types
 
 
-def test_dynamic_stretches_only_what_is_longer_than_the_original():
+def test_dynamic_scales_only_beyond_the_original_length():
     config, unscaled = llama2(), tables(llama2(), torch.arange(4096))
     extend_context(config, 8192, "dynamic")
     assert torch.equal(tables(config, torch.arange(4096))[0], unscaled[0])
@@ -408,25 +407,25 @@ def test_dynamic_stretches_only_what_is_longer_than_the_original():
         assert_close(mine.double(), theirs, atol=2e-3, rtol=0)
 
 
-def test_yarn_stretches_slow_frequencies_and_keeps_fast_ones():
+def test_yarn_scales_low_frequencies_and_keeps_high_ones():
     plain, config = llama2(), llama2()
     extend_context(config, 16384, "yarn")
     before, after = LlamaRotaryEmbedding(plain).inv_freq, LlamaRotaryEmbedding(config).inv_freq
     ratio = before / after
-    # a frequency that turns 32 times and more in 4096 tokens is kept, one that does not turn once is divided by 4
+    # frequencies with over 32 turns in 4096 tokens are kept, those below one turn are divided by 4
     turns = 4096 * before / (2 * torch.pi)
     assert_close(ratio[turns > 35], torch.ones_like(ratio[turns > 35]))
     assert_close(ratio[turns < 0.85], torch.full_like(ratio[turns < 0.85], 4.0))
     assert (ratio[1:] >= ratio[:-1] - 1e-6).all()
 
 
-# What a user can get wrong
+# User errors
 
 
 @pytest.mark.parametrize(
     ("rope_type", "meant"), [("liner", "linear"), ("Linear", "linear"), ("yarm", "yarn"), ("dynamics", "dynamic")]
 )
-def test_unknown_rope_type_names_the_nearest(rope_type, meant):
+def test_unknown_rope_type_suggests_the_nearest(rope_type, meant):
     config = llama2()
     before = copy.deepcopy(config.to_dict())
     with pytest.raises(UserError, match=rf"rope_type.*'{rope_type}'.*did you mean {meant}\?"):
@@ -435,19 +434,19 @@ def test_unknown_rope_type_names_the_nearest(rope_type, meant):
 
 
 @pytest.mark.parametrize("rope_type", ["default", "llama3", "longrope", "", "xyz"])
-def test_rope_types_that_are_not_offered_are_refused(rope_type):
+def test_unsupported_rope_types_are_rejected(rope_type):
     with pytest.raises(UserError, match=r"linear.*dynamic.*yarn"):
         extend_context(llama2(), 8192, rope_type)
 
 
 @pytest.mark.parametrize("target", [0, -4096])
-def test_lengths_below_one_are_refused(target):
+def test_lengths_below_one_are_rejected(target):
     with pytest.raises(UserError, match=str(target)):
         extend_context(llama2(), target)
 
 
 @pytest.mark.parametrize("config", [GPT2Config(), Gemma3TextConfig()], ids=lambda config: config.model_type)
-def test_models_without_one_rotary_embedding_are_refused(config):
+def test_models_without_one_rotary_embedding_are_rejected(config):
     before = copy.deepcopy(config.to_dict())
     with pytest.raises(UserError, match=config.model_type):
         extend_context(config, 1 << 20)

@@ -1,4 +1,4 @@
-"""The memory plan on a GPU: bf16 and fp16 with Liger's kernels, pinned host memory, and no growth over steps."""
+"""Memory plans on a GPU: bf16 and fp16 with Liger's kernels, pinned CPU memory, no growth over steps."""
 
 import copy
 
@@ -16,9 +16,9 @@ PLANS = {
     "everything": MemoryPlan(4, 0, False, False, 0, 1024),
     "attention": MemoryPlan(0, 4, False, False, 0, 64),
     "nothing": MemoryPlan(0, 0, False, False, 0, 64),
-    "all levers": MemoryPlan(1, 1, True, True, 96, 64),
-    "on the host": MemoryPlan(0, 0, True, True, 96, 64),
-    "not ahead": MemoryPlan(0, 0, False, True, 96, 64, fetch_ahead=False),
+    "all options": MemoryPlan(1, 1, True, True, 96, 64),
+    "offloaded": MemoryPlan(0, 0, True, True, 96, 64),
+    "no prefetch": MemoryPlan(0, 0, False, True, 96, 64, fetch_ahead=False),
 }
 
 
@@ -42,8 +42,8 @@ def build(tiny_llama_config):
     return model
 
 
-def gradients(model) -> tuple[float, torch.Tensor]:
-    """The loss, and all gradients in one vector of fp32, each tensor scaled to its own size."""
+def gradients(model) -> tuple[float, dict[str, torch.Tensor]]:
+    """The loss and all gradients by name, in fp32."""
     torch.manual_seed(2)
     ids = torch.randint(0, model.config.vocab_size, (2, 515), device="cuda")
     mask, labels = torch.ones_like(ids), ids.clone()
@@ -62,23 +62,23 @@ def worst(found: dict, truth: dict) -> float:
 @pytest.mark.parametrize("full", [{}, {"train_embedding": True, "train_norm": True}], ids=["LoRA", "full"])
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_errs_as_the_plain_path_does(build, dtype, plan, full):
-    """Truth is fp32; the plan may err by what Hugging Face's own layers in this type err, and a half more."""
+def test_half_precision_error_is_that_of_the_plain_path(build, dtype, plan, full):
+    """The error relative to fp32 is at most 1.5 times that of Hugging Face's layers in the same dtype."""
     loss, truth = gradients(build(torch.float32, **full))
     plain_loss, plain = gradients(build(dtype, **full))
-    fused = liger_runs() and not full  # Liger's norms want their weight in one type with their input
-    use_chunked_loss, lean = gradients(build(dtype, plan, fused, **full))
-    assert worst(plain, truth) > 0  # half precision errs
+    fused = liger_runs() and not full  # Liger's norms need weight and input in the same dtype
+    lean_loss, lean = gradients(build(dtype, plan, fused, **full))
+    assert worst(plain, truth) > 0
     assert worst(lean, truth) < 1.5 * worst(plain, truth) + 1e-3
-    assert abs(use_chunked_loss - loss) < 2 * abs(plain_loss - loss) + 2e-3
+    assert abs(lean_loss - loss) < 2 * abs(plain_loss - loss) + 2e-3
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_fp32_equals_the_plain_path(build, plan):
-    """Without fused kernels, exactly the same sums in another order."""
+    """Without fused kernels, up to the order of summation."""
     loss, truth = gradients(build(torch.float32))
-    use_chunked_loss, lean = gradients(build(torch.float32, plan))
-    assert use_chunked_loss == pytest.approx(loss, abs=1e-5)
+    lean_loss, lean = gradients(build(torch.float32, plan))
+    assert lean_loss == pytest.approx(loss, abs=1e-5)
     assert worst(lean, truth) < 1e-4
 
 

@@ -1,4 +1,4 @@
-"""train.py with all levers of the memory plan on against memory_plan: false: losses, adapter and evaluation are equal.
+"""train.py with all memory options equals memory_plan: false: losses, adapter and evaluation.
 
 python -m pytest tests/end_to_end/test_memory_options.py
 python -m pytest tests/end_to_end/test_memory_options.py -m slow     # under the deepspeed launcher
@@ -58,7 +58,7 @@ BASIC = {
 
 @pytest.fixture(scope="module")
 def base(base_folder, llama_config, tmp_path_factory) -> Path:
-    """Four layers, and rows of 64 weights: what bitsandbytes needs to evaluate in 4 bits on the CPU."""
+    """Four layers, and rows of 64 weights, which bitsandbytes needs for 4-bit evaluation on the CPU."""
     folder = tmp_path_factory.mktemp("four-layers")
     config = copy.deepcopy(llama_config)
     config.hidden_size, config.head_dim, config.initializer_range, config.num_hidden_layers = 64, 16, 0.14, 4
@@ -69,7 +69,7 @@ def base(base_folder, llama_config, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def basic(base, tmp_path_factory) -> dict:
-    """Ten steps of two micro-batches of two rows of different lengths, evaluated after four, eight and ten."""
+    """Ten steps of two micro-batches of two rows of different lengths; evaluation after steps 4, 8 and 10."""
     folder = tmp_path_factory.mktemp("data")
     texts = [(text + " ") * times for text in TEXTS for times in (1, 3)]
     for name, rows in (("train.jsonl", texts), ("eval.jsonl", texts[:5])):
@@ -80,7 +80,7 @@ def basic(base, tmp_path_factory) -> dict:
 
 @pytest.fixture
 def run(run_program, basic, tmp_path):
-    """run(**changes): train in this process; the output folder, and what was printed."""
+    """run(**changes): train in this process; the output folder and the printed text."""
 
     def start(**changes) -> tuple[Path, str]:
         number = len(list(tmp_path.glob("*.yaml")))
@@ -102,7 +102,7 @@ def assert_same_run(ours: Path, theirs: Path, tolerance: float = 2e-5) -> None:
     losses, expected = curve(ours), curve(theirs)
     assert losses == pytest.approx(expected, abs=tolerance)
     first, last = min(expected), max(expected)
-    assert expected[first] - expected[last] > 0.05 * (last - first)  # it learnt
+    assert expected[first] - expected[last] > 0.05 * (last - first)  # the loss decreases
     evaluated = curve(theirs, "eval_loss")
     assert evaluated
     assert curve(ours, "eval_loss") == pytest.approx(evaluated, abs=tolerance)
@@ -110,7 +110,7 @@ def assert_same_run(ours: Path, theirs: Path, tolerance: float = 2e-5) -> None:
     assert found.keys() == wanted.keys()
     for name, weight in wanted.items():
         assert found[name].dtype == weight.dtype
-        # Adam divides by the gradient's own size: where that is nearly zero, noise decides
+        # Adam normalizes gradients, so noise dominates where they are nearly zero
         assert float((found[name] - weight).abs().mean()) < 10 * tolerance, name
 
 
@@ -125,31 +125,30 @@ def test_same_curve(run, changes):
     assert curve(ours).keys() == set(range(1, 11))
     assert curve(ours, "eval_loss").keys() == {4, 8, 10}
     assert (
-        "2 layers computed again from their inputs and attention's outputs "
-        "on the host, 1 layers with the MLP computed again, 1 layers kept whole; MLP in tiles of 17 tokens, "
-        "logits of 11" in printed
+        "full (inputs and attention outputs offloaded to CPU memory) in 2, selective (MLP recomputed) in 1, "
+        "none in 1 of 4 layers; MLP in tiles of 17 tokens, loss in chunks of 11" in printed
     )
-    assert "no plan, memory_plan: false" in plain
+    assert "no plan (memory_plan: false)" in plain
 
 
-def test_a_window_of_the_models_own_is_kept(run, base, tmp_path):
-    """Without S2-Attn a Mistral that looks back 16 tokens goes on looking back 16: by transformers' attention."""
+def test_a_models_sliding_window_is_kept(run, base, tmp_path):
+    """Without S2-Attn, a Mistral with a sliding window of 16 tokens trains with it, by transformers' attention."""
     config = MistralConfig.from_dict(AutoConfig.from_pretrained(base).to_dict() | {"sliding_window": 16})
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "mistral")
     AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "mistral")
     changes = {"model_name_or_path": str(tmp_path / "mistral"), "use_shift_short_attention": False, "max_steps": 3}
     (ours, printed), (theirs, _) = run(**changes, **MEMORY_OPTIONS), run(**changes, **OFF)
     assert curve(ours) == pytest.approx(curve(theirs), abs=2e-5)
-    assert "attention's outputs" not in printed
+    assert "attention outputs" not in printed
     config.sliding_window = None
     config.save_pretrained(tmp_path / "mistral")
     wide, printed = run(**changes, **MEMORY_OPTIONS)
     assert abs(curve(wide)[1] - curve(ours)[1]) > 1e-4
-    assert "attention's outputs" in printed
+    assert "attention outputs" in printed
 
 
 def test_bf16(run):
-    """Plain `python train.py` computes under autocast, and evaluates under it too: what trains is fp32."""
+    """Plain `python train.py` trains and evaluates under autocast, with fp32 trainable parameters."""
     changes = {"bf16": True, "load_in_4bit": False, "train_embedding": True, "train_norm": True, "max_steps": 4}
     ours, theirs = (
         run(**changes, learning_rate=2e-3, **memory_options)[0] for memory_options in (MEMORY_OPTIONS, OFF)
@@ -159,19 +158,19 @@ def test_bf16(run):
         assert curve(ours, key)
 
 
-def test_dropout_goes_on_after_a_checkpoint(run, tmp_path):
-    """The masks that a run draws after it was resumed are those of a run that was never stopped."""
+def test_dropout_after_resuming(run, tmp_path):
+    """A resumed run draws the same dropout masks as an uninterrupted one."""
     changes = {**MEMORY_OPTIONS, "lora_dropout": 0.3, "save_steps": 3, "max_steps": 6, "eval_strategy": "no"}
-    whole, _ = run(**changes)
-    shutil.copytree(whole / "checkpoint-3", tmp_path / "stopped" / "checkpoint-3")
+    uninterrupted, _ = run(**changes)
+    shutil.copytree(uninterrupted / "checkpoint-3", tmp_path / "stopped" / "checkpoint-3")
     run(**changes, output_dir=str(tmp_path / "stopped"), resume_from_checkpoint="auto")
-    assert curve(tmp_path / "stopped") == pytest.approx(curve(whole), abs=1e-6)
-    assert len(curve(whole)) == 6
+    assert curve(tmp_path / "stopped") == pytest.approx(curve(uninterrupted), abs=1e-6)
+    assert len(curve(uninterrupted)) == 6
 
 
 @pytest.fixture
 def checkpointed(monkeypatch) -> list[bool]:
-    """For each run, whether transformers computes its layers again."""
+    """For each run, whether transformers' activation checkpointing was on."""
     seen = []
     original = LongQLoRATrainer.train
 
@@ -186,15 +185,15 @@ def checkpointed(monkeypatch) -> list[bool]:
     return seen
 
 
-def test_who_computes_again(run, checkpointed, monkeypatch):
-    """The plan, not transformers, even if asked for; transformers, where the plan falls back."""
+def test_who_recomputes(run, checkpointed, monkeypatch):
+    """The plan, even with gradient_checkpointing: true; transformers if the plan falls back."""
     short = {"max_steps": 2, "eval_steps": 1, "lora_dropout": 0.2}
     run(**short, **MEMORY_OPTIONS, gradient_checkpointing=True)
     assert checkpointed == [False]
     monkeypatch.setattr("component.memory.apply.use_memory_plan", lambda *args, **kwargs: "a reason")
     fallen, printed = run(**short, **MEMORY_OPTIONS)
     assert checkpointed == [False, True]
-    assert "no plan, a reason" in printed
+    assert "no plan (a reason)" in printed
     assert len(curve(fallen)) == 2
 
 
@@ -229,16 +228,16 @@ def test_zero_2(basic, tmp_path, config, changes):
 
 @pytest.mark.slow
 def test_zero_3_falls_back(basic, tmp_path):
-    """... with a line that says so, and trains and evaluates like ZeRO-2; targets are checked before all weights."""
+    """The summary says so, and training and evaluation equal ZeRO-2."""
     values = {**basic, "target_modules": "q_proj,v_proj,down_proj"}
     ours, printed = deepspeed(values, tmp_path, "deepspeed_config_s3", **MEMORY_OPTIONS)
     theirs, _ = deepspeed(values, tmp_path, "deepspeed_config_s2_no_offload", **OFF)
-    assert "no plan, ZeRO-3 gathers each weight through its module's own forward" in printed
+    assert "no plan (ZeRO-3 gathers each weight through its module's own forward)" in printed
     assert_same_run(ours, theirs)
 
 
 def test_workload_under_zero_3(base, monkeypatch):
-    """Counted on a model that ZeRO-3 must not partition; without processes, without a GPU."""
+    """Counted on a model that ZeRO-3 must not partition."""
     from transformers.integrations import deepspeed as integration
 
     from component.adapter import check_targets_early

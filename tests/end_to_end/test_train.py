@@ -1,10 +1,10 @@
-"""train.py from end to end, on CPU: what it computes, what it writes, and what is left of it when it is killed.
+"""train.py from end to end, on CPU: what it computes, what it writes, and resuming after it is killed.
 
     python -m pytest tests/end_to_end/test_train.py
     python -m pytest tests/end_to_end/test_train.py -m slow     # deepspeed (compiles for a minute), torchrun
 
-Most runs here are processes forked off one that has imported everything already: a fresh interpreter needs seven
-seconds of imports for half a second of training. The command itself is started where that is the point.
+Most runs are forked from a process that has imported everything: a fresh interpreter needs seven seconds of imports
+for half a second of training. Some tests start the command itself.
 """
 
 import copy
@@ -25,13 +25,7 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    LlamaForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaForCausalLM
 
 from component.rope import extend_context
 from tests.conftest import ROOT, build_llama
@@ -72,7 +66,7 @@ EVAL_TEXTS = [
 
 @pytest.fixture(scope="module")
 def train(tmp_path_factory):
-    """train(values) -> exit status and output of a run that it waits for."""
+    """train(values): wait for a run; its exit status and output."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -100,13 +94,13 @@ def write_texts(file: Path, texts: list[str]) -> str:
 
 @pytest.fixture(scope="module")
 def basic(base_folder, files) -> dict:
-    """A run of three steps, each over all four texts: the order in which they are drawn changes nothing."""
+    """A run of three steps, each over all four texts, so their order does not matter."""
     return {**BASIC, "model_name_or_path": str(base_folder), "train_file": files["train_file"]}
 
 
 @pytest.fixture(scope="module")
 def plain_run(train, basic, files, tmp_path_factory) -> Path:
-    """The folder that the basic run, with evaluation, has written."""
+    """The output folder of the basic run with evaluation."""
     out = tmp_path_factory.mktemp("plain") / "out"
     finish(train({**basic, "output_dir": str(out), "eval_file": files["eval_file"], "per_device_eval_batch_size": 3}))
     return out
@@ -117,7 +111,7 @@ def names(folder: Path) -> set[str]:
 
 
 def summed_loss(model, ids: torch.Tensor) -> torch.Tensor:
-    """Summed cross entropy in nats of each token but the first, a row (1, T) at a time: no padding, no batch."""
+    """Summed cross-entropy in nats of each token of a row (1, T) but the first: no padding, no batch."""
     logits = model(input_ids=ids, use_cache=False).logits[0].float()
     return F.cross_entropy(logits[:-1], ids[0, 1:], reduction="sum")
 
@@ -128,7 +122,7 @@ def summed_loss(model, ids: torch.Tensor) -> torch.Tensor:
 def test_losses_and_adapter_equal_a_plain_loop(plain_run, base_folder):
     """Token-weighted loss, clipping at 0.3, AdamW, and a slow loop for shift short attention."""
     base = stock_model(base_folder, group_size=GROUP, _attn_implementation=LOOP)
-    # LoRA's B starts at zero, so no gradient reaches A in the first step: A after it is A before it
+    # B starts at zero, so A gets no gradient in the first step: checkpoint-1 has the initial A
     model = PeftModel.from_pretrained(base, plain_run / "checkpoint-1", is_trainable=True).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for name, parameter in model.named_parameters():
@@ -146,15 +140,15 @@ def test_losses_and_adapter_equal_a_plain_loop(plain_run, base_folder):
         optimizer.zero_grad()
         expected[step] = loss.item()
     assert losses(plain_run) == pytest.approx(expected, abs=2e-5)
-    assert expected[1] - expected[3] > 0.05  # it learnt: the comparison is not of a model that stood still
+    assert expected[1] - expected[3] > 0.05  # the loss decreases, so the comparison is meaningful
     saved = load_file(plain_run / "adapter_model.safetensors")
     own = {name.replace(".default", ""): parameter for name, parameter in model.named_parameters()}
     for name, weight in saved.items():
         torch.testing.assert_close(weight, own[name].data, atol=2e-4, rtol=0)
 
 
-def test_first_loss_is_weighed_by_the_token(plain_run, base_folder):
-    """In the first step LoRA adds nothing: the loss is the stretched base's, under shift short attention."""
+def test_first_loss_is_token_weighted(plain_run, base_folder):
+    """In the first step LoRA adds nothing: the loss is that of the extended base under S2-Attn."""
     model = stock_model(base_folder, group_size=GROUP, _attn_implementation=LOOP).train()
     full = stock_model(base_folder).eval()
     rows = token_ids(base_folder, TRAIN_TEXTS)
@@ -165,7 +159,7 @@ def test_first_loss_is_weighed_by_the_token(plain_run, base_folder):
     by_token, by_row = float(sums.sum() / counts.sum()), float((sums / counts).mean())
     assert losses(plain_run)[1] == pytest.approx(by_token, abs=1e-5)
     assert abs(by_token - by_row) > 1e-2
-    assert abs(by_token - float(sums_of_full.sum() / counts.sum())) > 1e-3  # S2-Attn is on while training
+    assert abs(by_token - float(sums_of_full.sum() / counts.sum())) > 1e-3  # training uses S2-Attn
 
 
 @pytest.mark.parametrize(("batch", "accumulation"), [(1, 4), (2, 2)])
@@ -180,19 +174,19 @@ def test_accumulation_does_not_change_the_run(train, basic, plain_run, tmp_path,
     assert record(tmp_path / "out")["trained_tokens"] == record(plain_run)["trained_tokens"]
 
 
-def hand_computed_eval_loss(out: Path, base: Path) -> float:
-    """Stock PEFT on the stretched stock base, eager full attention, one row at a time, tokens weighing alike."""
+def reference_eval_loss(out: Path, base: Path) -> float:
+    """Token-weighted loss of stock PEFT on the extended stock base: eager full attention, one row at a time."""
     model = PeftModel.from_pretrained(stock_model(base, _attn_implementation="eager"), out).eval()
     rows = token_ids(base, EVAL_TEXTS)
     with torch.no_grad():
         return sum(float(summed_loss(model, row)) for row in rows) / sum(row.shape[1] - 1 for row in rows)
 
 
-def test_eval_loss_by_hand(train, basic, files, plain_run, base_folder, tmp_path):
-    """Batches of three and of one; full attention; five rows are no multiple of three."""
+def test_eval_loss(train, basic, files, plain_run, base_folder, tmp_path):
+    """Five rows in batches of three and of one."""
     out = tmp_path / "out"
     finish(train({**basic, "output_dir": str(out), "eval_file": files["eval_file"], "per_device_eval_batch_size": 1}))
-    expected = hand_computed_eval_loss(plain_run, base_folder)
+    expected = reference_eval_loss(plain_run, base_folder)
     for folder in (plain_run, out):
         measured = json.loads((folder / "eval_results.json").read_text())
         assert measured["eval_loss"] == pytest.approx(expected, abs=1e-5)
@@ -207,13 +201,13 @@ def test_evaluation_during_training_changes_nothing(train, basic, files, plain_r
     measured = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
     assert measured.keys() == {1, 2, 3}
     for step, loss in measured.items():
-        by_hand = hand_computed_eval_loss(tmp_path / "out" / f"checkpoint-{step}", base_folder)
-        assert loss == pytest.approx(by_hand, abs=1e-5)
+        expected = reference_eval_loss(tmp_path / "out" / f"checkpoint-{step}", base_folder)
+        assert loss == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.fixture(scope="module")
 def wide_base(llama_config, base_folder, tmp_path_factory) -> Path:
-    """Rows of 64 weights: what stock bitsandbytes needs to evaluate in 4 bits on the CPU."""
+    """Rows of 64 weights, which stock bitsandbytes needs for 4-bit evaluation on the CPU."""
     folder = tmp_path_factory.mktemp("wide")
     config = copy.deepcopy(llama_config)
     config.hidden_size, config.head_dim, config.initializer_range = 64, 16, 0.14
@@ -223,7 +217,7 @@ def wide_base(llama_config, base_folder, tmp_path_factory) -> Path:
 
 
 def test_evaluation_in_4bit(train, basic, files, wide_base, tmp_path):
-    """... is that of stock bitsandbytes under stock PEFT; and the steps after it are those of a run without it."""
+    """Equals stock bitsandbytes and PEFT, and does not change the following steps."""
     changed = {"load_in_4bit": True, "model_name_or_path": str(wide_base)}
     evaluating = {"eval_strategy": "steps", "eval_steps": 1, "eval_file": files["eval_file"]}
     with_eval, without = tmp_path / "with", tmp_path / "without"
@@ -241,11 +235,11 @@ def test_evaluation_in_4bit(train, basic, files, wide_base, tmp_path):
     model = PeftModel.from_pretrained(base, with_eval).eval()
     rows = token_ids(wide_base, EVAL_TEXTS)
     with torch.no_grad():
-        by_hand = sum(float(summed_loss(model, row)) for row in rows) / sum(row.shape[1] - 1 for row in rows)
+        expected = sum(float(summed_loss(model, row)) for row in rows) / sum(row.shape[1] - 1 for row in rows)
     measured = json.loads((with_eval / "eval_results.json").read_text())["eval_loss"]
-    assert measured == pytest.approx(by_hand, abs=2e-3)  # batches of eight and of one go through different kernels
-    plain = hand_computed_eval_loss(with_eval, wide_base)
-    assert abs(by_hand - plain) > 5e-3  # of unquantised weights
+    assert measured == pytest.approx(expected, abs=2e-3)  # batches of eight and of one use different kernels
+    plain = reference_eval_loss(with_eval, wide_base)
+    assert abs(expected - plain) > 5e-3  # unquantized weights
 
 
 # ---- what it writes
@@ -259,7 +253,7 @@ def test_exact_files(plain_run):
     assert not list(plain_run.rglob("training_args.bin"))
 
 
-def test_config_is_the_stretched_one_and_plain(plain_run, base_folder):
+def test_config_is_extended_and_stock(plain_run, base_folder):
     expected = json.loads((base_folder / "config.json").read_text())
     expected["rope_parameters"] = {"rope_type": "linear", "factor": 3.0, "rope_theta": 10000.0}
     for folder in (plain_run, plain_run / "checkpoint-2"):
@@ -270,7 +264,7 @@ def test_config_is_the_stretched_one_and_plain(plain_run, base_folder):
         assert LlamaForCausalLM._from_config(config).config._attn_implementation == "sdpa"
 
 
-def test_config_of_a_4bit_run_names_no_quantisation(train, basic, tmp_path):
+def test_config_of_a_4bit_run_has_no_quantization(train, basic, tmp_path):
     out = tmp_path / "out"
     finish(train({**basic, "output_dir": str(out), "load_in_4bit": True, "save_steps": 2}))
     for folder in (out, out / "checkpoint-2"):
@@ -298,8 +292,8 @@ def test_record(plain_run, base_folder):
     assert second["trained_tokens"] * 3 == written["trained_tokens"] * 2
 
 
-def test_tokenizer_keeps_its_vocabulary_and_learns_the_length(plain_run, base_folder):
-    """Its file is the base's: the truncation of training samples is not in it, for programs that obey the file."""
+def test_tokenizer_has_the_base_vocabulary_and_the_new_length(plain_run, base_folder):
+    """tokenizer.json is the base's, without the truncation of training samples."""
     assert json.loads((plain_run / "tokenizer.json").read_text()) == json.loads(
         (base_folder / "tokenizer.json").read_text()
     )
@@ -311,8 +305,8 @@ def test_tokenizer_keeps_its_vocabulary_and_learns_the_length(plain_run, base_fo
     assert saved(text).input_ids == original(text).input_ids
 
 
-def test_dynamic_and_full_attention(train, basic, base_folder, tmp_path):
-    """Another scaling and no S2-Attn: the loss is that of stock full attention."""
+def test_yarn_and_full_attention(train, basic, base_folder, tmp_path):
+    """The loss equals stock full attention."""
     changed = {"use_shift_short_attention": False, "rope_type": "yarn", "max_steps": 1}
     finish(train({**basic, **changed, "output_dir": str(tmp_path / "out")}))
     written = record(tmp_path / "out")
@@ -325,8 +319,8 @@ def test_dynamic_and_full_attention(train, basic, base_folder, tmp_path):
 
 
 @pytest.mark.parametrize(("asked", "kept"), [(None, "yarn"), ("linear", "linear")])
-def test_an_extended_model_keeps_its_spacing(train, basic, base_folder, tmp_path, asked, kept):
-    """A yarn model that is tuned further, as for chats, by a YAML that says nothing of positions."""
+def test_an_extended_model_keeps_its_rope_type(train, basic, base_folder, tmp_path, asked, kept):
+    """Fine-tuning a yarn model with a YAML without rope_type."""
     model = shutil.copytree(base_folder, tmp_path / "extended")
     config = AutoConfig.from_pretrained(model)
     extend_context(config, 192, "yarn")
@@ -337,7 +331,7 @@ def test_an_extended_model_keeps_its_spacing(train, basic, base_folder, tmp_path
     assert record(tmp_path / "out")["rope_type"] == kept
 
 
-# ---- what it trains
+# ---- what is trained
 
 
 def test_the_last_steps_train_with_full_attention(train, basic, plain_run, base_folder, tmp_path):
@@ -345,25 +339,25 @@ def test_the_last_steps_train_with_full_attention(train, basic, plain_run, base_
     finish(train({**basic, "full_attention_ratio": 1, "output_dir": str(always)}))
     without = {"use_shift_short_attention": False, "full_attention_ratio": 0.5}
     printed = finish(train({**basic, **without, "output_dir": str(never)}))
-    assert "full, in every step: full_attention_ratio changes nothing" in printed
+    assert "full in every step; full_attention_ratio has no effect" in printed
     shifted, full = losses(plain_run), losses(never)
     assert abs(shifted[1] - full[1]) > 1e-3
     assert losses(always) == pytest.approx(full, abs=1e-5)
     for last, first_full in ((0.3, 3), (0.66, 2)):
         out = tmp_path / str(last)
         printed = finish(train({**basic, "full_attention_ratio": last, "output_dir": str(out)}))
-        assert f"full attention in the last {100 * last:g} % of the steps and when evaluating" in printed
+        assert f"full attention in the last {100 * last:g} % of the steps and in evaluation" in printed
         mixed = losses(out)
         for step in range(1, first_full):
             assert mixed[step] == pytest.approx(shifted[step], abs=1e-6)
         assert abs(mixed[first_full] - shifted[first_full]) > 1e-3
-    # after a resumption too: the step alone decides
+    # also after resuming
     shutil.rmtree(out / "checkpoint-3")
     finish(train({**basic, "full_attention_ratio": 0.66, "output_dir": str(out), "resume_from_checkpoint": True}))
     assert losses(out) == pytest.approx(mixed, abs=1e-6)
 
 
-def test_sft_learns_answers_and_drops_samples_without_any(train, basic, base_folder, tmp_path):
+def test_sft_trains_on_answers_and_drops_samples_without_labels(train, basic, base_folder, tmp_path):
     lines = [
         {"input": "Who jumps?", "output": "The fox."},
         {"input": "Over whom?", "output": "Over the lazy dog, who does not mind at all."},
@@ -399,7 +393,7 @@ def test_sft_learns_answers_and_drops_samples_without_any(train, basic, base_fol
 
 @pytest.fixture(scope="module")
 def tied_base(base_folder, llama_config, tmp_path_factory) -> Path:
-    """The base with one matrix for embedding and lm_head."""
+    """The base with tied embeddings."""
     folder = tmp_path_factory.mktemp("tied")
     model = stock_model(base_folder, factor=None, tie_word_embeddings=True)
     model.tie_weights()
@@ -423,8 +417,8 @@ def test_embeddings_and_norms_train(train, basic, base_folder, tied_base, tmp_pa
     for name in copies:
         found = saved[f"base_model.model.{name}"]
         assert found.dtype == torch.float32
-        assert not torch.equal(found, before[name].float()), f"{name} has not moved"
-    if not load_in_4bit:  # what is saved is what was trained: stock PEFT goes on from the very loss
+        assert not torch.equal(found, before[name].float()), f"{name} has not changed"
+    if not load_in_4bit:  # stock PEFT continues from the saved weights with a lower loss
         model = PeftModel.from_pretrained(stock_model(base, group_size=GROUP, _attn_implementation=LOOP), out).train()
         rows = token_ids(base, TRAIN_TEXTS)
         with torch.no_grad():
@@ -471,12 +465,12 @@ def test_mistakes_end_in_one_message(train, basic, tmp_path, changed, fragments)
         assert fragment in run.stdout
 
 
-# ---- what is left when it is killed
+# ---- killed and resumed runs
 
 
 @pytest.fixture(scope="module")
 def long_basic(base_folder, tmp_path_factory) -> dict:
-    """Eight steps, two to an epoch and a bit, with dropout, accumulation, shuffling and a falling learning rate."""
+    """Eight steps, each less than half an epoch, with dropout, accumulation, shuffling and learning-rate decay."""
     texts = [f"{text} {number}" for number in range(3) for text in TRAIN_TEXTS][:11]
     return {
         **BASIC,
@@ -492,21 +486,21 @@ def long_basic(base_folder, tmp_path_factory) -> dict:
 
 
 @pytest.fixture(scope="module")
-def unbroken(train, long_basic, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("unbroken") / "out"
+def uninterrupted(train, long_basic, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("uninterrupted") / "out"
     finish(train({**long_basic, "output_dir": str(out)}))
     assert len(losses(out)) == 8
     return out
 
 
 class DieAt:
-    """Kills the training process at a step, in the middle of something, as a pulled plug would."""
+    """Kills the training process at a given step, in the middle of an operation."""
 
     def __init__(self, what: str, step: int):
         self.what, self.step = what, step
 
     def __call__(self) -> None:
-        """In the training process: wrap the function that does it."""
+        """In the training process: wrap the function of that operation."""
         import train
         from component.train import trainer
 
@@ -547,10 +541,10 @@ class DieAt:
             (Path(args[0]) / "adapter_model.safetensors").unlink()
 
 
-def is_whole(checkpoint: Path, reference: Path) -> bool:
-    """Whether a checkpoint holds what the unbroken run's holds, by name and size."""
+def is_complete(checkpoint: Path, reference: Path) -> bool:
+    """Whether a checkpoint has the files of the uninterrupted run's, by name and size."""
     theirs = {file.name: file.stat().st_size for file in (reference / checkpoint.name).iterdir()}
-    del theirs["trainer_state.json"], theirs["longqlora.json"]  # they hold times, paths and arguments
+    del theirs["trainer_state.json"], theirs["longqlora.json"]  # they contain times, paths and arguments
     ours = {file.name: file.stat().st_size for file in checkpoint.iterdir() if file.name in theirs}
     return ours == theirs and names(checkpoint) == CHECKPOINT_FILES
 
@@ -559,29 +553,29 @@ def is_whole(checkpoint: Path, reference: Path) -> bool:
     ("what", "step"),
     [("step", 5), ("adapter", 4), ("weights", 4), ("optimizer", 4), ("state", 6), ("record", 4), ("removal", 2)],
 )
-def test_killed_run_goes_on_as_if_nothing_had_happened(train, long_basic, unbroken, tmp_path, what, step):
-    """... and with save_total_limit 1 there is a whole checkpoint at any time after the first."""
+def test_killed_run_resumes_with_the_same_losses(train, long_basic, uninterrupted, tmp_path, what, step):
+    """And with save_total_limit: 1 there is always one complete checkpoint after the first."""
     out = tmp_path / "out"
     values = {**long_basic, "output_dir": str(out), "save_total_limit": 1, "resume_from_checkpoint": "auto"}
     killed = train(values, DieAt(what, step))
     assert killed.returncode == -signal.SIGKILL, killed.stdout[-3000:]
-    whole = {folder.name for folder in out.glob("checkpoint-*") if is_whole(folder, unbroken)}
-    assert len(whole) == 1
+    complete = {folder.name for folder in out.glob("checkpoint-*") if is_complete(folder, uninterrupted)}
+    assert len(complete) == 1
     finish(train(values))
-    assert losses(out) == pytest.approx(losses(unbroken), abs=1e-6)
+    assert losses(out) == pytest.approx(losses(uninterrupted), abs=1e-6)
     assert {folder.name for folder in out.glob("checkpoint-*")} == {"checkpoint-8"}
     assert names(out) == RUN_FILES | {"checkpoint-8"}
-    ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (out, unbroken))
+    ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (out, uninterrupted))
     for name, weight in theirs.items():
         torch.testing.assert_close(ours[name], weight, atol=1e-6, rtol=0)
-    assert record(out)["trained_tokens"] == record(unbroken)["trained_tokens"]
+    assert record(out)["trained_tokens"] == record(uninterrupted)["trained_tokens"]
 
 
 @pytest.mark.parametrize("damaged", ["adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "longqlora.json"])
-def test_cut_checkpoints_are_passed_over(train, long_basic, unbroken, tmp_path, damaged):
-    """A full disk or a lost page: the newest checkpoint has a file that is too short."""
+def test_incomplete_checkpoints_are_skipped(train, long_basic, uninterrupted, tmp_path, damaged):
+    """E.g. after a full disk: the latest checkpoint has a truncated file."""
     out = tmp_path / "out"
-    shutil.copytree(unbroken, out)
+    shutil.copytree(uninterrupted, out)
     for file in out.iterdir():
         if file.is_file():
             file.unlink()
@@ -589,9 +583,9 @@ def test_cut_checkpoints_are_passed_over(train, long_basic, unbroken, tmp_path, 
     file = out / "checkpoint-6" / damaged
     os.truncate(file, file.stat().st_size // 2)
     finish(train({**long_basic, "output_dir": str(out), "resume_from_checkpoint": "auto"}))
-    assert losses(out) == pytest.approx(losses(unbroken), abs=1e-6)
+    assert losses(out) == pytest.approx(losses(uninterrupted), abs=1e-6)
     assert {file.name for file in (out / "checkpoint-6").iterdir()} == CHECKPOINT_FILES
-    assert is_whole(out / "checkpoint-6", unbroken)
+    assert is_complete(out / "checkpoint-6", uninterrupted)
 
 
 @pytest.mark.parametrize(
@@ -608,26 +602,26 @@ def test_trained_embeddings_and_norms_resume(train, long_basic, tied_base, tmp_p
     changed = {"train_embedding": True, "train_norm": True, "max_steps": 4, **precision}
     if tied:
         changed["model_name_or_path"] = str(tied_base)
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    finish(train({**long_basic, **changed, "output_dir": str(whole)}))
-    shutil.copytree(whole / "checkpoint-2", out / "checkpoint-2")
+    reference, out = tmp_path / "reference", tmp_path / "out"
+    finish(train({**long_basic, **changed, "output_dir": str(reference)}))
+    shutil.copytree(reference / "checkpoint-2", out / "checkpoint-2")
     finish(train({**long_basic, **changed, "output_dir": str(out), "resume_from_checkpoint": "auto"}))
-    assert losses(out) == pytest.approx(losses(whole), abs=1e-6)
+    assert losses(out) == pytest.approx(losses(reference), abs=1e-6)
     assert len(losses(out)) == 4
     before, ours, theirs = (
-        load_file(folder / "adapter_model.safetensors") for folder in (whole / "checkpoint-2", out, whole)
+        load_file(folder / "adapter_model.safetensors") for folder in (reference / "checkpoint-2", out, reference)
     )
     assert ours.keys() == theirs.keys() == before.keys()
     for name, weight in theirs.items():
         torch.testing.assert_close(ours[name], weight, atol=1e-6, rtol=0)
-        assert not torch.equal(before[name], weight), f"{name} has not moved"
+        assert not torch.equal(before[name], weight), f"{name} has not changed"
 
 
-def test_rotation_keeps_the_whole_checkpoint_not_the_cut_one(train, long_basic, unbroken, tmp_path):
-    """A cut checkpoint-6 lies ahead of the run that goes on from 4 and ends at 5; one checkpoint may stay."""
+def test_rotation_keeps_the_complete_checkpoint(train, long_basic, uninterrupted, tmp_path):
+    """Not an incomplete checkpoint-6, in a run that resumes from 4 and ends at 5."""
     out = tmp_path / "out"
     for step in (2, 4, 6):
-        shutil.copytree(unbroken / f"checkpoint-{step}", out / f"checkpoint-{step}")
+        shutil.copytree(uninterrupted / f"checkpoint-{step}", out / f"checkpoint-{step}")
     (out / "checkpoint-6" / "longqlora.json").unlink()
     changed = {"max_steps": 5, "save_total_limit": 1, "resume_from_checkpoint": "auto", "output_dir": str(out)}
     finish(train({**long_basic, **changed}))
@@ -635,7 +629,7 @@ def test_rotation_keeps_the_whole_checkpoint_not_the_cut_one(train, long_basic, 
     assert names(out / "checkpoint-5") == CHECKPOINT_FILES
 
 
-def test_a_finished_run_is_not_trained_over(train, basic, plain_run):
+def test_a_finished_run_is_not_overwritten(train, basic, plain_run):
     before = (plain_run / "adapter_model.safetensors").read_bytes()
     run = train({**basic, "output_dir": str(plain_run)})
     assert run.returncode == 1
@@ -645,8 +639,8 @@ def test_a_finished_run_is_not_trained_over(train, basic, plain_run):
     assert (plain_run / "adapter_model.safetensors").read_bytes() == before
 
 
-def test_overwriting_starts_afresh(train, basic, plain_run, tmp_path):
-    """Nothing of the run before is left: no checkpoint, no evaluation that this run has not made."""
+def test_overwriting_starts_from_scratch(train, basic, plain_run, tmp_path):
+    """No checkpoint or evaluation result of the old run is left."""
     out = tmp_path / "out"
     shutil.copytree(plain_run, out)
     changed = {"max_steps": 1, "save_steps": 100, "overwrite_output_dir": True, "output_dir": str(out)}
@@ -658,9 +652,9 @@ def test_overwriting_starts_afresh(train, basic, plain_run, tmp_path):
 
 
 def test_the_command_killed_and_resumed(long_basic, train, tmp_path):
-    """`python train.py` itself, killed with its process group at whatever step it has come to, and run again."""
+    """`python train.py` itself, killed with its process group at an arbitrary step, and resumed."""
     values = {**long_basic, "max_steps": 60, "save_steps": 5, "save_total_limit": 2}
-    finish(train({**values, "output_dir": str(tmp_path / "unbroken")}))
+    finish(train({**values, "output_dir": str(tmp_path / "uninterrupted")}))
     out = tmp_path / "out"
     file = train.yaml({**values, "output_dir": str(out)})
     command = [sys.executable, "train.py", "--train_args_file", str(file), "--resume_from_checkpoint", "auto"]
@@ -675,31 +669,31 @@ def test_the_command_killed_and_resumed(long_basic, train, tmp_path):
     assert not (out / "longqlora.json").exists()
     finish(train({**values, "output_dir": str(out), "resume_from_checkpoint": "auto"}))
     assert len(losses(out)) == 60
-    assert losses(out) == pytest.approx(losses(tmp_path / "unbroken"), abs=1e-6)
+    assert losses(out) == pytest.approx(losses(tmp_path / "uninterrupted"), abs=1e-6)
 
 
 # ---- other launchers
 
 
 def overflow_at_the_third_step() -> None:
-    """An infinity in the last gradient of the group, before DeepSpeed's step looks for one."""
+    """Put an infinity in the last gradient before DeepSpeed checks for overflow in the third step."""
     import component.train.zero
 
-    look, calls = component.train.zero.any_overflow, []
+    check, calls = component.train.zero.any_overflow, []
 
-    def planting(gradients):
+    def with_overflow(gradients):
         calls.append(len(calls))
         if len(calls) == 3:
             gradients[0][-1].view(-1)[-1] = torch.inf
-        print("overflow", look(gradients).tolist())
-        return look(gradients)
+        print("overflow", check(gradients).tolist())
+        return check(gradients)
 
-    component.train.zero.any_overflow = planting
+    component.train.zero.any_overflow = with_overflow
 
 
 @pytest.mark.slow
 def test_a_step_that_overflows_is_skipped(train, basic, tmp_path):
-    """Under ZeRO-2, in bf16: three steps of which the last overflows leave what two steps do."""
+    """Under ZeRO-2 in bf16: three steps, the last of which overflows, equal two steps."""
     values = {**basic, "bf16": True, "eval_strategy": "no", **DEEPSPEED}
     printed = finish(train({**values, "max_steps": 3, "output_dir": f"{tmp_path}/three"}, overflow_at_the_third_step))
     finish(train({**values, "max_steps": 2, "output_dir": f"{tmp_path}/two"}))
@@ -726,7 +720,7 @@ DEEPSPEED = {"deepspeed": "./train_args/deepspeed/deepspeed_config_s2_no_offload
     ids=["deepspeed", "python-zero2", "python", "torchrun-1", "torchrun-2", "torchrun-2-zero2"],
 )
 def test_launchers_agree(train, basic, files, plain_run, base_folder, tmp_path, launcher, changed):
-    """Each step is over the same four texts, however they are dealt out: one curve, one adapter, one evaluation."""
+    """Each step covers the same four texts, however they are distributed: the same losses and evaluation."""
     values = {**basic, **changed, "eval_file": files["eval_file"], "per_device_eval_batch_size": 2, "save_steps": 2}
     if not Path(launcher[0]).is_absolute():
         launcher = [executable(launcher[0]), *launcher[1:]]
@@ -734,7 +728,7 @@ def test_launchers_agree(train, basic, files, plain_run, base_folder, tmp_path, 
     assert losses(out) == pytest.approx(losses(plain_run), abs=1e-5)
     measured, expected = (json.loads((folder / "eval_results.json").read_text()) for folder in (out, plain_run))
     assert measured["eval_loss"] == pytest.approx(expected["eval_loss"], abs=1e-4)
-    assert measured["eval_loss"] == pytest.approx(hand_computed_eval_loss(out, base_folder), abs=1e-5)
+    assert measured["eval_loss"] == pytest.approx(reference_eval_loss(out, base_folder), abs=1e-5)
     assert record(out)["trained_tokens"] == record(plain_run)["trained_tokens"]
     assert record(out)["files"].keys() == record(plain_run)["files"].keys()
     assert not list(out.rglob("training_args.bin"))
@@ -742,11 +736,11 @@ def test_launchers_agree(train, basic, files, plain_run, base_folder, tmp_path, 
 
 @pytest.mark.slow
 def test_deepspeed_resumes(train, long_basic, tmp_path):
-    """ZeRO-2 keeps its own checkpoint inside ours."""
+    """ZeRO-2 has its own checkpoint inside ours."""
     values = {**long_basic, **DEEPSPEED, "max_steps": 4}
-    whole = launched([sys.executable], {**values, "output_dir": str(tmp_path / "whole")}, train)
+    reference = launched([sys.executable], {**values, "output_dir": str(tmp_path / "reference")}, train)
     out = tmp_path / "out"
-    shutil.copytree(whole / "checkpoint-2", out / "checkpoint-2")
+    shutil.copytree(reference / "checkpoint-2", out / "checkpoint-2")
     launched([sys.executable], {**values, "output_dir": str(out), "resume_from_checkpoint": "auto"}, train)
-    assert losses(out) == pytest.approx(losses(whole), abs=1e-6)
+    assert losses(out) == pytest.approx(losses(reference), abs=1e-6)
     assert len(losses(out)) == 4

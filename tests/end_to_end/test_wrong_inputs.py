@@ -609,7 +609,7 @@ def without_a_tensor(adapter: Path, workshop: Workshop):
 def with_a_foreign_tensor(adapter: Path, workshop: Workshop):
     name = "base_model.model.model.layers.7.mlp.up_proj.lora_A.weight"
     edit_weights(adapter, lambda weights: weights.update({name: torch.zeros(4, 32)}))
-    return str(adapter), "1 belong nowhere", "layers.7.mlp.up_proj.lora_A"
+    return str(adapter), "1 weights are unexpected", "layers.7.mlp.up_proj.lora_A"
 
 
 def of_another_shape(adapter: Path, workshop: Workshop):
@@ -710,7 +710,7 @@ def test_a_damaged_record(spoil, merge, workshop):
 def test_an_adapter_of_ours_that_is_not_whole(spoil, merge, workshop):
     adapter = workshop.adapter()
     parts = spoil(adapter, workshop)
-    refused(merge("--adapter_name_or_path", adapter), *parts, "not whole", "use another")
+    refused(merge("--adapter_name_or_path", adapter), *parts, "incomplete", "use another")
     assert not workshop.adapter("x").with_name("adapter-merged").exists()
 
 
@@ -857,7 +857,7 @@ def test_a_base(spoil, train, workshop):
     assert not (workshop.output / "longqlora.json").exists()
 
 
-CURE = re.compile(r"; [^;]*\b(use|name|fetch|train|extend|give|leave|save) ")
+CURE = re.compile(r"; [^;]*\b(use|name|fetch|download|train|extend|give|leave|save) ")
 
 
 @pytest.mark.parametrize("spoil", [*FOREIGN_ADAPTERS, *BASES], ids=lambda spoil: spoil.__name__)

@@ -16,7 +16,7 @@ D = 8
 
 
 def random_inputs(rows: int, heads: int, kv_heads: int, length: int, seed: int = 0) -> list[Tensor]:
-    """Query, key, value as Hugging Face gives them: (B, T, H, D) seen as (B, H, T, D), not contiguous."""
+    """Query, key, value as in Hugging Face models: (B, H, T, D) views of (B, T, H, D) memory."""
     generator = torch.Generator().manual_seed(seed)
     return [
         torch.randn(rows, length, n, D, generator=generator).transpose(1, 2).requires_grad_()
@@ -25,7 +25,7 @@ def random_inputs(rows: int, heads: int, kv_heads: int, length: int, seed: int =
 
 
 def with_gradients(function, inputs: list[Tensor], *args, weight: Tensor | None = None, **kwargs) -> list[Tensor]:
-    """The output and the gradients by query, key and value of its sum, weighted by `weight` or at random."""
+    """The output, and the gradients of its sum, weighted by `weight` or randomly, for query, key and value."""
     inputs = [tensor.detach().requires_grad_() for tensor in inputs]
     output = function(*inputs, *args, **kwargs)
     if weight is None:
@@ -41,5 +41,5 @@ def assert_equals_loop(inputs, group_size, position_ids=None, **kwargs):
 
 
 def positions(*rows_of_lengths: list[int]) -> Tensor:
-    """position_ids (B, T) of rows in which documents of these lengths are packed."""
+    """position_ids (B, T) of rows with packed documents of these lengths."""
     return torch.tensor([[p for length in lengths for p in range(length)] for lengths in rows_of_lengths])

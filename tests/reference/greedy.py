@@ -1,10 +1,10 @@
-"""Text continued by Hugging Face alone: what ours must equal."""
+"""Greedy decoding by Hugging Face alone, the reference for ours."""
 
 import torch
 
 
 def stock(model, prompt_ids: list[int], **kwargs) -> list[int]:
-    """Greedy, by Hugging Face alone."""
+    """The ids of the continuation."""
     ids = torch.tensor([prompt_ids])
     out = model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=1, eos_token_id=1, **kwargs

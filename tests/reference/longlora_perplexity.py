@@ -1,8 +1,8 @@
-"""The published perplexity protocol, as slow and plain as it can be: LongLoRA's eval.py (arXiv 2309.12307, section 4).
+"""The published perplexity protocol, slow and plain: LongLoRA's eval.py (arXiv 2309.12307, section 4).
 
-There, windows start every `sliding_window` tokens below `len(data) - seq_len`, the last start is popped from the list,
-each batch goes through the model with its own ids as labels, and the mean over windows of the model's loss is raised
-to the power of 2.71828. Here e is e, and the batch is always one window.
+There, windows start every `sliding_window` tokens below `len(data) - seq_len`, the last start is dropped, the labels
+of a batch are its own ids, and the result is 2.71828 to the power of the mean loss over windows. Here e is exact, and
+a batch is one window.
 """
 
 import math

@@ -1,6 +1,6 @@
-"""Tiny models of each family with LoRA that does something, and what training them gives the plain way.
+"""Tiny models of each family with nonzero LoRA, and their losses and gradients.
 
-The plain way is Hugging Face's own layers and loss under PEFT's own LoRA: what a memory plan must equal.
+The plain path, Hugging Face's layers and loss with PEFT's LoRA, is the reference for memory plans.
 """
 
 import copy
@@ -20,7 +20,7 @@ from component.model import load_base
 
 FAMILIES = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 VOCABULARY = 96
-TOKENS = 53  # a prime: no tile, no chunk and no group divides it
+TOKENS = 53  # a prime, so no multiple of a tile, chunk or group
 GROUP = 12
 LAYERS = 3
 SIZES = {
@@ -48,16 +48,16 @@ def tiny_config(family: str = "llama", *, s2: bool = True, **changes):
 
 
 def tiny_base(config) -> PreTrainedModel:
-    """The same weights every time; biases and norms, zero and one when new, are random too."""
+    """The same weights every time; biases and norms are random too."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._from_config(config)
-        randomise(model, "bias", "norm")
+        add_noise(model, "bias", "norm")
     return model
 
 
 @torch.no_grad()
-def randomise(model: nn.Module, *parts: str, std: float = 0.1) -> None:
+def add_noise(model: nn.Module, *parts: str, std: float = 0.1) -> None:
     """Add noise to the parameters with one of `parts` in their name."""
     for name, parameter in model.named_parameters():
         if any(part in name for part in parts):
@@ -65,11 +65,11 @@ def randomise(model: nn.Module, *parts: str, std: float = 0.1) -> None:
 
 
 def with_lora(model: PreTrainedModel, *, dropout: float = 0.0, **options) -> PeftModel:
-    """LoRA whose B is not zero: else A would get no gradient and the comparison would see nothing."""
+    """Add LoRA with nonzero B; with B = 0, A would get no gradient."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
         adapted = add_adapter(model, rank=4, alpha=6, dropout=dropout, **options)
-        randomise(adapted, "lora_B")
+        add_noise(adapted, "lora_B")
     return adapted
 
 
@@ -78,21 +78,21 @@ def tiny_model(family: str = "llama", *, s2: bool = True, changes: dict | None =
 
 
 def tiny_nf4_model(folder: Path, family: str = "llama", dtype: torch.dtype = torch.float32, **options) -> PeftModel:
-    """The same with an NF4 base, loaded from `folder` as training does."""
+    """`tiny_model` with an NF4 base, loaded from `folder` as in training."""
     tiny_base(tiny_config(family, s2=False)).save_pretrained(folder)
     base = load_base(str(folder), tiny_config(family), dtype=dtype, load_in_4bit=True, device="cpu")
     return with_lora(base, **options)
 
 
 def under_plan(model: PeftModel, **memory_options) -> PeftModel:
-    """A copy of `model` that trains as a plan with `levers` says."""
+    """A copy of `model` under the plan with these memory options."""
     lean = copy.deepcopy(model)
     assert use_memory_plan(lean, plan_of(**memory_options), fused=False) is None
     return lean
 
 
 def plan_of(**memory_options) -> MemoryPlan:
-    """The plan that computes everything again, and all in one piece, but for `levers`."""
+    """A plan with full activation checkpointing and no tiling, except for these memory options."""
     defaults = {
         "keep_layers": 0,
         "keep_attention_layers": 0,
@@ -105,7 +105,7 @@ def plan_of(**memory_options) -> MemoryPlan:
 
 
 def random_batch(rows: int = 1, tokens: int = TOKENS, seed: int = 3) -> dict[str, Tensor]:
-    """Rows of random tokens, the first five of which are not learnt."""
+    """Rows of random tokens; the first five of each have no label."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCABULARY, (rows, tokens), generator=generator)
     labels = ids.clone()
@@ -114,7 +114,7 @@ def random_batch(rows: int = 1, tokens: int = TOKENS, seed: int = 3) -> dict[str
 
 
 def train_pass(model: nn.Module, *batches: dict, seed: int = 4) -> tuple[list[float], dict[str, Tensor]]:
-    """Losses of `batches` and their summed gradients, by name, with random numbers from `seed`."""
+    """The losses of `batches` and their summed gradients by name, with RNG seed `seed`."""
     model.train()
     model.zero_grad(set_to_none=True)
     torch.manual_seed(seed)
@@ -127,7 +127,7 @@ def train_pass(model: nn.Module, *batches: dict, seed: int = 4) -> tuple[list[fl
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
-    """Of every trainable parameter; frozen ones have none."""
+    """By name, of all trainable parameters; asserts that frozen ones have none."""
     found = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -140,16 +140,16 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 def assert_same(ours: tuple, theirs: tuple, tolerance: float = 1e-5) -> None:
-    """(losses, gradients) of two passes: each gradient within `tolerance` of its own largest number."""
+    """Compare (losses, gradients); `tolerance` is relative to each gradient's largest absolute value."""
     torch.testing.assert_close(torch.tensor(ours[0]), torch.tensor(theirs[0]), rtol=tolerance, atol=0)
     assert ours[1].keys() == theirs[1].keys()
     for name, expected in theirs[1].items():
         largest = float(expected.abs().max())
-        assert largest > 0, f"{name}: nothing to see"
+        assert largest > 0, f"{name} is zero"
         error = float((ours[1][name] - expected).abs().max()) / largest
         assert error <= tolerance, f"{name}: off by {error:.2e} of its largest gradient"
 
 
 def differs(ours: tuple, theirs: tuple, by: float = 1e-2) -> bool:
-    """Whether some gradient is elsewhere, by more than `by` of its largest number."""
+    """Whether some gradient differs by more than `by` of its largest absolute value."""
     return any(float((ours[1][n] - g).abs().max()) > by * float(g.abs().max()) for n, g in theirs[1].items())

@@ -1,7 +1,7 @@
-"""Shift short attention the slow way, twice: what ours must equal, and what the original did, which ours must not.
+"""Two slow references: shift short attention as defined, which ours must equal, and the original's leaking version.
 
-Both are also registered as attentions of transformers (`shift_short_loop`, `shift_short_rolled`), to be plugged into
-a whole model. Neither has a mask: padding must be on the right.
+Both are registered with transformers (`shift_short_loop`, `shift_short_rolled`) for use in a model. Neither supports
+a mask, so padding must be on the right.
 
 Shapes: B batch, T tokens, H query heads, Hkv key/value heads, D head size, g group size in tokens.
 """
@@ -17,7 +17,7 @@ ROLLED = "shift_short_rolled"
 
 
 def is_shifted(head: int, heads: int, kv_heads: int) -> bool:
-    """Whether a query head is of the half whose groups are moved by g/2."""
+    """Whether a query head belongs to the half with groups shifted by g/2."""
     if kv_heads == 1:
         return head >= heads // 2
     kv_head = head // (heads // kv_heads)
@@ -25,7 +25,7 @@ def is_shifted(head: int, heads: int, kv_heads: int) -> bool:
 
 
 def keys_seen(token: int, document_starts: tuple[int, ...], group_size: int, shifted: bool) -> range:
-    """The tokens that `token` sees: those of its document and its group, up to itself."""
+    """The tokens that `token` attends to: those of its document and its group, up to itself."""
     document = max(start for start in document_starts if start <= token)
     place = token - document
     first = 0  # of the group, counted from the start of the document
@@ -37,7 +37,7 @@ def keys_seen(token: int, document_starts: tuple[int, ...], group_size: int, shi
 
 @lru_cache(maxsize=4096)
 def seen(length: int, document_starts: tuple[int, ...], group_size: int, shifted: bool) -> Tensor:
-    """(T, T), True where the token of the row sees the token of the column."""
+    """(T, T), True where the row's token attends to the column's."""
     table = torch.zeros(length, length, dtype=torch.bool)
     for token in range(length):
         keys = keys_seen(token, document_starts, group_size, shifted)
@@ -53,9 +53,9 @@ def shift_short_loop(
     position_ids: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """(B, H, T, D), (B, Hkv, T, D) twice -> (B, T, H, D): for each head and token, which keys are seen; softmax; sum.
+    """Query (B, H, T, D), key and value (B, Hkv, T, D) -> (B, T, H, D), by an explicit mask per head.
 
-    `position_ids` (B, T) or (1, T): a document starts where one is 0.
+    `position_ids` (B, T) or (1, T): a document starts at each 0.
     """
     rows, heads, length, head_size = query.shape
     kv_heads = key.shape[1]
@@ -77,11 +77,11 @@ def shift_short_loop(
 def shift_short_rolled(
     query: Tensor, key: Tensor, value: Tensor, group_size: int, scale: float | None = None
 ) -> Tensor:
-    """(B, H, T, D), (B, Hkv, T, D) twice -> (B, T, H, D), as LongLoRA's and LongQLoRA's non-flash code has it.
+    """Query (B, H, T, D), key and value (B, Hkv, T, D) -> (B, T, H, D), as LongLoRA's and LongQLoRA's non-flash code.
 
-    Kept to show why ours differs: the second half of the heads is rolled by -g/2 along the sequence, so that its last
-    group is [the last g/2 tokens, the first g/2 tokens]. There the beginning of a text sees its end, and through the
-    layers every token learns of the tokens it should predict. T must be a multiple of g.
+    Shows why ours differs: the second half of the heads is rolled by -g/2 along the sequence, so its last group is
+    [last g/2 tokens, first g/2 tokens]. The beginning of a text attends to its end, and over the layers information
+    about the next tokens leaks into every position. T must be a multiple of g.
     """
     rows, heads, length, head_size = query.shape
     per_kv = heads // key.shape[1]

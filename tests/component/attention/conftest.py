@@ -1,14 +1,13 @@
-"""What the tests of attention share."""
+"""Fixtures shared by the attention tests."""
 
 import pytest
 
 from component.attention import kernel
 
-# What is kept for recomputation
-
 
 @pytest.fixture
 def kernel_calls(monkeypatch) -> list:
+    """The query shapes of all kernel calls."""
     calls: list = []
     forward = kernel.causal_forward
 

@@ -1,4 +1,4 @@
-"""Shift short attention in a model: as transformers selects it, against stock attention, and by its Jacobian.
+"""Shift short attention in a model: selected through transformers, against stock attention, and by its Jacobian.
 
 Shapes: B batch, T tokens.
 """
@@ -34,7 +34,7 @@ from tests.reference.shift_short import LOOP, ROLLED, seen
 
 
 def build_model(config, attention_name: str, group_size: int = 8, weights: dict | None = None):
-    """A model of `config` with the attention of that name; ours is selected as a user selects it."""
+    """A model of `config` with the attention of that name; ours is selected as train.py does."""
     config = copy.deepcopy(config)
     if attention_name == interface.NAME:
         use_shift_short_attention(config, group_size)
@@ -54,8 +54,8 @@ def token_ids(rows: int, length: int, seed: int = 0) -> Tensor:
     return torch.randint(2, 384, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def sensitivities(model, length: int) -> Tensor:
-    """(T, T): how much the last hidden state of the row's token changes with the embedding of the column's token."""
+def jacobian(model, length: int) -> Tensor:
+    """(T, T): magnitude of d last hidden state of the row's token / d embedding of the column's token."""
     generator = torch.Generator().manual_seed(2)
     embeddings = torch.randn(1, length, model.config.hidden_size, generator=generator, requires_grad=True)
     output = model.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
@@ -71,30 +71,30 @@ def deep_config(tiny_llama_config) -> LlamaConfig:
 
 
 @pytest.mark.parametrize(("kv_heads", "length"), [(4, 32), (2, 32), (2, 29), (1, 29)])
-def test_no_token_learns_of_a_later_one_through_16_layers(deep_config, kv_heads, length):
+def test_no_information_about_later_tokens_in_16_layers(deep_config, kv_heads, length):
     deep_config.num_key_value_heads = kv_heads
-    reach = sensitivities(build_model(deep_config, interface.NAME, group_size=8).train(), length)
+    reach = jacobian(build_model(deep_config, interface.NAME, group_size=8).train(), length)
     assert (reach.triu(1) == 0).all()
     assert (reach.diagonal() > 0).all()
-    assert reach[-1, 0] > 0  # groups overlap, so that the last token does learn of the first, far outside its group
+    assert reach[-1, 0] > 0  # groups overlap, so information from the first token reaches the last
 
 
-def test_the_rolled_original_learns_of_later_tokens(deep_config):
-    reach = sensitivities(build_model(deep_config, ROLLED, group_size=8).train(), 32)
+def test_the_original_roll_leaks_later_tokens(deep_config):
+    reach = jacobian(build_model(deep_config, ROLLED, group_size=8).train(), 32)
     assert (reach.triu(1) != 0).any()
-    assert (reach.diagonal(1) > 0).all()  # of the next token above all, which it is trained to predict
+    assert (reach.diagonal(1) > 0).all()  # including the next token, the training target
 
 
-def test_the_rolled_original_leaks_next_tokens_only_through_layers(deep_config):
+def test_one_layer_of_the_original_roll_does_not_leak_the_next_token(deep_config):
     deep_config.num_hidden_layers = 1
-    reach = sensitivities(build_model(deep_config, ROLLED, group_size=8).train(), 32)
-    assert (reach[:4, -4:] > 0).all()  # the first half-group sees the last
+    reach = jacobian(build_model(deep_config, ROLLED, group_size=8).train(), 32)
+    assert (reach[:4, -4:] > 0).all()  # the first half-group attends to the last
     assert (reach.diagonal(1) == 0).all()
 
 
-def test_one_layer_sees_its_group_and_no_more(tiny_llama_config):
+def test_one_layer_attends_to_its_group_only(tiny_llama_config):
     tiny_llama_config.num_hidden_layers = 1
-    reach = sensitivities(build_model(tiny_llama_config, interface.NAME, group_size=8).train(), 27)
+    reach = jacobian(build_model(tiny_llama_config, interface.NAME, group_size=8).train(), 27)
     expected = seen(27, (0,), 8, shifted=False) | seen(27, (0,), 8, shifted=True)
     assert torch.equal(reach > 0, expected)
 
@@ -118,18 +118,18 @@ def assert_same(ours, theirs, where: Tensor | None = None):
         assert_close(gradient, theirs[1][name], atol=1e-4, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
-# "gradient checkpointing" is "activation checkpointing" from transformers 5.23 on; the old name works in all of ours
+# transformers 5.23 renames gradient checkpointing; the old name works in all supported versions
 pytestmark = pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
 CHECKPOINTING = pytest.mark.parametrize("checkpointing", [None, {"use_reentrant": False}, {"use_reentrant": True}])
 
 
 def twins(config, checkpointing: dict | None, group_size: int = 8):
-    """Ours and the loop, of the same weights, both training; only ours recomputes."""
+    """Our model and the loop reference, with the same weights, in training mode; only ours uses checkpointing."""
     ours = build_model(config, interface.NAME, group_size).train()
     loop = build_model(config, LOOP, group_size, ours.state_dict()).train()
     if checkpointing is not None:
         ours.gradient_checkpointing_enable(checkpointing)
-        ours.enable_input_require_grads()  # as PEFT does; the reentrant kind needs it
+        ours.enable_input_require_grads()  # as PEFT does; needed by the reentrant variant
     return ours, loop
 
 
@@ -140,7 +140,7 @@ def test_trained_model_equals_loop(tiny_llama_config, checkpointing, length):
     inputs, calls = {"input_ids": token_ids(2, length)}, []
     ours.model.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
     assert_same(logits_and_gradients(ours, **inputs), logits_and_gradients(loop, **inputs))
-    assert len(calls) == (1 if checkpointing is None else 2)  # it was computed once more for the gradients
+    assert len(calls) == (1 if checkpointing is None else 2)  # recomputed once
 
 
 @CHECKPOINTING
@@ -164,7 +164,7 @@ PACKED = [[5, 1, 21], [13, 14], [27]]
 
 @CHECKPOINTING
 @pytest.mark.parametrize("attention_mask", [None, torch.ones(3, 27, dtype=torch.long)])
-@pytest.mark.parametrize("use_cache", [False, None])  # None: what the config says, which is True for a fresh Llama
+@pytest.mark.parametrize("use_cache", [False, None])  # None: the config's value, True by default
 def test_trained_model_keeps_packed_documents_apart(tiny_llama_config, checkpointing, attention_mask, use_cache):
     ours, loop = twins(tiny_llama_config, checkpointing)
     inputs = {"input_ids": token_ids(3, 27), "position_ids": positions(*PACKED)}
@@ -181,8 +181,8 @@ def test_trained_model_keeps_packed_documents_apart(tiny_llama_config, checkpoin
             start += length
 
 
-def test_packed_documents_train_like_documents_alone(tiny_llama_config):
-    """Gradients of one packed row are the sum of those of its documents."""
+def test_packed_documents_train_like_separate_ones(tiny_llama_config):
+    """The gradients of a packed row are the sum of its documents' gradients."""
     model, ids, lengths = build_model(tiny_llama_config, interface.NAME).train(), token_ids(1, 27), [5, 1, 21]
     weight = torch.randn(1, 27, 384)
 
@@ -203,7 +203,7 @@ def test_packed_documents_train_like_documents_alone(tiny_llama_config):
         assert_close(mine, theirs, atol=1e-3, rtol=1e-4)
 
 
-def test_one_row_of_positions_counts_for_a_whole_batch(tiny_llama_config):
+def test_one_row_of_positions_applies_to_the_batch(tiny_llama_config):
     ours, loop = twins(tiny_llama_config, None)
     inputs = {"input_ids": token_ids(3, 27), "position_ids": positions([13, 14])}
     result = logits_and_gradients(ours, **inputs)
@@ -216,7 +216,7 @@ def test_packed_documents_with_right_padding(tiny_llama_config):
     ours, loop = twins(tiny_llama_config, None)
     mask = torch.ones(3, 30, dtype=torch.long)
     mask[:, 27:] = 0
-    # collators fill the positions of padding with anything: zeros here
+    # padding can have any positions: zeros here
     inputs = {"input_ids": token_ids(3, 30), "position_ids": F.pad(positions(*PACKED), (0, 3))}
     result = logits_and_gradients(ours, loss_mask=mask, attention_mask=mask, **inputs)
     assert_same(result, logits_and_gradients(loop, loss_mask=mask, **inputs), where=mask.bool())
@@ -227,14 +227,14 @@ def test_packed_documents_with_right_padding(tiny_llama_config):
 )
 @pytest.mark.parametrize("use_cache", [False, None])
 @CHECKPOINTING
-def test_left_padding_and_holes_are_refused_in_training(tiny_llama_config, mask, use_cache, checkpointing):
+def test_left_padding_and_holes_are_rejected_in_training(tiny_llama_config, mask, use_cache, checkpointing):
     ours, _ = twins(tiny_llama_config, checkpointing)
     masks = torch.tensor([[1] * 6, mask])  # one bad row is enough
     with pytest.raises(UserError, match=r"attention_mask.*right"):
         ours(input_ids=token_ids(2, 6), attention_mask=masks, use_cache=use_cache)
 
 
-def test_masks_of_four_dimensions_are_refused_in_training(tiny_llama_config):
+def test_4d_masks_are_rejected_in_training(tiny_llama_config):
     model = build_model(tiny_llama_config, interface.NAME).train()
     with pytest.raises(UserError, match="attention_mask"):
         model(input_ids=token_ids(1, 6), attention_mask=torch.ones(1, 1, 6, 6, dtype=torch.bool).tril())
@@ -253,12 +253,12 @@ def test_attention_dropout_acts_in_training_only(tiny_llama_config):
         assert not torch.allclose(model(**inputs).logits, model(**inputs).logits, atol=1e-3)
         without.train()
         assert torch.equal(without(**inputs).logits, without(**inputs).logits)
-        # the first token sees itself alone: its weight of 1 is dropped, or kept and doubled
+        # the first token attends only to itself: its weight of 1 is dropped, or doubled
         first = torch.stack([model(**inputs).logits[0, 0] for _ in range(40)])
         assert len(first.unique(dim=0)) > 1
 
 
-def test_a_decoder_layer_hands_the_memo_to_its_attention(tiny_llama_config, kernel_calls):
+def test_a_decoder_layer_passes_saved_attention_on(tiny_llama_config, kernel_calls):
     model = build_model(tiny_llama_config, interface.NAME).model.train()
     layer, hidden = model.layers[0], torch.randn(2, 27, model.config.hidden_size, requires_grad=True)
     position_ids = positions(*PACKED[:2])
@@ -268,23 +268,23 @@ def test_a_decoder_layer_hands_the_memo_to_its_attention(tiny_llama_config, kern
         "position_embeddings": model.rotary_emb(hidden, position_ids),
     }
 
-    def segment(**more):
+    def run(**more):
         layer.zero_grad()
         output = layer(hidden, **options, **more)
         output.square().sum().backward()
         return [output.detach(), *(parameter.grad.clone() for parameter in layer.parameters())]
 
-    expected, memo = segment(), SavedAttention()
+    expected, saved = run(), SavedAttention()
     with torch.no_grad():
-        layer(hidden, **options, saved_attention=memo)
-    assert memo.out.shape[:2] == (2, 27)
+        layer(hidden, **options, saved_attention=saved)
+    assert saved.out.shape[:2] == (2, 27)
     kernel_calls.clear()
-    again = segment(saved_attention=memo)
+    again = run(saved_attention=saved)
     assert not kernel_calls
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(again, expected, strict=True))
 
 
-# Outside training it is stock attention
+# Outside training: stock attention
 
 
 @pytest.fixture
@@ -326,7 +326,7 @@ def test_training_is_not_full_attention(stock_and_ours):
     with torch.no_grad():
         full, short = ours(**inputs).logits, ours.train()(**inputs).logits
         assert torch.equal(ours.eval()(**inputs).logits, full)  # and back
-    # up to g/2 = 4 tokens both see the same; from g = 8 on, each token misses some in one half of the heads
+    # tokens before g/2 = 4 attend to the same; from g = 8 on, one half of the heads attends to fewer tokens
     assert_close(short[:, :4], full[:, :4], atol=1e-5, rtol=1e-5)
     assert ((short[:, 8:] - full[:, 8:]).abs().amax(-1) > 1e-3).all()
 
@@ -370,7 +370,7 @@ def test_backward_in_evaluation_is_stock(stock_and_ours):
 # Selected through the config
 
 
-def test_selection_survives_from_pretrained(base_folder):
+def test_selection_works_with_from_pretrained(base_folder):
     config = AutoConfig.from_pretrained(base_folder)
     use_shift_short_attention(config, 8)
     ours = AutoModelForCausalLM.from_pretrained(base_folder, config=config)
@@ -384,7 +384,7 @@ def test_selection_survives_from_pretrained(base_folder):
 
 
 def test_saved_model_is_stock(tmp_path, tiny_llama_config):
-    """Nothing in a saved folder asks for an attention that only this project knows."""
+    """A saved folder does not name our attention."""
     ours = build_model(tiny_llama_config, interface.NAME).eval()
     ours.save_pretrained(tmp_path)
     assert "shift_short" not in json.dumps([json.loads(file.read_text()) for file in tmp_path.glob("*.json")])
@@ -405,7 +405,7 @@ TINY = {
 }
 
 
-def test_sliding_window_shorter_than_the_group_is_refused():
+def test_sliding_window_shorter_than_the_group_is_rejected():
     config = MistralConfig(**TINY, sliding_window=10)
     with pytest.raises(UserError, match=r"group_size.*12.*10"):
         use_shift_short_attention(config, 12)
@@ -417,7 +417,7 @@ def test_sliding_window_shorter_than_the_group_is_refused():
         use_shift_short_attention(Qwen2Config(**TINY, sliding_window=10, use_sliding_window=True), 12)
 
 
-def test_full_attention_beyond_a_models_own_window_is_refused():
+def test_full_attention_beyond_the_sliding_window_is_rejected():
     with pytest.raises(UserError, match=r"full_attention_ratio.*11 tokens.*window is 10"):
         use_shift_short_attention(MistralConfig(**TINY, sliding_window=10), 4, 11)
     use_shift_short_attention(MistralConfig(**TINY, sliding_window=10), 4, 10)
@@ -429,7 +429,7 @@ def test_full_attention_beyond_a_models_own_window_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("config", "is_plain"),  # for rows of 10 and of 11 tokens
+    ("config", "is_plain"),  # over rows of 10 and of 11 tokens
     [
         (LlamaConfig(**TINY), (True, True)),
         (Qwen3Config(**TINY), (True, True)),
@@ -437,12 +437,12 @@ def test_full_attention_beyond_a_models_own_window_is_refused():
         (MistralConfig(**TINY, sliding_window=10), (True, False)),
         (Qwen2Config(**TINY, sliding_window=10, use_sliding_window=True, max_window_layers=1), (True, False)),
         (Qwen2Config(**TINY, sliding_window=10, use_sliding_window=False), (True, True)),
-        (Gemma2Config(**TINY), (False, False)),  # its scores are capped
+        (Gemma2Config(**TINY), (False, False)),  # softcapping
         (GptOssConfig(**TINY), (False, False)),  # sinks
     ],
     ids=lambda value: value.model_type if isinstance(value, PretrainedConfig) else None,
 )
-def test_what_plain_attention_is(config, is_plain):
+def test_plain_attention(config, is_plain):
     assert (has_plain_attention(config, 10), has_plain_attention(config, 11)) == is_plain
 
 

@@ -1,4 +1,4 @@
-"""Which kernels run, each of them against the plain loop; most need a GPU.
+"""Kernel selection, and each kernel against the loop reference; most tests need a GPU.
 
 Shapes: B batch, T tokens, H query heads, Hkv key/value heads, D head size, g group size in tokens.
 """
@@ -21,34 +21,34 @@ PATHS = pytest.mark.parametrize("position_ids", [None, positions([5, 18], [23])]
 
 @PATHS
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (9, 3), (4, 1), (6, 1)])
-def test_kernels_without_grouped_heads_give_the_same(monkeypatch, heads, kv_heads, position_ids):
+def test_kernels_without_grouped_query_support(monkeypatch, heads, kv_heads, position_ids):
     inputs, calls = random_inputs(2, heads, kv_heads, 23), []
     forward = kernel._forward
 
-    def knows_none(name, query, key, value, scale):
+    def ungrouped(name, query, key, value, scale):
         assert query.shape[1] == key.shape[1]
         calls.append(key.untyped_storage().data_ptr())
         return forward(name, query, key, value, scale)
 
     monkeypatch.setattr(kernel, "GROUPED", set())
-    monkeypatch.setattr(kernel, "_forward", knows_none)
+    monkeypatch.setattr(kernel, "_forward", ungrouped)
     assert_equals_loop(inputs, 6, position_ids)
     assert set(calls) == {inputs[1].untyped_storage().data_ptr()}  # the keys themselves, not a copy
 
 
-def test_kernels_are_described():
+def test_describe_kernels():
     assert describe_kernels(torch.device("cpu"), torch.float32) == "SDPA: CPU flash, math"
     with sdpa_kernel(SDPBackend.MATH):
         assert describe_kernels(torch.device("cpu"), torch.float32) == "SDPA: math"
 
 
-def test_layout_of_another_tensor():
+def test_with_strides_of():
     like = torch.randn(2, 6, 5, 8).transpose(1, 2)[:, :3]
     tensor = torch.randn(2, 3, 6, 8)
-    moved = kernel._laid_out_like(like, tensor)
+    moved = kernel._with_strides_of(like, tensor)
     assert moved.stride() == like.stride()
     assert torch.equal(moved, tensor)
-    assert kernel._laid_out_like(like, moved) is moved
+    assert kernel._with_strides_of(like, moved) is moved
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -68,7 +68,7 @@ def test_kernels_of_every_precision_equal_loop(device, heads, kv_heads, dtype, t
         assert_close(mine.double(), theirs, atol=tolerance, rtol=tolerance)
 
 
-# Each of the GPU's kernels
+# Each GPU kernel
 
 ON_GPU = {
     kernel.CUDNN: [SDPBackend.CUDNN_ATTENTION],
@@ -79,7 +79,7 @@ HALVES = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 1e-2),
 
 
 def gpu_inputs(rows, heads, kv_heads, length, dtype, head_size=64) -> list[Tensor]:
-    """(B, T, H, D) memory seen as (B, H, T, D)."""
+    """(B, H, T, D) views of (B, T, H, D) memory."""
     shapes = [(rows, length, n, head_size) for n in (heads, kv_heads, kv_heads)]
     return [torch.randn(shape, device="cuda").to(dtype).transpose(1, 2) for shape in shapes]
 
@@ -102,12 +102,12 @@ def kernels_run(monkeypatch) -> set:
     names: set = set()
     forward = kernel.causal_forward
 
-    def noted(*args, **kwargs):
+    def recorded(*args, **kwargs):
         out, saved = forward(*args, **kwargs)
         names.add(saved.kernel)
         return out, saved
 
-    monkeypatch.setattr(kernel, "causal_forward", noted)
+    monkeypatch.setattr(kernel, "causal_forward", recorded)
     return names
 
 
@@ -123,7 +123,7 @@ def test_each_gpu_kernel_equals_loop(kernels_run, name, heads, kv_heads, dtype, 
     position_ids = positions(*rows).cuda() if rows else None
     with sdpa_kernel(ON_GPU[name]):
         assert_equals_loop_on_gpu(inputs, 128, tolerance, position_ids)
-        contiguous = [tensor.contiguous() for tensor in inputs]  # other strides of the same shapes, right after
+        contiguous = [tensor.contiguous() for tensor in inputs]  # same shapes, other strides
         assert_equals_loop_on_gpu(contiguous, 128, tolerance, position_ids)
     assert kernels_run == {name}
 
@@ -141,7 +141,7 @@ def test_each_gpu_kernel_at_other_head_sizes(kernels_run, name, dtype, tolerance
 @pytest.mark.gpu
 @HALVES
 @pytest.mark.parametrize("length", [512, 451, 1])
-def test_gpu_kernels_of_pytorchs_choice(kernels_run, dtype, tolerance, length):
+def test_gpu_kernels_selected_by_pytorch(kernels_run, dtype, tolerance, length):
     assert_equals_loop_on_gpu(gpu_inputs(2, 8, 2, length, dtype), 256, tolerance)
     assert kernels_run
     assert all(name in describe_kernels(torch.device("cuda"), dtype) for name in kernels_run)
@@ -149,8 +149,8 @@ def test_gpu_kernels_of_pytorchs_choice(kernels_run, dtype, tolerance, length):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ON_GPU)
-def test_layers_of_other_widths_do_not_share_a_layout(name):
-    """Halves of equal shape and strides, out of models with other numbers of heads."""
+def test_cached_backward_with_other_layouts(name):
+    """Inputs of equal shape and strides from models with other numbers of heads."""
     with sdpa_kernel(ON_GPU[name]):
         for _ in range(2):
             for heads, kv_heads in ((4, 2), (6, 3), (4, 4)):
@@ -161,7 +161,7 @@ def test_layers_of_other_widths_do_not_share_a_layout(name):
 @pytest.mark.gpu
 @HALVES
 @pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
-def test_gpu_kernel_of_varied_lengths_equals_loop(kernels_run, heads, kv_heads, dtype, tolerance):
+def test_gpu_varlen_kernel_equals_loop(kernels_run, heads, kv_heads, dtype, tolerance):
     lengths = [70, 1, 130, 5, 33, 64, 20, 3, 9, 66, 50]
     inputs = gpu_inputs(2, heads, kv_heads, sum(lengths), dtype)
     assert_equals_loop_on_gpu(inputs, 64, tolerance, positions(lengths, lengths[::-1]).cuda())
@@ -171,15 +171,15 @@ def test_gpu_kernel_of_varied_lengths_equals_loop(kernels_run, heads, kv_heads, 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ON_GPU)
 @pytest.mark.parametrize("rows", [None, [[9] * 50]])
-def test_gpu_memo_survives_the_host(kernel_calls, name, rows):
-    inputs, memo = gpu_inputs(1, 8, 2, 450, torch.bfloat16), SavedAttention()
+def test_saved_attention_can_be_offloaded(kernel_calls, name, rows):
+    inputs, saved = gpu_inputs(1, 8, 2, 450, torch.bfloat16), SavedAttention()
     position_ids = positions(*rows).cuda() if rows else None
     with sdpa_kernel(ON_GPU[name]):
         with torch.no_grad():
-            first = shift_short_attention(*inputs, 64, position_ids, saved_attention=memo)
-        memo.out = memo.out.cpu()
+            first = shift_short_attention(*inputs, 64, position_ids, saved_attention=saved)
+        saved.out = saved.out.cpu()
         kernel_calls.clear()
-        memo.out = memo.out.cuda()
-        assert_equals_loop_on_gpu(inputs, 64, 5e-2, position_ids, saved_attention=memo)
-        assert torch.equal(shift_short_attention(*inputs, 64, position_ids, saved_attention=memo), first)
+        saved.out = saved.out.cuda()
+        assert_equals_loop_on_gpu(inputs, 64, 5e-2, position_ids, saved_attention=saved)
+        assert torch.equal(shift_short_attention(*inputs, 64, position_ids, saved_attention=saved), first)
     assert not kernel_calls

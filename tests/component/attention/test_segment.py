@@ -1,4 +1,4 @@
-"""Segments in one autograd node: which path is taken, gradients, layouts, and what is kept for recomputation.
+"""Segments in one autograd node: the fused path, gradients, layouts, and saved attention for recomputation.
 
 Shapes: B batch, T tokens, H query heads, Hkv key/value heads, D head size, g group size in tokens.
 """
@@ -26,7 +26,7 @@ def path_taken(inputs, *args, **kwargs) -> str:
 @PATHS
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
-def test_fused_kernels_are_taken(heads, kv_heads, dtype, position_ids):
+def test_fused_kernels_are_used(heads, kv_heads, dtype, position_ids):
     inputs = [tensor.to(dtype) for tensor in random_inputs(2, heads, kv_heads, 23)]
     assert path_taken(inputs, 6, position_ids) == FUSED
 
@@ -34,7 +34,7 @@ def test_fused_kernels_are_taken(heads, kv_heads, dtype, position_ids):
 @PATHS
 @pytest.mark.parametrize("length", [23, 3])
 @pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
-def test_without_a_fused_kernel_it_is_the_same(heads, kv_heads, length, position_ids):
+def test_without_a_fused_kernel(heads, kv_heads, length, position_ids):
     inputs = random_inputs(2, heads, kv_heads, length)
     position_ids = position_ids[:, :length] if position_ids is not None else None
     with sdpa_kernel(SDPBackend.MATH):
@@ -43,7 +43,7 @@ def test_without_a_fused_kernel_it_is_the_same(heads, kv_heads, length, position
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (9, 3), (4, 1)])
-def test_sdpa_without_grouped_heads_gives_the_same(monkeypatch, heads, kv_heads):
+def test_sdpa_without_grouped_query_support(monkeypatch, heads, kv_heads):
     inputs = random_inputs(2, heads, kv_heads, 23)
 
     def plain(query, key, value):
@@ -55,23 +55,23 @@ def test_sdpa_without_grouped_heads_gives_the_same(monkeypatch, heads, kv_heads)
         assert_close(mine, theirs, atol=1e-6, rtol=1e-5)
 
 
-def varied_forward(query, key, value, ends, longest, scale):
-    """What the GPU's variable-length kernel promises, one sequence at a time."""
+def varlen_forward(query, key, value, cu_seqlens, longest, scale):
+    """The GPU's variable-length kernel, emulated one sequence at a time."""
     assert len(query) == 1
-    assert longest == max(ends.diff())
+    assert longest == max(cu_seqlens.diff())
     parts = [
         kernel._forward(kernel.CPU_FLASH, *(tensor[:, :, start:end] for tensor in (query, key, value)), scale)
-        for start, end in pairwise(ends.tolist())
+        for start, end in pairwise(cu_seqlens.tolist())
     ]
     log_sum_exp = torch.cat([lse for _, (lse, _, _) in parts], dim=2)
-    tensors = (log_sum_exp, None, None, ends)
+    tensors = (log_sum_exp, None, None, cu_seqlens)
     return torch.cat([out for out, _ in parts], dim=2), kernel.SavedForBackward(kernel.VARLEN, tensors, longest)
 
 
-def varied_backward(grad_out, query, key, value, out, saved, scale):
-    log_sum_exp, _, _, ends = saved.tensors
+def varlen_backward(grad_out, query, key, value, out, saved, scale):
+    log_sum_exp, _, _, cu_seqlens = saved.tensors
     parts = []
-    for start, end in pairwise(ends.tolist()):
+    for start, end in pairwise(cu_seqlens.tolist()):
         grad, q, k, v, o, lse = (x[:, :, start:end] for x in (grad_out, query, key, value, out, log_sum_exp))
         parts.append(kernel._backward(kernel.CPU_FLASH, grad, q, k, v, o, (lse, None, None), scale))
     return tuple(torch.cat(grads, dim=2) for grads in zip(*parts, strict=True))
@@ -82,22 +82,22 @@ def varied_backward(grad_out, query, key, value, out, saved, scale):
 def test_many_short_documents_in_one_call(monkeypatch, heads, kv_heads, group_size):
     calls = []
     monkeypatch.setattr(kernel, "supports_varlen", lambda *_: True)
-    monkeypatch.setattr(kernel, "_varlen_forward", lambda *args: calls.append(args) or varied_forward(*args))
-    monkeypatch.setattr(kernel, "_varlen_backward", varied_backward)
+    monkeypatch.setattr(kernel, "_varlen_forward", lambda *args: calls.append(args) or varlen_forward(*args))
+    monkeypatch.setattr(kernel, "_varlen_backward", varlen_backward)
     inputs = random_inputs(2, heads, kv_heads, 40)
     documents = [5, 1, 7, 2, 2, 3, 9, 4, 1, 6], [20, 20]
     assert_equals_loop(inputs, group_size, positions(*documents), scale=0.3)
     assert calls
     assert all({0, 5, 6, 13, 15, 17, 20, 29, 33, 34, 40} <= set(call[3].tolist()) for call in calls)
-    with monkeypatch.context() as patch:  # which nothing but the fused path understands
+    with monkeypatch.context() as patch:  # only the fused path supports varlen segments
         patch.setattr(kernel, "select_kernel", lambda *_: None)
         assert path_taken(inputs, group_size, positions(*documents)) != FUSED
         assert_equals_loop(inputs, group_size, positions(*documents), scale=0.3)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (4, 1)])
-def test_gradients_are_laid_out_as_the_inputs(heads, kv_heads):
-    """(B, T, H, D) memory, as projections give it, and slices of one projection."""
+def test_gradients_have_the_layout_of_the_inputs(heads, kv_heads):
+    """(B, T, H, D) memory of separate projections, and slices of one joint projection."""
     hidden = torch.randn(2, 23, 20)
     sizes = [heads * D, kv_heads * D, kv_heads * D]
     projection = torch.nn.Linear(20, sum(sizes))
@@ -122,10 +122,10 @@ def test_gradients_by_finite_differences(heads, kv_heads, position_ids):
     assert torch.autograd.gradcheck(lambda *args: shift_short_attention(*args, 4, position_ids), inputs)
 
 
-def test_dropout_is_left_to_sdpa():
-    inputs, memo = random_inputs(2, 4, 2, 23), SavedAttention()
-    assert path_taken(inputs, 6, dropout=0.5, saved_attention=memo) != FUSED
-    assert memo.out is None
+def test_dropout_uses_sdpa():
+    inputs, saved = random_inputs(2, 4, 2, 23), SavedAttention()
+    assert path_taken(inputs, 6, dropout=0.5, saved_attention=saved) != FUSED
+    assert saved.out is None
     with_dropout = [shift_short_attention(*inputs, 6, dropout=0.5) for _ in range(2)]
     assert not torch.equal(*with_dropout)
 
@@ -144,7 +144,7 @@ def test_autocast_casts_as_it_does_for_sdpa():
 
 
 def test_gradients_of_any_layout():
-    """A sum's gradient is one number, expanded."""
+    """The gradient of a sum is an expanded scalar."""
     inputs = random_inputs(2, 4, 2, 23)
     ones = with_gradients(shift_short_attention, inputs, 6, weight=torch.ones(2, 23, 4, D))
     gradients = torch.autograd.grad(shift_short_attention(*inputs, 6).sum(), inputs)
@@ -155,41 +155,41 @@ def test_gradients_of_any_layout():
 @PATHS
 @pytest.mark.parametrize("length", [23, 3])
 @pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
-def test_recomputing_with_a_memo_runs_no_kernel(kernel_calls, heads, kv_heads, length, position_ids):
-    inputs, memo = random_inputs(2, heads, kv_heads, length), SavedAttention()
+def test_recomputing_with_saved_attention_runs_no_kernel(kernel_calls, heads, kv_heads, length, position_ids):
+    inputs, saved = random_inputs(2, heads, kv_heads, length), SavedAttention()
     position_ids = position_ids[:, :length] if position_ids is not None else None
     expected = with_gradients(shift_short_attention, inputs, 6, position_ids)
     with torch.no_grad():
-        first = shift_short_attention(*inputs, 6, position_ids, saved_attention=memo)
+        first = shift_short_attention(*inputs, 6, position_ids, saved_attention=saved)
     assert torch.equal(first, expected[0])
-    assert memo.out.shape == (2, length, heads, D)
-    assert len(memo.saved_parts) == len(memo.segments) > 0
+    assert saved.out.shape == (2, length, heads, D)
+    assert len(saved.saved_parts) == len(saved.segments) > 0
     assert kernel_calls
     kernel_calls.clear()
     for move in (lambda out: out, torch.clone, lambda out: out.transpose(1, 2).contiguous().transpose(1, 2)):
-        memo.out = move(memo.out)
-        again = with_gradients(shift_short_attention, inputs, 6, position_ids, saved_attention=memo)
+        saved.out = move(saved.out)
+        again = with_gradients(shift_short_attention, inputs, 6, position_ids, saved_attention=saved)
         assert not kernel_calls
         for mine, theirs in zip(again, expected, strict=True):
             assert torch.equal(mine, theirs)
-    assert memo.out.grad_fn is None
+    assert saved.out.grad_fn is None
 
 
-def test_memo_is_filled_where_gradients_are_wanted_too(kernel_calls):
-    inputs, memo = random_inputs(1, 4, 2, 23), SavedAttention()
-    first = with_gradients(shift_short_attention, inputs, 6, saved_attention=memo)
-    assert not memo.out.requires_grad
+def test_saved_attention_is_filled_with_gradients_enabled(kernel_calls):
+    inputs, saved = random_inputs(1, 4, 2, 23), SavedAttention()
+    first = with_gradients(shift_short_attention, inputs, 6, saved_attention=saved)
+    assert not saved.out.requires_grad
     kernel_calls.clear()
-    again = with_gradients(shift_short_attention, inputs, 6, saved_attention=memo)
+    again = with_gradients(shift_short_attention, inputs, 6, saved_attention=saved)
     assert not kernel_calls
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(first, again, strict=True))
 
 
-def test_memo_stays_empty_without_a_fused_kernel():
-    inputs, memo = random_inputs(2, 4, 2, 23), SavedAttention()
+def test_saved_attention_stays_empty_without_a_fused_kernel():
+    inputs, saved = random_inputs(2, 4, 2, 23), SavedAttention()
     with sdpa_kernel(SDPBackend.MATH):
         expected = with_gradients(shift_short_attention, inputs, 6)
         for _ in range(2):
-            result = with_gradients(shift_short_attention, inputs, 6, saved_attention=memo)
+            result = with_gradients(shift_short_attention, inputs, 6, saved_attention=saved)
             assert all(torch.equal(mine, theirs) for mine, theirs in zip(result, expected, strict=True))
-            assert memo.out is None
+            assert saved.out is None

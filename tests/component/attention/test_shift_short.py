@@ -1,4 +1,4 @@
-"""Shift short attention as a function: against a plain loop, and against the original's roll.
+"""Shift short attention as a function, against a plain loop and against the original's roll.
 
 Shapes: B batch, T tokens, H query heads, Hkv key/value heads, D head size, g group size in tokens.
 """
@@ -16,15 +16,15 @@ from component.error import UserError
 from tests.reference.attention import GROUPS, HEADS, D, assert_equals_loop, positions, random_inputs, with_gradients
 from tests.reference.shift_short import keys_seen, seen, shift_short_loop, shift_short_rolled
 
-# The reference itself, by hand
+# The reference itself
 
 
-def drawn(table: Tensor) -> list[str]:
+def as_text(table: Tensor) -> list[str]:
     return ["".join("x" if cell else "." for cell in row) for row in table.tolist()]
 
 
-def test_reference_sees_what_the_definition_says():
-    assert drawn(seen(7, (0,), 4, shifted=False)) == [
+def test_reference_follows_the_definition():
+    assert as_text(seen(7, (0,), 4, shifted=False)) == [
         "x......",
         "xx.....",
         "xxx....",
@@ -33,7 +33,7 @@ def test_reference_sees_what_the_definition_says():
         "....xx.",
         "....xxx",
     ]
-    assert drawn(seen(7, (0,), 4, shifted=True)) == [
+    assert as_text(seen(7, (0,), 4, shifted=True)) == [
         "x......",
         "xx.....",
         "..x....",
@@ -42,7 +42,7 @@ def test_reference_sees_what_the_definition_says():
         "..xxxx.",
         "......x",
     ]
-    assert drawn(seen(7, (0, 3), 2, shifted=True)) == [
+    assert as_text(seen(7, (0, 3), 2, shifted=True)) == [
         "x......",
         ".x.....",
         ".xx....",
@@ -58,7 +58,7 @@ def test_reference_sees_what_the_definition_says():
     ("heads", "kv_heads", "unshifted"), [(4, 4, 2), (4, 2, 2), (6, 3, 2), (4, 1, 2), (9, 3, 3), (5, 1, 2), (1, 1, 0)]
 )
 def test_heads_are_split_along_key_value_heads(heads, kv_heads, unshifted):
-    """Token g-1 of an unshifted head sees token 0; of a shifted head it does not."""
+    """Token g-1 attends to token 0 in unshifted heads only."""
     query, key, value = random_inputs(1, heads, kv_heads, 4)
     output = shift_short_attention(query, key, value, 4)
     sees_first = []
@@ -117,7 +117,7 @@ def test_right_padding_cannot_change_a_real_token(group_size, real):
         torch.cat((tensor[:, :, :real], 50 * torch.randn_like(tensor[:, :, real:])), dim=2) for tensor in inputs
     ]
     weight = torch.randn(2, length, 4, D)
-    weight[:, real:] = 0  # a pad's output has no loss
+    weight[:, real:] = 0  # no loss on padding
     here = with_gradients(shift_short_attention, inputs, group_size, weight=weight)
     there = with_gradients(shift_short_attention, other_pads, group_size, weight=weight)
     assert not torch.equal(here[0][:, real:], there[0][:, real:])
@@ -148,12 +148,12 @@ def test_packed_rows_equal_loop(heads, kv_heads, group_size, rows):
     assert_equals_loop(random_inputs(len(rows), heads, kv_heads, 23), group_size, positions(*rows))
 
 
-def test_one_row_of_positions_counts_for_all_rows():
+def test_one_row_of_positions_applies_to_all_rows():
     assert_equals_loop(random_inputs(3, 4, 2, 23), 6, positions([9, 14]))
 
 
 @pytest.mark.parametrize("group_size", [4, 16])
-def test_packed_documents_equal_documents_alone(group_size):
+def test_packed_documents_equal_separate_ones(group_size):
     lengths = [9, 1, 13]
     inputs = random_inputs(1, 6, 3, sum(lengths))
     weight = torch.randn(1, sum(lengths), 6, D)
@@ -183,14 +183,14 @@ def test_positions_of_one_document_change_nothing(position_ids):
 
 
 @pytest.mark.parametrize("group_size", [-2, 0, 1, 3, 129])
-def test_odd_or_too_small_groups_are_refused(group_size, tiny_llama_config):
+def test_odd_or_too_small_groups_are_rejected(group_size, tiny_llama_config):
     with pytest.raises(UserError, match=rf"group_size.*{group_size}"):
         shift_short_attention(*random_inputs(1, 4, 4, 8), group_size)
     with pytest.raises(UserError, match=rf"group_size.*{group_size}"):
         use_shift_short_attention(tiny_llama_config, group_size)
 
 
-# The original's roll, and what is wrong with it
+# The original's roll, and full attention
 
 
 def test_roll_differs_only_in_the_first_half_group_of_the_shifted_heads():
@@ -202,33 +202,33 @@ def test_roll_differs_only_in_the_first_half_group_of_the_shifted_heads():
 
 
 @pytest.mark.parametrize("rows", [None, [[5, 1, 21], [13, 14]]])
-@pytest.mark.parametrize(("heads", "kv_heads", "at_once"), [(8, 4, 4), (8, 8, 4), (6, 3, 4), (4, 1, 4)])
-def test_groups_that_nobody_fills_are_full_attention(kernel_calls, heads, kv_heads, at_once, rows):
-    """Inside documents, and with no more heads in a kernel call than groups have: memory plans count on that."""
+@pytest.mark.parametrize(("heads", "kv_heads", "heads_per_call"), [(8, 4, 4), (8, 8, 4), (6, 3, 4), (4, 1, 4)])
+def test_unlimited_groups_are_full_attention(kernel_calls, heads, kv_heads, heads_per_call, rows):
+    """Inside documents, and with at most half of the heads per kernel call, which memory plans count on."""
     inputs = random_inputs(2, heads, kv_heads, 27)
     position_ids = None if rows is None else positions(*rows)
-    full = shift_short_attention(*inputs, interface.NO_GROUPS, position_ids)
-    assert max(shape[1] for shape in kernel_calls) == at_once
+    full = shift_short_attention(*inputs, interface.UNLIMITED, position_ids)
+    assert max(shape[1] for shape in kernel_calls) == heads_per_call
     assert_equals_loop(inputs, 2 * 27, position_ids)
     assert_close(full, shift_short_loop(*inputs, 2 * 27, position_ids), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("head_tokens", [1, 29, 2 * 29, 3 * 29])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 3), (9, 3), (4, 1), (5, 1), (1, 1)])
-def test_a_share_of_the_heads_at_a_time(monkeypatch, heads, kv_heads, head_tokens):
-    """Long rows go through the kernels a few heads at a time: more calls, the same output and gradients."""
+def test_long_rows_split_the_heads(monkeypatch, heads, kv_heads, head_tokens):
+    """Long rows take several kernel calls of a few heads each, with the same output and gradients."""
     query, key, value = (tensor.double().requires_grad_() for tensor in random_inputs(2, heads, kv_heads, 29))
     calls = []
     forward = kernel.causal_forward
     monkeypatch.setattr(kernel, "causal_forward", lambda *a, **k: calls.append(a[0].shape[1]) or forward(*a, **k))
     whole = shift_short_attention(query, key, value, 8)
     whole_gradients = torch.autograd.grad(whole.square().sum(), (query, key, value))
-    at_once, calls[:] = max(calls), []
+    heads_per_call, calls[:] = max(calls), []
     monkeypatch.setattr(shift_short, "HEAD_TOKENS", head_tokens)
     parts = shift_short_attention(query, key, value, 8)
-    assert max(calls) <= at_once
+    assert max(calls) <= heads_per_call
     if kv_heads > 2 and head_tokens == 1:  # one key/value head in each call
-        assert max(calls) == heads // kv_heads < at_once
+        assert max(calls) == heads // kv_heads < heads_per_call
     assert_close(parts, whole, atol=1e-12, rtol=1e-12)
     gradients = torch.autograd.grad(parts.square().sum(), (query, key, value))
     for found, wanted in zip(gradients, whole_gradients, strict=True):

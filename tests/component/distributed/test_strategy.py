@@ -1,4 +1,4 @@
-"""How is training distributed? One answer, from DeepSpeed's configuration and the number of processes."""
+"""The training strategy, from DeepSpeed's configuration and the number of processes."""
 
 import json
 
@@ -28,7 +28,7 @@ S2, S3 = {"zero_optimization": {"stage": 2}}, {"zero_optimization": {"stage": 3}
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none"}}}, 1, Strategy(1, 2), "ZeRO-2"),
     ],
 )
-def test_by_hand(config, processes, expected, text, tmp_path):
+def test_training_strategy(config, processes, expected, text, tmp_path):
     found = training_strategy(config, processes)
     assert found == expected
     assert str(found) == text

@@ -1,4 +1,4 @@
-"""Which share of the work is this process's? Several processes are in tests/script/evaluate/test_evaluate.py."""
+"""Each process's share of the work; tests/script/evaluate/test_evaluate.py starts several processes."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def test_one_process_does_everything(monkeypatch):
         assert own_share([1, 2, 3]) == gathered([1, 2, 3]) == [1, 2, 3]
 
 
-def test_pieces_are_dealt_out_in_turn(monkeypatch):
+def test_round_robin_shares(monkeypatch):
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: 3)
     shares = []

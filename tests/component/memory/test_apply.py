@@ -1,4 +1,4 @@
-"""A model under a memory plan against Hugging Face's layers and loss with PEFT's LoRA: losses and gradients."""
+"""Losses and gradients under a memory plan equal those of Hugging Face's layers and loss with PEFT's LoRA."""
 
 import copy
 
@@ -48,29 +48,29 @@ PLANS = {
     "nothing": {},
     "everything": {"keep_layers": LAYERS},
     "attention": {"keep_attention_layers": LAYERS},
-    "more than there are": {"keep_layers": 99, "keep_attention_layers": 99},
+    "more than all layers": {"keep_layers": 99, "keep_attention_layers": 99},
     "nothing, everything": {"keep_layers": 1},
     "nothing, attention": {"keep_attention_layers": 2},
     "attention, everything": {"keep_layers": 1, "keep_attention_layers": 2},
-    "output": {"keep_attention_output": True},
-    "output on the host": {"keep_attention_output": True, "offload_activations": True},
-    "host": {"offload_activations": True},
-    "host, not ahead": {"offload_activations": True, "fetch_ahead": False},
+    "attention output": {"keep_attention_output": True},
+    "attention output, offloaded": {"keep_attention_output": True, "offload_activations": True},
+    "offloaded": {"offload_activations": True},
+    "offloaded, no prefetch": {"offload_activations": True, "fetch_ahead": False},
     "tiles of 7": {"mlp_tile_tokens": 7},
     "tiles of 17, attention": {"mlp_tile_tokens": 17, "keep_attention_layers": LAYERS},
     "tiles of 17, everything": {"mlp_tile_tokens": 17, "keep_layers": LAYERS},
     "tiles of 1": {"mlp_tile_tokens": 1},
-    "tiles larger than all": {"mlp_tile_tokens": 1000},
+    "tiles larger than the batch": {"mlp_tile_tokens": 1000},
     "chunks of 11": {"loss_chunk_tokens": 11},
     "chunks of 1": {"loss_chunk_tokens": 1},
-    "all levers": ALL,
-    "all levers, ahead": {**ALL, "keep_layers": 0, "keep_attention_layers": 1, "fetch_ahead": True},
+    "all options": ALL,
+    "all options, prefetch": {**ALL, "keep_layers": 0, "keep_attention_layers": 1, "fetch_ahead": True},
 }
-FEW = [PLANS["output on the host"], PLANS["attention, everything"], ALL]
+FEW = [PLANS["attention output, offloaded"], PLANS["attention, everything"], ALL]
 
 
 def compare(model: PeftModel, *batches: dict, plans: list[dict] = FEW) -> list[PeftModel]:
-    """The plain model and copies under plans: same losses, same gradients; returns the copies."""
+    """Assert that copies of `model` under `plans` have the losses and gradients of `model`; the copies."""
     plain = train_pass(model, *batches)
     copies = [under_plan(model, **memory_options) for memory_options in plans]
     for lean in copies:
@@ -79,13 +79,13 @@ def compare(model: PeftModel, *batches: dict, plans: list[dict] = FEW) -> list[P
 
 
 @pytest.mark.parametrize("memory_options", PLANS.values(), ids=PLANS)
-def test_each_lever_and_mixtures(memory_options):
+def test_each_memory_option_and_mixtures(memory_options):
     compare(tiny_model(), random_batch(2), plans=[memory_options])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_full_attention_is_that_of_transformers(family, monkeypatch):
-    """By our kernels, whose output a layer that is computed again can keep."""
+def test_full_attention_equals_that_of_transformers(family, monkeypatch):
+    """With our kernels, whose output a recomputed layer can keep."""
     plain, config = tiny_model(family, s2=False), tiny_config(family, s2=False)
     use_shift_short_attention(config, None)
     ours, calls = with_lora(tiny_base(config)), []
@@ -101,8 +101,8 @@ def test_full_attention_is_that_of_transformers(family, monkeypatch):
     assert counts[1:] == [counts[1]] * len(FEW)
 
 
-def test_the_levels_are_really_those(monkeypatch):
-    """Else the other tests here would compare the plain path with itself."""
+def test_each_layer_runs_at_its_level(monkeypatch):
+    """Otherwise the other tests would compare the plain path with itself."""
     calls = []
     for name in ("_RecomputedLayer", "_MLP"):
         function = getattr(layer_module, name)
@@ -114,9 +114,9 @@ def test_the_levels_are_really_those(monkeypatch):
     ]  # fmt: skip
     train_pass(lean, random_batch())
     assert calls == [("_RecomputedLayer", 7), ("_MLP", False), ("_MLP", True)]
-    stack = lean.get_base_model().model.layers[0].stack
-    hidden, query = TOKENS * 64 * 4, TOKENS * 4 * 16 * 4  # bytes; each part starts at a multiple of 256
-    assert stack.nbytes == sum(-(-size // 256) * 256 for size in (hidden, query))
+    offloader = lean.get_base_model().model.layers[0].offloader
+    hidden, query = TOKENS * 64 * 4, TOKENS * 4 * 16 * 4  # bytes; parts are aligned to 256
+    assert offloader.nbytes == sum(-(-size // 256) * 256 for size in (hidden, query))
     assert differs(train_pass(lean, random_batch(seed=9)), train_pass(lean, random_batch()))
 
 
@@ -149,7 +149,7 @@ def test_nf4_base(family, tmp_path):
     ["q_proj v_proj", "gate_proj up_proj down_proj", "down_proj", "o_proj up_proj", "q_proj lm_head", "1.mlp.up_proj"],
 )
 def test_subsets_of_targets(names):
-    """Of them lm_head, whose logits are then no plain linear layer, and one in a middle layer alone."""
+    """Including lm_head, whose logits are then not one linear layer, and a target in a single layer."""
     model = tiny_model(target_names=names.split())
     for lean in compare(model, random_batch()):
         assert isinstance(lean.get_base_model(), ChunkedLoss) == ("lm_head" not in names)
@@ -181,8 +181,8 @@ def test_padded_and_packed_rows(s2):
     assert differs(train_pass(model, packed), train_pass(model, padded))
 
 
-def test_packed_documents_do_not_see_each_other():
-    """What the first document is changes nothing in the second's loss, though recomputed."""
+def test_packed_documents_do_not_attend_to_each_other():
+    """The second document's loss does not depend on the first document, also when recomputed."""
     lean, losses = under_plan(tiny_model(), **ALL), []
     for seed in (1, 2):
         batch = random_batch()
@@ -195,7 +195,7 @@ def test_packed_documents_do_not_see_each_other():
 
 @pytest.mark.parametrize("s2", [True, False], ids=["S2", "full"])
 def test_accumulation(s2):
-    """Micro-batches of different lengths add up; the labels of both divide both losses."""
+    """The summed losses of micro-batches of different lengths are divided by the labels of all of them."""
     batches = [random_batch(1, 53, seed=1), random_batch(2, 31, seed=2), random_batch(1, 9, seed=5)]
     labels = torch.tensor(sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches))
     model = tiny_model(s2=s2)
@@ -207,18 +207,18 @@ def test_accumulation(s2):
 def test_short_rows(tokens):
     batch = random_batch(2, tokens)
     batch["labels"] = batch["input_ids"].clone()
-    model = tiny_model(target_names=["v_proj", "up_proj"])  # one token seen: queries and keys get no gradient
+    model = tiny_model(target_names=["v_proj", "up_proj"])  # a single attended token: queries and keys get no gradient
     compare(model, batch)
 
 
-def test_a_cache_in_training_does_no_harm():
-    """As the models' own configs want it; a recomputed layer would see each token twice."""
+def test_use_cache_in_training():
+    """The default of the models' configs; a recomputed layer must not append each token twice."""
     for s2 in (True, False):
         compare(tiny_model(s2=s2, changes={"use_cache": True}), random_batch())
 
 
 def test_two_passes_forward_then_two_backward():
-    """Without the host that works; with it, it is refused: the second forward pass takes the buffers of the first."""
+    """Rejected with offloading, where the second forward pass reuses the buffers of the first."""
     first, second = random_batch(seed=1), random_batch(seed=2)
     lean = under_plan(tiny_model(), keep_attention_output=True).train()
     losses = [lean(**batch).loss for batch in (first, second)]
@@ -229,7 +229,7 @@ def test_two_passes_forward_then_two_backward():
     lean = under_plan(tiny_model(), offload_activations=True).train()
     loss = lean(**first).loss
     lean(**second)
-    with pytest.raises(AssertionError, match="another order"):
+    with pytest.raises(AssertionError, match="out of order"):
         loss.backward()
 
 
@@ -246,7 +246,7 @@ BOTH = {"train_norm": True, "train_embedding": True}
     ids=str,
 )
 def test_autocast(base, trained, tmp_path):
-    """As `python train.py` with bf16 runs it: no further from fp32 than the plain path is."""
+    """As in `python train.py` with bf16: as close to fp32 as the plain path."""
     dtype = torch.float32 if base == "fp32" else torch.bfloat16
     if base == "nf4":
         model = tiny_nf4_model(tmp_path, dtype=dtype, **trained)
@@ -268,7 +268,7 @@ def test_autocast(base, trained, tmp_path):
 
 
 def test_a_base_in_half_precision_without_autocast():
-    """As ZeRO has it: everything is bf16, gradients too."""
+    """As with ZeRO: everything is bf16, including gradients."""
     model = tiny_model(train_norm=True, train_embedding=True).to(torch.bfloat16)
     expected = train_pass(copy.deepcopy(model).float(), random_batch(2))
     plain = errors(train_pass(model, random_batch(2)), expected)
@@ -277,10 +277,10 @@ def test_a_base_in_half_precision_without_autocast():
         assert all(ours <= 1.3 * theirs + 2e-3 for ours, theirs in zip(lean, plain, strict=True))
 
 
-# ---- evaluating, saving
+# ---- evaluation and saving
 
 
-def test_evaluation_and_generation_are_the_models_own():
+def test_evaluation_and_generation_are_unchanged():
     model = tiny_model(dropout=0.3)
     lean = under_plan(model, **ALL)
     train_pass(lean, random_batch())
@@ -303,7 +303,7 @@ def test_evaluation_and_generation_are_the_models_own():
     assert positional.logits.shape == theirs.logits.shape
 
 
-def test_adapter_is_saved_loaded_and_merged(tmp_path, tokenizer):
+def test_adapter_can_be_saved_loaded_and_merged(tmp_path, tokenizer):
     model = tiny_model(train_embedding=True, train_norm=True)
     lean = under_plan(model, **ALL)
     for trained in (model, lean):
@@ -331,7 +331,7 @@ def test_adapter_is_saved_loaded_and_merged(tmp_path, tokenizer):
 
 
 def test_copies_of_a_model_under_a_plan():
-    """A deep copy trains alike and shares nothing, neither weights nor the stack on the host."""
+    """A deep copy trains the same, and shares neither weights nor the offloader."""
     batch = random_batch()
     lean = under_plan(tiny_model(), **ALL)
     expected = train_pass(lean, batch)
@@ -340,19 +340,19 @@ def test_copies_of_a_model_under_a_plan():
         for parameter in lean.parameters():
             parameter.zero_()
     assert_same(train_pass(other, batch), expected)
-    stacks = [m.get_base_model().model.layers[0].stack for m in (lean, other)]
-    assert stacks[0] is not stacks[1]
+    offloaders = [m.get_base_model().model.layers[0].offloader for m in (lean, other)]
+    assert offloaders[0] is not offloaders[1]
     for _ in range(3):
         other(**batch)
-    assert len(stacks[1]._entries) == 1  # one layer of three keeps nothing
+    assert len(offloaders[1]._entries) == 1  # one of three layers is at level nothing
 
 
 # ---- models without a plan
 
 
 @pytest.mark.parametrize("config_class", [GemmaConfig, Gemma2Config, PhiConfig, CohereConfig, GraniteConfig])
-def test_unknown_layers_fall_back(config_class):
-    """They keep their own, and the chunked loss where their logits are plain; and they train all the same."""
+def test_unsupported_layers_fall_back(config_class):
+    """Their layers are unchanged, with the chunked loss if their logits are one linear layer; training is the same."""
     model = with_lora(tiny_base(config_class(**{**SIZES, "pad_token_id": 0})))
     lean = copy.deepcopy(model)
     reason = use_memory_plan(lean, plan_of(**ALL), fused=False)

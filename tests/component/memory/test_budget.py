@@ -1,4 +1,4 @@
-"""How much memory is there, and what is said when it runs out."""
+"""Available memory, its limits, and the message when it runs out."""
 
 import contextlib
 import math
@@ -9,12 +9,7 @@ import torch
 from component.error import UserError
 from component.memory.budget import available_memory, explaining_out_of_memory, limit_memory
 from component.memory.workload import Workload
-from tests.reference.plain_path import (
-    LAYERS,
-    plan_of,
-)
-
-# ---- limits
+from tests.reference.plain_path import LAYERS, plan_of
 
 
 def test_limits_without_a_gpu(monkeypatch):
@@ -25,7 +20,7 @@ def test_limits_without_a_gpu(monkeypatch):
         limit_memory(4.0)
 
 
-def test_out_of_memory_says_what_to_change():
+def test_out_of_memory_names_the_key_to_change():
     work = Workload(4096, 11008, LAYERS, 32, 32, 128, 32000, 10**8, 10**8, 64, 10**7, tokens=8192, group=2048)
     with (
         pytest.raises(UserError, match=r"out of memory.*keep_layers: 0"),

@@ -1,4 +1,4 @@
-"""Layers that keep little: their random numbers, their tiles, their hooks, and what they hold on to."""
+"""Decoder layers at each checkpointing level: dropout, tiles, gradient hooks, and what they hold in memory."""
 
 import copy
 import gc
@@ -33,8 +33,8 @@ ALL = {
 }
 LEVELS = {
     "nothing": {},
-    "nothing, on the host": {"offload_activations": True},
-    "attention's output": {"keep_attention_output": True, "offload_activations": True},
+    "nothing, offloaded": {"offload_activations": True},
+    "attention output, offloaded": {"keep_attention_output": True, "offload_activations": True},
     "attention": {"keep_attention_layers": LAYERS},
     "everything": {"keep_layers": LAYERS},
     "mixed": {"keep_layers": 1, "keep_attention_layers": 1},
@@ -46,8 +46,8 @@ levels = pytest.mark.parametrize("memory_options", LEVELS.values(), ids=LEVELS)
 
 
 @pytest.mark.parametrize("tile", [0, 17])
-def test_computing_again_draws_the_same_dropout(tile):
-    """... as where all is kept: there PEFT's formula runs once, with the masks of one pass."""
+def test_recomputing_draws_the_same_dropout_masks(tile):
+    """Same results as without recomputation."""
     model = tiny_model(dropout=0.3)
     lean = under_plan(model, keep_layers=LAYERS, mlp_tile_tokens=tile)
     kept = train_pass(lean, random_batch(2))
@@ -56,10 +56,10 @@ def test_computing_again_draws_the_same_dropout(tile):
         assert_same(train_pass(under_plan(model, mlp_tile_tokens=tile, **memory_options), random_batch(2)), kept)
 
 
-def formula(self, x, *args, **kwargs):
-    """Stands for a fused layer's forward: y = W x + b + s B A (mask * x) in plain operations that autograd knows."""
+def reference_forward(self, x, *args, **kwargs):
+    """A fused layer's forward in plain autograd operations: y = W x + b + s B A (mask * x)."""
     projection = self.projection
-    seed = projection.draw()
+    seed = projection.draw_seed()
     flat = x.reshape(-1, x.shape[-1])
     mask = linear._drop(torch.ones_like(flat.detach()), projection.dropout, seed)
     a, b = projection.factors
@@ -68,13 +68,13 @@ def formula(self, x, *args, **kwargs):
 
 
 @levels
-def test_dropout_in_a_whole_model_by_the_formula(memory_options, monkeypatch):
-    """Hugging Face's own layers with the formula in place of PEFT's layers draw in the same order: q k v o gate up."""
+def test_dropout_in_a_model_against_the_formula(memory_options, monkeypatch):
+    """Hugging Face's layers with the formula for LoRA draw masks in the same order: q k v o gate up."""
     model = tiny_model(dropout=0.3, target_names=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"])
     plain = copy.deepcopy(model)
     linear.fuse_lora(plain)
     found = train_pass(under_plan(model, **memory_options), random_batch(2))
-    monkeypatch.setattr(linear.FusedLoRALayer, "forward", formula)
+    monkeypatch.setattr(linear.FusedLoRALayer, "forward", reference_forward)
     assert_same(found, train_pass(plain, random_batch(2)))
 
 
@@ -89,8 +89,8 @@ def test_dropout_of_attention_weights(s2):
 
 
 @pytest.mark.parametrize("memory_options", [{}, {"mlp_tile_tokens": 17}, {"keep_layers": LAYERS}, ALL], ids=str)
-def test_each_call_has_its_own_mask_and_keeps_it(monkeypatch, memory_options):
-    """Seeds differ between layers, projections, tiles and calls; going backward uses those of going forward alone."""
+def test_each_call_has_its_own_mask_in_forward_and_backward(monkeypatch, memory_options):
+    """Seeds differ between layers, projections, tiles and calls; the backward pass reuses the forward pass's."""
     seeds = []
     drop = linear._drop
     monkeypatch.setattr(linear, "_drop", lambda x, p, seed: seeds.append((seed, *x.shape)) or drop(x, p, seed))
@@ -110,8 +110,8 @@ def test_each_call_has_its_own_mask_and_keeps_it(monkeypatch, memory_options):
         seen |= set(forward)
 
 
-def test_a_state_of_the_random_numbers_repeats_a_pass():
-    """As a resumed run does; and a backward pass leaves the state as the forward pass did."""
+def test_restoring_the_rng_state_repeats_a_pass():
+    """As in a resumed run; and the backward pass does not change the RNG state."""
     lean = under_plan(tiny_model(dropout=0.3), **ALL).train()
     first = train_pass(lean, random_batch(), random_batch(seed=8), seed=12)
     torch.manual_seed(12)
@@ -128,8 +128,8 @@ def test_a_state_of_the_random_numbers_repeats_a_pass():
     assert_same(([loss.item(), second.item()], gradients(lean)), first, tolerance=0)
 
 
-def test_the_plan_does_not_change_what_is_drawn():
-    """The same run under another plan sees the same masks, but for tiles."""
+def test_the_plan_does_not_change_the_rng_state():
+    """Plans with the same tiles draw the same masks."""
     model = tiny_model(dropout=0.3)
     states = []
     for memory_options in LEVELS.values():
@@ -138,11 +138,11 @@ def test_the_plan_does_not_change_what_is_drawn():
     assert all(torch.equal(state, states[0]) for state in states)
 
 
-# ---- hooks: what DDP and ZeRO rely on
+# ---- gradient hooks, for DDP and ZeRO
 
 
 @levels
-def test_each_gradient_arrives_once(memory_options):
+def test_each_gradient_is_accumulated_once(memory_options):
     model = tiny_model("qwen3", train_norm=True, train_embedding=True)
     lean = under_plan(model, mlp_tile_tokens=7, **memory_options)
     arrived: list[str] = []
@@ -173,18 +173,18 @@ def test_ddp(process_group, memory_options):
     assert_same((losses, {name.removeprefix("module."): gradient for name, gradient in found.items()}), plain)
 
 
-# ---- what they hold on to
+# ---- memory
 
 
 def hidden_states(model) -> list[weakref.ref]:
-    """Of the inputs of all decoder layers but the first, once the model has run forward."""
+    """Filled by a forward pass with references to the inputs of all decoder layers but the first."""
     found: list[weakref.ref] = []
     for layer in model.get_base_model().model.layers[1:]:
         layer.register_forward_pre_hook(lambda _, args: found.append(weakref.ref(args[0])))
     return found
 
 
-def test_inputs_on_the_host_leave_the_device():
+def test_offloaded_inputs_are_freed():
     for offload in (True, False):
         lean = under_plan(tiny_model(), offload_activations=offload, keep_attention_output=True).train()
         found = hidden_states(lean)
@@ -195,14 +195,14 @@ def test_inputs_on_the_host_leave_the_device():
 
 
 def bytes_in_tensors() -> int:
-    """Of floats: states of random numbers are on the host, and small."""
+    """Of floating-point tensors; RNG states do not count."""
     gc.collect()
     tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor) and thing.is_floating_point()]
     return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 
-def test_nothing_is_left_after_the_backward_pass():
-    """While the loss, and with it the graph, is still there: all that layers kept is gone, but for trifles."""
+def test_the_backward_pass_frees_what_layers_saved():
+    """Even while the loss, and with it the graph, still exists."""
     lean = under_plan(tiny_model(), mlp_tile_tokens=17, keep_attention_output=True, **LEVELS["mixed"])
     train_pass(lean, random_batch())
     lean.zero_grad(set_to_none=False)
@@ -213,8 +213,8 @@ def test_nothing_is_left_after_the_backward_pass():
     assert bytes_in_tensors() - before < TOKENS * 64 * 4  # one layer's hidden states: cos, sin and log-sum-exp
 
 
-def test_tile_by_tile_is_all_at_once():
-    """The values of a forward pass do not depend on tiles; and an in-place gradient is not one that others read."""
+def test_tiles_change_nothing():
+    """Neither losses nor gradients, which are computed in place."""
     model = tiny_model(train_norm=True)
     expected = train_pass(model, random_batch(2))
     for tile in (2, TOKENS, 2 * TOKENS - 1, 2 * TOKENS):
@@ -223,7 +223,7 @@ def test_tile_by_tile_is_all_at_once():
 
 @levels
 def test_a_loss_of_several_layers(memory_options):
-    """Hidden states that others read as well: their gradients add up."""
+    """Gradients of hidden states with several consumers add up."""
 
     def all_layers(model):
         model.train().zero_grad(set_to_none=True)
@@ -239,10 +239,10 @@ def test_a_loss_of_several_layers(memory_options):
     assert_same(all_layers(under_plan(model, **memory_options)), all_layers(model))
 
 
-# ---- which layers
+# ---- supported layers
 
 
-def test_levels_are_classes_of_the_models_own():
+def test_lean_layers_subclass_the_models_own():
     model = tiny_model().get_base_model()
     linear.fuse_lora(model)
     own = type(model.model.layers[0])
@@ -252,22 +252,22 @@ def test_levels_are_classes_of_the_models_own():
     assert layers == list(model.model.layers)
 
 
-def test_a_trained_mlp_is_left_alone():
+def test_an_mlp_with_trainable_base_weights_is_unsupported():
     model = tiny_model().get_base_model()
     model.model.layers[1].mlp.up_proj.base_layer.weight.requires_grad_(True)
     assert lean_layers(model) == []
     assert not any(isinstance(module, LeanLayer) for module in model.modules())
 
 
-def test_ambience_restores_what_was_and_then_what_is():
+def test_rng_and_autocast_state():
     torch.manual_seed(1)
     with torch.autocast("cpu", torch.bfloat16):
-        ambience = RngAndAutocastState(torch.device("cpu"))
+        state = RngAndAutocastState(torch.device("cpu"))
     drawn = torch.rand(3)
-    state = torch.get_rng_state()
-    with ambience.again():
+    rng_state = torch.get_rng_state()
+    with state.restored():
         assert torch.is_autocast_enabled("cpu")
         assert torch.get_autocast_dtype("cpu") == torch.bfloat16
         assert torch.equal(torch.rand(3), drawn)
     assert not torch.is_autocast_enabled("cpu")
-    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(torch.get_rng_state(), rng_state)

@@ -1,4 +1,4 @@
-"""The fused LoRA layer against PEFT's own, and with dropout against the formula with the mask that was drawn."""
+"""The fused LoRA layer against PEFT's, and with dropout against the formula with the same mask."""
 
 import copy
 
@@ -11,14 +11,14 @@ from torch import nn
 
 from component.memory import linear
 from component.memory.linear import FusedLoRALayer, LoRALinear, fuse_lora
-from component.model import _keep_packing
+from component.model import _disable_cpu_repacking
 
 INPUTS, OUTPUTS, RANK, ALPHA = 64, 112, 5, 8
 TOKENS = 37
 
 
 class Base(nn.Module):
-    """A linear layer to put LoRA around."""
+    """A linear layer to add LoRA to."""
 
     def __init__(self, bias: bool):
         super().__init__()
@@ -29,7 +29,7 @@ class Base(nn.Module):
 
 
 def lora(bias: bool = True, kind: str = "fp32", dropout: float = 0.0, **options):
-    """PEFT's layer, B not zero, in training mode, and its copy that is fused."""
+    """PEFT's layer with nonzero B, in training mode, and a fused copy."""
     model = Base(bias)
     if bias:
         nn.init.normal_(model.proj.bias)
@@ -39,7 +39,7 @@ def lora(bias: bool = True, kind: str = "fp32", dropout: float = 0.0, **options)
         model.proj.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
         model.proj.bias = own_bias
         model.to("cpu")
-        _keep_packing(model)
+        _disable_cpu_repacking(model)
     if kind == "bf16":
         model.to(torch.bfloat16)
     config = LoraConfig(target_modules=["proj"], r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, **options)
@@ -83,7 +83,7 @@ def test_strided_inputs_and_gradients():
     x = torch.randn(INPUTS, TOKENS, 2).permute(2, 1, 0)
     grad = torch.randn(2, OUTPUTS, TOKENS).transpose(1, 2)
     assert_close(run(ours, x, grad), run(theirs, x, grad))
-    one = torch.ones(()).expand(2, TOKENS, OUTPUTS)  # as of a sum: every stride is zero
+    one = torch.ones(()).expand(2, TOKENS, OUTPUTS)  # the gradient of a sum: all strides are zero
     assert_close(run(ours, x, one), run(theirs, x, one))
 
 
@@ -95,8 +95,8 @@ def test_scaling_of_the_adapter():
     assert ours.projection.scaling == 3.0 / RANK
 
 
-def test_what_replaces_an_adapters_factors_is_read():
-    """Loading, rescaling and sharding put other tensors and numbers into PEFT's module after it was fused."""
+def test_replaced_factors_and_scaling_are_used():
+    """Loading, rescaling and sharding change PEFT's module after it was fused."""
     theirs, ours = lora()
     x, grad = torch.randn(TOKENS, INPUTS), torch.randn(TOKENS, OUTPUTS)
     before = run(ours, x, grad)
@@ -135,7 +135,7 @@ def test_input_without_gradient():
 
 
 def test_autocast_and_half_precision():
-    """fp32 LoRA around a bf16 base under autocast: fp32 gradients of LoRA, the input's in its own type."""
+    """fp32 LoRA on a bf16 base under autocast: fp32 gradients for LoRA, the input's gradient in its own dtype."""
     theirs, ours = lora(kind="bf16")
     x, grad = torch.randn(TOKENS, INPUTS), torch.randn(TOKENS, OUTPUTS)
     exact = copy.deepcopy(theirs).float()
@@ -148,7 +148,7 @@ def test_autocast_and_half_precision():
     assert_close(found, expected, tolerance=2e-2)
 
 
-def test_weight_is_held_inside_alone():
+def test_weight_is_held_only_inside():
     _, ours = lora(kind="nf4")
     projection = ours.projection
     with projection.holding_weight(torch.float32):
@@ -160,19 +160,19 @@ def test_weight_is_held_inside_alone():
     assert projection._held is None
 
 
-def test_backward_adds_to_what_is_there():
-    """Sums of gradients over tiles of tokens, and an input's gradient on top of another."""
+def test_backward_accumulates():
+    """Weight gradients over tiles of tokens, and an input's gradient onto another."""
     _, ours = lora()
     projection, x, grad = ours.projection, torch.randn(TOKENS, INPUTS), torch.randn(TOKENS, OUTPUTS)
     low = projection.low(x, None)
-    whole, tiled, there = {}, {}, torch.randn(TOKENS, INPUTS)
-    expected = there + projection.backward(grad, x, low, None, whole)
-    found = there.clone()
+    untiled, tiled, other = {}, {}, torch.randn(TOKENS, INPUTS)
+    expected = other + projection.backward(grad, x, low, None, untiled)
+    found = other.clone()
     for start in range(0, TOKENS, 7):
         part = slice(start, start + 7)
         assert projection.backward(grad[part], x[part], low[part], None, tiled, add_to=found[part]) is not None
-    assert_close([found, *tiled.values()], [expected, *whole.values()])
-    assert list(tiled) == list(whole)
+    assert_close([found, *tiled.values()], [expected, *untiled.values()])
+    assert list(tiled) == list(untiled)
     assert projection.backward(grad, x, low, None, {}, need_x=False) is None
 
 
@@ -181,14 +181,14 @@ def test_backward_adds_to_what_is_there():
 
 @pytest.mark.parametrize("kind", ["fp32", "nf4"])
 @pytest.mark.parametrize("probability", [0.05, 0.5])
-def test_dropout_by_the_formula(probability, kind):
-    """y = W x + b + s B A (mask * x) and its gradients by autograd, with the mask that the call drew."""
+def test_dropout_against_the_formula(probability, kind):
+    """y = W x + b + s B A (mask * x) and its gradients by autograd, with the call's mask."""
     _, ours = lora(kind=kind, dropout=probability)
     x, grad = torch.randn(2, TOKENS, INPUTS), torch.randn(2, TOKENS, OUTPUTS)
     torch.manual_seed(11)
     found = run(ours, x, grad)
     torch.manual_seed(11)
-    mask = linear._drop(torch.ones(2 * TOKENS, INPUTS), probability, ours.projection.draw())
+    mask = linear._drop(torch.ones(2 * TOKENS, INPUTS), probability, ours.projection.draw_seed())
     assert mask.unique().tolist() == pytest.approx([0, 1 / (1 - probability)])
     a, b = (getattr(ours, name)["default"].weight.detach().requires_grad_() for name in ("lora_A", "lora_B"))
     x = x.detach().clone().requires_grad_()
@@ -204,7 +204,7 @@ def test_dropout_keeps_the_expectation():
     for probability in (0.1, 0.6):
         dropped = linear._drop(x, probability, 3)
         share = float((dropped == 0).float().mean())
-        assert share == pytest.approx(probability, abs=0.005)  # ten standard deviations
+        assert share == pytest.approx(probability, abs=0.005)  # 10 standard deviations
         assert float(dropped.mean()) == pytest.approx(1, abs=0.01)
         columns = dropped.mean(0)
         assert float(columns.std()) < 0.1
@@ -217,10 +217,10 @@ def test_the_mask_is_linear_and_its_own_backward():
     drop = lambda tensor: linear._drop(tensor, 0.3, 7)  # noqa: E731
     torch.testing.assert_close(drop(x + 2 * z), drop(x) + 2 * drop(z))
     torch.testing.assert_close((drop(x) * z).sum(), (x * drop(z)).sum())
-    assert torch.equal(drop(x) == 0, drop(x.bfloat16()) == 0)  # whatever the type
+    assert torch.equal(drop(x) == 0, drop(x.bfloat16()) == 0)  # for any dtype
 
 
-def test_masks_differ_between_calls_and_repeat_from_a_state():
+def test_masks_differ_between_calls_and_repeat_from_an_rng_state():
     _, ours = lora(dropout=0.5)
     x = torch.randn(TOKENS, INPUTS)
     state = torch.get_rng_state()
@@ -232,7 +232,7 @@ def test_masks_differ_between_calls_and_repeat_from_a_state():
 
 
 def test_the_mask_is_the_same_without_gradients():
-    """A layer that is computed again first runs without: its masks must be those of the second time."""
+    """A recomputed layer first runs without gradients; both passes need the same mask."""
     _, ours = lora(dropout=0.5)
     x = torch.randn(TOKENS, INPUTS)
     state = torch.get_rng_state()
@@ -242,14 +242,14 @@ def test_the_mask_is_the_same_without_gradients():
     assert torch.equal(ours(x), first)
 
 
-def test_evaluation_is_pefts_own_and_draws_nothing():
+def test_evaluation_is_pefts_and_draws_nothing():
     theirs, ours = lora(dropout=0.5)
     x, state = torch.randn(TOKENS, INPUTS), torch.get_rng_state()
     assert torch.equal(ours.eval()(x), theirs.eval()(x))
     assert torch.equal(torch.get_rng_state(), state)
 
 
-# ---- which layers
+# ---- supported layers
 
 
 def test_a_disabled_or_merged_adapter():
@@ -267,12 +267,12 @@ def test_a_disabled_or_merged_adapter():
     torch.testing.assert_close(ours(x), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_what_fits():
-    assert LoRALinear.fits(lora()[0])
+def test_supported_layers():
+    assert LoRALinear.supports(lora()[0])
     frozen = nn.Linear(3, 4).requires_grad_(False)
-    assert LoRALinear.fits(frozen)
-    assert not LoRALinear.fits(nn.Linear(3, 4))
-    assert not LoRALinear.fits(nn.Conv1d(3, 4, 1).requires_grad_(False))
+    assert LoRALinear.supports(frozen)
+    assert not LoRALinear.supports(nn.Linear(3, 4))
+    assert not LoRALinear.supports(nn.Conv1d(3, 4, 1).requires_grad_(False))
 
 
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}], ids=str)

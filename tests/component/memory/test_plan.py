@@ -1,4 +1,4 @@
-"""Which plan fits, and what is chosen: counts against numbers by hand."""
+"""Estimates against independent calculations, and the choice of a plan."""
 
 import dataclasses
 import math
@@ -16,30 +16,12 @@ from component.memory.plan import (
     next_memory_option,
 )
 from component.memory.workload import GIB, Workload
+from tests.reference.llama2_7b import HIDDEN, LINEAR, LLAMA2_7B, LORA, MLP, VOCABULARY
 from tests.reference.plain_path import plan_of
 
-# LLaMA2-7B, 8192 tokens, LoRA of rank 64 on all seven linear layers
-HIDDEN, MLP, DEPTH, VOCABULARY, RANK = 4096, 11008, 32, 32000, 64
-LINEAR = 4 * HIDDEN * HIDDEN + 3 * HIDDEN * MLP  # q, k, v, o; gate, up, down: 202,375,168
-LORA = RANK * (4 * (HIDDEN + HIDDEN) + 3 * (HIDDEN + MLP))  # A and B of each: 4,997,120
-SEVEN = Workload(
-    hidden=HIDDEN,
-    mlp=MLP,
-    layers=DEPTH,
-    heads=32,
-    kv_heads=32,
-    head_size=128,
-    vocabulary=VOCABULARY,
-    weights=DEPTH * LINEAR,
-    embeddings=2 * VOCABULARY * HIDDEN,
-    rank=RANK,
-    trained=DEPTH * LORA,
-    tokens=8192,
-    group=2048,
-)
 SMALL = dataclasses.replace(
-    SEVEN, layers=6, weights=6 * LINEAR, trained=6 * LORA
-)  # few plans, as quick to choose from
+    LLAMA2_7B, layers=6, weights=6 * LINEAR, trained=6 * LORA
+)  # few layers, so few candidate plans
 BUDGETS = [1.5, 2, 2.2, 2.5, 3, 3.5, 4, 5, 6, 8, 12, math.inf]
 FIELDS = [field.name for field in dataclasses.fields(MemoryPlan)]
 
@@ -59,7 +41,7 @@ def peak(work: Workload, plan: MemoryPlan) -> float:
     ],
 )  # fmt: skip
 def test_levels(everything, attention, expected):
-    """The backward pass begins with the last layer: what it keeps is gone first."""
+    """The last layers recompute least: the backward pass frees them first."""
     words = {"n": "nothing", "a": "attention", "e": "everything"}
     plan = plan_of(keep_layers=everything, keep_attention_layers=attention)
     assert plan.levels(4) == [words[letter] for letter in expected]
@@ -68,12 +50,12 @@ def test_levels(everything, attention, expected):
 def test_description():
     plan = MemoryPlan(1, 2, True, True, 2048, 1024)
     assert plan.describe(6) == (
-        "3 layers computed again from their inputs and attention's outputs on the host, "
-        "2 layers with the MLP computed again, 1 layers kept whole; MLP in tiles of 2048 tokens, logits of 1024"
+        "activation checkpointing full (inputs and attention outputs offloaded to CPU memory) in 3, selective (MLP "
+        "recomputed) in 2, none in 1 of 6 layers; MLP in tiles of 2048 tokens, loss in chunks of 1024"
     )
     plan = MemoryPlan(0, 0, False, False, 0, 256)
     assert plan.describe(6) == (
-        "6 layers computed again from their inputs on the GPU; MLP in one piece, logits of 256"
+        "activation checkpointing full (inputs kept on the GPU) in 6 of 6 layers; MLP not tiled, loss in chunks of 256"
     )
 
 
@@ -83,13 +65,11 @@ def test_description_of_an_estimate():
     own = plan.describe(6)
     assert describe_estimate(SMALL, plan, expected, math.inf) == own
     assert describe_estimate(SMALL, plan, expected, 24.0) == (
-        f"{own}; about 20.0 of 24.0 GiB at the loss, 3.2 GiB of the host pinned"
+        f"{own}; estimated peak 20.0 of 24.0 GiB during the loss, 3.2 GiB of pinned CPU memory"
     )
     too_much = describe_estimate(SMALL, plan, dataclasses.replace(expected, host_gib=0.0), 19.0)
-    assert (
-        too_much
-        == f"{own}; about 20.0 of 19.0 GiB at the loss. It will hardly fit; next: {MEMORY_OPTIONS['keep_layers']}"
-    )
+    advice = f"It may not fit; to save memory: {MEMORY_OPTIONS['keep_layers']}"
+    assert too_much == f"{own}; estimated peak 20.0 of 19.0 GiB during the loss. {advice}"
 
 
 # ---- estimates
@@ -109,37 +89,37 @@ def test_description_of_an_estimate():
     [plan_of(), plan_of(keep_layers=99), plan_of(keep_attention_layers=99), minimum_memory_plan()],
     ids=["n", "e", "a", "l"],
 )
-def test_more_work_never_takes_less(larger, plan):
+def test_a_larger_workload_never_needs_less(larger, plan):
     work = dataclasses.replace(SMALL, **larger)
     assert peak(work, plan) >= peak(SMALL, plan)
-    if not larger.keys() & {"vocabulary", "fused", "mlp", "optimizer"}:  # what may not be there at the peak
+    if not larger.keys() & {"vocabulary", "fused", "mlp", "optimizer"}:  # which may not matter at the peak
         assert peak(work, plan) > peak(SMALL, plan)
     assert estimate(dataclasses.replace(SMALL, tokens=16384), plan).cost > estimate(SMALL, plan).cost
 
 
-def test_each_lever_saves_memory_or_time():
-    kept, again = plan_of(keep_layers=6), plan_of()
+def test_each_memory_option_trades_memory_for_time():
+    kept, full = plan_of(keep_layers=6), plan_of()
     attention, output = plan_of(keep_attention_layers=6), plan_of(keep_attention_output=True)
-    assert peak(SMALL, kept) > peak(SMALL, attention) > peak(SMALL, output) > peak(SMALL, again)
-    costs = [estimate(SMALL, plan).cost for plan in (kept, attention, output, again)]
+    assert peak(SMALL, kept) > peak(SMALL, attention) > peak(SMALL, output) > peak(SMALL, full)
+    costs = [estimate(SMALL, plan).cost for plan in (kept, attention, output, full)]
     assert costs == sorted(costs)
     assert costs[0] < costs[1] < costs[2] < costs[3]
-    host = plan_of(offload_activations=True)
-    assert peak(SMALL, host) < peak(SMALL, again)
-    assert estimate(SMALL, host).host_gib * GIB == 6 * 8192 * HIDDEN * 2
-    assert estimate(SMALL, again).host_gib == 0
+    offloaded = plan_of(offload_activations=True)
+    assert peak(SMALL, offloaded) < peak(SMALL, full)
+    assert estimate(SMALL, offloaded).host_gib * GIB == 6 * 8192 * HIDDEN * 2
+    assert estimate(SMALL, full).host_gib == 0
     early, late = (
         plan_of(offload_activations=True, fetch_ahead=ahead, loss_chunk_tokens=256) for ahead in (True, False)
     )
     assert peak(SMALL, late) < peak(SMALL, early)
     assert estimate(SMALL, late).cost > estimate(SMALL, early).cost
-    whole, tiles = plan_of(loss_chunk_tokens=256), plan_of(loss_chunk_tokens=256, mlp_tile_tokens=1024)
-    assert peak(SMALL, tiles) < peak(SMALL, whole) < peak(SMALL, again)
-    assert estimate(SMALL, tiles).cost > estimate(SMALL, whole).cost > estimate(SMALL, again).cost
+    untiled, tiles = plan_of(loss_chunk_tokens=256), plan_of(loss_chunk_tokens=256, mlp_tile_tokens=1024)
+    assert peak(SMALL, tiles) < peak(SMALL, untiled) < peak(SMALL, full)
+    assert estimate(SMALL, tiles).cost > estimate(SMALL, untiled).cost > estimate(SMALL, full).cost
 
 
-def test_what_layers_keep_is_counted_by_hand():
-    """At the loss all is there that layers keep: between the plans lie the inputs of six layers."""
+def test_differences_between_estimates():
+    """All saved activations exist at the loss: offloading saves the inputs of all layers but one."""
     wide = dataclasses.replace(SMALL, vocabulary=50 * VOCABULARY)
     plans = plan_of(), plan_of(offload_activations=True, fetch_ahead=False)
     estimates = [estimate(wide, plan) for plan in plans]
@@ -147,14 +127,14 @@ def test_what_layers_keep_is_counted_by_hand():
     inputs = (6 - 1) * 8192 * HIDDEN * 2
     assert (estimates[0].peak_gib - estimates[1].peak_gib) * GIB == pytest.approx(inputs, rel=0.03)
     chunks = [peak(wide, plan_of(loss_chunk_tokens=tokens)) for tokens in (4096, 2048)]
-    logits = 2048 * 50 * VOCABULARY * (2 + 2 + 4 + 4)  # and their gradient, in both types
+    logits = 2048 * 50 * VOCABULARY * (2 + 2 + 4 + 4)  # logits and their gradient, in both dtypes
     assert (chunks[0] - chunks[1]) * GIB == pytest.approx(logits, rel=0.03)
 
 
-# ---- what is chosen
+# ---- the choice
 
 
-def test_all_is_kept_where_there_is_room():
+def test_no_checkpointing_with_enough_memory():
     plan, expected = choose_plan(SMALL)
     assert plan.levels(6) == ["everything"] * 6
     assert (plan.offload_activations, plan.mlp_tile_tokens) == (False, 0)
@@ -172,7 +152,7 @@ def test_more_memory_never_costs_time():
         assert expected == estimate(SMALL, plan)
 
 
-def test_the_host_has_a_budget_too():
+def test_pinned_cpu_memory_is_limited():
     tight = min(budget for budget in BUDGETS if choose_plan(SMALL, budget)[1].peak_gib <= budget)
     plan, expected = choose_plan(SMALL, tight)
     assert plan.offload_activations
@@ -183,7 +163,7 @@ def test_the_host_has_a_budget_too():
     assert expected.host_gib <= 0.2
 
 
-def test_the_leanest_where_nothing_fits():
+def test_minimum_memory_if_nothing_fits():
     plan, expected = choose_plan(SMALL, 0.5)
     assert expected.peak_gib > 0.5
     assert plan.levels(6) == ["nothing"] * 6
@@ -193,7 +173,7 @@ def test_the_leanest_where_nothing_fits():
 
 
 @pytest.mark.parametrize(
-    "by_hand",
+    "options",
     [
         {"keep_layers": 2}, {"keep_layers": 99}, {"keep_attention_layers": 3}, {"keep_attention_output": True},
         {"keep_attention_output": False}, {"offload_activations": False}, {"offload_activations": True},
@@ -204,28 +184,28 @@ def test_the_leanest_where_nothing_fits():
     ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize("budget", [1.0, 3.0, math.inf])
-def test_levers_set_by_hand_are_kept(by_hand, budget):
-    plan, expected = choose_plan(SMALL, budget, **{**dict.fromkeys(MEMORY_OPTIONS), **by_hand})
-    assert {name: getattr(plan, name) for name in by_hand} == by_hand
+def test_options_set_by_the_user_are_kept(options, budget):
+    plan, expected = choose_plan(SMALL, budget, **{**dict.fromkeys(MEMORY_OPTIONS), **options})
+    assert {name: getattr(plan, name) for name in options} == options
     assert len(plan.levels(6)) == 6
     assert expected.cost >= choose_plan(SMALL, budget)[1].cost or expected.peak_gib > budget
 
 
 def test_a_few_tokens():
-    """Fewer than any tile or chunk: there is a plan all the same."""
+    """Fewer than any tile or chunk."""
     for tokens in (1, 2, 100, 300):
         plan, _ = choose_plan(dataclasses.replace(SMALL, tokens=tokens, group=2), 0.1)
         assert plan.mlp_tile_tokens == 0
         assert plan.loss_chunk_tokens in (tokens, 256)
 
 
-# ---- what next
+# ---- advice
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("work", [SMALL, dataclasses.replace(SMALL, tokens=65536)], ids=["8k", "64k"])
-def test_the_next_lever_saves_memory(work, budget):
-    """Following the advice line by line, each lowers the estimate, and it ends."""
+def test_the_advice_saves_memory(work, budget):
+    """Each step of advice lowers the estimate, until there is none left."""
     plan, _ = choose_plan(work, budget)
     values = {"true": True, "false": False}
     for _ in range(len(MEMORY_OPTIONS) + 1):
@@ -241,13 +221,11 @@ def test_the_next_lever_saves_memory(work, budget):
     offloaded = dataclasses.replace(work, offload_optimizer=True)
     assert peak(offloaded, plan) < peak(work, plan)
     assert next_memory_option(offloaded, minimum_memory_plan()) == "a smaller max_seq_length or lora_rank"
-    assert (
-        next_memory_option(dataclasses.replace(work, zero=False), minimum_memory_plan())
-        == "a smaller max_seq_length or lora_rank"
-    )
+    plain = dataclasses.replace(work, zero=False)
+    assert next_memory_option(plain, minimum_memory_plan()) == "a smaller max_seq_length or lora_rank"
 
 
-def test_levers_are_fields_of_plan_and_arguments():
+def test_memory_options_are_fields_of_plan_and_arguments():
     from component.train.argument import LongQLoRAArguments
 
     arguments = {field.name for field in dataclasses.fields(LongQLoRAArguments)}

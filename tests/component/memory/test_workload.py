@@ -1,4 +1,4 @@
-"""Bytes of a training step: counts against numbers by hand and against models that are really built."""
+"""Bytes of a training step, against independent calculations and against real models."""
 
 import dataclasses
 
@@ -6,41 +6,20 @@ import pytest
 import torch
 
 from component.adapter import add_adapter, linear_names, target_layers
-from component.memory.workload import Workload, fixed_bytes, step_bytes, workload
+from component.memory.workload import fixed_bytes, step_bytes, workload
+from tests.reference.llama2_7b import LINEAR, LLAMA2_7B, LORA
 from tests.reference.plain_path import GROUP, LAYERS, TOKENS, tiny_base, tiny_config
-
-# LLaMA2-7B, 8192 tokens, LoRA of rank 64 on all seven linear layers
-HIDDEN, MLP, DEPTH, VOCABULARY, RANK = 4096, 11008, 32, 32000, 64
-LINEAR = 4 * HIDDEN * HIDDEN + 3 * HIDDEN * MLP  # q, k, v, o; gate, up, down: 202,375,168
-LORA = RANK * (4 * (HIDDEN + HIDDEN) + 3 * (HIDDEN + MLP))  # A and B of each: 4,997,120
-SEVEN = Workload(
-    hidden=HIDDEN,
-    mlp=MLP,
-    layers=DEPTH,
-    heads=32,
-    kv_heads=32,
-    head_size=128,
-    vocabulary=VOCABULARY,
-    weights=DEPTH * LINEAR,
-    embeddings=2 * VOCABULARY * HIDDEN,
-    rank=RANK,
-    trained=DEPTH * LORA,
-    tokens=8192,
-    group=2048,
-)
-
-
-# ---- what is counted
-
-
-def test_workload_by_hand():
-    assert (LINEAR, LORA) == (202_375_168, 4_997_120)
 
 
 @pytest.mark.parametrize(
     ("zero", "offload", "optimizer", "per_trained"),
     [
-        (True, False, "paged_adamw_32bit", 2 + 4 + 2),  # half values, fp32 masters, half gradients
+        (
+            True,
+            False,
+            "paged_adamw_32bit",
+            2 + 4 + 2,
+        ),  # half values, fp32 master weights, half gradients
         (True, False, "adamw_torch", 2 + 4 + 2 + 8),  # and two fp32 moments
         (True, False, "adamw_bnb_8bit", 2 + 4 + 2 + 2),
         (True, True, "adamw_torch", 2),
@@ -49,9 +28,10 @@ def test_workload_by_hand():
         (False, False, "sgd", 4 + 4),
     ],
 )
-def test_fixed_bytes_by_hand(zero, offload, optimizer, per_trained):
-    """NF4: 4 bits a weight, a byte of scale for 64 of them, four bytes of that's scale for 256 such bytes."""
-    work = dataclasses.replace(SEVEN, zero=zero, offload_optimizer=offload, optimizer=optimizer)
+def test_fixed_bytes(zero, offload, optimizer, per_trained):
+    """NF4: 4 bits per weight, one byte of scale per 64 weights, four bytes of second-level scale per 256 scales."""
+    assert (LINEAR, LORA) == (202_375_168, 4_997_120)
+    work = dataclasses.replace(LLAMA2_7B, zero=zero, offload_optimizer=offload, optimizer=optimizer)
     weights = 32 * 202_375_168
     nf4 = weights // 2 + weights // 64 + weights // 64 // 256 * 4
     embeddings = 2 * 32000 * 4096 * 2
@@ -61,13 +41,13 @@ def test_fixed_bytes_by_hand(zero, offload, optimizer, per_trained):
     assert step_bytes(work) == (4 * 32 * 4_997_120 if zero and not offload else 0)
 
 
-def test_nf4_bytes_are_bitsandbytes():
+def test_nf4_bytes_equal_bitsandbytes():
     import bitsandbytes as bnb
 
     weight = torch.randn(512, 1024)
     packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
     held = [packed, state.absmax, state.state2.absmax]
-    work = dataclasses.replace(SEVEN, weights=weight.numel(), embeddings=0, trained=0)
+    work = dataclasses.replace(LLAMA2_7B, weights=weight.numel(), embeddings=0, trained=0)
     assert fixed_bytes(work) == sum(tensor.nbytes for tensor in held)
 
 
@@ -84,7 +64,7 @@ def test_nf4_bytes_are_bitsandbytes():
         ("llama", {}, {"target_names": ["1.self_attn.q_proj", "mlp.up_proj"]}),
     ],
 )
-def test_workload_of_a_model_that_is_built(family, changes, adapter):
+def test_workload_equals_a_real_model(family, changes, adapter):
     config = tiny_config(family, **changes)
     work = workload(config, rank=4, tokens=TOKENS, group=GROUP, **{"target_names": None, **adapter})
     base = tiny_base(config)

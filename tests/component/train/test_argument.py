@@ -1,6 +1,6 @@
-"""YAML and command line -> checked arguments: what is understood, what is the default, what is taken from the user.
+"""YAML and command line -> validated arguments: parsed values, defaults, overrides.
 
-What is refused, and with which words, is in tests/end_to_end/test_wrong_inputs.py.
+Invalid values and their messages are in tests/end_to_end/test_wrong_inputs.py.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ def no_gpu(monkeypatch):
 
 @pytest.fixture
 def parse(tmp_path):
-    """The arguments of a minimal YAML with these lines after it, and these words on the command line."""
+    """parse(lines, *words): the arguments of a minimal YAML followed by `lines`, with `words` on the command line."""
 
     def run(lines: str = "", *words: str, **changes):
         file = tmp_path / "run.yaml"
@@ -79,13 +79,13 @@ def test_each_documented_key_arrives(key, parse):
     assert getattr(args, key) == DESIGN_KEYS[key]
 
 
-# transformers' own objects, which a YAML cannot hold
+# keys whose values are Python objects
 NOT_FOR_YAML = {"parallelism_config"}
 TRAINING_KEYS = [item.name for item in dataclasses.fields(TrainingArguments) if item.init]
 
 
 def test_each_key_of_training_arguments_is_known(parse):
-    """Set to its own default: what is refused is refused for being unknown or for its type."""
+    """Each is set to its default."""
     values = {}
     for item in dataclasses.fields(TrainingArguments):
         if item.init and item.default is not dataclasses.MISSING and item.name not in {"output_dir", *NOT_FOR_YAML}:
@@ -123,7 +123,7 @@ def test_each_key_of_training_arguments_is_known(parse):
         ("warmup_steps: 0.03", "warmup_steps", 0.03),  # a share of all steps
     ],
 )
-def test_values_of_training_arguments_are_understood(line, key, value, parse):
+def test_parsed_values_of_training_arguments(line, key, value, parse):
     kept = getattr(parse(line)[1], key)
     assert kept == value
     assert type(kept) is type(value)
@@ -141,7 +141,7 @@ def test_values_of_training_arguments_are_understood(line, key, value, parse):
         ("eval_file: ~", "eval_file", None),
     ],
 )
-def test_values_of_our_own_are_understood(line, key, value, parse):
+def test_parsed_values_of_our_keys(line, key, value, parse):
     kept = getattr(parse(line)[0], key)
     assert kept == value
     assert type(kept) is type(value)
@@ -161,7 +161,7 @@ def test_target_names(text, parse):
         ({"group_size": 1000}, 1000),
         ({"group_size": 1000, "group_size_ratio": 0.5}, 1000),
         ({"max_seq_length": 1002}, 250),  # 250.5
-        ({"max_seq_length": 1004}, 250),  # 251 is odd: a group moves by half of itself
+        ({"max_seq_length": 1004}, 250),  # 251 is odd, and groups are shifted by half
         ({"max_seq_length": 6}, 2),
         ({"group_size_ratio": 1}, 8192),
         ({"use_shift_short_attention": False, "group_size": 1000}, None),
@@ -172,20 +172,20 @@ def test_group_tokens(changes, tokens, parse):
 
 
 class TestOverrides:
-    def test_they_win_over_the_file(self, parse):
+    def test_override_the_file(self, parse):
         args, training_args = parse("learning_rate: 1e-3", "--learning_rate", "5e-5", "--lora_rank", "8")
         assert (training_args.learning_rate, args.lora_rank) == (5e-5, 8)
 
     def test_equals_sign(self, parse):
         assert parse("", "--lora_rank=8")[0].lora_rank == 8
 
-    def test_in_front_of_the_file(self, tmp_path):
+    def test_before_the_file(self, tmp_path):
         file = tmp_path / "run.yaml"
         file.write_text(yaml.safe_dump(MINIMAL))
         args, _ = parse_arguments(["--lora_rank", "8", "--train_args_file", str(file)])
         assert args.lora_rank == 8
 
-    def test_they_supply_what_the_file_lacks(self, tmp_path):
+    def test_supply_missing_keys(self, tmp_path):
         file = tmp_path / "run.yaml"
         file.write_text(yaml.safe_dump({key: MINIMAL[key] for key in MINIMAL if key != "train_file"}))
         args, _ = parse_arguments(["--train_args_file", str(file), "--train_file", "other.jsonl"])
@@ -205,19 +205,19 @@ class TestOverrides:
     def test_values(self, words, key, value, parse):
         assert getattr(parse("", *words)[1], key) == value
 
-    def test_a_value_taken_back(self, parse):
+    def test_unset_a_value(self, parse):
         assert parse("eval_file: b.jsonl", "--eval_file=")[0].eval_file is None
 
-    def test_the_launchers_flag_is_no_override(self, parse):
+    def test_the_launchers_flag_is_ignored(self, parse):
         parse("", "--local_rank=0")
         parse("", "--local_rank", "0")
 
-    def test_of_no_value_is_told(self, parse):
+    def test_without_a_value(self, parse):
         with pytest.raises(UserError, match="--sft"):
             parse("", "--sft")
 
 
-def test_help_names_every_key_of_ours(capsys):
+def test_help_lists_every_key_of_ours(capsys):
     with pytest.raises(SystemExit) as end:
         parse_arguments(["--help"])
     assert end.value.code == 0
@@ -242,7 +242,7 @@ SHIPPED = {
         "output_dir": "./output/LongQLoRA-Vicuna-13b-8k",
     },
 }
-# both files of the original project, github.com/yangjianxin1/LongQLoRA, train_args/
+# in both files of the original project, github.com/yangjianxin1/LongQLoRA, train_args/
 ORIGINAL = {
     "num_train_epochs": 1.0,
     "per_device_train_batch_size": 1,

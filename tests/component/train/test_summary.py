@@ -1,4 +1,4 @@
-"""What a run says before it starts."""
+"""The summary that a run prints before its first step."""
 
 from component.adapter import add_adapter
 from component.train.summary import aligned, describe_trainable

@@ -1,4 +1,4 @@
-"""Losses by row, perplexity by the token."""
+"""Token-weighted loss and perplexity."""
 
 import math
 
@@ -9,15 +9,15 @@ from transformers import EvalPrediction
 from component.train.trainer import token_weighted_loss
 
 
-def test_tokens_weigh_alike():
-    """10 nats over 10 tokens and 30 over 2 are 40 / 12 nats a token, not (1 + 15) / 2."""
+def test_tokens_have_equal_weight():
+    """10 nats over 10 tokens and 30 over 2: 40 / 12 nats per token, not (1 + 15) / 2."""
     found = token_weighted_loss(
         EvalPrediction(predictions=torch.tensor([10.0, 30.0]), label_ids=torch.tensor([10, 2]))
     )
     assert found == pytest.approx({"loss": 40 / 12, "perplexity": math.exp(40 / 12)})
 
 
-def test_hopeless_models_have_a_perplexity_too():
+def test_perplexity_does_not_overflow():
     found = token_weighted_loss(EvalPrediction(predictions=torch.tensor([1e6]), label_ids=torch.tensor([10])))
     assert found["loss"] == pytest.approx(1e5)
     assert found["perplexity"] > 1e300

@@ -1,4 +1,4 @@
-"""Values of the right type that make no sense: alone, together, and on this machine."""
+"""Invalid values of the right type: alone, in combination, and on this machine."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def no_gpu(monkeypatch):
 
 @pytest.fixture
 def card(monkeypatch):
-    """card(7, 0): a GPU of that compute capability."""
+    """card(7, 0): pretend to have a GPU of that compute capability."""
 
     def make(*capability: int) -> None:
         monkeypatch.setattr("torch.cuda.is_available", lambda: True)
@@ -25,7 +25,7 @@ def card(monkeypatch):
     return make
 
 
-def test_nothing_is_wrong():
+def test_valid_values():
     assert validate(RIGHT) == []
 
 
@@ -52,7 +52,7 @@ def test_nothing_is_wrong():
         ("report_to", ["none", ["none"]], ["nowhere", ["none", "nowhere"]]),
     ],
 )
-def test_bounds_to_the_number(key, right, wrong):
+def test_bounds(key, right, wrong):
     for value in right:
         assert validate({**RIGHT, key: value}) == []
     for value in wrong:
@@ -63,7 +63,7 @@ def test_bounds_to_the_number(key, right, wrong):
 @pytest.mark.parametrize(
     ("changes", "key", "words"),
     [
-        ({"max_seq_length": 8193}, "max_seq_length", "8193 tokens reach beyond model_max_length, 8192"),
+        ({"max_seq_length": 8193}, "max_seq_length", "8193 tokens exceed model_max_length, 8192"),
         ({"output_dir": ""}, "output_dir", "missing"),
         ({"output_dir": None}, "output_dir", "missing"),
         ({"eval_strategy": "steps"}, "eval_strategy", "no eval_file"),
@@ -71,7 +71,7 @@ def test_bounds_to_the_number(key, right, wrong):
         ({"streaming": True}, "streaming", "set max_steps"),
         ({"streaming": True, "max_steps": -1}, "streaming", "set max_steps"),
         ({"streaming": True, "max_steps": 9, "save_strategy": "epoch"}, "save_strategy", "use steps"),
-        ({"template": "tokenizer"}, "template", "only chats"),
+        ({"template": "tokenizer"}, "template", "only used with sft: true"),
         ({"memory_budget_gib": 32.0}, "memory_budget_gib", "32, but there is no GPU"),
         ({"fp16": True, "bf16": True}, "fp16, bf16", "keep one"),
         ({"fp16": True}, "fp16", "no GPU here"),
@@ -80,7 +80,7 @@ def test_bounds_to_the_number(key, right, wrong):
         ({"use_flash_attn": True}, "use_flash_attn", "an Ampere or newer GPU"),
     ],
 )
-def test_values_that_do_not_go_together(changes, key, words):
+def test_contradictions(changes, key, words):
     (problem,) = validate({**RIGHT, **changes})
     assert problem.startswith(key)
     assert words in problem
@@ -96,7 +96,7 @@ def test_values_that_do_not_go_together(changes, key, words):
         {"use_flash_attn": False},
     ],
 )
-def test_values_that_do(changes):
+def test_valid_combinations(changes):
     assert validate({**RIGHT, **changes}) == []
 
 
@@ -111,13 +111,13 @@ def test_values_that_do(changes):
         ((8, 0), {"fp16": True, "use_cpu": True}, "no GPU here"),
     ],
 )
-def test_what_a_card_can_do(capability, changes, words, card):
+def test_gpu_capabilities(capability, changes, words, card):
     card(*capability)
     problems = validate({**RIGHT, **changes})
     assert (problems == []) if words is None else (len(problems) == 1 and words in problems[0])
 
 
-def test_problems_come_together():
+def test_all_problems_are_reported():
     assert torch.cuda.is_available() is False
     problems = validate({**RIGHT, "output_dir": "", "lora_rank": 0, "learning_rate": 2, "fp16": True})
     assert [problem.split(":")[0] for problem in problems] == ["lora_rank", "learning_rate", "output_dir", "fp16"]

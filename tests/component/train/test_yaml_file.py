@@ -1,4 +1,4 @@
-"""A value of a YAML as the type that its key wants: what is read as one, and what is refused."""
+"""YAML values parsed as the type of their key, and values that are rejected."""
 
 import enum
 import typing
@@ -6,7 +6,7 @@ import typing
 import pytest
 
 from component.error import UserError
-from component.train.yaml_file import _read_yaml, parse_value
+from component.train.yaml_file import parse_value, read_yaml
 
 
 class Strategy(enum.Enum):
@@ -37,7 +37,7 @@ class Strategy(enum.Enum):
         ([1], typing.Any, [1]),
     ],
 )
-def test_what_is_understood(value, hint, expected):
+def test_parsed_values(value, hint, expected):
     found = parse_value(value, hint)
     assert (found, type(found)) == (expected, type(expected))
 
@@ -56,37 +56,37 @@ def test_what_is_understood(value, hint, expected):
         (None, float, "None is not a number"),
         (5, str, "5 is not text"),
         ("many", int | None, "'many' is not a whole number or empty"),
-        ("step", Strategy, "'step' is none of no, steps (did you mean steps?)"),
-        ("step", Strategy | str, "'step' is none of no, steps"),
+        ("step", Strategy, "'step' is not one of no, steps (did you mean steps?)"),
+        ("step", Strategy | str, "'step' is not one of no, steps"),
         ("a", list, "'a' is not list"),
     ],
 )
-def test_what_is_not(value, hint, words):
-    with pytest.raises(ValueError) as refusal:  # noqa: PT011 (its words are compared below)
+def test_rejected_values(value, hint, words):
+    with pytest.raises(ValueError) as refusal:  # noqa: PT011 (its message is compared below)
         parse_value(value, hint)
     assert words in str(refusal.value)
 
 
-def test_a_file_of_keys(tmp_path):
+def test_read_yaml(tmp_path):
     (tmp_path / "a.yaml").write_text("sft: false\nlearning_rate: 2e-4\ntarget_modules: [q_proj, k_proj]\n")
     expected = {"sft": False, "learning_rate": "2e-4", "target_modules": ["q_proj", "k_proj"]}
-    assert _read_yaml(str(tmp_path / "a.yaml")) == expected
+    assert read_yaml(str(tmp_path / "a.yaml")) == expected
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         ("sft: true\nsft: false\n", "sft is set twice"),
-        ("[a, b]: 1\n", "a key must be a name"),
+        ("[a, b]: 1\n", "a key must be a plain string"),
         ("a: [1\n", "not YAML"),
         ("", "holds no 'key: value' lines"),
         ("- a\n", "holds no 'key: value' lines"),
     ],
 )
-def test_a_file_of_something_else(text, words, tmp_path):
+def test_invalid_files(text, words, tmp_path):
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(UserError) as refusal:
-        _read_yaml(str(tmp_path / "a.yaml"))
+        read_yaml(str(tmp_path / "a.yaml"))
     assert words in str(refusal.value)
     assert str(tmp_path / "a.yaml") in str(refusal.value)
     assert "\n" not in str(refusal.value)

@@ -1,4 +1,4 @@
-"""What DeepSpeed changes: the optimizer that really runs, clipping, overflows, and a run without a launcher."""
+"""What DeepSpeed changes: optimizer, clipping, overflow check; and runs without a launcher."""
 
 import json
 import math
@@ -14,8 +14,8 @@ TRAIN_ARGS = "train_args/deepspeed"
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
-def test_an_overflow_is_seen_wherever_it_is(dtype, value):
-    top = torch.finfo(dtype).max  # whose square is beyond any type: still a number
+def test_any_overflow(dtype, value):
+    top = torch.finfo(dtype).max  # its square overflows, but it is finite
     groups = {0: [torch.full((3, 5), top, dtype=dtype), None, torch.zeros(7, dtype=dtype)], 1: None, 2: []}
     assert any_overflow(groups).tolist() == [False]
     for tensor, place in ((groups[0][0], (2, 4)), (groups[0][2], (0,))):
@@ -33,7 +33,7 @@ def no_launcher(monkeypatch):
         monkeypatch.delenv(name)
 
 
-def test_a_run_without_launcher_is_the_only_one(no_launcher):
+def test_environment_without_a_launcher(no_launcher):
     single_process_environment()
     assert {name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")} == {
         "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1",
@@ -42,7 +42,7 @@ def test_a_run_without_launcher_is_the_only_one(no_launcher):
     assert 1024 <= int(os.environ["MASTER_PORT"]) < 65536
 
 
-def test_a_launcher_is_obeyed(no_launcher, monkeypatch):
+def test_a_launchers_environment_is_kept(no_launcher, monkeypatch):
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "4")
     single_process_environment()
@@ -59,8 +59,8 @@ def test_a_launcher_is_obeyed(no_launcher, monkeypatch):
         ("deepspeed_config_s3.json", ["ZeRO-3", "paged_adamw_32bit"], ["CPU Adam", "ignored"]),
     ],
 )
-def test_the_optimizer_that_will_really_run(pytestconfig, file, has, has_not):
-    """accelerate replaces the YAML's by DeepSpeed's CPU Adam where the ZeRO file offloads the optimizer."""
+def test_the_optimizer_in_effect(pytestconfig, file, has, has_not):
+    """accelerate replaces the YAML's by DeepSpeed's CPU Adam if the ZeRO file offloads the optimizer."""
     config = file and str(pytestconfig.rootpath / TRAIN_ARGS / file)
     text = describe_optimizer("paged_adamw_32bit", config, 0.3)
     assert all(fragment in text for fragment in has), text
@@ -70,6 +70,6 @@ def test_the_optimizer_that_will_really_run(pytestconfig, file, has, has_not):
             assert describe_optimizer("paged_adamw_32bit", json.load(stream), 0.3) == text
 
 
-def test_a_clipping_that_will_not_happen_is_told():
+def test_ignored_clipping_is_reported():
     assert "max_grad_norm 0.3" in describe_optimizer("adamw_torch", {"zero_optimization": {"stage": 2}}, 0.3)
     assert "max_grad_norm" not in describe_optimizer("adamw_torch", {"zero_optimization": {"stage": 2}}, 0.0)
