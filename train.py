@@ -177,14 +177,14 @@ def apply_plan(
 
 
 def train(trainer: LongQLoRATrainer, resume: str | None, memory: Memory, fallback: str | None) -> None:
-    """Train, evaluate, and save metrics and the adapter to the output folder."""
+    """Train, save, evaluate: an evaluation that fails loses nothing that was trained."""
     with explaining_out_of_memory(memory.work, memory.plan):
         metrics = trainer.train(resume_from_checkpoint=resume).metrics | peak_memory()
-        trainer.report("train", metrics if fallback else metrics | memory.expected.metrics)
-    if trainer.eval_dataset is not None:
-        trainer.report("eval", trainer.evaluate())
+    trainer.report("train", metrics if fallback else metrics | memory.expected.metrics)
     trainer.save_state()
     trainer.save_model()
+    if trainer.eval_dataset is not None:
+        trainer.report("eval", trainer.evaluate())
 
 
 if __name__ == "__main__":

@@ -57,6 +57,7 @@ def use_chunked_loss(model: PreTrainedModel, chunk: int) -> bool:
     )
     if is_scaled or not isinstance(_inner(model.get_output_embeddings()), nn.Linear):
         return False
+    model.train()  # every module in one mode: from here on `train` relies on the model's own flag
     # keep the class name: the Trainer reads from it whether to shift labels, and saved configs contain it
     model.__class__ = type(type(model).__name__, (ChunkedLoss, type(model)), {})
     model.loss_chunk = chunk
@@ -151,7 +152,8 @@ def next_token_losses(
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     hidden = base.get_decoder()(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
     losses = [
-        F.cross_entropy(_logits(base, part).transpose(1, 2), target, reduction="none")
+        # flat, (tokens, V): a transposed (B, V, tokens) takes a hundred times as long on a GPU
+        F.cross_entropy(_logits(base, part).flatten(0, 1), target.flatten(), reduction="none").view(target.shape)
         for part, target in zip(hidden[:, :-1].split(chunk, 1), input_ids[:, 1:].split(chunk, 1), strict=True)
     ]
     return torch.cat(losses, dim=1)

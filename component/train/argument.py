@@ -11,6 +11,7 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 import yaml
 from transformers import PretrainedConfig, TrainingArguments
 
@@ -147,6 +148,10 @@ def parse_arguments(argv: list[str]) -> tuple[LongQLoRAArguments, TrainingArgume
 def _training_arguments(file: str, values: dict) -> TrainingArguments:
     # the record counts trained tokens; with frozen weights, DDP has no unused parameters to search for
     values = {"include_num_input_tokens_seen": "non_padding", "ddp_find_unused_parameters": False, **values}
+    # transformers' default of 8 rows would take eight times the memory that training rows were planned for
+    values.setdefault("per_device_eval_batch_size", 1)
+    if not torch.cuda.is_available():
+        values.setdefault("use_cpu", True)  # else DeepSpeed's processes don't find each other
     # renamed in transformers 5.23, which warns about the old name; the original project's YAMLs use it
     is_renamed = hasattr(TrainingArguments, "activation_checkpointing_kwargs")
     name = "activation_checkpointing" if is_renamed else "gradient_checkpointing"

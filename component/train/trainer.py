@@ -15,6 +15,7 @@ from transformers import EvalPrediction, PretrainedConfig, Trainer
 from component.checkpoint import remove_old_checkpoints, write_adapter, write_record
 from component.data import IGNORE_INDEX
 from component.distributed.strategy import Strategy
+from component.error import UserError, first_line
 from component.loss import next_token_losses
 from component.train.callback import SpeedCallback
 from component.train.zero import GradientCallback
@@ -89,13 +90,24 @@ class LongQLoRATrainer(Trainer):
             write_record(folder, {**self.record, **seen}, names)
         self.accelerator.wait_for_everyone()
 
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        try:
+            return super().evaluate(*args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            rows = self.args.per_device_eval_batch_size
+            cure = "set per_device_eval_batch_size: 1" if rows > 1 else "shorten the samples of eval_file"
+            raise UserError(
+                f"eval_file: the GPU is out of memory at per_device_eval_batch_size {rows} ({first_line(error)}); "
+                f"{cure}. What was saved before is in {self.args.output_dir}"
+            ) from error
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """(None, summed loss per row, labels per row), for `token_weighted_loss`."""
         inputs = self._prepare_inputs(inputs)
-        has_label = inputs.pop("shift_labels")[:, :-1] != IGNORE_INDEX
-        inputs.pop("labels")
+        has_label = inputs["shift_labels"][:, :-1] != IGNORE_INDEX
         with self.accelerator.autocast():  # the wrapped model would enable it itself
-            losses = next_token_losses(self.accelerator.unwrap_model(model), **inputs)
+            # no mask, which would be (B, 1, T, T): padding is on the right, where no real token attends
+            losses = next_token_losses(self.accelerator.unwrap_model(model), inputs["input_ids"])
         return None, (losses * has_label).sum(1), has_label.sum(1)
 
 

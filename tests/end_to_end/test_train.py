@@ -193,6 +193,39 @@ def test_eval_loss(train, basic, files, plain_run, base_folder, tmp_path):
         assert measured["eval_perplexity"] == pytest.approx(math.exp(expected), rel=1e-4)
 
 
+def test_the_first_evaluation_has_no_dropout(train, basic, files, tmp_path):
+    """K4c: of a resumed run, before its first step: it measures what the run measured when it was interrupted."""
+    values = {**basic, "lora_dropout": 0.5, "eval_file": files["eval_file"], "eval_strategy": "steps", "eval_steps": 2}
+    values |= {"output_dir": str(tmp_path / "out"), "resume_from_checkpoint": "auto"}
+    finish(train({**values, "max_steps": 2}))
+    finish(train({**values, "max_steps": 3, "eval_on_start": True}))
+    history = json.loads((tmp_path / "out/trainer_state.json").read_text())["log_history"]
+    measured = [row["eval_loss"] for row in history if "eval_loss" in row and row["step"] == 2]
+    assert len(measured) >= 2
+    assert measured == pytest.approx([measured[0]] * len(measured), abs=1e-6)
+
+
+def run_out_of_memory_when_evaluating() -> None:
+    from transformers import Trainer
+
+    def evaluate(self, *args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+    Trainer.evaluate = evaluate
+
+
+def test_an_evaluation_that_fails_loses_nothing(train, basic, files, plain_run, tmp_path):
+    """K4a: the trained adapter is saved before it is evaluated."""
+    values = {**basic, "eval_file": files["eval_file"], "output_dir": str(tmp_path / "out")}
+    done = train(values, run_out_of_memory_when_evaluating)
+    assert done.returncode == 1, done.stdout
+    assert "error: eval_file: the GPU is out of memory at per_device_eval_batch_size 1" in done.stdout
+    assert "Traceback" not in done.stdout
+    assert names(tmp_path / "out") >= ADAPTER_FILES
+    found, expected = (load_file(out / "adapter_model.safetensors") for out in (tmp_path / "out", plain_run))
+    assert all(weight.equal(found[name]) for name, weight in expected.items())
+
+
 def test_evaluation_during_training_changes_nothing(train, basic, files, plain_run, base_folder, tmp_path):
     changed = {"eval_strategy": "steps", "eval_steps": 1, "eval_file": files["eval_file"]}
     finish(train({**basic, **changed, "output_dir": str(tmp_path / "out")}))

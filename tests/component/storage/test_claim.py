@@ -1,0 +1,112 @@
+"""May a program write where it is about to? Outputs against inputs, each other, what exists, and other processes."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from component.error import UserError
+from component.storage.claim import claimed, identity
+from tests.conftest import ROOT
+
+
+@pytest.fixture
+def files(tmp_path) -> Path:
+    for name in ("a.json", "model/config.json", "model/model.safetensors"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "link.json").symlink_to(tmp_path / "a.json")
+    os.link(tmp_path / "a.json", tmp_path / "hard.json")
+    (tmp_path / "folder-link").symlink_to(tmp_path / "model")
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["a.json", "link.json", "hard.json", "model/../a.json", "./a.json"])
+def test_what_is_read_is_never_written(files, name):
+    """Not even with --overwrite, and whatever its name."""
+    with (
+        pytest.raises(UserError, match=r"--output: .* would be overwritten, but --source reads it"),
+        claimed({"--output": [files / name]}, {"--source": [files / "a.json"]}, overwrite=True),
+    ):
+        pass
+    assert (files / "a.json").read_text() == "a.json"
+
+
+@pytest.mark.parametrize("name", ["model/config.json", "folder-link/config.json"])
+def test_files_of_a_folder_that_is_read(files, name):
+    with (
+        pytest.raises(UserError, match="--base_model reads it"),
+        claimed({"--output_json": [files / name]}, {"--base_model": [files / "model"]}, overwrite=True),
+    ):
+        pass
+
+
+def test_one_output_named_twice(files):
+    with (
+        pytest.raises(UserError, match=r"--figure: .*new.* is written by --output_json too"),
+        claimed({"--output_json": [files / "new"], "--figure": [files / "model/../new"]}, {}),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(("overwrite", "told"), [(False, "--overwrite"), (None, "name another file")])
+def test_what_exists(files, overwrite, told):
+    with (
+        pytest.raises(UserError, match=f"exists.*{told}"),
+        claimed({"--o": [files / "a.json"]}, {}, overwrite=overwrite),
+    ):
+        pass
+    with claimed({"--o": [files / "a.json", None]}, {}, overwrite=True):
+        assert identity(files / "a.json") == identity(files / "hard.json")
+    with claimed({"--o": [files / "a.json"]}, {}, overwrite=overwrite, resumed=[files / "link.json"]):
+        pass
+
+
+def test_folders_are_made_and_tried(files):
+    with claimed({"--o": [files / "x/y/z.json"]}, {}):
+        assert (files / "x/y").is_dir()
+    with pytest.raises(UserError, match="is a folder"), claimed({"--o": [files / "model"]}, {}):
+        pass
+    with pytest.raises(UserError, match=r"--o: .*can't be written"), claimed({"--o": [files / "a.json/b"]}, {}):
+        pass
+
+
+def test_no_lock_is_left(files):
+    before = sorted(files.iterdir())
+    with claimed({"--o": [files / "new.json"]}, {}):
+        assert sorted(files.iterdir()) != before
+    assert sorted(files.iterdir()) == before
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from component.storage.claim import claimed
+with claimed({"--output": [Path(sys.argv[1])]}, {}):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_another_process_and_its_death(files):
+    """A killed process blocks nobody: the lock is the operating system's."""
+    target = files / "new.json"
+    command = [sys.executable, "-c", HOLDER, str(target)]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with (
+            pytest.raises(UserError, match=r"--mine: another process is writing .*new.json"),
+            claimed({"--mine": [target]}, {}),
+        ):
+            pass
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+    with claimed({"--mine": [target]}, {}):
+        target.write_text("mine")
+    assert target.read_text() == "mine"
