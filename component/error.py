@@ -7,9 +7,21 @@ keeps its traceback.
 import difflib
 from collections.abc import Iterable
 
+LONGEST_MESSAGE = 4000  # characters
+
 
 class UserError(ValueError):
     """A mistake in a YAML, a flag, a data file or a folder."""
+
+    def __init__(self, message: str):
+        super().__init__(printable(message, LONGEST_MESSAGE))
+
+
+def printable(text: str, longest: int) -> str:
+    """`text` for a terminal: what files hold may be megabytes, and control characters would act on it."""
+    if len(text) > longest:
+        text = f"{text[: longest // 2]} [... {len(text) - longest:,} characters ...] {text[-(longest // 2) :]}"
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -58,7 +58,6 @@ AMONG_PROGRAMS = {
 LINES, FUNCTION_LINES, MAIN_LINES = 300, 60, 40  # of a module, of a function, of main() in train.py
 # Modules without a test file of their own, and what tests them instead.
 UNTESTED = {
-    "component/error.py": "every test of a message",
     **dict.fromkeys(["script/demo/data.py", "script/demo/demo.py", "script/demo/pretrain.py"], "make demo"),
     "script/experiment/downstream/tuning.py": "starts other programs for minutes; they have tests",
     "script/experiment/figure.py": "its numbers are those of results.py; pictures are looked at",

@@ -9,16 +9,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from component.data.chat_template import messages_key, parse_messages
+from component.data.record import messages_key, parse_messages, read_chat
 
 Chat = tuple[list[tuple[str, str]], str | None]  # (question, answer) in order, and the system prompt or None
 Mapping = Callable[[dict], Chat]  # raises ValueError for a bad record
 
 # Field names are those of the published data sets; the wording around them is ours.
 TEMPLATES = {
-    "input_output": {"input": "{input}", "output": "{output}"},
-    "alpaca": {"input": "{instruction}\n\n{input?}", "output": "{output}"},  # LongAlpaca, LongQA, Alpaca
-    "evol_instruct": {"input": "{instruction}", "output": "{output}"},  # WizardLM_evol_instruct_70k
     "booksum": {
         "input": "Write a summary of the following chapter of a book.\n\n{chapter}\n\nSummary:",
         "output": "{summary_text}",
@@ -79,12 +76,17 @@ def conversation_turns(record: dict) -> Chat:
     """[{"from": "human", "value": ...}, {"from": "gpt", ...}] (ShareGPT, Evol-Instruct V2), or role and content."""
     if not any(isinstance(record.get(key), list) for key in ("conversations", "messages")):
         raise ValueError(f'no list "conversations" or "messages" (its keys: {", ".join(map(str, record)) or "none"})')
-    said, system = parse_messages(record)
-    texts = [text.strip() for _, text in said]
-    if len(texts) % 2:
+    said, _ = parse_messages(record)
+    if len(said) % 2:
         roles = ", ".join(role for role, _ in said)
         raise ValueError(f'"{messages_key(record)}": {roles}; must be user, assistant, ...')
-    return list(zip(texts[::2], texts[1::2], strict=True)), system
+    return chat_turns(record)
+
+
+def chat_turns(record: dict) -> Chat:
+    """What training reads in the record."""
+    turns, system = read_chat(record)
+    return [(question.strip(), (answer or "").strip()) for question, answer in turns], system
 
 
 def natural_questions_turns(record: dict) -> Chat:
@@ -126,6 +128,9 @@ def _rows(value: Any) -> list[dict]:
 
 
 PRESETS: dict[str, Mapping] = {
+    "input_output": chat_turns,
+    "alpaca": chat_turns,  # LongAlpaca, LongQA, Alpaca
+    "evol_instruct": chat_turns,  # WizardLM_evol_instruct_70k
     **{name: partial(template_turns, templates=templates) for name, templates in TEMPLATES.items()},
     "conversations": conversation_turns,
     "messages": conversation_turns,

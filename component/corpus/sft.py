@@ -18,7 +18,7 @@ from component.corpus.scan import Chunk, Place, Scan, ScannedChunk
 from component.corpus.token_count import TokenCounter
 from component.data.chat_template import as_messages, encode_conversation
 from component.data.reader import BadRecord
-from component.data.source import text_problem
+from component.data.record import text_problem
 from component.storage.atomic import atomic_file
 
 
@@ -57,7 +57,7 @@ class ExampleMeasure:
     def _examine(self, chat: Chat, filters: dict) -> tuple[str, int]:
         """(why it is excluded, or the empty string; tokens in the training format)."""
         turns, system = chat
-        if not all(question.strip() and answer.strip() for question, answer in turns):
+        if not turns or not all(question.strip() and answer.strip() for question, answer in turns):
             return "empty", 0
         text = "\n".join(texts_of(chat))
         if "contains" in filters and not re.search(filters["contains"], text):

@@ -1,4 +1,4 @@
-"""How is a chat parsed and formatted? By one parser and one template, for training, build_sft.py and inference.
+"""How is a chat formatted for the model? The same way by training, build_sft.py and inference.
 
 `vicuna` is the original project's template: Vicuna's, with line breaks and without a beginning-of-sequence token, as
 its published adapters were trained. `tokenizer` is the model's own chat template. With either, the loss covers the
@@ -6,7 +6,6 @@ assistant's answers and their end-of-sequence tokens, and nothing else.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -18,11 +17,6 @@ SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-ROLES = {  # names used by published data sets, in any case
-    "system": "system",
-    **dict.fromkeys(("user", "human", "prompter"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "bard", "model"), "assistant"),
-}
 Turns = list[
     tuple[str, str | None]
 ]  # (user, assistant) in order; the last answer is None if the model is to generate it
@@ -110,20 +104,6 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], 
         raise UserError(f"template: the tokenizer's chat template rejects a conversation ({reason})") from error
 
 
-def turns_of(record: dict[str, Any]) -> tuple[Turns, str | None]:
-    """The answered turns of an SFT record, up to the first empty answer, and its system prompt."""
-    if not holds_messages(record):
-        turns: Turns = [(record["input"], record["output"])]
-        return (turns if record["output"].strip() else []), None
-    messages, system = parse_messages(record)
-    turns = []
-    for (_, user), (_, assistant) in zip(messages[::2], messages[1::2], strict=False):
-        if not assistant.strip():
-            break
-        turns.append((user, assistant))
-    return turns, system
-
-
 def as_messages(turns: Sequence[tuple[str, str | None]], system: str | None = None) -> list[dict[str, str]]:
     """{"role", "content"} messages; an answer of None is left out."""
     messages = [] if system is None else [{"role": "system", "content": system}]
@@ -131,58 +111,3 @@ def as_messages(turns: Sequence[tuple[str, str | None]], system: str | None = No
         said = zip(("user", "assistant"), turn, strict=True)
         messages += [{"role": role, "content": text} for role, text in said if text is not None]
     return messages
-
-
-def holds_messages(record: dict[str, Any]) -> bool:
-    """Whether the record is a chat rather than input and output; in tables the other kind's columns are null."""
-    keys = [key for key in ("messages", "conversations") if key in record]
-    return any(record[key] is not None for key in keys) or bool(keys and "input" not in record)
-
-
-def messages_key(record: dict[str, Any]) -> str:
-    return "conversations" if record.get("messages") is None and "conversations" in record else "messages"
-
-
-def parse_messages(record: dict[str, Any]) -> tuple[list[tuple[str, str]], str | None]:
-    """(role, text) of {"messages"} or {"conversations"}, user and assistant alternating, and the system prompt.
-
-    Raises:
-        ValueError: what is wrong with the record.
-    """
-    name = messages_key(record)
-    messages = record.get(name)
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(f'"{name}" is not a list of messages')
-    said = []
-    for place, message in enumerate(messages, 1):
-        try:
-            role, content = _message(message)
-            content.encode()
-        except (KeyError, TypeError, AttributeError, UnicodeEncodeError) as error:
-            need = f'"role" (or "from") {", ".join(ROLES)}, and "content" (or "value")'
-            raise ValueError(f'"{name}": message {place} needs {need}') from error
-        said.append((role, content))
-    roles = [role for role, _ in said]
-    system = said.pop(0)[1] if roles[0] == "system" else None
-    if not said or any(role != ("user", "assistant")[place % 2] for place, (role, _) in enumerate(said)):
-        problem = "user and assistant must take turns, beginning with the user"
-        raise ValueError(f'"{name}": {", ".join(roles[:6])}; {problem}')
-    return said, system
-
-
-def _message(message: dict[str, Any]) -> tuple[str, str]:
-    """(role, text) of {"role", "content"}, or of {"from", "value"} as ShareGPT has it."""
-    role, text = (  # in tables the columns of the other kind are null
-        message[key] if message.get(key) is not None else message[other]
-        for key, other in (("role", "from"), ("content", "value"))
-    )
-    return ROLES[role.lower()], text
-
-
-def conversation_problem(record: dict[str, Any]) -> str | None:
-    """What is wrong with {"messages"} or {"conversations"}, or None."""
-    try:
-        parse_messages(record)
-    except ValueError as error:
-        return str(error)
-    return None

@@ -28,7 +28,7 @@ from component.data.token_file import index_path
 from component.error import UserError
 
 FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), "outcome": Value("uint8")})
-SAMPLE_FORMAT = 3  # increase it with every change of what a record becomes
+SAMPLE_FORMAT = 4  # increase it with every change of what a record becomes
 SHUFFLED_SAMPLES = 256  # size of a stream's shuffle buffer
 
 
@@ -178,7 +178,7 @@ def check_source(
         if file.suffix == ".bin":
             tally.total += len(open_tokens(str(file), tokenizer, options, field)[1])
         else:
-            deque(tally.good(file, read_usable(file, options.sft)), maxlen=0)
+            deque(tally.good(file, read_usable(file, options.sft), options.sft), maxlen=0)
     try:
         bad = tally.refuse_if_too_many(options.max_bad_fraction)
     except UserError as error:

@@ -9,7 +9,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from component.data import IGNORE_INDEX
-from component.data.chat_template import encode_conversation, turns_of
+from component.data.chat_template import encode_conversation
+from component.data.record import read_chat
 from component.data.source import RecordTally, read_usable
 from component.data.token_file import check_tokenizer, read_index, read_tokens
 from component.error import UserError
@@ -43,7 +44,7 @@ def encode_file(
     records = (record for _, record in tally.good(file, read_usable(file, options.sft)))
     if options.sft:
         for record in records:
-            yield encode_conversation(tokenizer, *turns_of(record), options.template)
+            yield encode_conversation(tokenizer, *read_chat(record), options.template)
         return
     while batch := [record["text"] for record in islice(records, BATCH_TEXTS)]:
         yield from encode_texts(batch, tokenizer, options)

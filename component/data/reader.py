@@ -22,6 +22,9 @@ import zstandard
 PACKED = (".gz", ".xz", ".zst")
 ROWS = 32  # of a parquet file decoded at a time: one may be a whole book
 CHUNK = 2**16  # bytes read at a time
+PACKED_CHUNK = 2**12  # bytes of zstandard unpacked at a time: at most 128 MiB, since 4 bytes can stand for 128 KiB
+LONGEST = 2**28  # bytes of a record: a longer one would fill the memory before anything is known about it
+TOO_LONG = f"longer than {LONGEST // 2**20} MiB; cut it into several"
 BLANKS = re.compile(r"[ \t\r\n]*")  # JSON's white space
 # what decompressors and parquet raise for a truncated or damaged file
 DAMAGE = (EOFError, OSError, zlib.error, lzma.LZMAError, zstandard.ZstdError, pyarrow.ArrowException)
@@ -34,10 +37,17 @@ class BadRecord:
     problem: str
 
 
-def read_lines(file: Path) -> Iterator[tuple[int, bytes]]:
-    """(line number from 1, line) of the lines that are not blank; only line feeds end lines."""
+def read_lines(file: Path) -> Iterator[tuple[int, bytes | None]]:
+    """(line number from 1, line) of lines that are not blank, None for one over LONGEST; only \\n ends lines."""
     with _open(file) as lines:
-        for number, line in enumerate(lines, 1):
+        number = 0
+        while line := lines.readline(LONGEST + 1):
+            number += 1
+            if len(line) > LONGEST:
+                while not line.endswith(b"\n") and (line := lines.readline(CHUNK)):
+                    pass
+                yield number, None
+                continue
             line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             if line.strip():
                 yield number, line
@@ -47,8 +57,10 @@ def json_lines(file: Path) -> Iterator[tuple[int, object]]:
     return ((number, _parse(line)) for number, line in read_lines(file))
 
 
-def _parse(line: bytes) -> object:
+def _parse(line: bytes | None) -> object:
     """The value of a line of JSON, or what is wrong with it."""
+    if line is None:
+        return BadRecord(TOO_LONG)
     try:
         return json.loads(line.rstrip(b"\r\n").decode())
     except UnicodeDecodeError as error:
@@ -70,7 +82,7 @@ class _Zstandard(io.RawIOBase):
     """Decompresses frame after frame; the package's own reader does not notice a truncated file."""
 
     def __init__(self, file: Path):
-        self.file, self.rest, self.ready = file.open("rb"), b"", b""
+        self.file, self.rest, self.ready = file.open("rb"), b"", memoryview(b"")
         self.frame: Any = None  # the decompressor of a frame that has not ended
 
     def readable(self) -> bool:
@@ -78,14 +90,14 @@ class _Zstandard(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self.ready:
-            packed = self.rest or self.file.read(CHUNK)
+            packed = self.rest or self.file.read(PACKED_CHUNK)
             if not packed:
                 if self.frame is not None:
                     raise EOFError("the file ends inside a zstandard frame")
                 return 0
             if self.frame is None:
                 self.frame = zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
-            self.ready = self.frame.decompress(packed)
+            self.ready = memoryview(self.frame.decompress(packed))
             self.rest = self.frame.unused_data
             if self.frame.eof:
                 self.frame = None
@@ -114,8 +126,12 @@ def rows(file: Path, keys: tuple[str, ...]) -> Iterator[tuple[int, object]]:
 
 def whole_text(file: Path, key: str) -> Iterator[tuple[int, object]]:
     with _open(file) as content:
+        whole = content.read(LONGEST + 1)
+        if len(whole) > LONGEST:
+            yield 1, BadRecord(TOO_LONG)
+            return
         try:
-            text = content.read().decode("utf-8-sig")
+            text = whole.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             yield 1, BadRecord(f"not UTF-8 ({error.reason}); convert the file")
             return
@@ -150,6 +166,8 @@ def array(file: Path) -> Iterator[tuple[int, object]]:
             except (ValueError, RecursionError) as error:
                 if is_end:
                     raise EOFError(f"element {number + 1} of the array: {error}") from error
+                if len(pending) - at > LONGEST:
+                    raise EOFError(f"element {number + 1} of the array is {TOO_LONG}") from error
                 part = content.read(size)
                 size, is_end = size * 2, not part  # doubled, so that reading an element stays linear
                 try:

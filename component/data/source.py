@@ -6,6 +6,7 @@ JSON Lines (`.jsonl`, `.json`, or any other name), a `.json` file that is one ar
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +14,11 @@ from typing import Any
 
 from huggingface_hub import HfApi, hf_hub_download
 
-from component.data.chat_template import conversation_problem, holds_messages
 from component.data.reader import DAMAGE, PACKED, BadRecord, array, is_array, json_lines, rows, whole_text
-from component.error import UserError
+from component.data.record import chat_problem, ignored_fields, text_fields_problem, text_problem
+from component.error import UserError, printable
 
+MAX_FIELDS = 8  # names of unused fields in the summary
 MAX_REPORTED = 5  # bad records named one by one; the rest are counted
 FOLDER_SUFFIXES = (".parquet", *(f".jsonl{pack}" for pack in ("", *PACKED)))
 TEXT_SUFFIXES = tuple(f".txt{pack}" for pack in ("", *PACKED))
@@ -31,13 +33,18 @@ class RecordTally:
     bad: int = 0
     first: list[str] = field(default_factory=list)  # `file:line: problem` of the first MAX_REPORTED bad ones
     empty: list[str] = field(default_factory=list)  # files without any record
+    ignored: Counter = field(default_factory=Counter)  # names of fields that mean nothing to training: records
 
-    def good(self, file: Path, records: Iterator[tuple[int, dict | BadRecord]]) -> Iterator[tuple[int, dict]]:
-        """The valid records of `file`, each with its number; all are counted."""
+    def good(
+        self, file: Path, records: Iterator[tuple[int, dict | BadRecord]], sft: bool | None = None
+    ) -> Iterator[tuple[int, dict]]:
+        """The valid records of `file`, each with its number; all are counted, and for training their unread fields."""
         before = self.total
         for number, record in records:
             self.count(file, number, record.problem if isinstance(record, BadRecord) else None)
             if not isinstance(record, BadRecord):
+                if sft is not None:
+                    self.ignored.update(ignored_fields(record, sft))
                 yield number, record
         if self.total == before:
             self.empty.append(str(file))
@@ -47,7 +54,7 @@ class RecordTally:
         if problem is not None:
             self.bad += 1
             if len(self.first) < MAX_REPORTED:
-                self.first.append(f"{file}:{number}: {problem}")
+                self.first.append(printable(f"{file}:{number}: {problem}", 400))
 
     def refuse_if_too_many(self, max_bad_fraction: float = 0.01) -> str:
         """One line about what was skipped, empty if nothing was.
@@ -64,6 +71,10 @@ class RecordTally:
             )
         notes = [f"{self.bad:,} of {self.total:,} lines skipped: {self._listing('; ')}"] if self.bad else []
         notes += [f"nothing in {', '.join(self.empty)}"] if self.empty else []
+        if self.ignored:
+            names = ", ".join(f"{name} ({count:,})" for name, count in self.ignored.most_common(MAX_FIELDS))
+            more = f" and {len(self.ignored) - MAX_FIELDS} more" if len(self.ignored) > MAX_FIELDS else ""
+            notes.append(f"fields not used: {names}{more}")
         return "; ".join(notes)
 
     def _listing(self, separator: str = "\n  ") -> str:
@@ -156,14 +167,8 @@ def read_records(
 def read_usable(file: Path, sft: bool) -> Iterator[tuple[int, dict | BadRecord]]:
     """`read_records` with the checks of training: {"text"} lines, or chats if `sft`."""
     if not sft:
-        return read_records(file, ("text",))
+        return read_records(file, ("text",), text_fields_problem)
     return read_records(file, check=chat_problem)
-
-
-def chat_problem(record: dict) -> str | None:
-    if holds_messages(record):
-        return conversation_problem(record)
-    return record_problem(record, ("input", "output"))
 
 
 def record_problem(record: object, keys: tuple[str, ...], check: Check | None = None) -> str | None:
@@ -175,14 +180,3 @@ def record_problem(record: object, keys: tuple[str, ...], check: Check | None = 
         if problem := text_problem(record[key]):
             return f'"{key}" {problem}'
     return check(record) if check else None
-
-
-def text_problem(value: object) -> str | None:
-    """Why `value` is not a string that can be encoded, or None."""
-    if not isinstance(value, str):
-        return f"is {json.dumps(value, default=repr)[:40]}, not a text"
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        return f"holds half a character, {value[error.start]!r}, at {error.start}; remove it"
-    return None

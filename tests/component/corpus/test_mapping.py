@@ -119,7 +119,7 @@ def test_templates_of_a_yaml():
 
 WRONG = {
     "input_output": ({"text": "a"}, r'no "input" \(its keys: text\)'),
-    "alpaca": ({"instruction": 5, "output": "a"}, "\"instruction\" is '5', not a text"),
+    "alpaca": ({"instruction": 5, "output": "a"}, '"instruction" is 5, not a text'),
     "conversations": ({"text": "a"}, r'no list "conversations" or "messages" \(its keys: text\)'),
     "conversations empty": ({"conversations": []}, '"conversations" is not a list of messages'),
     "conversations odd": ({"conversations": [{"from": "human", "value": "a"}]}, '"conversations": user; must be'),

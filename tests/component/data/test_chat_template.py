@@ -4,8 +4,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from component.data.chat_template import encode_by_tokenizer, encode_chat, encode_conversation, turns_of
-from component.data.source import chat_problem
+from component.data.chat_template import encode_by_tokenizer, encode_chat, encode_conversation
+from component.data.record import chat_problem, read_chat
 from component.error import UserError
 from tests.conftest import ROOT
 
@@ -83,9 +83,7 @@ def bot(text: str) -> dict:
         ({"messages": [user("Q"), bot("A"), user("R"), bot("B")]}, [("Q", "A"), ("R", "B")], None),
         ({"messages": [user("Q"), bot("A"), user("R")]}, [("Q", "A")], None),
         ({"messages": [user("Q")]}, [], None),
-        # an empty answer ends the conversation, whatever follows
-        ({"messages": [user("Q"), bot("A"), user("R"), bot(" "), user("T"), bot("C")]}, [("Q", "A")], None),
-        ({"messages": [user("Q"), bot(""), user("R"), bot("B")]}, [], None),
+        ({"messages": [user("Q"), bot("A"), user("R"), bot(" ")]}, [("Q", "A")], None),
         (
             {
                 "conversations": [
@@ -105,12 +103,11 @@ def bot(text: str) -> dict:
         ({"conversations": [user("Q"), {"role": "model", "content": "A"}]}, [("Q", "A")], None),
         ({"messages": None, "conversations": [user("Q"), bot("A")]}, [("Q", "A")], None),
         ({"messages": None, "input": "Q", "output": "A"}, [("Q", "A")], None),
-        ({"messages": [user("Q"), bot("A")], "input": "not", "output": "asked"}, [("Q", "A")], None),
     ],
 )
 def test_turns_of_a_record(record, turns, system):
     assert chat_problem(record) is None
-    assert turns_of(record) == (turns, system)
+    assert read_chat(record) == (turns, system)
 
 
 @pytest.mark.parametrize("name", ["user", "human", "prompter", "Human", "USER"])
@@ -119,7 +116,7 @@ def test_names_of_the_user(name):
     said = {"messages": [{"role": name, "content": "Q"}, bot("A")]}
     for record in (told, said):
         assert chat_problem(record) is None
-        assert turns_of(record) == ([("Q", "A")], None)
+        assert read_chat(record) == ([("Q", "A")], None)
 
 
 @pytest.mark.parametrize("name", ["assistant", "gpt", "chatgpt", "bot", "bard", "model", "Assistant", "GPT"])
@@ -128,7 +125,7 @@ def test_names_of_the_assistant(name):
     said = {"messages": [user("Q"), {"role": name, "content": "A"}]}
     for record in (told, said):
         assert chat_problem(record) is None
-        assert turns_of(record) == ([("Q", "A")], None)
+        assert read_chat(record) == ([("Q", "A")], None)
 
 
 def test_keys_of_both_kinds_as_tables_mix_them():
@@ -137,7 +134,7 @@ def test_keys_of_both_kinds_as_tables_mix_them():
         {"role": None, "from": "gpt", "content": "A", "value": None},
     ]
     assert chat_problem({"messages": said}) is None
-    assert turns_of({"messages": said}) == ([("Q", "A")], None)
+    assert read_chat({"messages": said}) == ([("Q", "A")], None)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +168,7 @@ def test_what_is_wrong_with_a_chat(record, problem):
 
 
 def test_every_answer_of_a_chat_is_learnt(tokenizer):
-    turns, system = turns_of(
+    turns, system = read_chat(
         {
             "messages": [
                 {"role": "system", "content": " Be brief.\n"},

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from component.data.chat_template import encode_chat, turns_of
+from component.data.chat_template import encode_chat
+from component.data.record import read_chat
 from component.error import UserError
 from component.inference.conversation import Conversation, is_command, run_command
 
@@ -70,7 +71,7 @@ class TestCommands:
         conversation.add("Two?", "No.")
         run_command(f"/save {tmp_path / 'a chat.jsonl'}", conversation)
         (line,) = (tmp_path / "a chat.jsonl").read_text(encoding="utf-8").splitlines()
-        assert turns_of(json.loads(line)) == ([("Größe?", "Ja."), ("Two?", "No.")], None)
+        assert read_chat(json.loads(line)) == ([("Größe?", "Ja."), ("Two?", "No.")], None)
 
     def test_help_names_every_command(self, conversation):
         text = run_command("/help", conversation)

@@ -1,0 +1,216 @@
+"""Which fields of a training record are read? Each is understood, refused by name, or listed as ignored.
+
+Chats come as {"input", "output"}, Alpaca's {"instruction", "input", "output"} or lists of messages, with an optional
+system prompt and earlier turns. Fields that other tools read and that change what is trained on are refused; all
+others (ids, sources, ...) mean nothing to training, and the summary lists them.
+"""
+
+import json
+from typing import Any
+
+from component.data.chat_template import Turns
+
+ROLES = {  # names used by published data sets, in any case
+    "system": "system",
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "bard", "model"), "assistant"),
+}
+CHAT_FIELDS = {"input", "output", "instruction", "system", "system_prompt", "history", "messages", "conversations"}
+TEXT_FIELDS = {"text"}
+MESSAGE_FIELDS = {"role", "content", "from", "value"}
+_TOKENS = "records are tokenized here; remove it, or train on a .bin file"
+_PREFERENCE = "preference data is not supported; remove it, or keep the chosen answer as output"
+_TOOLS = "tool calls are not supported; remove such records"
+_MEDIA = "only text is trained on; remove such records"
+_WEIGHT = "weights and masks of records or messages are not supported; remove it, or the records that need it"
+_ALIAS = 'write "input" (or "instruction") and "output"'
+# fields that change what other tools train on, and what to do about them
+REFUSED_TEXT = {
+    **dict.fromkeys(("input_ids", "labels", "attention_mask", "position_ids", "loss_mask", "tokens"), _TOKENS),
+    **dict.fromkeys(("weight", "weights", "loss_weight", "train", "mask", "loss"), _WEIGHT),
+    **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), _MEDIA),
+}
+REFUSED_CHAT = {
+    **REFUSED_TEXT,
+    **dict.fromkeys(("chosen", "rejected", "kto_tag", "margin"), _PREFERENCE),
+    **dict.fromkeys(("tools", "functions", "function_call", "tool_calls", "tool_choice"), _TOOLS),
+    **dict.fromkeys(("prompt", "completion", "response", "question", "answer", "answers", "query", "target"), _ALIAS),
+    **dict.fromkeys(("context", "passage", "document", "knowledge"), 'put it into "input" with the question'),
+    **dict.fromkeys(("prefix", "suffix", "examples", "demonstrations", "few_shot"), 'put it into "input"'),
+    **dict.fromkeys(("thinking", "reasoning", "reasoning_content", "rationale"), 'put it into "output", or remove it'),
+}
+REFUSED_MESSAGE = {
+    **REFUSED_CHAT,
+    **dict.fromkeys(("tool_call_id", "name", "recipient"), _TOOLS),
+    **dict.fromkeys(("prefix", "partial"), "continuing an answer is not supported; remove it"),
+}
+
+
+def read_chat(record: dict[str, Any]) -> tuple[Turns, str | None]:
+    """The answered turns of a chat record, and its system prompt.
+
+    A trailing turn without an answer has nothing to train on and is left out.
+
+    Raises:
+        ValueError: what is wrong with the record, or which of its fields would be ignored.
+    """
+    _refuse(record, REFUSED_CHAT)
+    system = _system(record)
+    if not holds_messages(record):
+        turns: Turns = [*_history(record), (_question(record), _text(record, "output"))]
+    else:
+        if extra := [key for key in ("input", "output", "instruction", "history") if not _is_empty(record.get(key))]:
+            raise ValueError(f'"{extra[0]}" beside "{messages_key(record)}"; keep one of the two')
+        messages, own = parse_messages(record)
+        if system is not None and own is not None and system.strip() != own.strip():
+            raise ValueError('"system" and a system message that differs; keep one of the two')
+        system = own if system is None else system
+        turns = [(user, answer) for (_, user), (_, answer) in zip(messages[::2], messages[1::2], strict=False)]
+    if turns and not (turns[-1][1] or "").strip():
+        turns.pop()
+    for number, (_, answer) in enumerate(turns, 1):
+        if not (answer or "").strip():
+            raise ValueError(f"answer {number} is empty, but a later one is not; fill it in or remove the turn")
+    return turns, system
+
+
+def chat_problem(record: dict[str, Any]) -> str | None:
+    """What is wrong with a chat record, or None."""
+    try:
+        read_chat(record)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def text_fields_problem(record: dict[str, Any]) -> str | None:
+    """Which field of a pretraining record would be ignored though it changes training, or None."""
+    try:
+        _refuse(record, REFUSED_TEXT)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def ignored_fields(record: dict[str, Any], sft: bool) -> set[str]:
+    """Names of the fields that mean nothing to training."""
+    return {str(key) for key in record} - (CHAT_FIELDS if sft else TEXT_FIELDS)
+
+
+def holds_messages(record: dict[str, Any]) -> bool:
+    """Whether the record is a list of messages; in tables the columns of other kinds are null."""
+    keys = [key for key in ("messages", "conversations") if key in record]
+    return any(record[key] is not None for key in keys) or bool(keys and not record.keys() & {"input", "instruction"})
+
+
+def messages_key(record: dict[str, Any]) -> str:
+    return "conversations" if record.get("messages") is None and "conversations" in record else "messages"
+
+
+def parse_messages(record: dict[str, Any]) -> tuple[list[tuple[str, str]], str | None]:
+    """(role, text) of {"messages"} or {"conversations"}, user and assistant alternating, and the system prompt.
+
+    Raises:
+        ValueError: what is wrong with the record.
+    """
+    name = messages_key(record)
+    messages = record.get(name)
+    if name == "messages" and not _is_empty(messages) and not _is_empty(record.get("conversations")):
+        raise ValueError('"messages" beside "conversations"; keep one of the two')
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f'"{name}" is not a list of messages')
+    said = []
+    for place, message in enumerate(messages, 1):
+        try:
+            role, content = _message(message)
+            content.encode()
+        except (KeyError, TypeError, AttributeError, UnicodeEncodeError) as error:
+            need = f'"role" (or "from") {", ".join(ROLES)}, and "content" (or "value")'
+            raise ValueError(f'"{name}": message {place} needs {need}') from error
+        try:
+            _refuse(message, REFUSED_MESSAGE)
+        except ValueError as error:
+            raise ValueError(f'"{name}": message {place}: {error}') from error
+        said.append((role, content))
+    roles = [role for role, _ in said]
+    system = said.pop(0)[1] if roles[0] == "system" else None
+    if not said or any(role != ("user", "assistant")[place % 2] for place, (role, _) in enumerate(said)):
+        problem = "user and assistant must take turns, beginning with the user"
+        raise ValueError(f'"{name}": {", ".join(roles[:6])}; {problem}')
+    return said, system
+
+
+def _message(message: dict[str, Any]) -> tuple[str, str]:
+    """(role, text) of {"role", "content"}, or of {"from", "value"} as ShareGPT has it."""
+    role, text = (  # in tables the columns of the other kind are null
+        message[key] if message.get(key) is not None else message[other]
+        for key, other in (("role", "from"), ("content", "value"))
+    )
+    return ROLES[role.lower()], text
+
+
+def _question(record: dict[str, Any]) -> str:
+    """ "input", or Alpaca's "instruction" with "input" below it."""
+    if _is_empty(record.get("instruction")):
+        return _text(record, "input")
+    instruction = _text(record, "instruction")
+    if _is_empty(record.get("input")):
+        return instruction
+    return f"{instruction.strip()}\n\n{_text(record, 'input').strip()}"
+
+
+def _system(record: dict[str, Any]) -> str | None:
+    given = [key for key in ("system", "system_prompt") if not _is_empty(record.get(key))]
+    texts = [_text(record, key) for key in given]
+    if len(set(texts)) > 1:
+        raise ValueError('"system" and "system_prompt" differ; keep one of the two')
+    return texts[0] if texts else None
+
+
+def _history(record: dict[str, Any]) -> Turns:
+    """Earlier turns, [[question, answer], ...], as LLaMA-Factory has them."""
+    history = record.get("history")
+    if _is_empty(history):
+        return []
+    is_pairs = isinstance(history, list) and all(
+        isinstance(turn, list | tuple) and len(turn) == 2 and all(isinstance(text, str) for text in turn)
+        for turn in history
+    )
+    if not is_pairs:
+        raise ValueError('"history" is not a list of [question, answer]')
+    for text in (text for turn in history for text in turn):  # type: ignore[union-attr]
+        if problem := text_problem(text):
+            raise ValueError(f'"history": a text {problem}')
+    return [(question, answer) for question, answer in history]  # type: ignore[union-attr]
+
+
+def _text(record: dict[str, Any], key: str) -> str:
+    if key not in record:
+        raise ValueError(f'no "{key}" (its keys: {", ".join(map(str, record)) or "none"})')
+    if problem := text_problem(record[key]):
+        raise ValueError(f'"{key}" {problem}')
+    return record[key]
+
+
+def _refuse(record: dict[str, Any], refused: dict[str, str]) -> None:
+    for key in record:
+        value = record[key]
+        # a weight of 1, and train: true, change nothing
+        is_neutral = refused.get(key) == _WEIGHT and value in (1, True)
+        if key in refused and not _is_empty(value) and not is_neutral:
+            raise ValueError(f'"{key}" would be ignored: {refused[key]}')
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, str | list | dict) and not value)
+
+
+def text_problem(value: object) -> str | None:
+    """Why `value` is not a string that can be encoded, or None."""
+    if not isinstance(value, str):
+        return f"is {json.dumps(value, default=repr)[:40]}, not a text"
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        return f"holds half a character, {value[error.start]!r}, at {error.start}; remove it"
+    return None

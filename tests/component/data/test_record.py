@@ -1,0 +1,106 @@
+"""Which fields of a record are read? Every one is understood, refused by name, or listed; expectations by hand."""
+
+import json
+
+import pytest
+
+from component.data.dataset import load_samples
+from component.data.record import chat_problem, ignored_fields, read_chat, text_fields_problem
+from component.error import UserError
+
+USER, BOT = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
+SYSTEM = {"role": "system", "content": "S"}
+
+
+@pytest.mark.parametrize(
+    ("record", "turns", "system"),
+    [
+        # K1a: Alpaca, as LLaMA-Factory and axolotl read it
+        (
+            {"instruction": "Reverse these words.", "input": "one two three", "output": "three two one"},
+            [("Reverse these words.\n\none two three", "three two one")],
+            None,
+        ),
+        ({"instruction": "Sing.", "input": "", "output": "La."}, [("Sing.", "La.")], None),
+        ({"instruction": "Sing.", "output": "La."}, [("Sing.", "La.")], None),
+        ({"instruction": "", "input": "Q", "output": "A"}, [("Q", "A")], None),
+        ({"instruction": None, "input": "Q", "output": "A"}, [("Q", "A")], None),
+        # K1b: system prompts
+        ({"system": "In French.", "conversations": [USER, BOT]}, [("Q", "A")], "In French."),
+        ({"system": "In French.", "messages": [USER, BOT]}, [("Q", "A")], "In French."),
+        ({"system_prompt": "In French.", "input": "Q", "output": "A"}, [("Q", "A")], "In French."),
+        ({"system": "", "messages": [SYSTEM, USER, BOT]}, [("Q", "A")], "S"),
+        ({"system": "S ", "messages": [SYSTEM, USER, BOT]}, [("Q", "A")], "S "),
+        ({"system": "S", "instruction": "I", "input": "Q", "output": "A"}, [("I\n\nQ", "A")], "S"),
+        # earlier turns
+        (
+            {"history": [["a", "b"], ["c", "d"]], "input": "Q", "output": "A"},
+            [("a", "b"), ("c", "d"), ("Q", "A")],
+            None,
+        ),
+        ({"history": [], "input": "Q", "output": "A"}, [("Q", "A")], None),
+        # fields that change nothing
+        ({"id": 7, "source": "books", "input": "Q", "output": "A"}, [("Q", "A")], None),
+        ({"weight": 1, "input": "Q", "output": "A", "tools": [], "chosen": None}, [("Q", "A")], None),
+        ({"messages": [{**USER, "weight": None}, {**BOT, "weight": 1, "train": True}]}, [("Q", "A")], None),
+    ],
+)
+def test_understood(record, turns, system):
+    assert read_chat(record) == (turns, system)
+    assert chat_problem(record) is None
+
+
+@pytest.mark.parametrize(
+    ("record", "problem"),
+    [
+        ({"input": "Q", "output": "A", "chosen": "B"}, '"chosen" would be ignored'),
+        ({"input": "Q", "output": "A", "rejected": "B"}, '"rejected" would be ignored'),
+        ({"input": "Q", "output": "A", "context": "C"}, '"context" would be ignored'),
+        ({"input": "Q", "output": "A", "weight": 0.5}, '"weight" would be ignored'),
+        ({"input": "Q", "output": "A", "weight": 0}, '"weight" would be ignored'),
+        ({"input": "Q", "output": "A", "images": ["a.png"]}, '"images" would be ignored'),
+        ({"messages": [USER, BOT], "tools": [{"name": "f"}]}, '"tools" would be ignored'),
+        ({"messages": [USER, {**BOT, "weight": 0}]}, 'message 2: "weight" would be ignored'),
+        ({"messages": [USER, {**BOT, "train": False}]}, 'message 2: "train" would be ignored'),
+        ({"messages": [USER, {**BOT, "tool_calls": [{}]}]}, 'message 2: "tool_calls" would be ignored'),
+        ({"messages": [USER, {**BOT, "reasoning_content": "R"}]}, 'message 2: "reasoning_content" would be ignored'),
+        ({"messages": [USER, BOT], "system": "T", "input": "Q"}, '"input" beside "messages"'),
+        ({"messages": [USER, BOT], "instruction": "I"}, '"instruction" beside "messages"'),
+        ({"messages": [USER, BOT], "conversations": [USER, BOT]}, '"messages" beside "conversations"'),
+        ({"messages": [SYSTEM, USER, BOT], "system": "T"}, '"system" and a system message that differs'),
+        ({"system": "S", "system_prompt": "T", "input": "Q", "output": "A"}, '"system" and "system_prompt" differ'),
+        ({"history": ["a"], "input": "Q", "output": "A"}, '"history" is not a list of [question, answer]'),
+        ({"history": [["a", 5]], "input": "Q", "output": "A"}, '"history" is not a list of [question, answer]'),
+        ({"system": 5, "input": "Q", "output": "A"}, '"system" is 5, not a text'),
+        ({"messages": [USER, {**BOT, "content": " "}, USER, BOT]}, "answer 1 is empty, but a later one is not"),
+        ({"instruction": "I", "output": "A", "input": 5}, '"input" is 5, not a text'),
+        ({"prompt": "Q", "completion": "A"}, '"prompt" would be ignored: write "input"'),
+        ({"text": "Q"}, 'no "input" (its keys: text)'),
+    ],
+)
+def test_refused(record, problem):
+    assert problem in str(chat_problem(record))
+    with pytest.raises(ValueError, match=r"\w"):
+        read_chat(record)
+
+
+def test_fields_of_texts():
+    assert text_fields_problem({"text": "a", "id": 1, "prompt": "p", "labels": None}) is None
+    assert "weight" in str(text_fields_problem({"text": "a", "weight": 0.1}))
+    assert "labels" in str(text_fields_problem({"text": "a", "labels": [1, 2]}))
+
+
+def test_ignored_fields():
+    assert ignored_fields({"input": "Q", "output": "A", "id": 1, "lang": "de"}, sft=True) == {"id", "lang"}
+    assert ignored_fields({"text": "a", "input": "Q", "url": "u"}, sft=False) == {"input", "url"}
+
+
+def test_the_summary_lists_what_is_not_used_and_names_what_is_refused(tokenizer, tmp_path, own_cache):
+    file = tmp_path / "chats.jsonl"
+    lines = [{"input": "Q", "output": "A", "id": n, **({"topic": "t"} if n < 3 else {})} for n in range(5)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    _, report = load_samples(str(file), tokenizer, 400, sft=True)
+    assert "fields not used: id (5), topic (3)" in str(report)
+    file.write_text(json.dumps({"input": "Q", "output": "A", "context": "C"}) + "\n")
+    with pytest.raises(UserError, match=r'chats.jsonl:1: "context" would be ignored: put it into "input"'):
+        load_samples(str(file), tokenizer, 400, sft=True)
