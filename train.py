@@ -63,7 +63,7 @@ def main() -> None:
     check_targets_early(extended, args.target_names)
     factor = extend_context(extended, args.model_max_length, args.rope_type or own_rope_type(extended))
     memory = plan_memory(args, training_args, strategy, extended)
-    train_set, eval_set, data_lines = load_data(args, training_args, tokenizer)
+    train_set, eval_set, data_lines = load_data(args, training_args, tokenizer, extended.vocab_size)
 
     model = load_adapted(args, training_args, strategy, training_config(args, extended))
     fallback = apply_plan(args, training_args, strategy, model, memory)
@@ -119,14 +119,17 @@ def plan_memory(
     return Memory(work, plan, expected, describe_estimate(work, plan, expected, gpu_gib))
 
 
-def load_data(args: LongQLoRAArguments, training_args: TrainingArguments, tokenizer: PreTrainedTokenizerBase):
+def load_data(
+    args: LongQLoRAArguments, training_args: TrainingArguments, tokenizer: PreTrainedTokenizerBase, vocab_size: int
+):
     """Training samples, evaluation samples or None, and the summary's lines about them."""
+    data = args.data | {"vocab_size": vocab_size}
     options = {"packing": args.packing, "streaming": args.streaming, "seed": training_args.seed}
     sets, lines = {}, {}
     with training_args.main_process_first(desc="tokenizing"):
         for field, source, more in (("train_file", args.train_file, options), ("eval_file", args.eval_file, {})):
             if source is not None:
-                sets[field], report = load_samples(source, tokenizer, field=field, **args.data, **more)
+                sets[field], report = load_samples(source, tokenizer, field=field, **data, **more)
                 lines[field] = str(report)
     return sets["train_file"], sets.get("eval_file"), lines
 

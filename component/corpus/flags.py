@@ -1,9 +1,10 @@
 """What do the programs that build data share? Flags and their checks, and the files beside a corpus."""
 
 import argparse
+import contextlib
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import date
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from component.corpus.length import draw_lengths
 from component.corpus.scan import Measure, Scan, SourceFile, scan_files
 from component.data.source import resolve_files
 from component.error import UserError
+from component.storage.claim import claimed
 from component.storage.result import command, library_versions, write_json
 from component.tokenizer import UNLIMITED, describe_tokenizer, load_tokenizer
 
@@ -50,10 +52,8 @@ def check_common_flags(flags: argparse.Namespace, *counts: str, problems: Iterab
 
 
 def resolve_sources(flags: argparse.Namespace) -> list[Path]:
-    """The files of --source, each once; the output is checked too."""
-    paths = list(dict.fromkeys(path for source in flags.source for path in resolve_files(source, "--source")))
-    open_output(flags, paths)
-    return paths
+    """The files of --source, each once."""
+    return list(dict.fromkeys(path for source in flags.source for path in resolve_files(source, "--source")))
 
 
 def open_tokenizer(flags: argparse.Namespace) -> PreTrainedTokenizerBase:
@@ -61,21 +61,37 @@ def open_tokenizer(flags: argparse.Namespace) -> PreTrainedTokenizerBase:
     return load_tokenizer(flags.tokenizer, UNLIMITED, "--tokenizer", cure)
 
 
-def open_output(flags: argparse.Namespace, sources: Iterable[Path]) -> None:
-    """Create the output's folder; refuse an output that exists or is a source."""
-    if any(flags.output.resolve() == source.resolve() for source in sources):
-        raise UserError(f"--output: {flags.output} is one of the sources; name another")
-    if flags.output.exists() and not flags.overwrite:
-        raise UserError(f"--output: {flags.output} exists; name another file, or replace it with --overwrite")
-    flags.output.parent.mkdir(parents=True, exist_ok=True)
+def journal_path(output: Path) -> Path:
+    return output.with_name(f"{output.name}.journal")
+
+
+def statistics_paths(output: Path) -> tuple[Path, Path]:
+    """FILE.stats.json and FILE.png beside FILE.jsonl."""
+    name = output.name.removesuffix(output.suffix)
+    return output.with_name(f"{name}.stats.json"), output.with_name(f"{name}.png")
+
+
+def claimed_output(
+    flags: argparse.Namespace, beside: Sequence[Path], sources: Iterable[Path], journal: Path | None = None
+) -> contextlib.AbstractContextManager[None]:
+    """Holds --output and the files `beside` it for this program; see `component.storage.claim.claimed`."""
+    tokenizer = Path(flags.tokenizer)
+    read = {"--source": sources, "--tokenizer": [tokenizer if tokenizer.exists() else None]}
+    if config := getattr(flags, "config", None):
+        read["--config"] = [config]
+    written = {"--output": [flags.output, *beside, journal]}
+    # an interrupted run may have written them all but the output
+    resumed = [journal, *beside] if journal and journal.exists() else []
+    return claimed(written, read, overwrite=flags.overwrite, resumed=resumed)
 
 
 def measure_files(
     flags: argparse.Namespace, files: list[SourceFile], settings: dict, measure: Measure
 ) -> tuple[Scan, str]:
     """`scan_files` with a journal beside the output, and one line about bad records."""
-    journal = flags.output.with_name(f"{flags.output.name}.journal")
-    scan = scan_files(journal, files, settings, measure, num_proc=flags.num_proc, overwrite=flags.overwrite)
+    scan = scan_files(
+        journal_path(flags.output), files, settings, measure, num_proc=flags.num_proc, overwrite=flags.overwrite
+    )
     return scan, scan.tally().refuse_if_too_many(flags.max_bad_fraction)
 
 
@@ -85,10 +101,11 @@ def write_statistics(output: Path, stats: dict, drawn: dict[str, dict], kind: st
     Args:
         kind: of its texts, in the plural, for titles.
     """
-    side, lengths = output.name.removesuffix(output.suffix), stats["lengths"]
+    lengths = stats["lengths"]
+    statistics, picture = statistics_paths(output)
     title = f"{output.name}: {lengths['texts']:,} {kind}, {lengths['tokens']:,} tokens"
-    write_json(output.with_name(f"{side}.stats.json"), stats)
-    draw_lengths(drawn, output.with_name(f"{side}.png"), f"{title}, median {lengths['median']:,.0f}")
+    write_json(statistics, stats)
+    draw_lengths(drawn, picture, f"{title}, median {lengths['median']:,.0f}")
     return f"{title} -> {output}"
 
 

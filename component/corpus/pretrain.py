@@ -21,7 +21,6 @@ from component.corpus.sampling import first_of_each, lowest, sample_key, text_ha
 from component.corpus.scan import Chunk, Place, Scan, ScannedChunk
 from component.corpus.token_count import MARGIN, TokenCounter
 from component.data.reader import BadRecord
-from component.storage.atomic import atomic_file
 
 LONG_TEXTS = ("drop", "split")
 UNIT_CHARACTERS = 2000  # longest part of a line; without a better place, texts are split between parts
@@ -160,13 +159,13 @@ def sample_texts(scan: Scan, num_samples: int, seed: int) -> tuple[list[Choice],
     return [Choice(*place) for place in sorted(lowest(keyed, num_samples).values())], duplicates
 
 
-def write_corpus(output: Path, scan: Scan, choices: list[Choice], key: str) -> None:
-    """Write one {"text": ...} per line, atomically.
+def write_corpus(file: Path, scan: Scan, choices: list[Choice], key: str) -> None:
+    """Write one {"text": ...} per line.
 
     Raises:
         UserError: a file changed after it was scanned.
     """
-    with atomic_file(output) as writing, writing.open("w", encoding="utf-8", newline="\n") as lines:
+    with file.open("w", encoding="utf-8", newline="\n") as lines:
         for text in tqdm(_texts(scan, choices, key), total=len(choices), desc="writing", unit=" texts"):
             lines.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
 

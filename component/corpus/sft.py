@@ -19,7 +19,6 @@ from component.corpus.token_count import TokenCounter
 from component.data.chat_template import as_messages, encode_conversation
 from component.data.reader import BadRecord
 from component.data.record import text_problem
-from component.storage.atomic import atomic_file
 
 
 @dataclass
@@ -128,18 +127,18 @@ def choose_examples(scan: Scan, mixture: Mixture, seed: int) -> tuple[list[Examp
     return sorted(chosen, key=lambda example: (example.file, example.number)), counts
 
 
-def write_examples(output: Path, scan: Scan, mixture: Mixture, examples: list[Example]) -> None:
-    """Write the examples shuffled, atomically.
+def write_examples(file: Path, scan: Scan, mixture: Mixture, examples: list[Example]) -> None:
+    """Write the examples shuffled.
 
     They are written in input order first, and then copied in shuffled order, with one line in memory at a time.
 
     Raises:
         UserError: a file changed after it was scanned.
     """
-    ordered = output.with_name(f".{output.name}.ordered")
+    ordered = file.with_name(f"{file.name}.ordered")
     try:
         places = _write_in_input_order(ordered, scan, mixture, examples)
-        with ordered.open("rb") as lines, atomic_file(output) as writing, writing.open("wb") as shuffled:
+        with ordered.open("rb") as lines, file.open("wb") as shuffled:
             for _, start, length in sorted(places):
                 lines.seek(start)
                 shuffled.write(lines.read(length))

@@ -8,7 +8,7 @@ memory-mapped from Arrow files, so host memory does not grow with the data, or t
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +20,21 @@ from torch.utils.data import get_worker_info
 from transformers import PreTrainedTokenizerBase
 
 from component.data.chat_template import check_template
-from component.data.document import SampleOptions, open_tokens
+from component.data.document import SampleOptions, encode_file, open_tokens
 from component.data.packing import PackedRows
-from component.data.sample import CUT, DROPPED, EMPTY, PIECE, SPLIT, TOO_LONG, generate_samples, generate_stream
-from component.data.source import RecordTally, read_usable, resolve_files
+from component.data.reader import BadRecord
+from component.data.sample import (
+    CUT,
+    DROPPED,
+    EMPTY,
+    PIECE,
+    SPLIT,
+    TOO_LONG,
+    UNUSABLE,
+    generate_samples,
+    generate_stream,
+)
+from component.data.source import MAX_REPORTED, RecordTally, read_usable, resolve_files
 from component.data.token_file import index_path
 from component.error import UserError
 
@@ -142,16 +153,18 @@ def tokenize(
     source: str, tokenizer: PreTrainedTokenizerBase, options: SampleOptions, field: str
 ) -> tuple[Dataset, np.ndarray, DataReport]:
     """The samples on disk, their lengths in tokens, and the report."""
-    stamps, lines, bad = check_source(source, tokenizer, options, field)
+    stamps, tally = check_source(source, tokenizer, options, field)
+    lines = tally.total
     files = [file for file, *_ in stamps]
     arguments = {"files": files, "tokenizer": tokenizer, "options": asdict(options)}
     stamped = arguments | {"stamps": stamps}
     if all(sample["outcome"] in DROPPED for sample in generate_samples(**arguments)):
+        _refuse_unusable(tally, files, tokenizer, options, field)
         need = "answers, and prompts that leave room for them in max_seq_length" if options.sft else "texts"
         raise UserError(f"{field}: no label tokens in {source} (lines: {lines}); it needs {need}")
     try:
         dataset = Dataset.from_generator(generate_samples, features=FEATURES, gen_kwargs=stamped)
-    except DatasetGenerationError as error:  # it hides the message, as of a template that rejects one conversation
+    except DatasetGenerationError as error:  # it hides the message
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
         raise
@@ -160,15 +173,16 @@ def tokenize(
     kept = np.flatnonzero(~np.isin(outcomes, DROPPED))
     if len(kept) < len(dataset):
         dataset, lengths = dataset.select(kept), lengths[kept]
-    counts = tuple(np.bincount(outcomes, minlength=6).tolist())
-    report = DataReport(files, lines, len(dataset), int(lengths.sum()), counts, bad)
+    counts = tuple(np.bincount(outcomes, minlength=7).tolist())
+    bad = _refuse_unusable(tally, files, tokenizer, options, field, counts[UNUSABLE])
+    report = DataReport(files, lines, len(dataset), int(lengths.sum()), counts[:UNUSABLE], bad)
     return dataset.remove_columns("outcome"), lengths, report
 
 
 def check_source(
     source: str, tokenizer: PreTrainedTokenizerBase, options: SampleOptions, field: str
-) -> tuple[list[tuple], int, str]:
-    """(file, its and its index's state, format) of each; lines or documents; what is wrong with some, if not too many.
+) -> tuple[list[tuple], RecordTally]:
+    """(file, its and its index's state, format) of each, and the records, of which not too many are bad.
 
     Only a file of tokens has an index, which says where its documents start.
     """
@@ -180,14 +194,35 @@ def check_source(
         else:
             deque(tally.good(file, read_usable(file, options.sft), options.sft), maxlen=0)
     try:
-        bad = tally.refuse_if_too_many(options.max_bad_fraction)
+        tally.refuse_if_too_many(options.max_bad_fraction)
     except UserError as error:
         # the commonest reason: the other kind of file
         need = 'sft: false takes lines of {"text"}, sft: true of {"input", "output"} or {"messages"}, JSON objects all'
         raise UserError(f"{field}: {error}\n{need}") from error
     # what is kept is keyed by these: neither a changed file nor changed code may be served yesterday's tokens
     stamps = [(str(file), *_state(file), *_state(index_path(file)), SAMPLE_FORMAT) for file in files]
-    return stamps, tally.total, bad
+    return stamps, tally
+
+
+def _refuse_unusable(
+    tally: RecordTally,
+    files: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    options: SampleOptions,
+    field: str,
+    count: int | None = None,
+) -> str:
+    """`refuse_if_too_many`, with the `count` records that can't be encoded for this model (None: not counted yet)."""
+    if count != 0:
+        documents = (each for file in files for each in encode_file(Path(file), tokenizer, options, RecordTally()))
+        problems = (each.problem for each in documents if isinstance(each, BadRecord))
+        found = list(islice(problems, None if count is None else MAX_REPORTED))
+        tally.bad += len(found) if count is None else count
+        tally.first = [*tally.first, *found][:MAX_REPORTED]
+    try:
+        return tally.refuse_if_too_many(options.max_bad_fraction)
+    except UserError as error:
+        raise UserError(f"{field}: {error}") from error
 
 
 def _state(file: Path) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """How is one document tokenized and labelled? A text, a chat, or a span of a token file."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -10,12 +10,14 @@ from transformers import PreTrainedTokenizerBase
 
 from component.data import IGNORE_INDEX
 from component.data.chat_template import encode_conversation
+from component.data.reader import BadRecord
 from component.data.record import read_chat
 from component.data.source import RecordTally, read_usable
 from component.data.token_file import check_tokenizer, read_index, read_tokens
 from component.error import UserError
 
 POLICIES = ("truncate", "split", "drop")
+Encoded = tuple[list[int], list[int]]  # token ids, labels
 BATCH_TEXTS = 64  # tokenized at a time, on all cores
 
 
@@ -28,12 +30,17 @@ class SampleOptions:
     truncation_policy: str = "truncate"  # of longer samples: truncate, split or drop
     template: str = "vicuna"  # of chats: component/data/chat_template.py
     max_bad_fraction: float = 0.01  # of unusable lines; more are an error
+    vocab_size: int | None = None  # rows of the model's embedding; None: the tokenizer's tokens
 
 
 def encode_file(
     file: Path, tokenizer: PreTrainedTokenizerBase, options: SampleOptions, tally: RecordTally
-) -> Iterator[tuple[list[int], list[int]]]:
-    """(ids, labels) of each usable document of `file`, not yet truncated; both empty for an empty text."""
+) -> Iterator[Encoded | BadRecord]:
+    """(ids, labels) of each document of `file`, not yet truncated; both empty for an empty text.
+
+    Valid records that can't be encoded for this model are a `BadRecord` with file and line: its template rejects them,
+    or they have tokens that the model lacks.
+    """
     if file.suffix == ".bin":
         tokens, spans = open_tokens(str(file), tokenizer, options)
         for start, end in spans:
@@ -41,18 +48,38 @@ def encode_file(
             ids = tokens[start:end].tolist()
             yield ids, [IGNORE_INDEX, *ids[1:]]
         return
-    records = (record for _, record in tally.good(file, read_usable(file, options.sft)))
-    if options.sft:
-        for record in records:
-            yield encode_conversation(tokenizer, *read_chat(record), options.template)
-        return
-    while batch := [record["text"] for record in islice(records, BATCH_TEXTS)]:
-        yield from encode_texts(batch, tokenizer, options)
+    records = tally.good(file, read_usable(file, options.sft))
+    while batch := list(islice(records, BATCH_TEXTS)):
+        if options.sft:
+            encoded: Iterable[Encoded | str] = (_encode_chat(record, tokenizer, options) for _, record in batch)
+        else:
+            encoded = encode_texts([record["text"] for _, record in batch], tokenizer, options)
+        for (number, _), document in zip(batch, encoded, strict=True):
+            problem = document if isinstance(document, str) else _missing_token(document[0], tokenizer, options)
+            if problem is None:
+                yield document  # type: ignore[misc]
+            else:
+                tally.reject(file, number, problem)
+                yield BadRecord(f"{file}:{number}: {problem}")
 
 
-def encode_texts(
-    texts: list[str], tokenizer: PreTrainedTokenizerBase, options: SampleOptions
-) -> Iterator[tuple[list[int], list[int]]]:
+def _encode_chat(record: dict, tokenizer: PreTrainedTokenizerBase, options: SampleOptions) -> Encoded | str:
+    """(ids, labels), or why the template rejects the chat."""
+    try:
+        return encode_conversation(tokenizer, *read_chat(record), options.template)
+    except UserError as error:
+        return str(error)
+
+
+def _missing_token(ids: list[int], tokenizer: PreTrainedTokenizerBase, options: SampleOptions) -> str | None:
+    rows = options.vocab_size
+    if rows is None or not ids or (largest := max(ids)) < rows:
+        return None
+    token = tokenizer.convert_ids_to_tokens(largest)
+    return f"token {largest} ({token}) is beyond the model's {rows} embedding rows; use another template or base"
+
+
+def encode_texts(texts: list[str], tokenizer: PreTrainedTokenizerBase, options: SampleOptions) -> Iterator[Encoded]:
     """Pretraining texts: every token but the first is a label, the end-of-sequence token included."""
     # two tokens beyond the limit tell a longer text from one that fits, without tokenizing a whole book
     limit = {} if options.truncation_policy == "split" else {"max_length": options.max_seq_length + 2}
@@ -71,7 +98,7 @@ def open_tokens(
     """The ids of a `.bin` file, and [start, end) of each document in its index; without one, the whole file."""
     if options.sft:
         raise UserError(f"{field}: {path} holds tokens of texts; chats (sft: true) are trained on from .jsonl files")
-    tokens, index = read_tokens(path, len(tokenizer), field), read_index(path)
+    tokens, index = read_tokens(path, options.vocab_size or len(tokenizer), field), read_index(path)
     if index is None:
         if options.truncation_policy == "truncate" and len(tokens) > options.max_seq_length:
             raise UserError(

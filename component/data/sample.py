@@ -11,10 +11,12 @@ from transformers import PreTrainedTokenizerBase
 from component.data import IGNORE_INDEX
 from component.data.document import SampleOptions, encode_file
 from component.data.packing import pack_stream
+from component.data.reader import BadRecord
 from component.data.source import RecordTally
 
-WHOLE, CUT, SPLIT, PIECE, TOO_LONG, EMPTY = range(6)  # outcomes of a document; PIECE: further pieces of a SPLIT one
-DROPPED = (TOO_LONG, EMPTY)
+# outcomes of a document; PIECE: further pieces of a SPLIT one; UNUSABLE: not for this model
+WHOLE, CUT, SPLIT, PIECE, TOO_LONG, EMPTY, UNUSABLE = range(7)
+DROPPED = (TOO_LONG, EMPTY, UNUSABLE)
 FIRST_LINES = 1000  # of a stream, before its share of bad lines is checked
 
 
@@ -27,8 +29,11 @@ def generate_samples(
     """
     wanted = SampleOptions(**options)
     for file in files:
-        for ids, labels in encode_file(Path(file), tokenizer, wanted, RecordTally()):
-            yield from fit(ids, labels, wanted, tokenizer)
+        for document in encode_file(Path(file), tokenizer, wanted, RecordTally()):
+            if isinstance(document, BadRecord):
+                yield {"input_ids": [], "labels": [], "outcome": UNUSABLE}
+            else:
+                yield from fit(*document, wanted, tokenizer)
 
 
 def generate_stream(
@@ -43,10 +48,10 @@ def generate_stream(
 
     def usable() -> Iterator[dict]:
         for file in files:
-            for ids, labels in encode_file(Path(file), tokenizer, wanted, tally):
+            for document in encode_file(Path(file), tokenizer, wanted, tally):
                 if tally.total >= FIRST_LINES:
                     tally.refuse_if_too_many(wanted.max_bad_fraction)
-                for sample in fit(ids, labels, wanted, tokenizer):
+                for sample in () if isinstance(document, BadRecord) else fit(*document, wanted, tokenizer):
                     if sample.pop("outcome") not in DROPPED:
                         yield sample
         tally.refuse_if_too_many(wanted.max_bad_fraction)

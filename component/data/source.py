@@ -56,6 +56,11 @@ class RecordTally:
             if len(self.first) < MAX_REPORTED:
                 self.first.append(printable(f"{file}:{number}: {problem}", 400))
 
+    def reject(self, file: Path | str, number: int, problem: str) -> None:
+        """Count a record as bad that was counted as good."""
+        self.total -= 1
+        self.count(file, number, problem)
+
     def refuse_if_too_many(self, max_bad_fraction: float = 0.01) -> str:
         """One line about what was skipped, empty if nothing was.
 

@@ -21,16 +21,20 @@ from component.corpus.flags import (
     add_common_flags,
     add_source_flags,
     check_common_flags,
+    claimed_output,
+    journal_path,
     measure_files,
     open_tokenizer,
     origin,
     resolve_sources,
+    statistics_paths,
     write_statistics,
 )
 from component.corpus.length import describe_lengths
 from component.corpus.pretrain import LONG_TEXTS, Choice, TextMeasure, sample_texts, write_corpus
 from component.corpus.scan import Scan, SourceFile
 from component.error import UserError
+from component.storage.atomic import atomic_file
 from component.tokenizer import tokenizer_hash
 
 
@@ -82,7 +86,12 @@ def statistics(flags: argparse.Namespace, scan: Scan, choices: list[Choice], dup
 def main() -> None:
     flags = parse_flags()
     check_flags(flags)
-    files = [SourceFile(path, (flags.text_key,)) for path in resolve_sources(flags)]
+    paths = resolve_sources(flags)
+    with claimed_output(flags, statistics_paths(flags.output), paths, journal_path(flags.output)):
+        build(flags, [SourceFile(path, (flags.text_key,)) for path in paths])
+
+
+def build(flags: argparse.Namespace, files: list[SourceFile]) -> None:
     tokenizer = open_tokenizer(flags)
     megabytes = sum(file.path.stat().st_size for file in files) / 1e6
     print(
@@ -96,13 +105,15 @@ def main() -> None:
     scan, note = measure_files(flags, files, settings, TextMeasure(tokenizer, *values.values()))
     choices, duplicates = sample_texts(scan, flags.num_samples, flags.seed)
     if not choices:
+        scan.journal.unlink()  # other flags are the cure, and it belongs to these
         raise UserError(
             f"--source: no text of {flags.min_tokens:,} to {flags.max_tokens:,} tokens in it; change --min_tokens or "
             "--max_tokens, or split longer texts with --long_texts split"
         )
     stats = statistics(flags, scan, choices, duplicates) | origin(flags, tokenizer)
-    summary = write_statistics(flags.output, stats, {"": stats["lengths"]}, "texts")
-    write_corpus(flags.output, scan, choices, flags.text_key)  # last: its existence marks a complete run
+    with atomic_file(flags.output) as writing:  # renamed last: its existence marks a complete run
+        write_corpus(writing, scan, choices, flags.text_key)
+        summary = write_statistics(flags.output, stats, {"": stats["lengths"]}, "texts")
     scan.journal.unlink()
     counts = ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in stats["counts"].items())
     print("\n".join(filter(None, [note, counts, summary])), flush=True)

@@ -20,10 +20,12 @@ from component.cli import exit_on_user_error
 from component.corpus.flags import (
     add_common_flags,
     check_common_flags,
+    claimed_output,
+    journal_path,
     measure_files,
-    open_output,
     open_tokenizer,
     origin,
+    statistics_paths,
     write_statistics,
 )
 from component.corpus.length import describe_lengths
@@ -32,6 +34,7 @@ from component.corpus.scan import Scan, SourceFile
 from component.corpus.sft import Example, ExampleMeasure, choose_examples, write_examples
 from component.data.chat_template import TEMPLATES, check_template
 from component.error import UserError
+from component.storage.atomic import atomic_file
 from component.tokenizer import tokenizer_hash
 
 REASONS = ("too_short", "too_long", "empty", "filtered")
@@ -100,7 +103,12 @@ def main() -> None:
     flags = parse_flags()
     check_common_flags(flags, "max_tokens")
     mixture = read_mixture(flags.config)
-    open_output(flags, (file for source in mixture.sources for file in source.files))
+    sources = [file for source in mixture.sources for file in source.files]
+    with claimed_output(flags, statistics_paths(flags.output), sources, journal_path(flags.output)):
+        build(flags, mixture)
+
+
+def build(flags: argparse.Namespace, mixture: Mixture) -> None:
     tokenizer = open_tokenizer(flags)
     if flags.template == "tokenizer":
         check_template(tokenizer)
@@ -112,13 +120,15 @@ def main() -> None:
     scan, note = measure(flags, mixture, tokenizer)
     examples, summary = choose_examples(scan, mixture, flags.seed)
     if not examples:
+        scan.journal.unlink()  # other flags are the cure, and it belongs to these
         raise UserError(
             f"--config: no example of {flags.config} fits; raise --max_tokens, or loosen filters and shares"
         )
     stats = statistics(scan, mixture, examples, summary) | origin(flags, tokenizer)
     drawn = {source["name"]: source["lengths"] for source in stats["sources"]}
-    written = write_statistics(flags.output, stats, drawn, "examples")
-    write_examples(flags.output, scan, mixture, examples)  # last: it tells of a whole run
+    with atomic_file(flags.output) as writing:  # renamed last: its existence marks a complete run
+        write_examples(writing, scan, mixture, examples)
+        written = write_statistics(flags.output, stats, drawn, "examples")
     scan.journal.unlink()
     print("\n".join(filter(None, [note, report(stats, mixture), written])), flush=True)
 

@@ -18,13 +18,14 @@ from component.corpus.flags import (
     add_common_flags,
     add_source_flags,
     check_common_flags,
+    claimed_output,
     open_tokenizer,
     resolve_sources,
     versions,
 )
 from component.corpus.tokenize import documents
 from component.data.source import RecordTally
-from component.data.token_file import BOS, EOS, write_tokens
+from component.data.token_file import BOS, EOS, index_path, write_tokens
 from component.storage.result import command
 
 
@@ -43,6 +44,11 @@ def main() -> None:
     flags = parse_flags()
     check_common_flags(flags, "max_documents")
     paths = resolve_sources(flags)
+    with claimed_output(flags, [index_path(flags.output)], paths):
+        build(flags, paths)
+
+
+def build(flags: argparse.Namespace, paths: list[Path]) -> None:
     tokenizer = open_tokenizer(flags)
     megabytes = sum(path.stat().st_size for path in paths) / 1e6
     print(f"{len(paths)} files, {megabytes:,.1f} MB; {flags.tokenizer}; {flags.num_proc} processes", flush=True)

@@ -6,7 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from component.corpus.flags import add_common_flags, check_common_flags, open_output, write_statistics
+from component.corpus.flags import (
+    add_common_flags,
+    check_common_flags,
+    claimed_output,
+    statistics_paths,
+    write_statistics,
+)
 from component.corpus.length import describe_lengths
 from component.error import UserError
 
@@ -46,20 +52,46 @@ def test_everything_wrong_is_told_at_once(tmp_path):
 
 
 def test_the_folder_of_an_output_is_made(tmp_path):
-    open_output(parsed(tmp_path / "new" / "out.jsonl"), [tmp_path / "in.jsonl"])
+    with claimed_output(parsed(tmp_path / "new" / "out.jsonl"), [], [tmp_path / "in.jsonl"]):
+        pass
     assert (tmp_path / "new").is_dir()
 
 
-def test_a_source_is_never_the_output(tmp_path):
-    with pytest.raises(UserError, match=r"--output: .*in\.jsonl is one of the sources"):
-        open_output(parsed(tmp_path / "x" / ".." / "in.jsonl", "--overwrite"), [tmp_path / "in.jsonl"])
+@pytest.mark.parametrize("output", ["x/../in.json", "in", "in.jsonl"])
+def test_a_source_is_never_written(tmp_path, output):
+    """K7: neither as the output nor as what stands beside it: `--source in.json --output in` destroyed in.json."""
+    (tmp_path / "in.json").write_text("")
+    (tmp_path / "in.stats.json").write_text("")
+    (tmp_path / "x").mkdir()
+    flags = parsed(tmp_path / output, "--overwrite")
+    beside = [Path(f"{flags.output}.json"), *statistics_paths(flags.output)]
+    with (
+        pytest.raises(UserError, match=r"--output: .*in\.(stats\.)?json would be overwritten, but --source reads it"),
+        claimed_output(flags, beside, [tmp_path / "in.json", tmp_path / "in.stats.json"]),
+    ):
+        pass
+
+
+def test_the_tokenizer_and_the_configuration_are_never_written(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("")
+    flags = parsed(tmp_path / "tokenizer.json", "--overwrite", "--tokenizer", str(tmp_path))
+    with pytest.raises(UserError, match="but --tokenizer reads it"), claimed_output(flags, [], []):
+        pass
+    flags = parsed(tmp_path / "tokenizer.json", "--overwrite")
+    flags.config = tmp_path / "tokenizer.json"
+    with pytest.raises(UserError, match="but --config reads it"), claimed_output(flags, [], []):
+        pass
 
 
 def test_an_existing_output_needs_a_word(tmp_path):
     (tmp_path / "out.jsonl").write_text("")
-    with pytest.raises(UserError, match=r"--output: .*out\.jsonl exists; .* --overwrite"):
-        open_output(parsed(tmp_path / "out.jsonl"), [])
-    open_output(parsed(tmp_path / "out.jsonl", "--overwrite"), [])
+    with (
+        pytest.raises(UserError, match=r"--output: .*out\.jsonl exists; .* --overwrite"),
+        claimed_output(parsed(tmp_path / "out.jsonl"), [], []),
+    ):
+        pass
+    with claimed_output(parsed(tmp_path / "out.jsonl", "--overwrite"), [], []):
+        pass
 
 
 @pytest.mark.parametrize(("name", "side"), [("b.c.jsonl", "b.c"), ("b", "b")])

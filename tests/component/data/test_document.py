@@ -322,3 +322,39 @@ def test_tokens_are_no_chats(streaming, tokens, words):
 def test_no_file_of_tokens(streaming, tmp_path, words):
     with pytest.raises(UserError, match=r"train_file: there is no file .*none\.bin"):
         load_samples(str(tmp_path / "none.bin"), words, 8, sft=False, streaming=streaming)
+
+
+def test_tokens_that_the_model_lacks(tokenizer, tmp_path, own_cache):
+    """K2a: added tokens beyond the embedding were an IndexError at the first step; a longer tokenizer is harmless."""
+    rows = len(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    file = tmp_path / "texts.jsonl"
+    lines = [{"text": "A feather."} for _ in range(199)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    whole, report = load_samples(str(file), tokenizer, 64, sft=False, vocab_size=rows)
+    assert (len(whole), report.bad) == (199, "")
+    file.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"text": "a <|im_start|> b"}]))
+    samples, report = load_samples(str(file), tokenizer, 64, sft=False, vocab_size=rows)
+    assert len(samples) == 199
+    assert f"1 of 200 lines skipped: {file}:200: token {rows} (<|im_start|>) is beyond" in report.bad
+    assert len(load_samples(str(file), tokenizer, 64, sft=False, vocab_size=rows + 1)[0]) == 200
+    with pytest.raises(UserError, match=rf"train_file: 1 of 200 lines .*\n.*texts.jsonl:200: token {rows} "):
+        load_samples(str(file), tokenizer, 64, sft=False, vocab_size=rows, max_bad_fraction=0)
+    file.write_text(json.dumps({"text": "<|im_start|>"}) + "\n")
+    with pytest.raises(UserError, match=rf"texts.jsonl:1: token {rows} "):
+        load_samples(str(file), tokenizer, 64, sft=False, vocab_size=rows)
+
+
+def test_a_template_that_rejects_one_chat_of_many(tokenizer, tmp_path, own_cache):
+    """K21: it stopped the run, without file or line."""
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if 'bad' in m.content %}{{ raise_exception('no bad words') }}{% endif %}"
+        "{{ m.content }}{% endfor %}"
+    )
+    file = tmp_path / "chats.jsonl"
+    lines = [{"input": "Q", "output": "A"} for _ in range(199)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"input": "bad", "output": "A"}]))
+    samples, report = load_samples(str(file), tokenizer, 64, sft=True, template="tokenizer")
+    assert len(samples) == 199
+    assert f"1 of 200 lines skipped: {file}:200: template: the tokenizer's chat template rejects" in report.bad
+    assert "no bad words" in report.bad

@@ -268,7 +268,7 @@ def test_an_existing_output_stays(build, sources, tmp_path):
 def test_a_source_is_not_overwritten(build, sources, tmp_path):
     file = sources[0] / "1.jsonl"
     before = file.read_bytes()
-    refused_by_us(build(*sources, output="in/1.jsonl", overwrite=True), f"--output: {file} is one of the sources")
+    refused_by_us(build(*sources, output="in/1.jsonl", overwrite=True), f"--output: {file} would be overwritten, but --source reads it")
     assert file.read_bytes() == before
 
 
@@ -309,3 +309,11 @@ def test_a_damaged_file(build, tmp_path):
     file.write_bytes(gzip.compress(b'{"text": "a b c d"}\n' * 50)[:-9])
     for num_proc in (1, 2):
         refused_by_us(build(file, num_proc=num_proc), f"{file}: truncated, damaged or not readable")
+
+
+def test_done_as_told_after_no_text_fits(build, sources, tmp_path):
+    """K20: the journal of the first try refused the very change that its error asked for."""
+    refused_by_us(build(*sources, min_tokens=1000, max_tokens=2000), "no text of 1,000 to 2,000 tokens")
+    assert not (tmp_path / "out.jsonl.journal").exists()
+    assert build(*sources).status == 0
+    assert (tmp_path / "out.jsonl").is_file()
