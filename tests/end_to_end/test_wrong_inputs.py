@@ -340,7 +340,7 @@ DATA_FILES = {
     "only empty texts": (
         '{"text": ""}\n{"text": " \\n"}\n',
         "train_file",
-        "nothing to learn",
+        "no label tokens",
         "data.jsonl",
         "lines: 2",
         "texts",
@@ -366,14 +366,14 @@ ANSWER_FILES = {
     "no label left after cutting": (
         json.dumps({"input": "why " * 200, "output": "because"}) + "\n",
         "train_file",
-        "nothing to learn",
+        "no label tokens",
         "data.jsonl",
         "max_seq_length",
     ),
     "only empty answers": (
         '{"input": "a question", "output": " "}\n',
         "train_file",
-        "nothing to learn",
+        "no label tokens",
         "data.jsonl",
         "answer",
     ),
@@ -400,7 +400,7 @@ def test_a_folder_without_data(train, workshop):
 
 def test_bad_evaluation_data_is_named_by_its_own_key(train, workshop):
     data = workshop.write("held-out.jsonl", '{"text": ""}\n')
-    refused(train(eval_file=str(data)), "eval_file", "nothing to learn", "held-out.jsonl", "texts")
+    refused(train(eval_file=str(data)), "eval_file", "no label tokens", "held-out.jsonl", "texts")
 
 
 # --- evaluate.py ---
