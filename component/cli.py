@@ -1,4 +1,4 @@
-"""What do all programs do alike with flags, with their user's mistakes, and with Ctrl-C?"""
+"""How do all programs handle flags, user errors and Ctrl-C?"""
 
 import argparse
 import functools
@@ -11,7 +11,7 @@ from component.error import UserError
 
 
 def exit_on_user_error(main: Callable[[], None]) -> Callable[[], None]:
-    """Let a program end with status 1 and the message alone when its user made a mistake, with 130 after Ctrl-C."""
+    """Decorate `main`: after a UserError it prints the message and exits with status 1, after Ctrl-C with 130."""
 
     @functools.wraps(main)
     def wrapper() -> None:
@@ -22,23 +22,23 @@ def exit_on_user_error(main: Callable[[], None]) -> Callable[[], None]:
                 print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(1)
         except KeyboardInterrupt:
-            sys.exit(130)  # as a shell expects of what Ctrl-C has ended
+            sys.exit(130)  # the shell's convention: 128 + SIGINT
 
     return wrapper
 
 
 def boolean(text: str) -> bool:
-    """For flags that take `True` and `False`, as the original's evaluation does, and also stand alone."""
+    """Type of flags that take `True` or `False`, as in the original's evaluation, or no value."""
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
     return text.lower() == "true"
 
 
-BOOLEAN: dict[str, Any] = {"type": boolean, "nargs": "?", "const": True, "default": False}  # of add_argument
+BOOLEAN: dict[str, Any] = {"type": boolean, "nargs": "?", "const": True, "default": False}  # for add_argument
 
 
 def check_at_least(flags: argparse.Namespace, least: int, *names: str) -> None:
-    """Refuse a number, or a list with one, below `least`; None is a flag that was not given."""
+    """Refuse numbers, alone or in a list, below `least`; None (flag not given) passes."""
     for name in names:
         value = getattr(flags, name)
         value = min(value) if isinstance(value, list) else value

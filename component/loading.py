@@ -1,4 +1,4 @@
-"""How is a model loaded for use? A plain or merged one, or a base with its adapter, at the context it was made for."""
+"""How is a model loaded for inference? A plain or merged model, or a base with an adapter, at its extended context."""
 
 import gc
 import math
@@ -17,14 +17,14 @@ from component.tokenizer import load_tokenizer
 
 
 def free_memory() -> None:
-    """Give back what a model held that nobody names any more: the next one wants the room."""
-    gc.collect()  # modules and their hooks refer to each other
+    """Release the memory of deleted models; modules and their hooks form reference cycles."""
+    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def recorded_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """How the model was taught to chat: as the record beside its tokenizer says; Vicuna's way where there is none."""
+    """The chat template of the training run, from the record beside the tokenizer; `vicuna` without a record."""
     record = read_record(tokenizer.name_or_path) or {}
     return record.get("template") or "vicuna"
 
@@ -37,7 +37,7 @@ def default_device() -> torch.device:
 
 
 def inference_dtype(device: torch.device) -> torch.dtype:
-    """fp16 on GPUs, as the published models; fp32 on the CPU, where half precision is slow."""
+    """fp16 on a GPU, as in the published models; fp32 on a CPU, where half precision is slow."""
     return torch.float16 if device.type == "cuda" else torch.float32
 
 
@@ -47,10 +47,10 @@ def resolve_model(
     field: str = "model_name_or_path",
     adapter_field: str = "adapter_name_or_path",
 ) -> tuple[str, str, bool]:
-    """The base, where config and tokenizer come from, and whether that is an adapter of ours.
+    """Returns (base, source of config and tokenizer, whether that source is a LongQLoRA adapter folder).
 
     Raises:
-        UserError: an adapter that is none, or no base named and none known.
+        UserError: no such adapter, or a base model that is neither given nor recorded.
     """
     if adapter_name_or_path:
         check_adapter(adapter_name_or_path, adapter_field)
@@ -58,20 +58,17 @@ def resolve_model(
     base = model_name_or_path or (record["base_model"] if record else None)
     if not base:
         raise UserError(
-            f"{field}: missing, and {adapter_name_or_path} does not say which base model it belongs to; name one"
+            f"{field}: missing, and {adapter_name_or_path} does not record which base model it was trained on; name it"
         )
-    # our folders hold config and tokenizer
     return (base, adapter_name_or_path, True) if record and adapter_name_or_path else (base, base, False)
 
 
 def load_for_inference(
     model_name_or_path: str | None, adapter_name_or_path: str | None = None, **options: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """What `load_model` loads, and its tokenizer."""
+    """The model that `load_model` loads, and its tokenizer."""
     model = load_model(model_name_or_path, adapter_name_or_path, **options)
-    fields = {name: options[name] for name in ("field", "adapter_field") if name in options}
-    own = resolve_model(model_name_or_path, adapter_name_or_path, **fields)[1]
-    return model, load_tokenizer(own, field=options.get("field", "model_name_or_path"))
+    return model, load_tokenizer(resolve_model(model_name_or_path, adapter_name_or_path)[1])
 
 
 def load_model(
@@ -85,19 +82,19 @@ def load_model(
     field: str = "model_name_or_path",
     adapter_field: str = "adapter_name_or_path",
 ) -> PreTrainedModel:
-    """A plain or merged model, or a base with an adapter around it, evaluating with full attention.
+    """A plain or merged model, or a base with an adapter, in eval mode with full attention.
 
     Args:
-        model_name_or_path: None takes the base that the adapter's record names.
-        context_size: in tokens; stretches a base as training would. Our own adapters and extended models already say
-            how far they are stretched, so there it is not needed, and a contradiction is an error.
-        field, adapter_field: the flags that named the two, for messages.
+        model_name_or_path: None for the base that the adapter's record names.
+        context_size: tokens to which a plain base is scaled, as in training. LongQLoRA's adapters and extended models
+            record their own; a contradiction is an error.
+        field, adapter_field: flags to name in error messages.
 
     Raises:
-        UserError: nothing loadable, an adapter that does not fit, or contradictory context sizes.
+        UserError: a model that cannot be loaded, an adapter that does not fit, or contradictory context sizes.
     """
-    base, own, is_ours = resolve_model(model_name_or_path, adapter_name_or_path, field, adapter_field)
-    config = extended_config_of(own, context_size, is_fixed=is_ours, field=field)
+    base, source, is_ours = resolve_model(model_name_or_path, adapter_name_or_path, field, adapter_field)
+    config = extended_config_of(source, context_size, is_fixed=is_ours, field=field)
     device = device or default_device()
     dtype = dtype or inference_dtype(device)
     model = load_base(base, config, dtype=dtype, load_in_4bit=load_in_4bit, device=device).eval()
@@ -107,25 +104,25 @@ def load_model(
 def extended_config_of(
     source: str, context_size: int | None, *, is_fixed: bool = False, field: str = "model_name_or_path"
 ) -> PretrainedConfig:
-    """The config in `source`, stretched to `context_size` tokens unless it already says how far it is stretched.
+    """The config in `source`, scaled to `context_size` tokens unless it is already extended.
 
     Args:
-        is_fixed: the config is that of an adapter of ours and must not be changed.
+        is_fixed: the config belongs to a LongQLoRA adapter and must not be changed.
 
     Raises:
-        UserError: `context_size` asks for another factor than an extended config was made for.
+        UserError: `context_size` needs another factor than the config's own.
     """
     config = load_config(source, field)
     if not context_size or context_size < 0:
         return config
-    made_for = rope_factor(config)
-    if made_for == 1.0 and not is_fixed:
+    own_factor = rope_factor(config)
+    if own_factor == 1.0 and not is_fixed:
         extend_context(config, context_size)
         return config
     factor = math.ceil(context_size / original_context(config))
-    if factor != made_for and not (is_trained_scaling(config) and context_size <= context_length(config)):
+    if factor != own_factor and not (is_trained_scaling(config) and context_size <= context_length(config)):
         raise UserError(
-            f"context_size: {context_size} tokens need factor {factor}, but {source} was made for "
-            f"{context_length(config)} tokens (factor {made_for:g}); leave context_size out"
+            f"context_size: {context_size} tokens need factor {factor}, but the context of {source} is "
+            f"{context_length(config)} tokens (factor {own_factor:g}); leave context_size out"
         )
     return config

@@ -1,4 +1,4 @@
-"""What will fit on a card, how, and how long may the samples be? From the model's config alone: no weights, no GPU.
+"""Does training fit on a GPU, with which memory plan, and how long may samples be? Needs only the model's config.
 
 python script/estimate_memory.py --model_name_or_path NousResearch/Llama-2-7b-hf --max_seq_length 32768
 python script/estimate_memory.py --model_name_or_path M --max_seq_length 8192 --lora_rank 16 --memory_budget_gib 16
@@ -22,29 +22,26 @@ from component.memory.workload import GIB, Workload, paged_bytes, workload
 from component.model import load_config
 from component.train.validation import BOUNDS
 
-STEP = 1024  # tokens between the lengths that are tried
+STEP = 1024  # resolution, in tokens, of the longest sample
 
 
 def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", required=True, help="folder with a config.json, or a hub id")
     parser.add_argument("--max_seq_length", type=int, required=True, help="tokens per sample")
-    parser.add_argument(
-        "--memory_budget_gib", type=float, default=32, help="what tensors may take of the GPU (default 32)"
-    )
-    parser.add_argument("--host_gib", type=float, default=64, help="host memory that may be pinned (default 64)")
+    parser.add_argument("--memory_budget_gib", type=float, default=32, help="GPU memory for tensors (default 32)")
+    parser.add_argument("--host_gib", type=float, default=64, help="CPU memory that may be pinned (default 64)")
     parser.add_argument("--per_device_train_batch_size", type=int, default=1)
     parser.add_argument("--lora_rank", type=int, default=64)
-    parser.add_argument("--target_modules", help="names with commas between (default: all linear layers but lm_head)")
+    parser.add_argument("--target_modules", help="comma-separated names (default: all linear layers but lm_head)")
     parser.add_argument("--train_embedding", action="store_true")
     parser.add_argument("--train_norm", action="store_true")
     parser.add_argument("--group_size_ratio", type=float, default=0.25, help="of S2-Attn; 1 for full attention")
-    parser.add_argument("--no_4bit", action="store_true", help="the base in 16 bits")
-    parser.add_argument("--no_liger", action="store_true", help="as on a V100, where Liger's kernels do not run")
+    parser.add_argument("--no_4bit", action="store_true", help="16-bit base weights")
+    parser.add_argument("--no_liger", action="store_true", help="without Liger's kernels, as on a V100")
     parser.add_argument("--optim", default="paged_adamw_32bit")
-    parser.add_argument(
-        "--deepspeed", default="./train_args/deepspeed/deepspeed_config_s2.json", help="DeepSpeed's file, or none"
-    )
+    zero_2 = "./train_args/deepspeed/deepspeed_config_s2.json"
+    parser.add_argument("--deepspeed", default=zero_2, help="DeepSpeed config file, or none")
     parser.add_argument("--output_json", type=Path, help="also write the estimate here")
     return parser.parse_args()
 
@@ -58,9 +55,7 @@ def read_workload(flags: argparse.Namespace) -> Workload:
     targets = flags.target_modules.split(",") if flags.target_modules else None
     check_targets_early(config, targets)
     if flags.deepspeed not in (None, "none") and not Path(flags.deepspeed).is_file():
-        raise UserError(
-            f"--deepspeed: there is no file {flags.deepspeed}; train_args/deepspeed/ has three, or say none"
-        )
+        raise UserError(f"--deepspeed: there is no file {flags.deepspeed}; use one of train_args/deepspeed/, or none")
     strategy = training_strategy(None if flags.deepspeed == "none" else flags.deepspeed)
     return workload(
         config,
@@ -79,7 +74,7 @@ def read_workload(flags: argparse.Namespace) -> Workload:
 
 
 def longest(work: Workload, budget_gib: float, host_gib: float) -> int:
-    """The longest sample, in tokens, for which the leanest plan fits."""
+    """The largest number of tokens for which the minimum-memory plan fits."""
 
     def fits(tokens: int) -> bool:
         found = estimate(replace(work, tokens=tokens), minimum_memory_plan())
@@ -100,20 +95,19 @@ def main() -> None:
     work = read_workload(flags)
     budget = USABLE * flags.memory_budget_gib
     rows = []
-    for name, limit in (("fastest", budget), ("leanest", 0.0)):
+    for name, label, limit in (("fastest", "fastest plan", budget), ("leanest", "minimum-memory plan", 0.0)):
         plan, found = choose_plan(work, limit, flags.host_gib)
         rows.append({"name": name, "plan": asdict(plan), **asdict(found)})
-        fit = "fits" if found.peak_gib <= budget else f"does NOT fit; next: {next_memory_option(work, plan)}"
-        print(f"{name}: {found.peak_gib:.1f} GiB of {flags.memory_budget_gib:g} at {found.moment}: {fit}")
+        fit = "fits" if found.peak_gib <= budget else f"does NOT fit; to save memory: {next_memory_option(work, plan)}"
+        print(f"{label}: peak {found.peak_gib:.1f} of {flags.memory_budget_gib:g} GiB, at {found.moment}: {fit}")
         print(f"  {plan.describe(work.layers)}")
         if found.host_gib:
-            print(f"  {found.host_gib:.1f} GiB of the host pinned")
+            print(f"  {found.host_gib:.1f} GiB of pinned CPU memory")
     outside = LIBRARIES_GIB + CONTEXT_GIB + paged_bytes(work) / GIB
-    print(f"beside that, a card holds about {outside:.1f} GiB: CUDA's context, libraries, paged optimizer states")
+    print(f"outside PyTorch's allocator: about {outside:.1f} GiB of CUDA context, libraries, paged optimizer states")
     tokens = longest(work, budget, flags.host_gib) // flags.per_device_train_batch_size
-    print(
-        f"longest sample in {flags.memory_budget_gib:g} GiB: about {tokens} tokens, {flags.host_gib:g} GiB on the host"
-    )
+    limits = f"{flags.memory_budget_gib:g} GiB of GPU and {flags.host_gib:g} GiB of pinned CPU memory"
+    print(f"longest sample in {limits}: about {tokens} tokens")
     if flags.output_json:
         result = {"workload": asdict(work), "plans": rows, "longest_tokens": tokens}
         flags.output_json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -4,8 +4,8 @@
     python script/merge_lora.py --adapter_name_or_path output/RUN --save_path MODEL --dtype bfloat16
     python script/merge_lora.py --adapter_name_or_path output/RUN --save_path MODEL --check only
 
-One tensor after the other is read, changed and written. Where there is room for both, the result is compared with the
-adapter on its base.
+Tensors are read, changed and written one at a time. Where memory allows it, the result's logits are compared with
+those of the adapter on its base.
 """
 
 import argparse
@@ -38,25 +38,26 @@ from component.tokenizer import load_tokenizer, save_tokenizer
 
 def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_name_or_path", help="base model (default: the one that the adapter was trained on)")
+    parser.add_argument("--model_name_or_path", help="base model (default: the one that the adapter records)")
     parser.add_argument("--adapter_name_or_path", help="adapter folder (default: the newest finished run)")
     parser.add_argument("--save_path", help="folder to write (default: the adapter's, with -merged added)")
-    parser.add_argument("--context_size", type=int, help="tokens, for adapters of other projects that do not say it")
-    parser.add_argument("--dtype", default="float16", choices=["float16", "bfloat16", "float32"], help="of the result")
-    nf4 = "what the adapter is added to: the base's own 16-bit weights, or what 4-bit training saw of them (nf4)"
+    parser.add_argument("--context_size", type=int, help="context in tokens, for adapters that do not record it")
+    dtype = "dtype of the result (default float16)"
+    parser.add_argument("--dtype", default="float16", choices=["float16", "bfloat16", "float32"], help=dtype)
+    nf4 = "what the adapter is added to: the base's own weights (fp16), or dequantized as in 4-bit training (nf4)"
     parser.add_argument("--base", default="fp16", choices=BASES, help=nf4)
-    parser.add_argument("--max_shard_size", default="5GB", help="of a file of weights (5GB)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a model that is there already")
-    check = "compare logits with the adapter on its base: auto where memory allows it; only: what is there already"
+    parser.add_argument("--max_shard_size", default="5GB", help="size of a weight file (default 5GB)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing merged model")
+    check = "compare logits with the adapter on its base: if memory allows it (auto), or of an existing model (only)"
     parser.add_argument("--check", nargs="?", const="yes", default="auto", choices=CHECKS, help=check)
-    measure = "a .bin file of token ids: perplexity of adapter on base and of both kinds of merge"
+    measure = ".bin file of token ids: perplexity of the adapter on its base and of both kinds of merge"
     parser.add_argument("--measure", metavar="FILE.bin", help=measure)
     parser.add_argument("--seq_len", type=int, help="tokens per window of --measure (default: the extended context)")
     return parser.parse_args()
 
 
 def measured_tokens(flags: argparse.Namespace, config: PretrainedConfig) -> tuple[np.ndarray, int]:
-    """The tokens of --measure and the length of a window; refused before anything is merged if they are too few."""
+    """The tokens of --measure and the window length; too short a file is refused before anything is merged."""
     tokens, seq_len = read_tokens(flags.measure, config.vocab_size), flags.seq_len or context_length(config)
     check_measure("longlora", seq_len, seq_len, 1, 0)
     if not longlora_windows(len(tokens), seq_len, seq_len):
@@ -68,21 +69,19 @@ def measured_tokens(flags: argparse.Namespace, config: PretrainedConfig) -> tupl
 
 
 def check_flags(flags: argparse.Namespace, target: Path, base: str, adapter: Path) -> None:
-    """Refuse targets that must not be written, or that are not there to be checked."""
+    """Refuse a target that must not be written, or that --check only does not find."""
     if flags.check == "only":
         if not (target / "config.json").is_file():
-            raise UserError(
-                f"--save_path: there is no model {target} to be checked; merge first, without --check only"
-            )
+            raise UserError(f"--save_path: there is no model {target} to check; merge first, without --check only")
         return
     check_target(target, "--save_path", flags.overwrite)
     for source in (Path(base), adapter):
         if source.exists() and target.resolve() in (source.resolve(), *source.resolve().parents):
-            raise UserError(f"--save_path: {target} is, or holds, {source}, which is read; name another folder")
+            raise UserError(f"--save_path: {target} is, or holds, the input {source}; name another folder")
 
 
-def words_to_check(flags: argparse.Namespace, adapter: Path, target: Path) -> str:
-    """The flags that check this merge later."""
+def flags_to_check(flags: argparse.Namespace, adapter: Path, target: Path) -> str:
+    """The flags of a command that checks this merge later."""
     given = {"model_name_or_path": flags.model_name_or_path, "adapter_name_or_path": adapter, "save_path": target}
     given |= {"context_size": flags.context_size, "dtype": flags.dtype, "base": flags.base}
     return shlex.join(word for name, value in given.items() if value for word in (f"--{name}", str(value)))
@@ -93,10 +92,10 @@ def main() -> None:
     flags = parse_flags()
     adapter = Path(flags.adapter_name_or_path) if flags.adapter_name_or_path else newest_run()
     target = Path(flags.save_path) if flags.save_path else merged_folder(adapter)
-    base, own, is_ours = resolve_model(flags.model_name_or_path, str(adapter))
+    base, source, is_ours = resolve_model(flags.model_name_or_path, str(adapter))
     check_flags(flags, target, base, adapter)
     max_shard_bytes = shard_bytes(flags.max_shard_size)
-    config, tokenizer = extended_config_of(own, flags.context_size, is_fixed=is_ours), load_tokenizer(own)
+    config, tokenizer = extended_config_of(source, flags.context_size, is_fixed=is_ours), load_tokenizer(source)
     tokens, seq_len = measured_tokens(flags, config) if flags.measure else (None, 0)
     kinds = BASES if flags.measure else (flags.base,)
     plans = {
@@ -104,32 +103,32 @@ def main() -> None:
         for kind in kinds
     }
     plan = plans[flags.base]
-    adapted = {
+    load_adapted = {
         kind: partial(load_model, base, str(adapter), context_size=flags.context_size, load_in_4bit=kind == "nf4")
         for kind in kinds
     }
-    lengths, device = lengths_to_check(plan, flags.check, words_to_check(flags, adapter, target))
+    lengths, device = lengths_to_check(plan, flags.check, flags_to_check(flags, adapter, target))
 
     def check(folder: Path) -> None:
-        check_merged(adapted[flags.base], partial(load_model, str(folder)), tokenizer, plan, lengths, device)
+        check_merged(load_adapted[flags.base], partial(load_model, str(folder)), tokenizer, plan, lengths, device)
 
     if flags.check == "only":
         return check(target)
     print(f"merging {adapter} into {target}", file=sys.stderr, flush=True)
     record = read_record(adapter)
     with atomic_folder(target, flags.overwrite) as folder:
-        save_tokenizer(folder, tokenizer, (own, base))
+        save_tokenizer(folder, tokenizer, (source, base))
         write_merged(folder, plan, max_shard_bytes=max_shard_bytes)
         check(folder)
         if tokens is not None:
             with variants_on_disk(folder, plans, flags.base) as merged:
-                models = {f"adapter on {kind}": load for kind, load in adapted.items()}
+                models = {f"adapter on {kind}": load for kind, load in load_adapted.items()}
                 models |= {f"merged into {kind}": partial(load_model, str(merged[kind])) for kind in kinds}
                 print(comparison(measure_all(models, tokens, seq_len)), flush=True)
         if record is not None:
             merged_from = {"merged_from": str(adapter.resolve()), "base_weights": flags.base, "dtype": flags.dtype}
             write_record(folder, {**record, **merged_from})
-    print(f"{target}: a plain model, {plan.parameters:,} parameters in {flags.dtype}")
+    print(f"{target}: merged model, {plan.parameters:,} parameters in {flags.dtype}")
 
 
 if __name__ == "__main__":

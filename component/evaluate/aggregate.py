@@ -1,7 +1,6 @@
-"""Where is the model surprised? Losses summed by window, by position in the window, and by document of the file.
+"""Where is the loss high? Losses summed by window, by position in the window, and by document of the file.
 
-Sums are in float64 and are put together in the order of the windows, so that they are the same numbers however many
-processes shared the windows.
+Sums are float64 and are added in window order, so results do not depend on the number of processes.
 """
 
 import math
@@ -18,31 +17,31 @@ class WindowSum:
     number: int
     loss: float  # sum in nats
     tokens: int
-    positions: np.ndarray  # (2, buckets): sums in nats, and tokens
+    positions: np.ndarray  # (2, buckets): sums in nats, and token counts
     first_document: int
-    documents: np.ndarray  # (2, documents that the window touches, from the first one)
+    documents: np.ndarray  # (2, documents in the window from first_document on): the same
 
 
 @dataclass
 class PositionBucket:
-    start: int  # of a token in its window, counted from 0
-    end: int  # the first position that belongs to the next bucket
+    start: int  # first position in the window, counted from 0
+    end: int  # exclusive
     tokens: int  # scored; 0 where the protocol scores none
-    loss: float  # nats per token; not a number without tokens
+    loss: float  # nats per token; NaN without tokens
     perplexity: float
 
 
 @dataclass
 class Document:
-    document: int  # counted from 0, as in the file's index
+    document: int  # number in the file's index, from 0
     start: int  # its first token in the file
-    tokens: int  # scored; a token that two windows score counts twice
+    tokens: int  # scored; a token scored in two windows counts twice
     loss: float
     perplexity: float
 
 
 def perplexity_of(loss: float) -> float:
-    return math.exp(loss) if loss < 700 else math.nan if math.isnan(loss) else math.inf  # a float's exp ends at 709
+    return math.exp(loss) if loss < 700 else math.nan if math.isnan(loss) else math.inf  # exp(710) overflows
 
 
 def sum_window(
@@ -55,21 +54,21 @@ def sum_window(
     buckets: int,
     document_starts: np.ndarray | None,
 ) -> WindowSum:
-    """Sums over one window.
+    """Sum the losses of one window.
 
     Args:
         losses: (T - 1,), entry t is the loss of token `start + t + 1` of the file.
-        start, first_scored: tokens of the file.
-        seq_len: the length that buckets divide; the window itself is shorter where the file is.
+        start, first_scored: token indices in the file.
+        seq_len: the length that is divided into buckets; the window of a shorter file is shorter.
         buckets: 0 for none.
     """
     scored = losses[first_scored - start - 1 :].double().cpu().numpy()
-    places = np.arange(first_scored, first_scored + len(scored))
-    bucket_of = (places - start) * buckets // seq_len
+    indices = np.arange(first_scored, first_scored + len(scored))  # in the file
+    bucket_of = (indices - start) * buckets // seq_len
     positions = _grouped(scored, bucket_of, buckets) if buckets else np.zeros((2, 0))
     first, documents = 0, np.zeros((2, 0))
     if document_starts is not None:
-        document_of = np.searchsorted(document_starts, places, side="right") - 1
+        document_of = np.searchsorted(document_starts, indices, side="right") - 1
         first = int(document_of[0])
         documents = _grouped(scored, document_of - first, int(document_of[-1]) - first + 1)
     return WindowSum(number, float(scored.sum()), len(scored), positions, first, documents)
@@ -81,7 +80,7 @@ def _grouped(losses: np.ndarray, group_of: np.ndarray, groups: int) -> np.ndarra
 
 
 def by_position(sums: list[WindowSum], seq_len: int, buckets: int) -> list[PositionBucket]:
-    """One row per bucket; each is `seq_len / buckets` positions long, to a position."""
+    """One row per bucket of `seq_len / buckets` positions, rounded."""
     edges = [-(-bucket * seq_len // buckets) for bucket in range(buckets + 1)] if buckets else [0]
     losses, tokens = np.sum([window.positions for window in sums], axis=0)
     return [
@@ -91,7 +90,7 @@ def by_position(sums: list[WindowSum], seq_len: int, buckets: int) -> list[Posit
 
 
 def by_document(sums: list[WindowSum], document_starts: np.ndarray) -> list[Document]:
-    """One row per document of which a token was scored."""
+    """One row per document with scored tokens."""
     losses, tokens = totals = np.zeros((2, len(document_starts)))
     for window in sums:
         totals[:, window.first_document : window.first_document + window.documents.shape[1]] += window.documents

@@ -1,4 +1,4 @@
-"""How are evaluations drawn? Passkey retrieval as a heat map, perplexity by length and by position."""
+"""How are results drawn? Passkey retrieval as a heat map, perplexity by length and by position."""
 
 from typing import Any
 
@@ -14,24 +14,24 @@ from component.storage.result import save_figure
 def heat_map(axes: Axes, shares: list[list[float]], depths: list[float], lengths: list[int], context: int) -> QuadMesh:
     """A row per depth, a column per length, and a line where the model's context ends."""
     image = axes.pcolormesh(shares, cmap="cividis", vmin=0, vmax=1, edgecolors="white", linewidth=1.5)
-    axes.invert_yaxis()  # as one reads: the beginning of the text is at the top
+    axes.invert_yaxis()  # depth 0, the start of the text, at the top
     for row, line in enumerate(shares):
         for column, share in enumerate(line):
-            ink = "black" if share > 0.55 else "white"
-            place = (column + 0.5, row + 0.5)
-            axes.annotate(f"{100 * share:.0f}", place, ha="center", va="center", fontsize=8.5, color=ink)
+            color = "black" if share > 0.55 else "white"
+            center = (column + 0.5, row + 0.5)
+            axes.annotate(f"{100 * share:.0f}", center, ha="center", va="center", fontsize=8.5, color=color)
     if has_context_line(lengths, context):
         axes.axvline(sum(length <= context for length in lengths), color="#d55e00", linewidth=3)
     axes.set_xticks([place + 0.5 for place in range(len(lengths))], [str(length) for length in lengths])
     axes.set_yticks([place + 0.5 for place in range(len(depths))], [f"{100 * depth:.0f} %" for depth in depths])
-    axes.set(xlabel="tokens of the prompt", ylabel="depth of the pass key in the text")
+    axes.set(xlabel="prompt length in tokens", ylabel="depth of the passkey in the text")
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     return image
 
 
 def has_context_line(lengths: list[int], context: int) -> bool:
-    """Whether the context ends between two of the lengths."""
+    """Whether the context ends between the shortest and the longest length."""
     return min(lengths) <= context < max(lengths)
 
 
@@ -44,13 +44,13 @@ def draw(shares: list[list[float]], depths: list[float], lengths: list[int], con
     width, height = max(2.6 + 0.6 * len(lengths), 5.2), max(1.7 + 0.32 * len(depths), 3.0)
     figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
     colour_bar(figure, heat_map(axes, shares, depths, lengths, context), axes)
-    ends = f" (orange line: the model's context of {context} tokens ends)"
-    figure.suptitle("Pass keys found, per cent" + ends * has_context_line(lengths, context), fontsize=10)
+    line = f" (orange line: end of the model's context of {context} tokens)"
+    figure.suptitle("Passkey retrieval accuracy, %" + line * has_context_line(lengths, context), fontsize=10)
     save_figure(figure, file)
 
 
 def longest_shared(models: list[dict[str, Any]]) -> int | None:
-    """The longest length that all models were measured at by position, if there is one."""
+    """The longest length for which all models have results by position, if there is one."""
     lengths = [{row["seq_len"] for row in model["rows"] if row.get("by_position")} for model in models]
     return max(set.intersection(*lengths), default=None)
 
@@ -61,7 +61,7 @@ def draw_lengths(panel: Axes, model: dict[str, Any], style: dict[str, Any]) -> N
 
 
 def draw_positions(panel: Axes, model: dict[str, Any], length: int, style: dict[str, Any]) -> None:
-    """Each bucket as a point in its middle."""
+    """One point per bucket, at its middle."""
     (row,) = [row for row in model["rows"] if row["seq_len"] == length][:1]
     buckets = [bucket for bucket in row["by_position"] if bucket["tokens"] and bucket["perplexity"] is not None]
     middles = [(bucket["start"] + bucket["end"]) / 2 for bucket in buckets]
@@ -69,7 +69,7 @@ def draw_positions(panel: Axes, model: dict[str, Any], length: int, style: dict[
 
 
 def finish(panel: Axes) -> None:
-    """A logarithmic scale with plain numbers at 1, 2, 5 times powers of ten."""
+    """A logarithmic perplexity axis with plain numbers."""
     panel.set_yscale("log")
     panel.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -1,7 +1,7 @@
-"""What does KV-cache quantization cost? Perplexity and logits with each cache beside the unquantized one's.
+"""What does KV-cache quantization cost? Perplexity and logits of each cache, compared with the unquantized one.
 
-The first half of a window is read at once, as a prompt is; the second half token by token, as an answer is generated,
-so that every prediction there sees rounded keys and values.
+The first half of a window is prefilled; the second half is decoded token by token, so that every prediction there
+attends to quantized keys and values.
 """
 
 from collections.abc import Iterable
@@ -19,18 +19,18 @@ from component.inference.kv_cache import new_cache, tensor_bytes
 
 @dataclass
 class QuantizedCacheResult:
-    """Figures of one cache; logits are compared with the dynamic cache's, position by position."""
+    """Results of one cache; logits are compared with the dynamic cache's at each position."""
 
     cache: str
-    bytes_per_window: int  # held at the end of a window
+    bytes_per_window: int  # at the end of a window
     perplexity: float  # of the second halves
-    logit_change: float  # mean absolute
-    same_choice: float  # share of positions whose likeliest token stays the likeliest
+    logit_change: float  # mean absolute difference
+    same_choice: float  # share of positions with the same top-1 token
 
 
 @torch.no_grad()
 def second_half(model: PreTrainedModel, ids: torch.Tensor, implementation: str) -> tuple[torch.Tensor, int]:
-    """Logits (T - T // 2, V) that predict the second half of `ids` (T,), and the bytes of the cache at the end."""
+    """Logits (T - T // 2, V) that predict the second half of `ids` (T,), and the final bytes of the cache."""
     cache = new_cache(model.config, implementation)
     half = len(ids) // 2
     logits = [model(ids[None, :half], past_key_values=cache).logits[0, -1:]]
@@ -42,25 +42,25 @@ def second_half(model: PreTrainedModel, ids: torch.Tensor, implementation: str) 
 def measure_cache_quantization(
     model: PreTrainedModel, tokens: np.ndarray, caches: Iterable[str], seq_len: int, windows: int
 ) -> list[QuantizedCacheResult]:
-    """Each cache over the first `windows` windows of `seq_len` tokens that `tokens` holds.
+    """Measure each cache on the first `windows` windows of `seq_len` tokens.
 
     Raises:
-        UserError: not a single window.
+        UserError: the file is shorter than one window.
     """
     count = min(windows, len(tokens) // seq_len) if seq_len >= 2 else 0
     if count < 1:
         raise UserError(f"--seq_len: {len(tokens)} tokens hold no window of {seq_len}; use from 2 to {len(tokens)}")
     sums = {name: torch.zeros(3, dtype=torch.float64) for name in caches}
-    held: dict[str, int] = {}
+    cache_bytes: dict[str, int] = {}
     for start in tqdm(range(0, count * seq_len, seq_len), unit="window"):
         ids = torch.from_numpy(tokens[start : start + seq_len].astype(np.int64)).to(model.device)
         exact, _ = second_half(model, ids, "dynamic")
         for name, total in sums.items():
-            logits, held[name] = second_half(model, ids, name)
+            logits, cache_bytes[name] = second_half(model, ids, name)
             loss = cross_entropy(logits, ids[seq_len // 2 :])
             same = (logits.argmax(-1) == exact.argmax(-1)).float().mean()
             total += torch.stack([loss, (logits - exact).abs().mean(), same]).double().cpu() / count
     return [
-        QuantizedCacheResult(name, held[name], float(total[0].exp()), float(total[1]), float(total[2]))
+        QuantizedCacheResult(name, cache_bytes[name], float(total[0].exp()), float(total[1]), float(total[2]))
         for name, total in sums.items()
     ]

@@ -1,7 +1,7 @@
-"""Which models are evaluated? How flags name them, what is checked before the first is loaded, how one is loaded.
+"""Which models are evaluated? Flags that name them, checks before any is loaded, and loading.
 
-A `ModelSpec` is written `NAME=MODEL[:ADAPTER][@TOKENS]`: a model, an adapter around it, and the context it is extended
-to. An adapter folder may stand alone in MODEL's place: it knows its base.
+A `ModelSpec` is written `NAME=MODEL[:ADAPTER][@TOKENS]`: a model, its adapter, and the context to which a plain base
+is scaled. MODEL may also be an adapter folder, which records its base.
 """
 
 import argparse
@@ -22,10 +22,12 @@ from component.tokenizer import tokenizer_in
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of the one model, or of all, that a program measures."""
-    parser.add_argument("--base_model", help="plain or merged model, or the adapter's base (default: as it says)")
+    """The flags about models that the evaluation programs share."""
+    base = "plain or merged model, or the adapter's base (default: the one that the adapter records)"
+    parser.add_argument("--base_model", help=base)
     parser.add_argument("--peft_model", help="adapter folder or hub id")
-    parser.add_argument("--context_size", type=int, help="tokens a base is stretched to; our own folders know theirs")
+    context = "tokens to which a plain base is scaled; LongQLoRA's own folders record theirs"
+    parser.add_argument("--context_size", type=int, help=context)
     parser.add_argument("--load_in_4bit", **BOOLEAN, help="NF4 weights: a quarter of the memory")
     parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], help="default: fp16 on GPU, else fp32")
     parser.add_argument("--output_json", help="file for the results")
@@ -33,14 +35,14 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    name: str | None  # None for the only one, named by its own flags
+    name: str | None  # None for the model of --base_model and --peft_model
     base_model: str | None
     peft_model: str | None
     context_size: int | None
 
     @property
     def field(self) -> str:
-        """The flag that named it, for messages."""
+        """The flag to name in error messages."""
         return "base_model" if self.name is None else f"--compare {self.name}"
 
     @property
@@ -49,7 +51,7 @@ class ModelSpec:
 
 
 def parse_model_spec(text: str) -> ModelSpec:
-    """The model that `NAME=MODEL[:ADAPTER][@TOKENS]` names.
+    """Parse `NAME=MODEL[:ADAPTER][@TOKENS]`.
 
     Raises:
         UserError: no name, or no model.
@@ -59,7 +61,7 @@ def parse_model_spec(text: str) -> ModelSpec:
     path, tokens = (context[1], int(context[2])) if context else (rest, None)
     model, has_adapter, adapter = (path, "", "") if Path(path).exists() else path.partition(":")
     if not (name and is_named and model) or (has_adapter and not adapter):
-        raise UserError(f"--compare: {text!r}; spell it NAME=MODEL, NAME=MODEL:ADAPTER, and @TOKENS to stretch it")
+        raise UserError(f"--compare: {text!r}; use NAME=MODEL or NAME=MODEL:ADAPTER, and @TOKENS to scale a base")
     if (Path(model) / "adapter_config.json").is_file() and not adapter:
         return ModelSpec(name, None, model, tokens)
     return ModelSpec(name, model, adapter or None, tokens)
@@ -75,19 +77,19 @@ def parse_model_specs(texts: list[str]) -> list[ModelSpec]:
 
 
 def check_model_spec(spec: ModelSpec, data_path: str) -> str:
-    """Refuse what cannot be loaded, or tokens that are not this model's, before any weight is loaded.
+    """Refuse, before any weight is loaded, a missing model, or a file of another tokenizer's tokens.
 
     Returns:
-        One line on whether the tokenizer was compared with the file's.
+        Whether the model's tokenizer is the file's, in words; recorded in the result.
     """
-    _, own, is_ours = resolve_model(spec.base_model, spec.peft_model, spec.field, spec.adapter_field)
-    extended_config_of(own, spec.context_size, is_fixed=is_ours, field=spec.field)
+    _, source, is_ours = resolve_model(spec.base_model, spec.peft_model, spec.field, spec.adapter_field)
+    extended_config_of(source, spec.context_size, is_fixed=is_ours, field=spec.field)
     index = read_index(data_path)
     if index is None:
         return f"not checked: there is no index {Path(data_path).name}.json that says which one made the file"
-    tokenizer = tokenizer_in(own)
+    tokenizer = tokenizer_in(source)
     if tokenizer is None:
-        return f"not checked: {own} holds none"
+        return f"not checked: {source} holds none"
     check_tokenizer(index, tokenizer, data_path)
     return "the file's"
 
@@ -105,7 +107,7 @@ def load_model_spec(spec: ModelSpec, *, load_in_4bit: bool, dtype: str | None) -
 
 
 def describe_model(model: PreTrainedModel, load_in_4bit: bool) -> dict[str, Any]:
-    """What a result says of the model that gave it."""
+    """What a result records about its model."""
     dtype = str(model.dtype).removeprefix("torch.")
     return {
         "weights": "nf4" if load_in_4bit else dtype,

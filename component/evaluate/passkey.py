@@ -1,14 +1,14 @@
-"""Can a number be found again in a long text? Passkey retrieval (Landmark Attention, 2305.16300).
+"""Can a number be retrieved from a long text? Passkey retrieval (Landmark Attention, arXiv 2305.16300).
 
-A line with a five-digit number lies somewhere among lines that say nothing; at the end the text asks for it. A prompt
-has exactly the tokens that were asked for: it is put together from tokens, not from text, and the last of the lines
-that say nothing is cut where the length wants it.
+A line with a five-digit key is hidden in filler lines, and the prompt ends by asking for it. Prompts are assembled
+from tokens, not from text, and the last filler line is truncated, so each prompt has exactly the requested length.
 """
 
 import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from statistics import fmean
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,23 +24,23 @@ FILLER = (
 NEEDLE = "\nThe pass key is {key}. Remember it. {key} is the pass key."
 QUESTION = "\nWhat is the pass key? The pass key is"
 KEYS = range(10_000, 100_000)
-TOKENS_TO_SPARE = 3  # generated beyond the key: a digit too many must show
+EXTRA_TOKENS = 3  # generated beyond the key, to see surplus digits
 
 
 @dataclass
 class Prompt:
     ids: list[int]
     key: str
-    needle_start: int  # in tokens; the needle lies between whole lines, as near to the depth as they allow
+    needle_start: int  # token index; the needle is at the line boundary nearest to the depth
     needle_end: int
 
 
 @dataclass
 class Trial:
-    length: int  # tokens that were asked for
+    length: int  # requested tokens
     depth: float  # 0: the needle is the first line after the introduction, 1: the last one before the question
     trial: int
-    prompt_tokens: int  # tokens that the model got
+    prompt_tokens: int  # actual tokens
     needle_start: int
     expected: str
     answered: str
@@ -48,11 +48,11 @@ class Trial:
 
 
 class PromptMaker:
-    """Passkey prompts in the tokens of one tokenizer."""
+    """Makes passkey prompts with one tokenizer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
-        start = tokenizer(INTRODUCTION).input_ids  # with <s>, where the tokenizer writes one
+        start = tokenizer(INTRODUCTION).input_ids  # with <s>, if the tokenizer adds it
         self.start = start[:-1] if start[-1] == tokenizer.eos_token_id else start
         self.lines = [self.tokens_of(line) for line in FILLER]
         self.question = self.tokens_of(QUESTION)
@@ -61,17 +61,15 @@ class PromptMaker:
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
     def prompt(self, length: int, depth: float, key: str) -> Prompt:
-        """The prompt of exactly `length` tokens with `key` at `depth` of what says nothing.
+        """A prompt of exactly `length` tokens with `key` at `depth` of the filler.
 
         Raises:
-            UserError: the length has no room for introduction, needle and question.
+            UserError: introduction, needle and question do not fit.
         """
         needle = self.tokens_of(NEEDLE.format(key=key))
         room = length - len(self.start) - len(needle) - len(self.question)
         if room < 0:
-            raise UserError(
-                f"--lengths: {length} tokens; with this tokenizer a prompt has at least {length - room}, ask for more"
-            )
+            raise UserError(f"--lengths: {length} tokens are too few; this tokenizer needs at least {length - room}")
         filler, line_ends = self._filler(room)
         before = min(line_ends, key=lambda end: abs(end - depth * room))
         head = self.start + filler[:before]
@@ -79,7 +77,7 @@ class PromptMaker:
         return Prompt(ids, key, len(head), len(head) + len(needle))
 
     def _filler(self, tokens: int) -> tuple[list[int], list[int]]:
-        """`tokens` tokens of lines that say nothing, and the places between lines, both ends among them."""
+        """`tokens` tokens of filler lines, and the line boundaries, start and end included."""
         ids: list[int] = []
         ends = [0]
         while len(ids) < tokens:
@@ -88,24 +86,24 @@ class PromptMaker:
         return ids[:tokens], ends
 
     def answer_tokens(self, key: str) -> int:
-        """How many tokens an answer gets."""
-        return len(self.tokens_of(f" {key}.")) + TOKENS_TO_SPARE
+        """Number of tokens to generate."""
+        return len(self.tokens_of(f" {key}.")) + EXTRA_TOKENS
 
 
 def draw_key(seed: int, length: int, depth: float, trial: int) -> str:
-    """The same for a trial whatever else is measured beside it."""
+    """The key of a trial; the same whatever other lengths and depths are measured."""
     return str(random.Random(f"{seed} {length} {depth:.6f} {trial}").choice(KEYS))
 
 
 def is_right(answered: str, key: str) -> bool:
-    """Whether the first number of the answer is the key, with no digit more or less."""
+    """Whether the first number in the answer is exactly the key."""
     found = re.search(r"\d+", answered)
     return found is not None and found[0] == key
 
 
 def even_depths(count: int) -> list[float]:
-    """`count` depths from 0 to 1; the middle for a single one."""
-    return [0.5] if count == 1 else [place / (count - 1) for place in range(count)]
+    """`count` evenly spaced depths from 0 to 1; the middle for a single one."""
+    return [0.5] if count == 1 else [step / (count - 1) for step in range(count)]
 
 
 def run_trials(
@@ -118,10 +116,10 @@ def run_trials(
     seed: int,
     offload_cache: bool = False,
 ) -> Iterator[Trial]:
-    """Greedy answers for each length, depth and trial, one at a time.
+    """Yield the greedy answer for each length, depth and trial.
 
     Raises:
-        UserError: a length that is too short for a prompt; before anything is generated.
+        UserError: a length too short for a prompt, before anything is generated.
     """
     maker = PromptMaker(tokenizer)
     settings = [(length, depth, trial) for length in lengths for depth in depths for trial in range(trials)]
@@ -137,8 +135,8 @@ def run_trials(
 
 
 def accuracy(trials: list[Trial], depths: list[float], lengths: list[int]) -> list[list[float]]:
-    """Share of right answers, one row per depth, one column per length."""
-    of: dict[tuple[float, int], list[bool]] = {}
+    """Share of correct answers: a row per depth, a column per length."""
+    cells: dict[tuple[float, int], list[bool]] = {}
     for trial in trials:
-        of.setdefault((trial.depth, trial.length), []).append(trial.is_right)
-    return [[sum(of[depth, length]) / len(of[depth, length]) for length in lengths] for depth in depths]
+        cells.setdefault((trial.depth, trial.length), []).append(trial.is_right)
+    return [[fmean(cells[depth, length]) for length in lengths] for depth in depths]

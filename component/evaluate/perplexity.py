@@ -1,24 +1,14 @@
-"""How surprised is the model? Windows over a file of tokens, and what is averaged over what.
+"""What is the perplexity of a model on a file of tokens? It depends on the protocol, so each result names its own.
 
-Perplexities of one model differ by tens of per cent between protocols, so each result names its own:
-
-longlora: the published tables' (LongLoRA's eval.py). A window of `seq_len` tokens every `stride` tokens; every token
-    of a window but its first is scored; the mean losses of the windows are averaged. As there, windows start at
+longlora: the published tables' (LongLoRA's eval.py). Windows of `seq_len` tokens every `stride` tokens; every token of
+    a window but its first is scored; the mean losses of the windows are averaged. As there, windows start at
     0, stride, 2 stride ... below (tokens - seq_len), and the last of these is left out: a file of seq_len + stride
     tokens or fewer holds no window.
-sliding: each token of the file is scored exactly once (the very first has nothing before it), with as much left
-    context as the window allows; tokens weigh alike. A file of seq_len tokens or fewer is one window; one more token
-    makes a second window, moved by one, that scores that token alone.
+sliding: each token of the file but the first is scored exactly once, with as much left context as the window allows;
+    all tokens weigh the same. A file of seq_len tokens or fewer is one window; with one token more there is a second
+    window, shifted by one, that scores only that token.
 
-A file's own length decides what is measured (at stride = seq_len = n):
-
-    tokens        longlora                    sliding
-    n             refused: holds no window    1 window, n - 1 tokens scored
-    n + 1         refused                     2 windows, n tokens scored
-    2 n + 1       1 window, n - 1 scored      3 windows, 2 n tokens scored (n > 2)
-
-Beside the perplexity of the whole stand those by position in the window and by document:
-component/evaluate/aggregate.py.
+Sums by position in the window and by document: component/evaluate/aggregate.py.
 """
 
 import time
@@ -49,7 +39,7 @@ PROTOCOLS = ("longlora", "sliding")
 
 @dataclass
 class Window:
-    """Tokens [start, end) go through the model, tokens [first_scored, end) are scored."""
+    """Tokens [start, end) are fed to the model, tokens [first_scored, end) are scored."""
 
     start: int
     first_scored: int
@@ -65,13 +55,13 @@ class Perplexity:
     tokens_scored: int
     loss: float  # nats per token
     perplexity: float
-    by_position: list[PositionBucket]  # empty where it was not asked for
-    by_document: list[Document]  # empty where the file does not say where documents start
+    by_position: list[PositionBucket]  # empty without buckets
+    by_document: list[Document]  # empty if the starts of documents are unknown
     processes: int
     seconds: float
-    tokens_per_second: float  # that went through the model, in all processes together
-    peak_allocated_gib: float | None  # of GPU memory, by tensors, in the process that took most; None without a GPU
-    peak_reserved_gib: float | None  # held by PyTorch's allocator
+    tokens_per_second: float  # fed to the model, by all processes together
+    peak_allocated_gib: float | None  # device memory of tensors, highest of all processes; None without a GPU
+    peak_reserved_gib: float | None  # the same, as reserved by PyTorch's allocator
 
 
 def longlora_windows(tokens: int, seq_len: int, stride: int) -> list[Window]:
@@ -79,11 +69,11 @@ def longlora_windows(tokens: int, seq_len: int, stride: int) -> list[Window]:
 
 
 def sliding_windows(tokens: int, seq_len: int, stride: int) -> list[Window]:
-    stride = min(stride, seq_len - 1)  # the first token of a window has nothing before it to be predicted from
+    stride = min(stride, seq_len - 1)  # the first token of a window has no left context
     windows: list[Window] = []
     scored = 1
     while scored < tokens:
-        # the first window scores all it holds, each later one `stride` new tokens
+        # the first window scores all its tokens, each later one `stride` new ones
         end = min(seq_len if not windows else scored + stride, tokens)
         windows.append(Window(max(0, end - seq_len), scored, end))
         scored = end
@@ -94,7 +84,7 @@ def plan_windows(tokens: int, seq_len: int, stride: int, protocol: str) -> list[
     """The windows of a file.
 
     Raises:
-        UserError: there is none.
+        UserError: the file is too short for one.
     """
     windows = (longlora_windows if protocol == "longlora" else sliding_windows)(tokens, seq_len, stride)
     if not windows:
@@ -107,14 +97,13 @@ def plan_windows(tokens: int, seq_len: int, stride: int, protocol: str) -> list[
 
 
 def check_measure(protocol: str, seq_len: int, stride: int, batch_size: int, position_buckets: int) -> None:
-    """Refuse what makes no sense whatever the file."""
+    """Refuse values that are invalid for any file."""
     if protocol not in PROTOCOLS:
         raise UserError(f"protocol: {protocol!r} is none of {', '.join(PROTOCOLS)}")
     if seq_len < 2 or stride < 1 or batch_size < 1 or position_buckets < 0:
         raise UserError(
             f"seq_len {seq_len}, sliding_window {stride}, batch_size {batch_size}, position_buckets "
-            f"{position_buckets}: a window has at least 2 tokens, windows are at least 1 token apart, a batch has at "
-            "least 1 window, and there are 0 buckets or more; use such numbers"
+            f"{position_buckets}; use at least 2, 1, 1 and 0"
         )
 
 
@@ -129,19 +118,21 @@ def measure_perplexity(
     position_buckets: int = 16,
     document_starts: Sequence[int] | None = None,
 ) -> Perplexity:
-    """Perplexity of `model` on `tokens`, with a progress bar; every process that shares the work gets the result.
+    """Perplexity of `model` on `tokens`; all processes share the work, and each gets the result.
 
     Args:
-        position_buckets: into which a window's positions are divided; fewer where it has fewer, 0 for none.
-        document_starts: the token that each document starts at, ascending, the first at 0.
+        position_buckets: number of buckets for results by position, at most `seq_len`; 0 for none.
+        document_starts: first token of each document, ascending from 0.
 
     Raises:
-        UserError: unknown protocol, windows shorter than 2 tokens, a stride below 1, or a file without any window.
+        UserError: unknown protocol, a number below its minimum, or a file too short for one window.
     """
     check_measure(protocol, seq_len, stride, batch_size, position_buckets)
     windows = plan_windows(len(tokens), seq_len, stride, protocol)
     starts = None if document_starts is None else np.asarray(document_starts)
-    buckets, begin = min(position_buckets, seq_len), _start_clock()
+    buckets, begin = min(position_buckets, seq_len), time.monotonic()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     own = [
         sum_window(
             number,
@@ -167,12 +158,12 @@ def measure_perplexity(
         by_position(sums, seq_len, buckets),
         by_document(sums, starts) if starts is not None else [],
         process_count(),
-        *_cost(begin, read=sum(window.end - window.start for window in windows)),
+        *_cost(begin, tokens=sum(window.end - window.start for window in windows)),
     )
 
 
 def mean_loss(sums: list[WindowSum], protocol: str) -> float:
-    """Nats per token: windows weigh alike under `longlora`, tokens under `sliding`."""
+    """Nats per token: all windows weigh the same under `longlora`, all tokens under `sliding`."""
     if protocol == "longlora":
         return sum(window.loss / window.tokens for window in sums) / len(sums)
     return sum(window.loss for window in sums) / sum(window.tokens for window in sums)
@@ -181,15 +172,15 @@ def mean_loss(sums: list[WindowSum], protocol: str) -> float:
 def _window_losses(
     model: PreTrainedModel, tokens: np.ndarray, windows: list[Window], batch_size: int
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """This process's windows, by number, with the losses (end - start - 1,) of their tokens but the first.
+    """Yield each of this process's windows as (number, losses (end - start - 1,) of its tokens but the first).
 
-    All windows are of one length. Whole batches are shared, so that each is the same whoever computes it.
+    All windows have the same length. Processes share whole batches, so that batches do not depend on their number.
     """
     device = model.get_input_embeddings().weight.device
     batches = own_share([range(at, min(at + batch_size, len(windows))) for at in range(0, len(windows), batch_size)])
     length = windows[0].end - windows[0].start
     total = sum(map(len, batches))
-    with tqdm(total=total, desc=f"{length} tokens", unit="window", disable=not is_first_process()) as bar:
+    with tqdm(total=total, desc=f"seq_len {length}", unit="window", disable=not is_first_process()) as bar:
         for batch in batches:
             spans = [windows[number] for number in batch]
             rows = np.stack([tokens[window.start : window.end] for window in spans]).astype(np.int64)
@@ -197,26 +188,20 @@ def _window_losses(
             bar.update(len(batch))
 
 
-def _start_clock() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    return time.monotonic()
-
-
-def _cost(begin: float, read: int) -> tuple[float, float, float | None, float | None]:
-    """Seconds since `begin`, tokens per second of `read`, and the peaks of GPU memory since then in GiB."""
+def _cost(begin: float, tokens: int) -> tuple[float, float, float | None, float | None]:
+    """Seconds since `begin`, tokens per second, and peak allocated and reserved device memory in GiB."""
     seconds = max(time.monotonic() - begin, 1e-9)
     if not torch.cuda.is_available():
-        return seconds, read / seconds, None, None
+        return seconds, tokens / seconds, None, None
     peaks = gathered([(torch.cuda.max_memory_allocated() / 2**30, torch.cuda.max_memory_reserved() / 2**30)])
     allocated, reserved = (max(values) for values in zip(*peaks, strict=True))
-    return seconds, read / seconds, allocated, reserved
+    return seconds, tokens / seconds, allocated, reserved
 
 
 def measure_all(
     loaders: Mapping[str, Callable[..., PreTrainedModel]], tokens, seq_len: int
 ) -> dict[str, list[Perplexity]]:
-    """Perplexity of several models, one in memory at a time."""
+    """Perplexity of several models, with one in memory at a time."""
     device = default_device()
     results = {}
     for name, load in loaders.items():

@@ -1,4 +1,4 @@
-"""How do people read perplexities? Plain tables: a row per length, per model, or per stretch of the window."""
+"""How are perplexities printed? As plain tables: a row per length, per model, or per position bucket."""
 
 from statistics import median
 
@@ -7,7 +7,7 @@ from component.evaluate.perplexity import Perplexity
 
 
 def grid(head: list[str], rows: list[list[str]]) -> str:
-    """The first column to the left, all others to the right."""
+    """A table with its first column left-aligned, the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     return "\n".join(
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in [head, *rows]
@@ -44,7 +44,7 @@ def position_table(results: dict[str, list[Perplexity]]) -> str:
 
 
 def document_line(name: str, documents: list[Document]) -> str:
-    """The easiest, the middle and the hardest document."""
+    """The lowest, median and highest perplexity of a document."""
     best, worst = (pick(documents, key=lambda document: document.perplexity) for pick in (min, max))
     middle = median(document.perplexity for document in documents)
     return (

@@ -1,4 +1,4 @@
-"""How much of the model's context is left, and which part of a longer prompt is kept?"""
+"""How much of the context is left, and which part of a longer prompt is kept?"""
 
 import argparse
 import sys
@@ -15,14 +15,14 @@ TRUNCATIONS = ("middle", "left")
 def fit_prompt(
     prompt_ids: list[int], context: int, max_new_tokens: int, truncate: str | None, opening: int = 0
 ) -> tuple[list[int], int]:
-    """The tokens of a prompt that fit, and how many were cut.
+    """Truncate a prompt to the context; returns the kept tokens and the number of removed ones.
 
-    Room is left for the answer: `max_new_tokens`, but no more than a quarter of the context.
+    `max_new_tokens`, at most a quarter of the context, are reserved for the answer.
 
     Args:
-        context: of the model, in tokens.
-        truncate: `left` keeps the opening and the end, `middle` beginning and end alike; None cuts nothing.
-        opening: tokens at the start that `left` keeps too: <s>, or what a chat begins with.
+        context: the model's context length in tokens.
+        truncate: `left` keeps the opening and the end, `middle` start and end in equal parts; None truncates nothing.
+        opening: number of leading tokens that are always kept: <s>, or the opening of a chat.
     """
     limit = context - min(max_new_tokens, max(context // 4, 1))
     excess = len(prompt_ids) - limit
@@ -36,7 +36,7 @@ def fit_prompt(
 def truncate_prompt(
     model: PreTrainedModel, prompt_ids: list[int], flags: argparse.Namespace, opening: int = 1
 ) -> list[int]:
-    """A prompt cut as `--truncate` says, if it must be; the user is told how much has gone."""
+    """The prompt, truncated as `--truncate` says if it is too long; prints how many tokens were removed."""
     context = context_length(model.config)
     kept, cut = fit_prompt(prompt_ids, context, flags.max_new_tokens, flags.truncate, opening)
     if cut:
@@ -46,16 +46,16 @@ def truncate_prompt(
 
 
 def free_context(model: PreTrainedModel, prompt_ids: list[int], name: str = "the prompt") -> int:
-    """Tokens of the context that are left for an answer.
+    """Number of tokens left for the answer.
 
     Raises:
-        UserError: none.
+        UserError: the prompt fills the context.
     """
     context = context_length(model.config)
     if len(prompt_ids) >= context:
         raise UserError(
-            f"{name} has {len(prompt_ids)} tokens, the model's context {context}; shorten the prompt, cut it with "
-            "--truncate middle or left, or use a model that was extended further"
+            f"{name} has {len(prompt_ids)} tokens, but the model's context is {context}; shorten the prompt, truncate "
+            "it with --truncate middle or left, or use a model with a longer context"
         )
     return context - len(prompt_ids)
 
@@ -64,5 +64,5 @@ def describe_context(model: PreTrainedModel, used: int, cache: PromptCache | Non
     context = context_length(model.config)
     text = f"{used} of {context} tokens of context used ({used / context:.0%})"
     if cache is not None:
-        text += f", {cache.implementation} cache {cache.bytes_held / 2**20:.1f} MiB"
+        text += f", {cache.implementation} cache {cache.nbytes / 2**20:.1f} MiB"
     return text

@@ -1,4 +1,4 @@
-"""What has been said, and which prompt does it become? Turns, documents that wait for a question, and commands."""
+"""How does a chat become a prompt? Turns, documents for the next question, and commands."""
 
 import json
 import re
@@ -15,19 +15,15 @@ from component.inference.text_file import read_text_file
 COMMANDS = {
     "/file PATH": "put a text file or a PDF in front of the next question",
     "/clear": "forget the conversation and its documents",
-    "/save FILE": "write the conversation as JSON, as training reads it",
-    "/help": "this list",
-    "/exit": "leave, as Ctrl-D does; Ctrl-C stops an answer",
+    "/save FILE": "write the conversation as one JSON line for instruction tuning",
+    "/help": "list the commands",
+    "/exit": "quit, as Ctrl-D does; Ctrl-C stops an answer",
 }
 
 
 @dataclass
 class Conversation:
-    """Questions and answers, spelt with one template.
-
-    Args:
-        documents: texts that stand in front of the next question.
-    """
+    """Questions and answers in one chat template; `documents` are put in front of the next question."""
 
     tokenizer: PreTrainedTokenizerBase
     template: str
@@ -41,7 +37,7 @@ class Conversation:
         return len(self._encode(self.turns)) if self.turns else 0
 
     def opening_tokens(self) -> int:
-        """How many tokens every conversation begins with, whatever is asked."""
+        """Number of leading tokens that all conversations share: system prompt and first role."""
         return common_prefix(self._encode([("a", None)]), self._encode([("1", None)]))
 
     def add(self, question: str, answer: str) -> None:
@@ -53,7 +49,7 @@ class Conversation:
         self.documents.clear()
 
     def add_file(self, path: str) -> int:
-        """Put a file's text in front of the next question; how many tokens that is."""
+        """Put a file's text in front of the next question; returns its number of tokens."""
         text = read_text_file(path, "/file")
         self.documents.append(text)
         return self.tokens_of(text)
@@ -62,9 +58,9 @@ class Conversation:
         return len(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def save(self, path: str) -> None:
-        """One line of {"messages": …}, one of the formats that instruction tuning reads."""
+        """Write one line of {"messages": …}, a format that instruction tuning reads."""
         if not self.turns:
-            raise UserError("/save: nothing has been said yet; ask something first")
+            raise UserError("/save: the conversation is empty; ask something first")
         try:
             with Path(path).expanduser().open("x", encoding="utf-8") as file:
                 file.write(json.dumps({"messages": as_messages(self.turns)}, ensure_ascii=False) + "\n")
@@ -81,12 +77,12 @@ class Conversation:
 
 
 def is_command(line: str) -> bool:
-    """Whether a line is a command: its first word is a slash and letters, so no path."""
+    """Whether a line is a command: its first word is a slash and letters, unlike /usr/bin."""
     return re.match(r"/[a-z]+(\s|$)", line.strip()) is not None
 
 
 def run_command(line: str, conversation: Conversation) -> str:
-    """Do what a command says; what to tell its user.
+    """Run a command; returns the message for the user.
 
     Raises:
         UserError: an unknown command, or a file that cannot be read or written.
@@ -95,16 +91,16 @@ def run_command(line: str, conversation: Conversation) -> str:
     operand = operand.strip()
     if name == "/clear":
         conversation.clear()
-        return "the conversation is forgotten"
+        return "conversation cleared"
     if name == "/help":
         return "\n".join(f"{command:<12} {meaning}" for command, meaning in COMMANDS.items())
     if name in ("/file", "/save") and not operand:
-        raise UserError(f"{name}: no file named; use {name} PATH")
+        raise UserError(f"{name}: no file given; use {name} PATH")
     if name == "/file":
         tokens = conversation.add_file(operand)
-        return f"{operand}: {tokens} tokens, in front of the next question"
+        return f"{operand}: {tokens} tokens, put in front of the next question"
     if name == "/save":
         conversation.save(operand)
         return f"saved as {operand}"
     known = [command.split()[0] for command in COMMANDS]
-    raise UserError(f"{name} is no command{nearest(name, known)}; /help lists them")
+    raise UserError(f"{name} is not a command{nearest(name, known)}; /help lists them")

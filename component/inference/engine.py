@@ -1,4 +1,4 @@
-"""How do several people chat with one model over the web? One answer at a time, streamed, and stopped when asked."""
+"""How do several web visitors chat with one model? One answer at a time, streamed, and stopped on request."""
 
 import argparse
 import queue
@@ -20,7 +20,7 @@ from component.rope import context_length
 
 @dataclass
 class Answer:
-    """What has come of one answer; `notice` says what the asker should know of it."""
+    """The answer so far; `notice` tells the visitor if the prompt was truncated."""
 
     text: str
     notice: str = ""
@@ -28,7 +28,7 @@ class Answer:
 
 @dataclass
 class Engine:
-    """One model and its cache. The cache serves whoever asks: what two prompts share is computed once."""
+    """One model and one KV cache for all visitors; a prefix shared with the previous prompt is not recomputed."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -52,21 +52,21 @@ class Engine:
     def answer(
         self, conversation: Conversation, question: str, settings: dict, should_stop: Callable[[], bool]
     ) -> Iterator[Answer]:
-        """The answer as it grows; the conversation has it when it has ended.
+        """Yield the growing answer; when it ends, it is added to the conversation.
 
         Args:
-            settings: flags of sampling, and `truncate`, in place of those that the program was started with.
-            should_stop: asked after every token, from another thread.
+            settings: sampling flags and `truncate` that override those of the program.
+            should_stop: called after every token, from another thread.
 
         Raises:
-            UserError: settings that make no sense, or a prompt longer than the context.
+            UserError: invalid settings, or a prompt longer than the context.
         """
         flags = argparse.Namespace(**{**vars(self.flags), **settings})
         check_sampling(flags)
-        asked = conversation.prompt_ids(question)
+        prompt_ids = conversation.prompt_ids(question)
         opening = conversation.opening_tokens()
-        kept, cut = fit_prompt(asked, self.context, flags.max_new_tokens, flags.truncate, opening)
-        notice = f"{cut} of {len(asked)} tokens were cut ({flags.truncate})" if cut else ""
+        kept, cut = fit_prompt(prompt_ids, self.context, flags.max_new_tokens, flags.truncate, opening)
+        notice = f"{cut} of {len(prompt_ids)} tokens were cut ({flags.truncate})" if cut else ""
         answer = Answer("", notice)
         yield answer
         for piece in self._pieces(kept, flags, should_stop):
@@ -78,9 +78,9 @@ class Engine:
     def _pieces(
         self, prompt_ids: list[int], flags: argparse.Namespace, should_stop: Callable[[], bool]
     ) -> Iterator[str]:
-        """Pieces of text from a thread of their own, which ends with this iterator."""
+        """Yield pieces of text generated in a thread of their own, which stops when this iterator is closed."""
         pieces: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
-        is_left = threading.Event()
+        is_closed = threading.Event()
 
         def work() -> None:
             try:
@@ -92,10 +92,10 @@ class Engine:
                         flags,
                         pieces.put,
                         cache=self.cache,
-                        should_stop=lambda: is_left.is_set() or should_stop(),
+                        should_stop=lambda: is_closed.is_set() or should_stop(),
                     )
                 pieces.put(None)
-            except BaseException as error:  # to whoever asked; this thread has nobody to tell
+            except BaseException as error:  # raised again in the consumer's thread
                 if not isinstance(error, UserError):
                     self.cache.forget()
                 pieces.put(error)
@@ -107,4 +107,4 @@ class Engine:
                     raise piece
                 yield piece
         finally:
-            is_left.set()
+            is_closed.set()

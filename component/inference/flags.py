@@ -1,4 +1,4 @@
-"""Which flags do inference, chat and web share, are their values valid, and which model do they name?"""
+"""Which flags do inference, chat and web share, and which model do they name?"""
 
 import argparse
 import importlib.util
@@ -18,8 +18,7 @@ from component.inference.context import TRUNCATIONS
 from component.inference.kv_cache import CACHES, check_cache
 from component.loading import load_for_inference
 
-# kernels of attention, and the package that each needs
-ATTENTIONS = {
+ATTENTIONS = {  # attention implementation -> package that it needs
     "sdpa": None,
     "eager": None,
     "flash_attention_2": "flash_attn",
@@ -29,29 +28,25 @@ ATTENTIONS = {
 
 def generation_parser(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    newest = "default: the newest finished run under output/"
-    parser.add_argument(
-        "--model_name_or_path", help=f"plain or merged model, or the adapter's base ({newest}, merged)"
-    )
-    parser.add_argument("--adapter_name_or_path", help=f"adapter folder or hub id ({newest}, if it is not merged)")
+    newest = "the newest finished run under output/"
+    merged = f"plain or merged model, or the adapter's base (default: merged model of {newest})"
+    parser.add_argument("--model_name_or_path", help=merged)
+    adapter = f"adapter folder or hub id (default: {newest}, if it is not merged)"
+    parser.add_argument("--adapter_name_or_path", help=adapter)
     parser.add_argument("--load_in_4bit", **BOOLEAN, help="NF4 weights: a quarter of the memory")
-    parser.add_argument("--context_size", type=int, help="tokens a base is stretched to; our own folders know theirs")
-    parser.add_argument("--max_new_tokens", type=int, default=500, help="tokens to generate at most (500)")
-    parser.add_argument("--temperature", type=float, default=0.35, help="of sampling (0.35)")
-    parser.add_argument("--top_p", type=float, default=0.9, help="share of the probability that is sampled from (0.9)")
-    parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1 discourages repeating (1.0)")
-    parser.add_argument("--do_sample", **BOOLEAN, help="false takes the likeliest token each time (true)")
-    parser.add_argument("--seed", type=int, default=42, help="of sampling (42)")
-    parser.add_argument(
-        "--cache_implementation",
-        choices=CACHES,
-        default="dynamic",
-        help="of keys and values: as computed (dynamic), in host memory, or rounded to save memory (dynamic)",
-    )
-    parser.add_argument("--attn_implementation", choices=ATTENTIONS, help="attention's kernel (sdpa)")
-    parser.add_argument(
-        "--truncate", choices=TRUNCATIONS, help="what goes of a prompt longer than the context (it is refused)"
-    )
+    context = "tokens to which a plain base is scaled; LongQLoRA's own folders record theirs"
+    parser.add_argument("--context_size", type=int, help=context)
+    parser.add_argument("--max_new_tokens", type=int, default=500, help="tokens to generate at most (default 500)")
+    parser.add_argument("--temperature", type=float, default=0.35, help="sampling temperature (default 0.35)")
+    parser.add_argument("--top_p", type=float, default=0.9, help="nucleus sampling threshold (default 0.9)")
+    parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1: less repetition (default 1.0)")
+    parser.add_argument("--do_sample", **BOOLEAN, help="false: greedy decoding (default true)")
+    parser.add_argument("--seed", type=int, default=42, help="seed for sampling (default 42)")
+    cache = "KV cache: as computed (dynamic, the default), in CPU memory (offloaded), or quantized"
+    parser.add_argument("--cache_implementation", choices=CACHES, default="dynamic", help=cache)
+    parser.add_argument("--attn_implementation", choices=ATTENTIONS, help="attention implementation (default sdpa)")
+    truncate = "part to remove from a prompt longer than the context (default: such prompts are refused)"
+    parser.add_argument("--truncate", choices=TRUNCATIONS, help=truncate)
     parser.set_defaults(do_sample=True)
     return parser
 
@@ -59,9 +54,9 @@ def generation_parser(description: str | None) -> argparse.ArgumentParser:
 def check_sampling(flags: argparse.Namespace) -> None:
     bounds = {
         "max_new_tokens": (flags.max_new_tokens >= 1, "at least 1"),
-        "temperature": (flags.temperature > 0, "a number above 0; for the likeliest tokens --do_sample false"),
-        "top_p": (0 < flags.top_p <= 1, "a share in (0, 1]"),
-        "repetition_penalty": (flags.repetition_penalty > 0, "a number above 0, 1 for none"),
+        "temperature": (flags.temperature > 0, "a number above 0, or --do_sample false for greedy decoding"),
+        "top_p": (0 < flags.top_p <= 1, "a number in (0, 1]"),
+        "repetition_penalty": (flags.repetition_penalty > 0, "a number above 0; 1 is no penalty"),
         "seed": (0 <= flags.seed < 2**32, "0 or more, below 2**32"),
         "context_size": (flags.context_size is None or flags.context_size >= 1, "at least 1 token"),
     }
@@ -71,18 +66,18 @@ def check_sampling(flags: argparse.Namespace) -> None:
 
 
 def check_attention(implementation: str | None) -> None:
-    """Refuse, before any weight is loaded, a kernel that is not here; transformers would fetch one from the hub."""
+    """Refuse, before any weight is loaded, a missing kernel: transformers would download one from the hub."""
     package = ATTENTIONS.get(implementation or "sdpa")
     if package is None:
         return
-    lack = "no CUDA GPU" if not torch.cuda.is_available() else None
-    lack = lack or (f"no package {package}" if importlib.util.find_spec(package) is None else None)
-    if lack:
-        raise UserError(f"--attn_implementation: {implementation}, but there is {lack} here; use sdpa")
+    missing = "no CUDA GPU" if not torch.cuda.is_available() else None
+    missing = missing or (f"no package {package}" if importlib.util.find_spec(package) is None else None)
+    if missing:
+        raise UserError(f"--attn_implementation: {implementation}, but there is {missing} here; use sdpa")
 
 
 def load_from_flags(flags: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model that the flags name, or the newest finished run: merged if it has been, else base and adapter."""
+    """The model that the flags name; by default the newest finished run's merged model, or its base and adapter."""
     check_sampling(flags)
     check_attention(flags.attn_implementation)
     check_cache(flags.cache_implementation)
@@ -92,9 +87,9 @@ def load_from_flags(flags: argparse.Namespace) -> tuple[PreTrainedModel, PreTrai
         merged = merged_folder(run)
         model_path, adapter = (str(merged), None) if _is_merged(run, merged) else (None, str(run))
     print(f"model: {model_path or 'the base of'} {adapter or ''}".rstrip(), file=sys.stderr, flush=True)
-    logging.getLogger("transformers").setLevel(logging.ERROR)  # it warns of positions beyond the unstretched length
+    logging.getLogger("transformers").setLevel(logging.ERROR)  # warns about positions beyond the base's length
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="strict")  # under LANG=C broken bytes would pass, and end in the tokenizer
+        sys.stdin.reconfigure(errors="strict")  # under LANG=C, invalid bytes would reach the tokenizer
     set_seed(flags.seed)
     model, tokenizer = load_for_inference(
         model_path, adapter, context_size=flags.context_size, load_in_4bit=flags.load_in_4bit
@@ -106,7 +101,7 @@ def load_from_flags(flags: argparse.Namespace) -> tuple[PreTrainedModel, PreTrai
 
 
 def _is_merged(run: Path, merged: Path) -> bool:
-    """Whether `merged` was made from `run` as it is now, not from an earlier training under the same name."""
+    """Whether `merged` was made from this `run`, not from an earlier run of the same name."""
     record = merged / RECORD_FILE
     if not record.is_file():
         return merged.is_dir()

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from component.inference.kv_cache import PromptCache
 
 
 class Stopped(KeyboardInterrupt):
-    """Ctrl-C while text was generated; `text` is what had come by then."""
+    """Ctrl-C during generation; `text` was generated until then."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -27,7 +28,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class _Writer(TextStreamer):
-    """Hands text on as soon as its words are whole, and keeps the tokens."""
+    """Streams text word by word to `write`, and records the token ids."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -62,14 +63,14 @@ def generate(
     cache: PromptCache | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> str:
-    """The continuation of `prompt_ids`, handed to `write` piece by piece as it is generated.
+    """Generate a continuation of `prompt_ids` and return it; `write` gets it piece by piece.
 
     Args:
-        cache: of the conversation; None for one that ends with this answer.
-        should_stop: asked after every token.
+        cache: the conversation's KV cache; None for a new one.
+        should_stop: called after every token.
 
     Raises:
-        UserError: the prompt leaves no room in the model's context.
+        UserError: the prompt fills the model's context.
         Stopped: Ctrl-C.
     """
     max_new_tokens = min(flags.max_new_tokens, free_context(model, prompt_ids))
@@ -88,7 +89,7 @@ def generate(
             stopping_criteria=StoppingCriteriaList([_Stop(should_stop)] if should_stop else []),
         )
     except KeyboardInterrupt:
-        cache.forget()  # some layers may have seen a token more than others
+        cache.forget()  # in an interrupted forward pass, some layers have cached a token more than others
         writer.end()
         raise Stopped(tokenizer.decode(writer.ids, skip_special_tokens=True)) from None
     cache.finish(prompt_ids + writer.ids)
@@ -102,11 +103,9 @@ def stream_generation(
     flags: argparse.Namespace,
     cache: PromptCache | None = None,
 ) -> str:
-    """Print the continuation of `prompt_ids` as it is generated, then a line break; returns it."""
+    """Print a continuation of `prompt_ids` as it is generated, then a line break; returns it."""
     try:
-        text = generate(
-            model, tokenizer, prompt_ids, flags, lambda piece: print(piece, end="", flush=True), cache=cache
-        )
+        text = generate(model, tokenizer, prompt_ids, flags, partial(print, end="", flush=True), cache=cache)
     except Stopped:
         print(flush=True)
         raise
@@ -132,10 +131,10 @@ def generate_greedy(
     *,
     offload_cache: bool = False,
 ) -> list[int]:
-    """The likeliest next tokens of `prompt_ids`, without the prompt; beyond the model's context too.
+    """Greedy continuation of `prompt_ids`, without the prompt; may exceed the model's context.
 
     Args:
-        offload_cache: keys and values of all layers but one wait in host memory.
+        offload_cache: keep the KV cache of all layers but one in CPU memory.
     """
     options = {"do_sample": False, "use_cache": True, "cache_implementation": "offloaded" if offload_cache else None}
     config = _generation_config(tokenizer, max_new_tokens, **options)

@@ -1,4 +1,4 @@
-"""Which prompts of a file are still to be answered? JSONL in, JSONL out, and a killed run goes on where it was."""
+"""Which prompts of a file remain to be answered? JSONL in, JSONL out; an interrupted run can be resumed."""
 
 import json
 from collections.abc import Callable
@@ -11,11 +11,11 @@ from component.error import UserError
 
 Record = dict[str, Any]
 PROMPT_KEYS = ("prompt", "text", "input")
-ADDED_KEYS = ("completion", "prompt_tokens", "completion_tokens")  # to each record that is answered
+ADDED_KEYS = ("completion", "prompt_tokens", "completion_tokens")  # in each answered record
 
 
 def read_prompts(path: str) -> list[tuple[str, Record]]:
-    """(prompt, its whole line) of every line of a JSONL file that is not blank.
+    """(prompt, record) of every line of a JSONL file that is not blank.
 
     Raises:
         UserError: no such file, or a line without a prompt.
@@ -33,7 +33,7 @@ def read_prompts(path: str) -> list[tuple[str, Record]]:
 def _prompt_of(line: bytes, place: str) -> tuple[str, Record]:
     try:
         record = json.loads(line)
-    except ValueError as error:  # no JSON, or no UTF-8
+    except ValueError as error:  # invalid JSON or UTF-8
         raise UserError(f"{place}: not JSON in UTF-8 ({error}); write one object per line") from error
     keys = [key for key in PROMPT_KEYS if isinstance(record, dict) and isinstance(record.get(key), str)]
     if not keys or not record[keys[0]].strip():
@@ -41,15 +41,15 @@ def _prompt_of(line: bytes, place: str) -> tuple[str, Record]:
     try:
         record[keys[0]].encode()
     except UnicodeEncodeError as error:  # half of a surrogate pair
-        raise UserError(f"{place}: no Unicode text ({error.reason}); repair it") from error
+        raise UserError(f"{place}: not valid Unicode ({error.reason}); repair it") from error
     return record[keys[0]], record
 
 
-def answered(path: str, records: list[Record]) -> int:
-    """How many of `records` the output file has answered, in order; a line that was cut off is removed.
+def count_answered(path: str, records: list[Record]) -> int:
+    """How many of `records`, in order, the output file answers; removes an incomplete last line.
 
     Raises:
-        UserError: the file holds something else than answers to these prompts.
+        UserError: the file holds anything but answers to these prompts.
     """
     file = Path(path)
     if not file.absolute().parent.is_dir():
@@ -57,33 +57,30 @@ def answered(path: str, records: list[Record]) -> int:
     if not file.exists():
         return 0
     if not file.is_file():
-        raise UserError(f"--output_jsonl: {path} is no file; name a file")
-    whole = file.read_bytes()
-    whole = whole[: whole.rfind(b"\n") + 1]
-    lines = whole.splitlines()
+        raise UserError(f"--output_jsonl: {path} is not a file; name a file")
+    content = file.read_bytes()
+    complete = content[: content.rfind(b"\n") + 1]
+    lines = complete.splitlines()
     for number, line in enumerate(lines, 1):
         try:
             done = json.loads(line)
-            matches = number <= len(records) and _asked(done) == _asked(records[number - 1]) and "completion" in done
-        except (ValueError, AttributeError):
+            asked = {key: value for key, value in records[number - 1].items() if key not in ADDED_KEYS}
+            matches = "completion" in done and asked == {key: done[key] for key in done if key not in ADDED_KEYS}
+        except (ValueError, IndexError, TypeError):  # not JSON, more lines than prompts, not an object
             matches = False
         if not matches:
             raise UserError(
-                f"--output_jsonl: {path}:{number} is no answer to prompt {number} of the input; name another file, "
-                "or remove it"
+                f"--output_jsonl: {path}:{number} is not an answer to prompt {number} of the input; name another "
+                "file, or remove this one"
             )
-    if file.stat().st_size > len(whole):
-        with file.open("r+b") as cut:
-            cut.truncate(len(whole))
+    if len(content) > len(complete):
+        with file.open("r+b") as incomplete:
+            incomplete.truncate(len(complete))
     return len(lines)
 
 
-def _asked(record: Record) -> Record:
-    return {key: value for key, value in record.items() if key not in ADDED_KEYS}
-
-
 def answer_all(path: str, records: list[Record], start: int, answer: Callable[[int], Record]) -> None:
-    """Append to `path` each record from `start` on, with what `answer` of its number adds to it."""
+    """Append each record from `start` on to `path`, with the keys that `answer(number)` adds."""
     with Path(path).open("a", encoding="utf-8") as out:
         for number in tqdm(range(start, len(records)), initial=start, total=len(records), unit="prompt"):
             out.write(json.dumps({**records[number], **answer(number)}, ensure_ascii=False) + "\n")

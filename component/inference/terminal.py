@@ -1,4 +1,4 @@
-"""How do prompts come from a keyboard or a pipe? Lines with editing and history, or all of standard input."""
+"""How are prompts read from a terminal or a pipe? Lines with editing and history, or all of standard input."""
 
 import contextlib
 import os
@@ -13,12 +13,12 @@ HISTORY_LINES = 1000
 
 
 def prompts(banner: str) -> Iterator[str]:
-    """Lines typed at a terminal after `banner`; until the end of input or /exit.
+    """Yield the lines of standard input that are not blank, until its end or /exit; `banner` prompts for each.
 
-    Ctrl-C at the keyboard empties the line: it may have been meant for an answer that had just ended.
+    At a terminal, Ctrl-C only clears the line: it may have been meant for an answer that had just ended.
 
     Raises:
-        UserError: a line that is no text.
+        UserError: a line that cannot be decoded.
     """
     while True:
         try:
@@ -30,7 +30,7 @@ def prompts(banner: str) -> Iterator[str]:
         except KeyboardInterrupt:
             if not sys.stdin.isatty():
                 raise
-            print("\n(/exit or Ctrl-D leaves)", file=sys.stderr, flush=True)
+            print("\n(/exit or Ctrl-D quits)", file=sys.stderr, flush=True)
             continue
         if line.strip() == "/exit":
             return
@@ -45,7 +45,7 @@ def history_file() -> Path:
 
 @contextlib.contextmanager
 def line_editing() -> Iterator[None]:
-    """Arrow keys and the lines of earlier chats, where standard input is a terminal and Python has readline."""
+    """Line editing and a persistent history, if standard input is a terminal and Python has readline."""
     try:
         import readline
     except ImportError:  # Windows
@@ -54,9 +54,9 @@ def line_editing() -> Iterator[None]:
         yield
         return
     file = history_file()
-    with contextlib.suppress(OSError):  # a history that cannot be kept is no reason not to chat
+    with contextlib.suppress(OSError):  # chat works without a history
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch(mode=0o600)  # what people type is theirs
+        file.touch(mode=0o600)  # prompts are private
         readline.read_history_file(file)
     readline.set_history_length(HISTORY_LINES)
     try:
@@ -67,7 +67,7 @@ def line_editing() -> Iterator[None]:
 
 
 def read_prompt(path: str | None) -> str | None:
-    """A text file's contents, or all of standard input when that is not a terminal; None to ask at the terminal."""
+    """The text of a file, or all of standard input if it is not a terminal; None to prompt at the terminal."""
     if path is not None:
         return read_text_file(path, "--prompt_file")
     if sys.stdin.isatty():
@@ -78,9 +78,8 @@ def read_prompt(path: str | None) -> str | None:
 
 @contextlib.contextmanager
 def readable_input() -> Iterator[None]:
-    """A message for the user who sends bytes that are no text."""
+    """Turn decoding errors of standard input into a UserError."""
     try:
         yield
     except UnicodeDecodeError as error:
-        spelling = error.encoding.upper()
-        raise UserError(f"standard input: no {spelling} text ({error.reason}); convert it") from error
+        raise UserError(f"standard input: not {error.encoding.upper()} ({error.reason}); convert it") from error

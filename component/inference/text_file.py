@@ -1,4 +1,4 @@
-"""What text is in a file that a user brings? Plain text, or the text of a PDF."""
+"""How is the text of a user's document read? From plain text or a PDF."""
 
 import importlib.util
 from pathlib import Path
@@ -10,24 +10,25 @@ def read_text_file(path: str | Path, field: str) -> str:
     """The text of a UTF-8 file, or of the pages of a PDF.
 
     Args:
-        field: where the user named the file, for messages.
+        field: flag or command to name in error messages.
 
     Raises:
-        UserError: no file, no text in it, or bytes that are none.
+        UserError: no such file, a file that cannot be read or decoded, or one without text.
     """
     file = Path(path).expanduser()
     if not file.is_file():
         raise UserError(f"{field}: there is no file {path}; name a text file")
-    text = _pdf_text(file, field) if file.suffix.lower() == ".pdf" else _plain_text(file, field)
+    is_pdf = file.suffix.lower() == ".pdf"
+    text = _pdf_text(file, field) if is_pdf else _plain_text(file, field)
     if not text.strip():
-        cure = "it may hold pictures of pages only: recognise its text first" if file.suffix.lower() == ".pdf" else ""
-        raise UserError(f"{field}: {path} holds no text; {cure or 'name another'}")
+        cure = "if its pages are scans, run OCR first" if is_pdf else "name another"
+        raise UserError(f"{field}: {path} holds no text; {cure}")
     return text
 
 
 def _plain_text(file: Path, field: str) -> str:
     try:
-        return file.read_text(encoding="utf-8-sig")  # a byte order mark is no text
+        return file.read_text(encoding="utf-8-sig")  # without a byte order mark
     except UnicodeDecodeError as error:
         raise UserError(f"{field}: {file} is not UTF-8 ({error.reason}); convert it") from error
     except OSError as error:
@@ -43,9 +44,9 @@ def _pdf_text(file: Path, field: str) -> str:
     try:
         reader = PdfReader(file)
         if reader.is_encrypted and not reader.decrypt(""):
-            raise UserError(f"{field}: {file} is protected by a password; save it without one")
+            raise UserError(f"{field}: {file} is password-protected; save it without a password")
         return "\n\n".join(page.extract_text() for page in reader.pages)
     except (PyPdfError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{field}: {file} is no PDF that can be read ({first_line(error)}); save it anew") from error
+        raise UserError(f"{field}: {file} is not a readable PDF ({first_line(error)}); export it again") from error

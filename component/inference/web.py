@@ -1,4 +1,4 @@
-"""What does the web page look like? A document, how much of the context it takes, and a chat about it."""
+"""What does the web page look like? A document, the share of the context that it takes, and a chat about it."""
 
 import html
 import threading
@@ -24,7 +24,7 @@ footer {display: none !important}
 FILE_TYPES = [".txt", ".md", ".pdf", ".py", ".json", ".csv", ".html", ".tex", ".rst", ".log"]
 LARGEST_FILE = "50mb"
 REFUSE = "refuse"
-REFUSAL = "⚠ "  # begins the line below the chat when a question was not answered
+REFUSAL = "⚠ "  # prefix of the note below the chat if a question was refused
 
 
 def import_gradio() -> Any:
@@ -36,10 +36,10 @@ def import_gradio() -> Any:
 
 
 def meter(tokens: int, context: int, what: str) -> str:
-    """HTML: a bar of how much of the context `what` takes."""
+    """HTML of a bar that shows the share of the context that `what` takes."""
     share = tokens / context
     kind = "meter full" if share >= 1 else "meter"
-    advice = " It does not fit: choose below what to cut." if share >= 1 else ""
+    advice = " It does not fit: choose below how to truncate it." if share >= 1 else ""
     return (
         f"<div>{html.escape(what)}: <b>{tokens:,}</b> of {context:,} tokens of context ({share:.0%}).{advice}</div>"
         f'<div class="{kind}"><div style="width: {min(share, 1):.1%}"></div></div>'
@@ -47,17 +47,17 @@ def meter(tokens: int, context: int, what: str) -> str:
 
 
 class Page:
-    """The handlers of one page; a visitor's state is a dictionary of conversation, document and its name."""
+    """Event handlers of the page; a visitor's state is a dictionary of `conversation`, `document` and its `name`."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.stops: dict[str, threading.Event] = {}
 
     def blank(self) -> str:
-        return f'<div class="quiet">No document. The model reads {self.engine.context:,} tokens at a time.</div>'
+        return f'<div class="quiet">No document. The context is {self.engine.context:,} tokens.</div>'
 
     def open_document(self, path: str | None) -> tuple[dict | None, str, list]:
-        """(state, meter, empty chat) of a visitor who has brought a file, or taken it away."""
+        """(state, meter, empty chat) after a file was uploaded, or removed (None)."""
         if path is None:
             return None, self.blank(), []
         try:
@@ -69,7 +69,7 @@ class Page:
         return {"document": text, "name": name}, self._document_meter(text, name), []
 
     def forget(self, state: dict | None) -> tuple[dict | None, str, list]:
-        """A new conversation about the same document."""
+        """(state, meter, empty chat) of a new conversation about the same document."""
         if not state or not state.get("document"):
             return None, self.blank(), []
         kept = {"document": state["document"], "name": state["name"]}
@@ -82,7 +82,7 @@ class Page:
     def ask(
         self, question: str, chat: list, state: dict | None, settings: dict, visitor: str
     ) -> Iterator[tuple[list, dict, str, str]]:
-        """(chat, state, meter, line below the chat) as the answer grows."""
+        """Yield (chat, state, meter, note below the chat) as the answer grows."""
         state = dict(state or {})
         conversation = state.setdefault("conversation", self._conversation(state))
         stop = self.stops[visitor] = threading.Event()
@@ -96,7 +96,7 @@ class Page:
             usage = self.engine.usage(conversation)
             final = [*shown, {"role": "assistant", "content": answer.text or "(nothing)"}]
             yield final, state, self._usage_meter(conversation, state), f"{usage}{' · ' if ending else ''}{ending}"
-        except (UserError, RuntimeError) as error:  # RuntimeError: out of memory, which the next question may not need
+        except (UserError, RuntimeError) as error:  # RuntimeError: out of memory; a shorter question may fit
             yield chat, state, bar, f"{REFUSAL}{first_line(error)}"
         finally:
             stop.set()
@@ -120,7 +120,7 @@ class Page:
 
 
 def build_page(engine: Engine) -> Any:
-    """The page as Gradio blocks, ready to be launched."""
+    """The page as Gradio blocks, ready to launch."""
     gradio, page, flags = import_gradio(), Page(engine), engine.flags
     with gradio.Blocks(title=TITLE, analytics_enabled=False) as blocks:
         state = gradio.State(None)
@@ -137,11 +137,11 @@ def build_page(engine: Engine) -> Any:
                     show_label=False,
                     height=520,
                     elem_id="chat",
-                    placeholder="Bring a document, and ask about it",
+                    placeholder="Upload a document and ask about it",
                     buttons=["copy"],
                 )
                 note = gradio.Markdown("", elem_id="note", elem_classes="quiet")
-                question = gradio.Textbox(  # of one line at first: only then does Enter send
+                question = gradio.Textbox(  # with more than one line at first, Enter would not send
                     show_label=False,
                     placeholder="Your question; Enter sends it",
                     lines=1,
@@ -157,19 +157,19 @@ def build_page(engine: Engine) -> Any:
 
 
 def _settings(gradio: Any, flags: Any, context: int) -> dict[str, Any]:
-    """The controls of sampling by the names of their flags."""
+    """The generation settings, keyed by flag name."""
     with gradio.Accordion("Settings", open=True):
         longest = min(flags.max_new_tokens, context)
         return {
-            "max_new_tokens": gradio.Slider(1, min(4096, context), longest, step=1, label="Longest answer in tokens"),
-            "do_sample": gradio.Checkbox(flags.do_sample, label="Sample (else the likeliest token each time)"),
+            "max_new_tokens": gradio.Slider(1, min(4096, context), longest, step=1, label="Maximum new tokens"),
+            "do_sample": gradio.Checkbox(flags.do_sample, label="Sample (off: greedy decoding)"),
             "temperature": gradio.Slider(0.05, 2, flags.temperature, step=0.05, label="Temperature"),
             "top_p": gradio.Slider(0.05, 1, flags.top_p, step=0.05, label="Top-p"),
             "repetition_penalty": gradio.Slider(1, 2, flags.repetition_penalty, step=0.05, label="Repetition penalty"),
             "truncate": gradio.Radio(
                 [REFUSE, *TRUNCATIONS],
                 value=flags.truncate or REFUSE,
-                label="Longer than the context? Refuse it, or cut",
+                label="If a prompt is longer than the context",
             ),
         }
 
@@ -187,31 +187,31 @@ def _connect(gradio: Any, page: Page, parts: tuple, settings: dict[str, Any]) ->
         busy = (gradio.update(value=""), gradio.update(interactive=False), gradio.update(interactive=True))
         for row in page.ask(text, shown or [], kept, chosen, request.session_hash):
             yield *row, *busy
-        left = gradio.update(value=text) if row[3].startswith(REFUSAL) else gradio.skip()  # to be asked otherwise
-        yield *row, left, gradio.update(interactive=True), gradio.update(interactive=False)
+        refused = gradio.update(value=text) if row[3].startswith(REFUSAL) else gradio.skip()  # back into the text box
+        yield *row, refused, gradio.update(interactive=True), gradio.update(interactive=False)
 
     def halt(request: gradio.Request) -> None:
         page.stop(request.session_hash)
 
     ask.__annotations__["request"] = gradio.Request
     outputs = [chat, state, bar, note, question, send, stop]
-    for sent in (send.click, question.submit):
-        sent(ask, [question, chat, state, *settings.values()], outputs, concurrency_limit=4, show_progress="hidden")
+    for event in (send.click, question.submit):
+        event(ask, [question, chat, state, *settings.values()], outputs, concurrency_limit=4, show_progress="hidden")
     stop.click(halt, None, None, queue=False)
     upload.change(page.open_document, upload, [state, bar, chat], show_progress="hidden")
-    for forgotten in (clear.click, chat.clear):
-        forgotten(page.forget, state, [state, bar, chat], show_progress="hidden")
+    for event in (clear.click, chat.clear):
+        event(page.forget, state, [state, bar, chat], show_progress="hidden")
 
 
 def serve(engine: Engine, host: str, port: int) -> None:
-    """Until Ctrl-C.
+    """Start the server and return.
 
     Raises:
-        UserError: the address cannot be listened on.
+        UserError: the server cannot listen on the address.
     """
     gradio = import_gradio()
-    plain = ["system-ui", "sans-serif"]
-    theme = gradio.themes.Default(font=plain, font_mono=["monospace"])  # fonts of the visitor's machine: no download
+    fonts = ["system-ui", "sans-serif"]  # of the visitor's machine: nothing is downloaded
+    theme = gradio.themes.Default(font=fonts, font_mono=["monospace"])
     try:
         build_page(engine).launch(
             server_name=host,
@@ -224,4 +224,4 @@ def serve(engine: Engine, host: str, port: int) -> None:
             prevent_thread_lock=True,
         )
     except OSError as error:
-        raise UserError(f"--port: {host}:{port} cannot be listened on ({error}); name another port") from error
+        raise UserError(f"--port: cannot listen on {host}:{port} ({error}); name another port") from error

@@ -1,7 +1,7 @@
-"""Is a merged model the adapter on its base? Their logits side by side, and their perplexities where asked.
+"""Does a merged model equal the adapter on its base? Compares their logits on a fixed text.
 
-The two differ by rounding: the sum of weight and adapter is rounded once to the type of the result, a relative 2^-11
-in fp16 and 2^-8 in bf16, where the adapter on its base keeps the two apart.
+They differ only by rounding: the merge rounds the sum of weight and adapter once to the dtype of the result (relative
+error 2^-11 in fp16, 2^-8 in bf16), while the unmerged model keeps the two apart.
 """
 
 import math
@@ -26,31 +26,31 @@ TEXT = (
     "pressed together until they fit, it has to learn to tell neighbours apart that stand closer than before. 1, 2, "
     "3, and so on: every number comes after the one that it comes after. "
 )
-# the mean difference as a share of the logits' own standard deviation; a forgotten norm or matrix lies far above
+# mean logit difference as a share of the logits' standard deviation; a missing norm or matrix exceeds it by far
 BOUNDS = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 8e-2}
-PATIENCE = 5e13  # floating-point operations that a CPU is given without being asked: some minutes on two cores
+CPU_FLOPS_LIMIT = 5e13  # of both models per length, for `auto` on a CPU: some minutes on two cores
 
 
 @dataclass
 class Agreement:
-    """How far the logits of two models are apart on a text of `tokens` tokens."""
+    """Difference between the logits of two models on `tokens` tokens."""
 
     tokens: int
     largest: float
     mean: float
-    spread: float  # the standard deviation of the first one's logits
+    spread: float  # standard deviation of the first model's logits
     same_argmax: float  # share of positions
 
     def __str__(self) -> str:
         return (
             f"{self.tokens:>7} tokens: logits differ by {self.largest:.2g} at most and {self.mean:.2g} on average "
-            f"({self.mean / self.spread:.2%} of their spread); same first choice at {self.same_argmax:.2%}"
+            f"({self.mean / self.spread:.2%} of their standard deviation); same top-1 token at {self.same_argmax:.2%}"
         )
 
 
 @torch.no_grad()
 def agreement(first: PreTrainedModel, second: PreTrainedModel, ids: torch.Tensor) -> Agreement:
-    """Of two models on one device on `ids` (1, T); logits exist for a chunk of tokens at a time."""
+    """Compare two models on one device on `ids` (1, T), a chunk of logits at a time."""
     largest, gaps, same, count = 0.0, 0.0, 0, 0
     total = square = 0.0
     for ours, theirs in zip(chunked_logits(first, ids), chunked_logits(second, ids), strict=True):
@@ -66,62 +66,54 @@ def agreement(first: PreTrainedModel, second: PreTrainedModel, ids: torch.Tensor
 
 
 def fixed_ids(tokenizer: PreTrainedTokenizerBase, tokens: int) -> torch.Tensor:
-    """(1, tokens): the fixed text, as often as it takes."""
+    """(1, tokens): a fixed text, repeated as often as needed."""
     ids: list[int] = tokenizer(TEXT).input_ids
     return torch.tensor([(ids * math.ceil(tokens / len(ids)))[:tokens]])
 
 
-def check_lengths(plan: MergePlan) -> list[int]:
-    """A short text, and as long a one as the merged model is made for."""
-    longest = context_length(plan.config)
-    return sorted({min(SHORT, longest), longest})
-
-
-def _needed(plan: MergePlan, tokens: int, dtype: torch.dtype) -> float:
-    """Bytes for both models and what they compute on `tokens` tokens, generously."""
+def _needed_bytes(plan: MergePlan, tokens: int, dtype: torch.dtype) -> float:
+    """Upper estimate for both models and their activations on `tokens` tokens."""
     config = plan.config
     wide = 8 * config.hidden_size + 4 * config.intermediate_size
     return 1.1 * dtype.itemsize * (2 * plan.parameters + tokens * wide) + 3 * 4 * min(tokens, 1024) * config.vocab_size
 
 
-def place_for_check(plan: MergePlan, tokens: int) -> torch.device | None:
-    """Where both models fit at once, the GPU first; None where they do not."""
+def device_for_check(plan: MergePlan, tokens: int) -> torch.device | None:
+    """The GPU or else the CPU, whichever holds both models at the same time; None if neither does."""
     device = default_device()
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info()
-        if _needed(plan, tokens, inference_dtype(device)) < free:
+        if _needed_bytes(plan, tokens, inference_dtype(device)) < free:
             return device
     cpu = torch.device("cpu")
-    return cpu if _needed(plan, tokens, torch.float32) < psutil.virtual_memory().available else None
+    return cpu if _needed_bytes(plan, tokens, torch.float32) < psutil.virtual_memory().available else None
 
 
-def lengths_to_check(plan: MergePlan, check: str, again: str) -> tuple[list[int], torch.device]:
-    """The lengths that are checked and where; says what is left out, and with which words it is done later.
+def lengths_to_check(plan: MergePlan, check: str, flags: str) -> tuple[list[int], torch.device]:
+    """The text lengths to check (short, and the extended context) and the device; prints what is skipped.
 
     Args:
         check: one of `CHECKS`.
-        again: the flags that check what this program is about to write.
+        flags: of the command that checks this merge later, to be printed.
     """
-    lengths = check_lengths(plan)
+    longest = context_length(plan.config)
+    lengths = sorted({min(SHORT, longest), longest})
     chosen = [] if check == "no" else lengths
-    place = place_for_check(plan, lengths[-1])
-    if check == "auto" and place is None:
-        needed, free = _needed(plan, lengths[-1], torch.float32), psutil.virtual_memory().available
+    device = device_for_check(plan, longest)
+    later = f"python script/merge_lora.py {flags} --check only"
+    if check == "auto" and device is None:
+        needed, free = _needed_bytes(plan, longest, torch.float32), psutil.virtual_memory().available
         print(
-            f"not checked against the adapter: that takes {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are "
-            f"free; where there is more: python script/merge_lora.py {again} --check only",
+            f"not checked against the adapter: the check needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB "
+            f"are free; on a larger machine run: {later}",
             file=sys.stderr,
         )
         chosen = []
-    elif check == "auto" and place is not None and place.type == "cpu":
-        chosen = [length for length in lengths if 2 * 2 * plan.parameters * length < PATIENCE]
+    elif check == "auto" and device is not None and device.type == "cpu":
+        chosen = [length for length in lengths if 2 * 2 * plan.parameters * length < CPU_FLOPS_LIMIT]
         for length in lengths[len(chosen) :]:
-            print(
-                f"not checked at {length} tokens, which takes long without a GPU; to do it: "
-                f"python script/merge_lora.py {again} --check only",
-                file=sys.stderr,
-            )
-    return chosen, place or default_device()
+            print(f"not checked at {length} tokens, which is slow without a GPU; to check: {later}", file=sys.stderr)
+    return chosen, device or default_device()
 
 
 def check_merged(
@@ -132,10 +124,10 @@ def check_merged(
     lengths: list[int],
     device: torch.device,
 ) -> list[Agreement]:
-    """Print how far the merged model is from the adapter on its base, at each of `lengths` tokens.
+    """Compare a merged model with the adapter on its base at each of `lengths` tokens, and print the differences.
 
     Raises:
-        UserError: further than rounding takes it.
+        UserError: they differ by more than rounding.
     """
     if not lengths:
         return []
@@ -143,7 +135,7 @@ def check_merged(
     adapted, merged = load_adapted(dtype=dtype, device=device), load_merged(dtype=dtype, device=device)
     bound = max(BOUNDS[dtype], BOUNDS[plan.dtype])
     found = []
-    print(f"merged model against the adapter on its base, in {str(dtype).removeprefix('torch.')} on {device.type}:")
+    print(f"merged model and adapter on its base compared in {str(dtype).removeprefix('torch.')} on {device.type}:")
     for length in lengths:
         found.append(agreement(adapted, merged, fixed_ids(tokenizer, length).to(device)))
         print(found[-1], flush=True)
@@ -152,8 +144,8 @@ def check_merged(
     for result in found:
         if not result.mean <= bound * result.spread:
             raise UserError(
-                f"--check: at {result.tokens} tokens the merged model's logits are {result.mean / result.spread:.2%} "
-                f"of their spread away from the adapter's, and rounding explains {bound:.1%}; use --dtype float32, "
-                "and if that is no nearer, merge with PEFT itself and tell us"
+                f"--check: at {result.tokens} tokens the merged model's logits differ from the adapter's by "
+                f"{result.mean / result.spread:.2%} of their standard deviation, and rounding explains {bound:.1%}; "
+                "use --dtype float32, and if they still differ, merge with PEFT and report the problem"
             )
     return found

@@ -7,7 +7,7 @@
         theirs=MODEL:ADAPTER@8192 --seq_len 2048 4096 8192 --data_path FILE.bin --output_json comparison.json
     torchrun --nproc_per_node 4 script/evaluate/evaluate.py ...       # windows shared by 4 GPUs, the same result
 
-Tables for people; --output_json FILE for programs. component/evaluate/perplexity.py says what the protocols measure.
+Prints tables; --output_json FILE writes all results. component/evaluate/perplexity.py defines the protocols.
 """
 
 import argparse
@@ -41,23 +41,26 @@ from component.storage.result import check_result_file, origin, write_json
 def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_flags(parser)
-    several = "several models instead, one after the other: NAME=MODEL, NAME=MODEL:ADAPTER, @TOKENS to stretch it"
+    several = "several models instead: NAME=MODEL or NAME=MODEL:ADAPTER, with @TOKENS to scale a plain base"
     parser.add_argument("--compare", nargs="+", metavar="NAME=MODEL", help=several)
-    parser.add_argument("--data_path", required=True, help=".bin file: token ids in uint16, uint32 above 65535 tokens")
-    parser.add_argument("--seq_len", type=int, nargs="+", default=[8192], help="tokens per window, one or several")
-    parser.add_argument("--sliding_window", type=int, help="tokens from window to window (default: seq_len)")
-    parser.add_argument("--protocol", default="longlora", choices=PROTOCOLS, help="what is averaged (longlora)")
-    parser.add_argument("--position_buckets", type=int, default=16, help="perplexity by position; 0: without (16)")
-    parser.add_argument("--batch_size", type=int, default=1, help="windows at a time")
+    data = ".bin file of token ids: uint16, or uint32 for vocabularies above 65535"
+    parser.add_argument("--data_path", required=True, help=data)
+    parser.add_argument("--seq_len", type=int, nargs="+", default=[8192], help="tokens per window (default 8192)")
+    parser.add_argument("--sliding_window", type=int, help="stride in tokens (default: seq_len)")
+    parser.add_argument("--protocol", default="longlora", choices=PROTOCOLS, help="default longlora")
+    parser.add_argument("--position_buckets", type=int, default=16, help="buckets by position; 0: none (default 16)")
+    parser.add_argument("--batch_size", type=int, default=1, help="windows at a time (default 1)")
     parser.add_argument("--low_rank_training", **BOOLEAN, help="the original's name for --load_in_4bit")
     return parser.parse_args()
 
 
 def check_flags(flags: argparse.Namespace) -> list[ModelSpec]:
-    """Refuse what can be told to be wrong before a model is loaded; the models to measure."""
-    alone = [name for name in ("base_model", "peft_model", "context_size") if getattr(flags, name)]
-    if flags.compare and alone:
-        raise UserError(f"--{alone[0]}: {getattr(flags, alone[0])} beside --compare; name it there, or leave one out")
+    """Check the flags before a model is loaded; returns the models to measure."""
+    single = [name for name in ("base_model", "peft_model", "context_size") if getattr(flags, name)]
+    if flags.compare and single:
+        raise UserError(
+            f"--{single[0]}: {getattr(flags, single[0])} beside --compare; name it there, or leave one of them out"
+        )
     if not flags.compare and not flags.base_model and not flags.peft_model:
         raise UserError("--base_model: missing; name a model, an adapter with --peft_model, or several with --compare")
     check_at_least(flags, 2, "seq_len")
@@ -72,7 +75,7 @@ def check_flags(flags: argparse.Namespace) -> list[ModelSpec]:
 
 
 def measure(spec: ModelSpec, tokenizer: str, flags: argparse.Namespace) -> tuple[dict, list[Perplexity]]:
-    """Load one model and measure it at every length; its setting and its results."""
+    """Load one model and measure it at every length; returns its description and its results."""
     in_4bit = flags.load_in_4bit or flags.low_rank_training
     model = load_model_spec(spec, load_in_4bit=in_4bit, dtype=flags.dtype)
     tokens, index = read_tokens(flags.data_path, model.config.vocab_size), read_index(flags.data_path)
@@ -87,7 +90,7 @@ def measure(spec: ModelSpec, tokenizer: str, flags: argparse.Namespace) -> tuple
     }
     say("\n".join(f"{name:<14} {value}" for name, value in setting.items() if value is not None))
     strides = [flags.sliding_window or seq_len for seq_len in flags.seq_len]
-    for seq_len, stride in zip(flags.seq_len, strides, strict=True):  # all, before the first is measured for hours
+    for seq_len, stride in zip(flags.seq_len, strides, strict=True):  # refuses any length before the first is measured
         plan_windows(len(tokens), seq_len, stride, flags.protocol)
     results = []
     for seq_len, stride in zip(flags.seq_len, strides, strict=True):
@@ -104,8 +107,8 @@ def measure(spec: ModelSpec, tokenizer: str, flags: argparse.Namespace) -> tuple
             )
         except torch.OutOfMemoryError as error:
             raise UserError(
-                f"--seq_len: {seq_len} tokens at --batch_size {flags.batch_size} do not fit into the GPU's memory "
-                f"({first_line(error)}); use --load_in_4bit, or a smaller one of the two"
+                f"--seq_len: {seq_len} tokens at --batch_size {flags.batch_size} do not fit into GPU memory "
+                f"({first_line(error)}); use --load_in_4bit, or reduce one of the two"
             ) from error
         results.append(result)
     return setting, results
@@ -117,7 +120,7 @@ def say(text: str) -> None:
 
 
 def show(results: dict[str, list[Perplexity]], flags: argparse.Namespace) -> None:
-    """What is left to say when all models are measured."""
+    """Print the tables over all models."""
     if flags.compare:
         say("\n" + comparison(results))
     if flags.position_buckets:
@@ -144,9 +147,9 @@ def main() -> None:
             say(length_table(rows))
         show(results, flags)
         if flags.output_json and is_first_process():
-            shared = {"data_path": flags.data_path, "protocol": flags.protocol}
-            only = {name: value for name, value in models[0].items() if name != "name"}
-            write_json(flags.output_json, {**({**shared, "models": models} if flags.compare else only), **origin()})
+            shared = {"data_path": flags.data_path, "protocol": flags.protocol, "models": models}
+            single = {name: value for name, value in models[0].items() if name != "name"}
+            write_json(flags.output_json, {**(shared if flags.compare else single), **origin()})
 
 
 if __name__ == "__main__":

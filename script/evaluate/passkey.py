@@ -1,12 +1,11 @@
-"""Passkey retrieval: can a model find a number again, by length of the text and by depth of the number in it?
+"""Passkey retrieval: can a model retrieve a number from a long text, by text length and depth of the number?
 
     python script/evaluate/passkey.py --base_model MODEL --peft_model ADAPTER --lengths 4096 8192 16384 32768 \\
         --depths 11 --trials 5 --output_json passkey.json --figure passkey.png
     python script/evaluate/passkey.py --base_model output/RUN-merged --lengths 1024 2048 4096 --load_in_4bit
 
-Every prompt has exactly the tokens it was asked to have (component/evaluate/passkey.py). Decoding is greedy, with a
-key-value cache. An answer is right if its first number is the key, no digit more or less. The same seed draws the same
-keys.
+Every prompt has exactly the requested length (component/evaluate/passkey.py). Decoding is greedy with a KV cache. An
+answer is correct if its first number is exactly the key. The same seed gives the same keys.
 """
 
 import argparse
@@ -37,18 +36,20 @@ from component.tokenizer import load_tokenizer
 def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_flags(parser)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192], help="tokens of a prompt")
-    depths = "how many, from the first line (0) to the last (1), or a list of places such as 0 0.25 0.5 (11)"
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192], help="prompt lengths in tokens"
+    )
+    depths = "number of depths from the first line (0) to the last (1), or a list such as 0 0.25 0.5 (default 11)"
     parser.add_argument("--depths", type=float, nargs="+", default=[11.0], help=depths)
-    parser.add_argument("--trials", type=int, default=5, help="prompts per length and depth, each its own key (5)")
-    parser.add_argument("--seed", type=int, default=42, help="of the keys (42)")
-    parser.add_argument("--offload_cache", **BOOLEAN, help="keys and values in host memory: longer prompts, slower")
+    parser.add_argument("--trials", type=int, default=5, help="prompts per length and depth (default 5)")
+    parser.add_argument("--seed", type=int, default=42, help="seed of the keys (default 42)")
+    parser.add_argument("--offload_cache", **BOOLEAN, help="KV cache in CPU memory: longer prompts, slower")
     parser.add_argument("--figure", help="PNG file for the heat map")
     return parser.parse_args()
 
 
 def check_flags(flags: argparse.Namespace) -> list[float]:
-    """Refuse what makes no sense before a model is loaded; the depths."""
+    """Check the flags before a model is loaded; returns the depths."""
     if not flags.base_model and not flags.peft_model:
         raise UserError("--base_model: missing; name a model, or an adapter with --peft_model")
     check_at_least(flags, 1, "lengths", "trials", "context_size")
@@ -59,7 +60,7 @@ def check_flags(flags: argparse.Namespace) -> list[float]:
         return even_depths(int(count))
     outside = [depth for depth in flags.depths if not 0 <= depth <= 1]
     if outside:
-        raise UserError(f"--depths: {outside[0]:g}; use one whole number of depths, or places from 0 to 1")
+        raise UserError(f"--depths: {outside[0]:g}; use one whole number, or depths from 0 to 1")
     return sorted(set(flags.depths))
 
 
@@ -77,7 +78,7 @@ def measure(model, tokenizer, depths: list[float], flags: argparse.Namespace) ->
         except torch.OutOfMemoryError as error:
             length = flags.lengths[len(trials) // (len(depths) * flags.trials)]
             raise UserError(
-                f"--lengths: {length} tokens do not fit into the GPU's memory ({first_line(error)}); "
+                f"--lengths: {length} tokens do not fit into GPU memory ({first_line(error)}); "
                 "use --load_in_4bit, --offload_cache, or shorter prompts"
             ) from error
     return trials
@@ -89,10 +90,10 @@ def main() -> None:
     depths = check_flags(flags)
     flags.lengths = sorted(set(flags.lengths))
     spec = ModelSpec(None, flags.base_model, flags.peft_model, flags.context_size)
-    _, own, is_ours = resolve_model(flags.base_model, flags.peft_model, "base_model", "peft_model")
-    extended_config_of(own, flags.context_size, is_fixed=is_ours, field="base_model")
-    tokenizer = load_tokenizer(own, field="base_model")
-    PromptMaker(tokenizer).prompt(flags.lengths[0], 0.0, str(KEYS[-1]))  # refused before anything is loaded
+    _, source, is_ours = resolve_model(flags.base_model, flags.peft_model, "base_model", "peft_model")
+    extended_config_of(source, flags.context_size, is_fixed=is_ours, field="base_model")
+    tokenizer = load_tokenizer(source, field="base_model")
+    PromptMaker(tokenizer).prompt(flags.lengths[0], 0.0, str(KEYS[-1]))  # refuses too short a length before loading
     model = load_model_spec(spec, load_in_4bit=flags.load_in_4bit, dtype=flags.dtype)
     setting = {"base_model": flags.base_model, "peft_model": flags.peft_model}
     setting |= {**describe_model(model, flags.load_in_4bit), "decoding": "greedy", "seed": flags.seed}
@@ -104,7 +105,7 @@ def main() -> None:
         [f"{100 * depth:.0f} %", *(f"{100 * share:.0f} %" for share in row)]
         for depth, row in zip(depths, shares, strict=True)
     ]
-    print(grid(["depth, found at tokens of", *map(str, flags.lengths)], rows), flush=True)
+    print(grid(["depth, accuracy at tokens of", *map(str, flags.lengths)], rows), flush=True)
     if flags.figure:
         draw(shares, depths, flags.lengths, context_length(model.config), flags.figure)
     if flags.output_json:

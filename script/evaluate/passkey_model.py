@@ -1,11 +1,10 @@
-"""Train a small Llama that finds pass keys up to a length and not beyond: shows that the measurement can see both.
+"""Train a small Llama that retrieves passkeys up to a length only: shows that passkey.py sees success and failure.
 
     python script/evaluate/passkey_model.py --output output/passkey-model
     python script/evaluate/passkey.py --base_model output/passkey-model --lengths 64 128 256 512 1024 --depths 9
 
-It reads nothing but prompts of component/evaluate/passkey.py, of random length and depth, short ones first. Its
-tokenizer is made here too: words of the prompt, and digits one by one. Writes an ordinary model folder with
-passkey_model.json.
+Trained only on the prompts of component/evaluate/passkey.py, of random length and depth, short ones first, with a
+tokenizer trained on them that splits digits. Writes an ordinary model folder with passkey_model.json.
 """
 
 import argparse
@@ -29,15 +28,15 @@ from component.storage.result import origin, write_json
 from script.shared.pretraining import build_model, train_tokenizer
 
 WARMUP_STEPS = 50
-EVERYTHING_ELSE = 0.05  # what a token that is no copy of the key weighs in the loss
+OTHER_WEIGHT = 0.05  # loss weight of tokens that do not copy the key
 
 
 def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
-    parser.add_argument("--length", type=int, default=256, help="tokens of the longest prompt trained on (256)")
-    parser.add_argument("--steps", type=int, default=700, help="steps (700)")
-    parser.add_argument("--tokens_per_step", type=int, default=6144, help="tokens of all prompts of a step (6144)")
+    parser.add_argument("--length", type=int, default=256, help="tokens of the longest prompt (default 256)")
+    parser.add_argument("--steps", type=int, default=700, help="optimizer steps (default 700)")
+    parser.add_argument("--tokens_per_step", type=int, default=6144, help="tokens per batch (default 6144)")
     parser.add_argument("--hidden_size", type=int, default=128)
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
@@ -46,29 +45,28 @@ def parse_flags() -> argparse.Namespace:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE learnt from the prompt's own lines; <s> stands before every text, digits stand alone."""
+    """Byte-level BPE trained on the lines of the prompts; adds <s> and splits digits."""
     texts = [INTRODUCTION, *FILLER, NEEDLE, QUESTION] * 2
     return train_tokenizer(texts, 512, None, split_digits=True, show_progress=False)
 
 
 def batch(maker: PromptMaker, rows: int, length: int, draw: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompts with their answers, (rows, length + answer), and what each token weighs in the loss."""
+    """Token ids of prompts with answers, (rows, length + answer), and the loss weight of each token."""
     ids, weights = [], []
     for _ in range(rows):
         key = str(draw.choice(KEYS))
         prompt = maker.prompt(length, draw.random(), key)
         answer = maker.tokens_of(f" {key}.")
-        weight = [EVERYTHING_ELSE] * length + [1.0] * len(answer)
-        again = len(maker.tokens_of(f" {key} is the pass key."))  # the needle says the key twice
-        start = prompt.needle_end - again
-        weight[start : start + len(answer)] = [1.0] * len(answer)
+        weight = [OTHER_WEIGHT] * length + [1.0] * len(answer)
+        second_key = prompt.needle_end - len(maker.tokens_of(f" {key} is the pass key."))  # the needle repeats the key
+        weight[second_key : second_key + len(answer)] = [1.0] * len(answer)
         ids.append(prompt.ids + answer)
         weights.append(weight)
     return torch.tensor(ids), torch.tensor(weights)
 
 
 def longest_now(step: int, steps: int, shortest: int, longest: int) -> int:
-    """Short prompts first: copying is learnt at near distances, then stretched; full length from the middle on."""
+    """Length curriculum: copying is learned at short distances first; full length from half of the steps on."""
     return round(shortest * (longest / shortest) ** min(1.0, 2.0 * step / steps))
 
 
@@ -79,10 +77,10 @@ def weighted_loss(model: LlamaForCausalLM, ids: torch.Tensor, weights: torch.Ten
 
 
 def train(model: LlamaForCausalLM, maker: PromptMaker, flags: argparse.Namespace) -> list[dict]:
-    """Adam over `flags.steps` steps, learning rate up and then down along a cosine; the losses on the way."""
+    """AdamW with linear warmup and cosine decay; returns the loss curve."""
     shortest = len(maker.start) + len(maker.tokens_of(NEEDLE.format(key=KEYS[-1]))) + len(maker.question)
     if flags.length <= shortest:
-        raise UserError(f"--length: {flags.length}; a prompt has more than {shortest} tokens")
+        raise UserError(f"--length: {flags.length}; use more than {shortest} tokens, the shortest prompt")
     draw, curve, start = random.Random(flags.seed), [], time.monotonic()
     optimizer = torch.optim.AdamW(model.parameters(), lr=flags.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     for step in range(flags.steps):

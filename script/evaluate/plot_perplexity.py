@@ -1,10 +1,10 @@
-"""Draw what script/evaluate/evaluate.py measured: perplexity by length of the window, and by position in it.
+"""Plot results of script/evaluate/evaluate.py: perplexity by window length and by position in the window.
 
     python script/evaluate/plot_perplexity.py comparison.json --output perplexity.png
     python script/evaluate/plot_perplexity.py base.json ours.json --names base LongQLoRA --output perplexity.png
 
-Any number of result files, each of one model or of several (--compare). The right panel shows the longest length that
-all models were measured at; without positions (--position_buckets 0) there is only the left one.
+Takes any number of result files, each of one model or several (--compare). The right panel shows the longest length
+that all models share; without results by position (--position_buckets 0) there is no right panel.
 """
 
 import argparse
@@ -24,8 +24,8 @@ from component.error import UserError
 from component.evaluate.figure import draw_lengths, draw_positions, finish, longest_shared
 from component.storage.result import check_result_file, save_figure
 
-# Okabe and Ito's colours: told apart by every kind of eye
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+# the palette of Okabe and Ito, which is safe for color-blind readers
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 MARKERS = "osD^vPX"
 
 
@@ -33,7 +33,7 @@ def read_models(files: list[Path], names: list[str] | None) -> list[dict[str, An
     """The models of all result files, each with its name.
 
     Raises:
-        UserError: a file that is no result, too few or too many names, or results of different protocols.
+        UserError: a file that is not a result, too few or too many names, or results of different protocols.
     """
     models: list[dict[str, Any]] = []
     for file in files:
@@ -42,16 +42,15 @@ def read_models(files: list[Path], names: list[str] | None) -> list[dict[str, An
             found = result.get("models", [result])
             models += [{"name": model.get("name") or file.stem, **_checked(model)} for model in found]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{file}: no result of evaluate.py ({type(error).__name__}: {error}); make it again"
-            ) from error
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(f"{file}: not a result of evaluate.py ({reason}); use its --output_json") from error
     if names and len(names) != len(models):
         raise UserError(f"--names: {len(names)} for {len(models)} models; name each")
     for model, name in zip(models, names or [], strict=False):
         model["name"] = name
     protocols = sorted({model["protocol"] for model in models})
     if len(protocols) > 1:
-        raise UserError(f"results of the protocols {', '.join(protocols)} cannot be compared; measure them by one")
+        raise UserError(f"results of the protocols {', '.join(protocols)} cannot be compared; measure with one")
     return models
 
 
@@ -69,7 +68,7 @@ def draw(models: list[dict[str, Any]], file: Path) -> None:
         1, panels, figsize=(5.6 * panels, 4.5), layout="constrained", squeeze=False, sharey=True
     )
     for place, model in enumerate(models):
-        style = {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)], "markersize": 5}
+        style = {"color": COLORS[place % len(COLORS)], "marker": MARKERS[place % len(MARKERS)], "markersize": 5}
         draw_lengths(axes[0, 0], model, style)
         if length:
             draw_positions(axes[0, 1], model, length, style)
@@ -79,7 +78,7 @@ def draw(models: list[dict[str, Any]], file: Path) -> None:
     axes[0, 0].set_xscale("log", base=2)
     axes[0, 0].set_xticks(lengths, [str(length) for length in lengths])
     axes[0, 0].minorticks_off()
-    axes[0, 0].set(title="by length of the window", xlabel="tokens of the window", ylabel="perplexity")
+    axes[0, 0].set(title="by window length", xlabel="tokens per window", ylabel="perplexity")
     if length:
         axes[0, 1].set(title=f"by position in windows of {length} tokens", xlabel="position in the window")
         axes[0, 1].set_xlim(0, length)
@@ -87,7 +86,7 @@ def draw(models: list[dict[str, Any]], file: Path) -> None:
     handles, labels = axes[0, 0].get_legend_handles_labels()
     legend = figure.legend(handles, labels, loc="outside lower center", ncols=min(len(models), 4), frameon=False)
     for text in legend.get_texts():
-        text.set_parse_math(False)  # names may hold dollars
+        text.set_parse_math(False)  # names may contain dollar signs
     data = ", ".join(sorted({Path(model["data_path"]).name for model in models}))
     figure.suptitle(f"Perplexity on {data}, protocol {models[0]['protocol']}", fontsize=11, parse_math=False)
     save_figure(figure, file)
@@ -98,8 +97,10 @@ def draw(models: list[dict[str, Any]], file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+", help="JSON files that evaluate.py wrote")
-    parser.add_argument("--names", nargs="+", help="one per model, in the order of the files")
-    parser.add_argument("--output", type=Path, default=Path("perplexity.png"), help="PNG file (perplexity.png)")
+    parser.add_argument("--names", nargs="+", help="new names of the models, in the order of the files")
+    parser.add_argument(
+        "--output", type=Path, default=Path("perplexity.png"), help="PNG file (default perplexity.png)"
+    )
     flags = parser.parse_args()
     check_result_file(str(flags.output), "--output")
     draw(read_models(flags.results, flags.names), flags.output)

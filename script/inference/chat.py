@@ -1,11 +1,11 @@
-"""Chat with an extended model, with the template that instruction tuning used.
+"""Chat with an extended model, in the chat template that instruction tuning used.
 
     cd script/inference && python chat.py                             # the newest run
     python script/inference/chat.py --model_name_or_path MODEL
     printf 'first question\\nsecond question\\n' | python script/inference/chat.py
 
-One turn per line; the conversation is kept until /clear, /exit or the end of input leaves. /file PATH puts a text or a
-PDF in front of the next question, /save FILE keeps the conversation, /help lists the commands. Ctrl-C stops an answer.
+One question per line. /file PATH puts a text or a PDF in front of the next question, /save FILE writes the
+conversation, /clear forgets it, /help lists the commands. Ctrl-C stops an answer; /exit or the end of input quits.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def say(text: str) -> None:
 def take_turn(
     line: str, model: PreTrainedModel, conversation: Conversation, cache: PromptCache, flags: argparse.Namespace
 ) -> None:
-    """Obey a command, or answer a question."""
+    """Run a command, or answer a question."""
     if is_command(line):
         say(run_command(line, conversation))
         return
@@ -57,17 +57,17 @@ def main() -> None:
     model, tokenizer = load_from_flags(flags)
     conversation = Conversation(tokenizer, recorded_template(tokenizer))
     cache = PromptCache(model.config, flags.cache_implementation)
-    is_typed = sys.stdin.isatty()
-    if is_typed:
+    is_terminal = sys.stdin.isatty()
+    if is_terminal:
         say("/help lists the commands")
     with line_editing():
-        for line in prompts("USER: " if is_typed else ""):
+        for line in prompts("USER: " if is_terminal else ""):
             try:
                 take_turn(line, model, conversation, cache, flags)
             except UserError as error:
-                if not is_typed:
+                if not is_terminal:
                     raise
-                print(f"error: {error}", file=sys.stderr, flush=True)
+                say(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Continue texts with an extended model: full attention, a key-value cache, streamed.
+"""Continue texts with an extended model: full attention, KV cache, streamed output.
 
     cd script/inference && python inference.py                        # the newest run; prompts typed line by line
     python script/inference/inference.py --prompt "Once upon a time"
@@ -6,9 +6,9 @@
     cat book.txt | python script/inference/inference.py --model_name_or_path MODEL
     python script/inference/inference.py --input_jsonl prompts.jsonl --output_jsonl answers.jsonl
 
-Standard input that is not a terminal is one prompt; the text alone goes to standard output. In a JSONL file each line
-has a "prompt" ("text" and "input" do as well); each line of the output has its "completion" too. Started again, a run
-goes on behind the last line that is whole.
+Standard input that is not a terminal is one prompt; only the generated text goes to standard output. Each line of a
+JSONL file has a "prompt" (or "text", or "input"); the output adds its "completion". A restarted run continues after
+the last complete line.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from component.inference.context import describe_context, free_context, truncate
 from component.inference.flags import generation_parser, load_from_flags
 from component.inference.generate import Stopped, generate, stream_generation
 from component.inference.kv_cache import PromptCache
-from component.inference.prompt_file import Record, answer_all, answered, read_prompts
+from component.inference.prompt_file import Record, answer_all, count_answered, read_prompts
 from component.inference.terminal import line_editing, prompts, read_prompt
 
 
@@ -35,41 +35,45 @@ def parse() -> argparse.Namespace:
     source.add_argument("--prompt", help="the text to continue")
     source.add_argument("--prompt_file", help="a text file or a PDF to continue")
     source.add_argument("--input_jsonl", help="many prompts, one JSON object per line")
-    parser.add_argument("--output_jsonl", help="where their continuations go")
+    parser.add_argument("--output_jsonl", help="file for their completions")
     flags = parser.parse_args()
     if (flags.input_jsonl is None) != (flags.output_jsonl is None):
         raise UserError("--input_jsonl and --output_jsonl belong together; give both or none")
     return flags
 
 
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 def continue_one(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, flags: argparse.Namespace
 ) -> None:
     prompt_ids = truncate_prompt(model, tokenizer(prompt).input_ids, flags)
-    print(describe_context(model, len(prompt_ids)), file=sys.stderr, flush=True)
+    say(describe_context(model, len(prompt_ids)))
     cache = PromptCache(model.config, flags.cache_implementation)
     answer = stream_generation(model, tokenizer, prompt_ids, flags, cache)
     used = len(prompt_ids) + len(tokenizer(answer, add_special_tokens=False).input_ids)
-    print(describe_context(model, used, cache), file=sys.stderr, flush=True)
+    say(describe_context(model, used, cache))
 
 
 def continue_file(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    asked: list[tuple[str, Record]],
+    requests: list[tuple[str, Record]],
     flags: argparse.Namespace,
 ) -> None:
-    records = [record for _, record in asked]
-    start = answered(flags.output_jsonl, records)
-    rows = [truncate_prompt(model, tokenizer(prompt).input_ids, flags) for prompt, _ in asked]
-    for number, row in enumerate(rows, 1):
-        free_context(model, row, f"{flags.input_jsonl}: prompt {number}")
+    records = [record for _, record in requests]
+    start = count_answered(flags.output_jsonl, records)
+    prompt_ids = [truncate_prompt(model, tokenizer(prompt).input_ids, flags) for prompt, _ in requests]
+    for number, ids in enumerate(prompt_ids, 1):
+        free_context(model, ids, f"{flags.input_jsonl}: prompt {number}")
 
     def answer(number: int) -> Record:
-        set_seed(flags.seed + number)  # a run that goes on draws what an unbroken one draws
-        text = generate(model, tokenizer, rows[number], flags, lambda piece: None)
+        set_seed(flags.seed + number)  # a resumed run samples what an uninterrupted one would
+        text = generate(model, tokenizer, prompt_ids[number], flags, lambda piece: None)
         tokens = len(tokenizer(text, add_special_tokens=False).input_ids)
-        return {"completion": text, "prompt_tokens": len(rows[number]), "completion_tokens": tokens}
+        return {"completion": text, "prompt_tokens": len(prompt_ids[number]), "completion_tokens": tokens}
 
     answer_all(flags.output_jsonl, records, start, answer)
 
@@ -77,10 +81,10 @@ def continue_file(
 @exit_on_user_error
 def main() -> None:
     flags = parse()
-    asked = read_prompts(flags.input_jsonl) if flags.input_jsonl else []
+    requests = read_prompts(flags.input_jsonl) if flags.input_jsonl else []
     model, tokenizer = load_from_flags(flags)
     if flags.input_jsonl:
-        continue_file(model, tokenizer, asked, flags)
+        continue_file(model, tokenizer, requests, flags)
         return
     text = flags.prompt if flags.prompt is not None else read_prompt(flags.prompt_file)
     if text is not None:
@@ -92,9 +96,9 @@ def main() -> None:
             try:
                 continue_one(model, tokenizer, prompt, flags)
             except Stopped:
-                print("(stopped)", file=sys.stderr, flush=True)
-            except UserError as error:  # the next line may be better
-                print(f"error: {error}", file=sys.stderr, flush=True)
+                say("(stopped)")
+            except UserError as error:
+                say(f"error: {error}")
 
 
 if __name__ == "__main__":

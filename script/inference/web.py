@@ -1,10 +1,10 @@
-"""A web page for chatting about a long document: text or PDF, streamed answers, and how much of the context is used.
+"""Serve a web page for chatting about a long text or PDF, with streamed answers and a meter of the context used.
 
     cd script/inference && python web.py                              # the newest run, at http://127.0.0.1:7860
     python script/inference/web.py --model_name_or_path MODEL --port 8080
-    python script/inference/web.py --host 0.0.0.0                     # for everybody who can reach this machine
+    python script/inference/web.py --host 0.0.0.0                     # for everyone who can reach this machine
 
-It asks nobody for a password: whoever reaches the address may ask. Ctrl-C ends it.
+There is no password: anyone who reaches the address may ask. Ctrl-C ends the server.
 """
 
 import sys
@@ -23,8 +23,8 @@ from component.inference.web import import_gradio, serve
 @exit_on_user_error
 def main() -> None:
     parser = generation_parser(__doc__)
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all (127.0.0.1)")
-    parser.add_argument("--port", type=int, default=7860, help="port to listen on (7860)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
+    parser.add_argument("--port", type=int, default=7860, help="port to listen on (default 7860)")
     flags = parser.parse_args()
     if not 1 <= flags.port <= 65535:
         raise UserError(f"--port: {flags.port}; use a number from 1 to 65535")

@@ -1,8 +1,8 @@
-"""Flags and mistakes of every program."""
+"""How do all programs handle flags?"""
 
 from component.cli import boolean
 
 
 def test_boolean_false_is_false():
-    """The original's `type=bool` took every non-empty text for true."""
+    """With the original's `type=bool`, any non-empty text is true."""
     assert boolean("False") is False

@@ -1,4 +1,4 @@
-"""A model for use: plain, merged, or base and adapter, and how far it is stretched when nobody says so."""
+"""How is a model loaded for inference? Plain, merged, or base and adapter, each at its extended context."""
 
 import json
 import os
@@ -9,10 +9,7 @@ import bitsandbytes
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from component.adapter import add_adapter
 from component.checkpoint import write_adapter, write_record
@@ -42,7 +39,7 @@ def own_base(base_folder, tmp_path) -> Path:
 
 @pytest.fixture
 def adapter_folder(base_folder, tokenizer, tmp_path):
-    """adapter_folder(target) -> (our adapter folder for a base stretched to `target` tokens, its model)."""
+    """adapter_folder(target) -> (LongQLoRA adapter folder for a base scaled to `target` tokens, its model)."""
 
     def make(target: int = 128, base: Path = base_folder, rope_type: str = "linear"):
         config = load_config(str(base))
@@ -60,24 +57,24 @@ def adapter_folder(base_folder, tokenizer, tmp_path):
     return make
 
 
-# ---- how far it is stretched
+# ---- its context
 
 
 @pytest.mark.parametrize("size", [None, 0, -1, 1, 64])
-def test_a_base_is_left_alone_without_a_larger_context(base_folder, size):
+def test_a_base_is_not_changed_without_a_larger_context(base_folder, size):
     stock = AutoConfig.from_pretrained(base_folder)
     assert extended_config_of(str(base_folder), size).to_dict() == stock.to_dict()
 
 
 @pytest.mark.parametrize(("size", "factor"), [(65, 2.0), (128, 2.0), (129, 3.0), (640, 10.0)])
-def test_a_base_is_stretched_as_training_would(base_folder, size, factor):
+def test_a_base_is_scaled_as_in_training(base_folder, size, factor):
     config = extended_config_of(str(base_folder), size)
     assert config.rope_parameters == {"rope_type": "linear", "factor": factor, "rope_theta": 10000.0}
     assert config.max_position_embeddings == 64
 
 
 @pytest.mark.parametrize("rope_type", ["linear", "dynamic", "yarn"])
-def test_an_extended_model_says_how_far(base_folder, tmp_path, rope_type):
+def test_an_extended_model_has_its_own_factor(base_folder, tmp_path, rope_type):
     config = load_config(str(base_folder))
     extend_context(config, 256, rope_type)
     config.save_pretrained(tmp_path)
@@ -92,8 +89,8 @@ def test_an_extended_model_says_how_far(base_folder, tmp_path, rope_type):
 
 
 @pytest.mark.parametrize("target", [64, 128])
-def test_our_adapter_is_not_stretched_otherwise(adapter_folder, base_folder, target):
-    """Not even one that was trained on an unstretched base."""
+def test_our_adapter_keeps_its_factor(adapter_folder, base_folder, target):
+    """Even one that was trained without scaling."""
     folder, _ = adapter_folder(target)
     for size in (None, target, target - 10):
         model, _ = load_for_inference(None, str(folder), context_size=size, device=CPU)
@@ -103,10 +100,10 @@ def test_our_adapter_is_not_stretched_otherwise(adapter_folder, base_folder, tar
             load_for_inference(base, str(folder), context_size=target + 1, device=CPU)
 
 
-# ---- a model to be used
+# ---- base and adapter
 
 
-def test_adapter_knows_its_base_and_its_context(adapter_folder, ids):
+def test_an_adapter_records_its_base_and_context(adapter_folder, ids):
     folder, trained = adapter_folder(128)
     model, tokenizer = load_for_inference(None, str(folder), device=CPU)
     assert not model.training
@@ -114,8 +111,8 @@ def test_adapter_knows_its_base_and_its_context(adapter_folder, ids):
     assert tokenizer.eos_token == "</s>"
 
 
-def test_another_base_may_be_named(adapter_folder, own_base, ids):
-    """The base has moved since; the context is still the adapter's."""
+def test_a_moved_base_can_be_named(adapter_folder, own_base, ids):
+    """The context is still the adapter's."""
     folder, trained = adapter_folder(128)
     record = json.loads((folder / "longqlora.json").read_text())
     (folder / "longqlora.json").write_text(json.dumps({**record, "base_model": "/gone"}))
@@ -133,11 +130,11 @@ def test_another_projects_adapter_needs_its_base_and_context(adapter_folder, bas
         load_for_inference(None, str(folder), device=CPU)
     model, _ = load_for_inference(str(base_folder), str(folder), context_size=128, device=CPU)
     assert_close(logits(model, ids), logits(trained, ids), atol=1e-5, rtol=1e-5)
-    unstretched, _ = load_for_inference(str(base_folder), str(folder), device=CPU)
-    assert (logits(unstretched, ids) - logits(trained, ids)).abs().mean() > 1e-2
+    unscaled, _ = load_for_inference(str(base_folder), str(folder), device=CPU)
+    assert (logits(unscaled, ids) - logits(trained, ids)).abs().mean() > 1e-2
 
 
-def test_an_adapter_cut_off_while_saving_is_refused(adapter_folder):
+def test_a_truncated_adapter_is_refused(adapter_folder):
     folder, _ = adapter_folder(128)
     os.truncate(folder / "adapter_model.safetensors", 3000)
     with pytest.raises(UserError, match=r"adapter_model\.safetensors is 3000 bytes"):

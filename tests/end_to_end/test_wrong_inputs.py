@@ -1,8 +1,8 @@
 """What happens when a YAML, a flag, a data file or a folder is wrong? One message and a non-zero exit status.
 
-Each case spoils one thing in inputs that are right (`test_the_unspoilt_inputs_are_right`) and says what the message
-must name: the field (or file and line), the value, and a word of the cure. Programs run inside this process, where a
-traceback is an exception that fails the test; the last tests start real processes.
+Each case breaks one thing in valid inputs (`test_the_valid_inputs_work`) and lists what the message must name: the
+field (or file and line), the value, and a word of the cure. Programs run in this process, where a traceback is an
+exception that fails the test; the last tests start real processes.
 """
 
 import json
@@ -28,13 +28,12 @@ from tests.outcome import refused
 
 EVALUATE, MERGE = "script/evaluate/evaluate.py", "script/merge_lora.py"
 INFERENCE, CHAT = "script/inference/inference.py", "script/inference/chat.py"
-CONTEXT = 128  # tokens; twice what the tiny base has
-# Defects found here and not yet mended: test -> what is to be done. Whoever mends one takes its line out.
+CONTEXT = 128  # tokens; twice the tiny base's
 LINES = ['{"text": "A first text, long enough to learn from."}', '{"text": "And a second one."}']
 
 
 class Workshop:
-    """A folder with everything that a run needs, right until a test spoils it."""
+    """A folder with everything that a run needs, valid until a test breaks it."""
 
     def __init__(self, folder: Path, base: Path, adapter: Path):
         self.folder, self.base, self.pristine_adapter = folder, base, adapter
@@ -81,7 +80,7 @@ class Workshop:
         return Path(shutil.copytree(self.pristine_adapter, self.folder / name))
 
     def foreign_adapter(self) -> Path:
-        """As PEFT alone writes it: nothing of ours says which base, how far stretched, how many bytes."""
+        """As PEFT alone writes it: without a record of base, factor and file sizes."""
         folder = self.adapter()
         (folder / "longqlora.json").unlink()
         return folder
@@ -99,7 +98,7 @@ def train(run_program, workshop):
 
 @pytest.fixture
 def evaluate(run_program, workshop):
-    """Evaluates the tiny base over a file of 100 tokens, unless the flags say otherwise."""
+    """Evaluates the tiny base on a file of 100 tokens, unless the flags say otherwise."""
 
     def run(*words):
         flags = ["--base_model", workshop.base, "--seq_len", 16]
@@ -110,7 +109,7 @@ def evaluate(run_program, workshop):
     return run
 
 
-def test_the_unspoilt_inputs_are_right(train, evaluate, run_program, workshop):
+def test_the_valid_inputs_work(train, evaluate, run_program, workshop):
     outcomes = [
         train(),
         evaluate(),
@@ -124,7 +123,7 @@ def test_the_unspoilt_inputs_are_right(train, evaluate, run_program, workshop):
 
 
 @pytest.mark.parametrize("program", ["train.py", EVALUATE, MERGE, INFERENCE, CHAT])
-def test_help_is_no_mistake(program, run_program):
+def test_help(program, run_program):
     outcome = run_program(program, "--help")
     assert outcome.status == 0
     assert "python" in outcome.out or "train.py" in outcome.out, "the command that runs it"
@@ -341,7 +340,7 @@ DATA_FILES = {
     "only empty texts": (
         '{"text": ""}\n{"text": " \\n"}\n',
         "train_file",
-        "nothing to learn",
+        "no label tokens",
         "data.jsonl",
         "lines: 2",
         "texts",
@@ -367,14 +366,14 @@ ANSWER_FILES = {
     "no label left after cutting": (
         json.dumps({"input": "why " * 200, "output": "because"}) + "\n",
         "train_file",
-        "nothing to learn",
+        "no label tokens",
         "data.jsonl",
         "max_seq_length",
     ),
     "only empty answers": (
         '{"input": "a question", "output": " "}\n',
         "train_file",
-        "nothing to learn",
+        "no label tokens",
         "data.jsonl",
         "answer",
     ),
@@ -401,7 +400,7 @@ def test_a_folder_without_data(train, workshop):
 
 def test_bad_evaluation_data_is_named_by_its_own_key(train, workshop):
     data = workshop.write("held-out.jsonl", '{"text": ""}\n')
-    refused(train(eval_file=str(data)), "eval_file", "nothing to learn", "held-out.jsonl", "texts")
+    refused(train(eval_file=str(data)), "eval_file", "no label tokens", "held-out.jsonl", "texts")
 
 
 # --- evaluate.py ---
@@ -646,7 +645,7 @@ def with_bare_pickle_in_it(adapter: Path, workshop: Workshop):
 
 
 def with_an_added_pad_token(adapter: Path, workshop: Workshop):
-    """As LongLoRA's: its training added a row for [PAD], 32001 in place of 32000."""
+    """Like LongLoRA's adapters, whose training added a row for [PAD]: 32001 instead of 32000."""
     vocab = AutoConfig.from_pretrained(workshop.base).vocab_size
     extras = {"base_model.model.model.embed_tokens.weight": torch.zeros(vocab + 1, 32)}
     torch.save(extras, adapter / "trainable_params.bin")
@@ -654,9 +653,8 @@ def with_an_added_pad_token(adapter: Path, workshop: Workshop):
 
 
 def with_foreign_extras(adapter: Path, workshop: Workshop):
-    torch.save(
-        {"base_model.model.model.layers.9.input_layernorm.weight": torch.ones(32)}, adapter / "trainable_params.bin"
-    )
+    extras = {"base_model.model.model.layers.9.input_layernorm.weight": torch.ones(32)}
+    torch.save(extras, adapter / "trainable_params.bin")
     return "trainable_params.bin", "layers.9.input_layernorm"
 
 
@@ -740,7 +738,7 @@ def halve(file: Path) -> None:
 
 @pytest.fixture
 def killed(train, workshop) -> Path:
-    """An output_dir with two checkpoints, the second of them cut in half while it was written."""
+    """An output_dir with two checkpoints, the second one cut in half as by a kill while it was written."""
     assert train(max_steps=2, save_steps=1).status == 0
     for name in ("longqlora.json", "adapter_config.json", "adapter_model.safetensors"):
         (workshop.output / name).unlink()
@@ -752,7 +750,7 @@ def test_a_checkpoint_that_was_cut_in_half(killed, train):
     halved = killed / "checkpoint-2"
     outcome = train(max_steps=3, save_steps=1, resume_from_checkpoint=str(halved))
     refused(outcome, str(halved), "optimizer.pt", "use another checkpoint")
-    # auto goes on from the last whole one
+    # auto resumes from the last complete one
     assert train(max_steps=3, save_steps=1, resume_from_checkpoint="auto").status == 0
     history = json.loads((killed / "trainer_state.json").read_text())
     assert history["global_step"] == 3
@@ -873,12 +871,12 @@ def test_what_does_not_load_comes_with_a_cure(spoil, train, evaluate, workshop):
     refused(outcome)
     message = outcome.err[outcome.err.rindex("error: ") :]
     assert CURE.search(message)
-    assert "weights_only" not in message, "torch's advice to unpickle anything is none of ours"
+    assert "weights_only" not in message, "torch's advice to allow unpickling is not passed on"
 
 
 @pytest.mark.parametrize("part", ["config", "tokenizer"])
 def test_a_bases_own_code_never_runs(part, run_program, train, workshop, monkeypatch):
-    """Whatever is answered: transformers asks, where it is not told, and waits for an answer."""
+    """Even with `y` on standard input: transformers would ask whether to trust it."""
     base = workshop.copy_base()
     witness = workshop.folder / "code-has-run"
     (base / "own.py").write_text(f"import os\nos.mkdir({str(witness)!r})\nclass Own: pass\n")

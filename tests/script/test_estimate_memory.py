@@ -1,4 +1,4 @@
-"""script/estimate_memory.py: what people read and what programs read."""
+"""estimate_memory.py: what it prints, and its JSON."""
 
 import json
 
@@ -24,8 +24,8 @@ def estimate(tmp_path, monkeypatch, capsys):
     return run
 
 
-def test_7b_at_8192_tokens_near_what_an_h200_measured(estimate):
-    """5.39 GiB leanest and 30.6 GiB fastest of 32, see figure/benchmark.json."""
+def test_7b_at_8192_tokens_is_near_the_measurement(estimate):
+    """Measured on an H200: 5.39 GiB with the minimum-memory plan, 30.6 of 32 GiB with the fastest; benchmark.json."""
     found, printed = estimate("--max_seq_length", "8192")
     fastest, minimum_memory_plan = found["plans"]
     assert 28 < fastest["peak_gib"] < 32
@@ -37,20 +37,12 @@ def test_7b_at_8192_tokens_near_what_an_h200_measured(estimate):
 
 
 def test_the_longest_sample_fits_and_a_longer_one_does_not(estimate):
-    found, _ = estimate("--max_seq_length", "8192", "--memory_budget_gib", "16", "--host_gib", "1000")
+    limits = ("--memory_budget_gib", "16", "--host_gib", "1000")
+    found, _ = estimate("--max_seq_length", "8192", *limits)
     tokens = found["longest_tokens"]
     assert 65536 < tokens < 262144
     for length, fits in ((tokens, True), (tokens + 4096, False)):
-        again, printed = estimate(
-            "--max_seq_length",
-            str(length),
-            "--memory_budget_gib",
-            "16",
-            "--host_gib",
-            "1000",
-            "--group_size_ratio",
-            "1",
-        )
+        again, printed = estimate("--max_seq_length", str(length), "--group_size_ratio", "1", *limits)
         assert (again["plans"][1]["peak_gib"] <= 0.98 * 16) is fits
         assert ("does NOT fit" in printed) is not fits
 
@@ -58,7 +50,7 @@ def test_the_longest_sample_fits_and_a_longer_one_does_not(estimate):
 def test_host_memory_is_a_limit_too(estimate):
     small, _ = estimate("--max_seq_length", "8192", "--host_gib", "8")
     large, _ = estimate("--max_seq_length", "8192", "--host_gib", "64")
-    assert small["longest_tokens"] == 32768  # 32 layers of 4096 numbers in 2 bytes: 256 KiB a token
+    assert small["longest_tokens"] == 32768  # 32 layers of 4096 16-bit values: 256 KiB per token
     assert large["longest_tokens"] > small["longest_tokens"]
 
 
@@ -77,7 +69,7 @@ def test_wrong_flags_are_named(estimate, capsys, flags, message):
     assert message in capsys.readouterr().err
 
 
-def test_longest_is_nothing_where_weights_alone_do_not_fit(estimate):
+def test_longest_is_0_if_the_weights_do_not_fit(estimate):
     found, printed = estimate("--max_seq_length", "8192", "--memory_budget_gib", "3")
     assert found["longest_tokens"] == 0
     assert "does NOT fit" in printed

@@ -1,4 +1,4 @@
-"""Merging: the merged model is the adapter on its base, and an ordinary model that needs nothing of ours."""
+"""merge_lora.py: the merged model equals the adapter on its base, and loads without any LongQLoRA code."""
 
 import copy
 import json
@@ -42,7 +42,7 @@ FILES = {
     "tokenizer.json",
     "tokenizer_config.json",
 }
-LENGTHS = (20, 250)  # tokens: within the base's 64 positions, and as many as the adapter was made for, nearly
+LENGTHS = (20, 250)  # tokens: within the base's 64 positions, and close to the extended context
 EXTENDED = 256
 NORMS, EMBEDDINGS = {"train_norm": True}, {"train_embedding": True}
 CASES = {
@@ -63,7 +63,7 @@ CASES = {
 
 
 def merge(*words: object) -> int:
-    """`python script/merge_lora.py *words`, inside this process; its exit status."""
+    """Run `python script/merge_lora.py *words` in this process; returns its exit status."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["merge_lora.py", *map(str, words)])
         patch.setattr(sys, "path", list(sys.path))
@@ -86,20 +86,17 @@ def make_base(folder: Path, llama_config, tokenizer_source: Path, config_class=L
 
 
 def make_adapter(folder: Path, base: Path, tokenizer, *, rope_type="linear", **options):
-    """An adapter whose weights were moved at random, in `folder`; the model in memory."""
+    """Write an adapter with random changes to all trained weights; returns its model."""
     config = load_config(str(base))
     factor = extend_context(config, EXTENDED, rope_type)
     model = load_base(str(base), config, dtype=torch.float32, load_in_4bit=False, device="cpu")
     model = add_adapter(model, rank=4, alpha=16, dropout=0.0, **options)
-    moved = 0
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.1 * torch.randn_like(parameter)
-            moved += 1
-    assert moved
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert trained
+    for parameter in trained:
+        parameter.data += 0.1 * torch.randn_like(parameter)
     write_adapter(folder, model, tokenizer, config)
-    record = {"base_model": str(base), "rope_type": rope_type, "rope_factor": factor, "steps": 7}
-    write_record(folder, record)
+    write_record(folder, {"base_model": str(base), "rope_type": rope_type, "rope_factor": factor, "steps": 7})
     return model.eval()
 
 
@@ -109,7 +106,7 @@ def logits(model, ids: torch.Tensor) -> torch.Tensor:
 
 
 class Case:
-    """A base, an adapter for it, what the adapter computes, and where its merged model is."""
+    """Folders of a base, an adapter and the merged model, and the logits of base and adapter."""
 
     def __init__(self, folder: Path):
         self.base, self.adapter, self.merged = folder / "base", folder / "run", folder / "run-merged"
@@ -173,8 +170,8 @@ torch.save(out, "logits.pt")
 """
 
 
-def test_merged_models_need_nothing_of_ours(cases, ids, tmp_path):
-    """Stock transformers, elsewhere, without this project: the adapter's logits at the extended length."""
+def test_merged_models_load_in_stock_transformers(cases, ids, tmp_path):
+    """Without this project on the path: the adapter's logits at the extended length."""
     torch.save(ids, tmp_path / "ids.pt")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "", "CUDA_VISIBLE_DEVICES": ""}
     folders = {str(case.merged): case for case in cases.values()}
@@ -210,7 +207,7 @@ def test_config_is_the_extended_one(cases, name):
     assert not {"group_size", "quantization_config", "_attn_implementation"} & merged.keys()
 
 
-def test_the_record_says_where_it_comes_from(cases):
+def test_the_record_names_base_and_adapter(cases):
     case = cases["lora"]
     record = json.loads((case.merged / "longqlora.json").read_text())
     assert record["base_model"] == str(case.base)
@@ -230,7 +227,7 @@ def test_the_tokenizer_is_the_adapters(cases):
 @pytest.mark.parametrize("name", ["all", "tied-all", "biases"])
 @pytest.mark.parametrize(("dtype", "digits"), [("float16", 2**-9), ("bfloat16", 2**-6), (None, 2**-9)])
 def test_half_precision(cases, ids, tmp_path, name, dtype, digits):
-    """Within rounding of the fp32 merge; fp16 unless told otherwise."""
+    """Within rounding of the fp32 merge; fp16 by default."""
     case = cases[name]
     flags = [] if dtype is None else ["--dtype", dtype]
     assert merge("--adapter_name_or_path", case.adapter, "--save_path", tmp_path / "half", *flags) == 0
@@ -238,7 +235,7 @@ def test_half_precision(cases, ids, tmp_path, name, dtype, digits):
     assert half.keys() == exact.keys()
     for key, value in half.items():
         assert value.dtype == getattr(torch, dtype or "float16")
-        # base, A and B are rounded, and so is their sum
+        # base, A, B and the sum are each rounded
         assert_close(value.float(), exact[key], atol=digits * float(exact[key].abs().max()), rtol=digits)
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == (dtype or "float16")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype=torch.float32).eval()
@@ -247,12 +244,12 @@ def test_half_precision(cases, ids, tmp_path, name, dtype, digits):
         assert off < 0.02 * (expected - of_base).abs().mean() * (digits * 2**9)
 
 
-# ---- where it reads and writes
+# ---- input and output folders
 
 
 @pytest.fixture
 def run(cases, tmp_path) -> Path:
-    """A finished run under an output folder of its own."""
+    """A finished run in its own output folder."""
     return Path(shutil.copytree(cases["all"].adapter, tmp_path / "output" / "run"))
 
 
@@ -300,7 +297,7 @@ def test_an_existing_target_is_refused(run, tmp_path, capsys, kind):
 
 @pytest.mark.parametrize("what", ["weights cut", "no base", "longer context", "no adapter"])
 def test_mistakes_leave_nothing_behind(run, capsys, what):
-    flags, fragment = ["--adapter_name_or_path", run], ""
+    flags = ["--adapter_name_or_path", run]
     if what == "weights cut":
         os.truncate(run / "adapter_model.safetensors", 5000)
         fragment = "adapter_model.safetensors"
@@ -345,7 +342,7 @@ def test_a_moved_base(run, cases, tmp_path):
 
 
 def test_another_projects_adapter(run, cases, tmp_path):
-    """PEFT's two files alone: base and context must be named, as the original's merge_lora.py had them in its code."""
+    """Only PEFT's two files: base and context must be given, as they were in the code of the original's merge."""
     for file in run.iterdir():
         if not file.name.startswith("adapter_"):
             file.unlink()
@@ -362,7 +359,7 @@ def test_another_projects_adapter(run, cases, tmp_path):
 
 
 def test_a_checkpoint_can_be_merged(run, cases, tmp_path):
-    """Any whole checkpoint-N is an adapter folder."""
+    """Every complete checkpoint-N is an adapter folder."""
     folder = shutil.copytree(run, tmp_path / "other" / "checkpoint-2")
     assert merge("--adapter_name_or_path", folder, "--dtype", "float32") == 0
     ours = load_file(tmp_path / "other" / "checkpoint-2-merged" / "model.safetensors")
@@ -385,17 +382,15 @@ def test_the_command_in_its_own_folder(run, cases):
 
 
 def killed_merge(seconds: float, begun: Path | None, *words: object) -> int:
-    """A merge in a process of its own that SIGKILL ends after that time, if it has not ended before; its status.
+    """Merge in a forked process that gets SIGKILL after `seconds`, counted from when `begun` exists; its exit status.
 
-    The time begins when `begun` is there, or with the process.
-
-    Forked, since a new Python would spend a hundred times as long importing libraries as merging.
+    Forked, since a new Python process would take a hundred times as long to import libraries as to merge.
     """
     process = os.fork()
     if process == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         os.dup2(2, 1)
-        tqdm.set_lock(threading.RLock())  # its own is shared with this process: killed while holding it, for good
+        tqdm.set_lock(threading.RLock())  # the shared default lock would stay held after a kill
         os._exit(merge(*words))
     deadline = time.monotonic() + 10
     while begun and not begun.exists() and time.monotonic() < deadline:
@@ -408,7 +403,7 @@ def killed_merge(seconds: float, begun: Path | None, *words: object) -> int:
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # forked with threads: the child starts none
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_killed_at_any_moment(run, overwrite, monkeypatch):
-    """Nothing or a whole model under the target's name, and what a killed merge leaves is removed by the next."""
+    """The target is complete or absent, and the next merge removes what a killed one leaves."""
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     target, writing = run.parent / "run-merged", run.parent / ".run-merged.writing"
     words = ["--adapter_name_or_path", run, "--check", "no", "--max_shard_size", "4KB", "--overwrite"]
@@ -417,13 +412,13 @@ def test_killed_at_any_moment(run, overwrite, monkeypatch):
     assert len(expected) > 15
     begin = time.monotonic()
     assert merge(*words) == 0
-    whole = time.monotonic() - begin
+    duration = time.monotonic() - begin
     states, moments = [], random.Random(0)
     for moment in range(10):
         if not overwrite:
             shutil.rmtree(target, ignore_errors=True)
         share = (moment // 2 + moments.random()) / 5
-        span, begun = (1.3 * whole, None) if moment % 2 else (0.4 * whole, writing)
+        span, begun = (1.3 * duration, None) if moment % 2 else (0.4 * duration, writing)
         shutil.rmtree(writing, ignore_errors=True)
         status = killed_merge(share * span, begun, *words)
         assert status in (0, -signal.SIGKILL)
@@ -468,7 +463,7 @@ def test_what_is_never_overwritten(run, cases, tmp_path, capsys, what):
 # ---- compared with the adapter
 
 
-def test_it_is_checked_by_itself(run, capsys):
+def test_it_is_checked_by_default(run, capsys):
     assert merge("--adapter_name_or_path", run) == 0
     printed = capsys.readouterr().out
     for length in (64, EXTENDED):
@@ -477,7 +472,7 @@ def test_it_is_checked_by_itself(run, capsys):
     assert "256 tokens: logits differ by" in capsys.readouterr().out
 
 
-def test_without_room_it_says_how_to_check_later(run, monkeypatch, capsys):
+def test_without_memory_it_prints_how_to_check_later(run, monkeypatch, capsys):
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
     assert merge("--adapter_name_or_path", run) == 0
     printed = capsys.readouterr()
@@ -504,14 +499,14 @@ def twice_the_adapter(name, weight, base):
     return (2 * weight.float() - base.float()).to(weight.dtype)
 
 
-def turned(name, weight, base):
+def transposed(name, weight, base):
     return weight.t().contiguous() if name.endswith("o_proj.weight") else weight
 
 
-@pytest.mark.parametrize("mutation", [no_norms, no_embeddings, no_last_layer, twice_the_adapter, turned])
+@pytest.mark.parametrize("mutation", [no_norms, no_embeddings, no_last_layer, twice_the_adapter, transposed])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_a_wrong_merge_is_refused(run, monkeypatch, capsys, mutation, dtype):
-    """And leaves nothing; each of these is a merge that forgets or distorts something."""
+    """Each mutation drops or distorts something; no model is left behind."""
     right = merging.merged_tensor
 
     def wrong(plan, name, scratch):
@@ -524,17 +519,17 @@ def test_a_wrong_merge_is_refused(run, monkeypatch, capsys, mutation, dtype):
     assert [file.name for file in run.parent.iterdir()] == ["run"]
 
 
-def test_nothing_to_be_checked(run, capsys):
+def test_no_model_to_check(run, capsys):
     assert merge("--adapter_name_or_path", run, "--check", "only") == 1
     assert "--save_path" in capsys.readouterr().err
 
 
-# ---- onto what 4-bit training saw, and perplexities
+# ---- merged into dequantized weights, and perplexities
 
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory, llama_config, base_folder) -> Path:
-    """An adapter on a base whose rows are blocks of NF4."""
+    """An adapter on a base whose rows are one NF4 block wide."""
     folder = tmp_path_factory.mktemp("wide")
     shape = copy.deepcopy(llama_config)
     shape.hidden_size, shape.intermediate_size = 64, 128

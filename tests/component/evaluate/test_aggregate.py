@@ -1,4 +1,4 @@
-"""Where is the model surprised? Literal losses in literal places."""
+"""Where is the loss high? Literal losses at literal positions."""
 
 import math
 
@@ -9,7 +9,7 @@ from component.evaluate.aggregate import WindowSum, by_document, by_position, pe
 
 
 def summed(**changes) -> WindowSum:
-    """Tokens 100 to 105 go through the model; those from 102 on are scored, with losses 2, 4, 8, 16."""
+    """Tokens 100 to 105 are fed to the model; those from 102 on are scored, with losses 2, 4, 8, 16."""
     values = {"start": 100, "first_scored": 102, "seq_len": 6, "buckets": 3, "document_starts": [0, 50, 103, 105]}
     losses = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0])  # of tokens 101 to 105
     values |= changes
@@ -38,7 +38,7 @@ def test_a_document_starts_with_its_own_first_token():
 
 
 def test_sums_are_in_float64():
-    """In fp32 a small loss beside a large one would be lost."""
+    """In fp32, a small loss added to a large one would be lost."""
     losses = torch.tensor([2.0**24, 1.0, 1.0])
     assert sum_window(0, losses, 0, 1, seq_len=4, buckets=1, document_starts=None).loss == 2.0**24 + 2
 

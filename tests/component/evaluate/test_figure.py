@@ -1,4 +1,4 @@
-"""What is drawn, read back from the axes."""
+"""How are results drawn? Read back from the axes."""
 
 import matplotlib.pyplot as plt
 import pytest
@@ -49,7 +49,7 @@ def test_a_cell_per_depth_and_length(axes):
     assert axes.yaxis_inverted()
 
 
-def test_lines_leave_out_what_is_infinite(axes):
+def test_infinite_perplexities_are_not_drawn(axes):
     rows = [{"seq_len": 256, "perplexity": 7.0}, {"seq_len": 512, "perplexity": None}]
     draw_lengths(axes, {"name": "base", "rows": rows}, {})
     (line,) = axes.get_lines()

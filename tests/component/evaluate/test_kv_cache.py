@@ -1,4 +1,4 @@
-"""What does it cost to round keys and values?"""
+"""What does KV-cache quantization cost?"""
 
 import numpy as np
 import pytest
@@ -10,16 +10,16 @@ from component.evaluate.kv_cache import measure_cache_quantization, second_half
 TOKENS = np.random.default_rng(0).integers(2, 300, 200).astype(np.uint16)
 
 
-def test_read_token_by_token_as_in_one_piece(tiny_llama):
+def test_decoding_equals_one_forward_pass(tiny_llama):
     ids = torch.from_numpy(TOKENS[:41].astype(np.int64))
     logits, _ = second_half(tiny_llama, ids, "dynamic")
     with torch.no_grad():
-        expected = tiny_llama(ids[None]).logits[0, 19:40]  # what predicts tokens 20 to 40
+        expected = tiny_llama(ids[None]).logits[0, 19:40]  # predict tokens 20 to 40
     torch.testing.assert_close(logits, expected)
 
 
 def test_figures(tiny_llama):
-    exact, rounded, coarse = measure_cache_quantization(tiny_llama, TOKENS, ("dynamic", "int8", "int4"), 40, windows=3)
+    exact, int8, int4 = measure_cache_quantization(tiny_llama, TOKENS, ("dynamic", "int8", "int4"), 40, windows=3)
     losses = []
     for start in (0, 40, 80):
         ids = torch.from_numpy(TOKENS[start : start + 40].astype(np.int64))
@@ -28,9 +28,9 @@ def test_figures(tiny_llama):
         losses.append(torch.nn.functional.cross_entropy(logits, ids[20:]).item())
     assert exact.perplexity == pytest.approx(float(np.exp(np.mean(losses))), rel=1e-5)
     assert (exact.logit_change, exact.same_choice) == (0, 1)
-    assert exact.bytes_per_window == 39 * 2 * 2 * 16 * 4, "the last token is predicted, not read"
-    assert 0 < rounded.logit_change < coarse.logit_change
-    assert coarse.same_choice <= rounded.same_choice <= 1
+    assert exact.bytes_per_window == 39 * 2 * 2 * 16 * 4, "the last token is predicted, not cached"
+    assert 0 < int8.logit_change < int4.logit_change
+    assert int4.same_choice <= int8.same_choice <= 1
 
 
 @pytest.mark.parametrize("seq_len", [0, 1, 201])

@@ -1,9 +1,7 @@
-"""Which models are measured, one after the other? Spellings, and what is refused before anything loads."""
+"""Which models are evaluated? Parsing, and what is refused before anything is loaded."""
 
 import pytest
-from transformers import AutoTokenizer
 
-from component.data.token_file import write_tokens
 from component.error import UserError
 from component.evaluate.model_spec import (
     ModelSpec,
@@ -26,13 +24,13 @@ from component.evaluate.model_spec import (
         ("x=a=b", ModelSpec("x", "a=b", None, None)),
     ],
 )
-def test_spellings(text, expected):
+def test_parsing(text, expected):
     assert parse_model_spec(text) == expected
 
 
 @pytest.mark.parametrize("text", ["models/llama", "=models/llama", "base=", "base=models/llama:", "base=:adapter", ""])
-def test_no_spelling(text):
-    with pytest.raises(UserError, match=r"--compare: .*spell it NAME=MODEL"):
+def test_parse_errors(text):
+    with pytest.raises(UserError, match=r"--compare: .*use NAME=MODEL"):
         parse_model_spec(text)
 
 
@@ -51,17 +49,9 @@ def test_a_folder_with_an_at_sign_in_its_name(tmp_path):
     assert parse_model_spec(f"x={tmp_path}/run@2048@4096") == ModelSpec("x", f"{tmp_path}/run@2048", None, 4096)
 
 
-def test_names_tell_models_apart():
+def test_names_must_differ():
     with pytest.raises(UserError, match=r"--compare: base names 2 models"):
         parse_model_specs(["base=a", "other=b", "base=c"])
-
-
-@pytest.fixture
-def indexed(tmp_path, base_folder):
-    """A file of tokens that the base's tokenizer made."""
-    path = tmp_path / "t.bin"
-    write_tokens(path, [[5, 6, 7], [8, 9]], AutoTokenizer.from_pretrained(base_folder), name="tiny")
-    return str(path)
 
 
 @pytest.mark.parametrize("name", [None, "mine"])
@@ -72,7 +62,7 @@ def test_messages_name_the_flag(name, tmp_path):
         check_model_spec(ModelSpec(name, None, "/no/such/adapter", None), str(tmp_path / "t.bin"))
 
 
-def test_what_a_result_says_of_its_model(base_folder):
+def test_what_a_result_records_about_its_model(base_folder):
     model = load_model_spec(ModelSpec("x", str(base_folder), None, 128), load_in_4bit=False, dtype="bfloat16")
     assert describe_model(model, load_in_4bit=False) == {
         "weights": "bfloat16",

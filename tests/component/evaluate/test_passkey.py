@@ -1,4 +1,4 @@
-"""Can a number be found again in a long text? Prompts to the token, and what counts as found."""
+"""Can a number be retrieved from a long text? Prompts of an exact length, and which answers are correct."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from script.evaluate.passkey_model import make_tokenizer
 
 @pytest.fixture(params=["bytes", "single digits", "the demo's"])
 def any_tokenizer(request, tokenizer):
-    """Of which one hardly knows a word, one splits digits singly as LLaMA-2's does, one joins them."""
+    """One falls back to bytes, one splits digits as LLaMA2's does, one merges digits."""
     if request.param == "bytes":
         return tokenizer
     if request.param == "single digits":
@@ -23,7 +23,7 @@ def any_tokenizer(request, tokenizer):
 class TestPrompts:
     @pytest.mark.parametrize("depth", [0.0, 0.3, 0.5, 1.0])
     @pytest.mark.parametrize("length", [301, 302, 303, 500, 4096])
-    def test_exactly_as_long_as_asked_for(self, length, depth, any_tokenizer):
+    def test_exact_length(self, length, depth, any_tokenizer):
         prompt = PromptMaker(any_tokenizer).prompt(length, depth, "31415")
         assert len(prompt.ids) == length
         text = any_tokenizer.decode(prompt.ids)
@@ -32,7 +32,7 @@ class TestPrompts:
         assert text.count("31415") == 2
         assert text.endswith("\nWhat is the pass key? The pass key is")
 
-    def test_the_needle_lies_where_it_says(self, any_tokenizer):
+    def test_position_of_the_needle(self, any_tokenizer):
         maker = PromptMaker(any_tokenizer)
         prompt = maker.prompt(700, 0.4, "27182")
         needle = any_tokenizer.decode(prompt.ids[prompt.needle_start : prompt.needle_end])
@@ -40,15 +40,15 @@ class TestPrompts:
         room = 700 - len(maker.start) - len(maker.question) - (prompt.needle_end - prompt.needle_start)
         assert abs(prompt.needle_start - len(maker.start) - 0.4 * room) <= max(map(len, maker.lines)) / 2
 
-    def test_between_whole_lines(self):
+    def test_needle_is_between_complete_lines(self):
         maker = PromptMaker(make_tokenizer())
         for depth in (0.1, 0.35, 0.8):
             prompt = maker.prompt(400, depth, "16180")
             before = maker.tokenizer.decode(prompt.ids[: prompt.needle_start])
             assert before.endswith(("again.", "slow.", "low."))
 
-    def test_a_whole_prompt(self):
-        """26 + 11 + 11 + 5 + 26 + 11: the last line is cut, so that the length comes out."""
+    def test_a_complete_prompt(self):
+        """26 + 11 + 11 + 5 + 26 + 11 tokens: the last filler line is truncated."""
         maker = PromptMaker(make_tokenizer())
         assert maker.tokenizer.decode(maker.prompt(90, 0.99, "12345").ids) == (
             "<s>One line of this text holds a pass key. Find it and keep it in mind; the last line asks for it."
@@ -65,16 +65,16 @@ class TestPrompts:
 
     def test_the_shortest(self, any_tokenizer):
         maker = PromptMaker(any_tokenizer)
-        with pytest.raises(UserError, match=r"--lengths: 9 tokens; .* at least (\d+)") as refused:
+        with pytest.raises(UserError, match=r"--lengths: 9 tokens are too few; .* at least \d+$") as refused:
             maker.prompt(9, 0.5, "10000")
-        shortest = int(str(refused.value).split("at least ")[1].split(",")[0])
+        shortest = int(str(refused.value).split("at least ")[1])
         prompt = maker.prompt(shortest, 0.5, "10000")
         assert len(prompt.ids) == shortest
         with pytest.raises(UserError):
             maker.prompt(shortest - 1, 0.5, "10000")
 
-    def test_an_end_token_is_not_left_in_the_middle(self, tokenizer):
-        """Some tokenizers write one after every text."""
+    def test_no_eos_token_inside_the_prompt(self, tokenizer):
+        """Some tokenizers append one to every text."""
 
         class Ending:
             eos_token_id = 1
@@ -103,7 +103,7 @@ class TestPrompts:
         ("", False),
     ],
 )
-def test_what_counts_as_found(answered, right):
+def test_which_answers_are_correct(answered, right):
     assert is_right(answered, "12345") is right
 
 
@@ -120,7 +120,7 @@ def test_keys():
     assert all(len(draw_key(0, 1, 0.0, trial)) == 5 for trial in range(200))
 
 
-def test_an_answer_has_room_for_a_digit_too_many(any_tokenizer):
+def test_an_answer_can_show_surplus_digits(any_tokenizer):
     maker = PromptMaker(any_tokenizer)
     assert maker.answer_tokens("12345") > len(maker.tokens_of(" 123456"))
 
@@ -147,14 +147,14 @@ class TestTrials:
         ]  # fmt: skip
         assert [t.prompt_tokens for t in found] == [t.length for t in found]
         assert len({t.expected for t in found}) == 8
-        assert not any(t.is_right for t in found), "random weights know nothing"
+        assert not any(t.is_right for t in found), "the weights are random"
 
     def test_a_length_too_short_is_refused_before_anything_runs(self, tokenizer):
         with pytest.raises(UserError, match="--lengths: 20 tokens"):
             next(run_trials(None, tokenizer, lengths=[4096, 20], depths=[0.5], trials=1, seed=0))
 
-    def test_greedy_and_as_without_a_cache(self, tiny_llama, tokenizer):
-        """Against the likeliest token of one whole forward pass after the other, beyond the model's 64 positions."""
+    def test_greedy_equals_decoding_without_a_cache(self, tiny_llama, tokenizer):
+        """Compared with the top-1 token of one full forward pass per token, beyond the model's 64 positions."""
         ids = PromptMaker(tokenizer).prompt(320, 0.5, "12345").ids
         found = generate_greedy(tiny_llama, tokenizer, ids, 8)
         expected = list(ids)

@@ -1,4 +1,4 @@
-"""How surprised is the model? Against the published protocol written down plainly, and Hugging Face's own loss."""
+"""What is the perplexity? Compared with a plain implementation of the published protocol, and with full logits."""
 
 import math
 from pathlib import Path
@@ -7,26 +7,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import (
-    AutoTokenizer,
-    LlamaForCausalLM,
-)
+from transformers import AutoTokenizer, LlamaForCausalLM
 
-from component.adapter import add_adapter
 from component.error import UserError
 from component.evaluate.perplexity import longlora_windows, measure_perplexity, sliding_windows
 from tests.conftest import ROOT
 from tests.reference.longlora_perplexity import longlora_perplexity
-
-SMALL = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.2,
-}
 
 
 @pytest.fixture
@@ -35,20 +21,10 @@ def tokens(tiny_llama_config):
 
 
 def full_logits_losses(model, ids: torch.Tensor) -> torch.Tensor:
-    """(B, T - 1) from the logits of whole windows, as every tutorial does it."""
+    """(B, T - 1), from the full logits of a window."""
     with torch.no_grad():
         logits = model(input_ids=ids, use_cache=False).logits
     return F.cross_entropy(logits[:, :-1].transpose(1, 2).float(), ids[:, 1:], reduction="none")
-
-
-def adapted(model):
-    """With LoRA, and trained copies of embeddings and norms, that change the output."""
-    model = add_adapter(model, rank=4, alpha=8, dropout=0.0, train_embedding=True, train_norm=True).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
 
 
 class TestLongloraProtocol:
@@ -57,7 +33,7 @@ class TestLongloraProtocol:
     def test_equals_the_published_one(self, seq_len, stride, batch_size, tiny_llama, tokens):
         ours = measure_perplexity(tiny_llama, tokens, seq_len=seq_len, stride=stride, batch_size=batch_size)
         expected = longlora_perplexity(tiny_llama, tokens, seq_len, stride)
-        assert abs(expected - tiny_llama.config.vocab_size) > 10, "the model has an opinion"
+        assert abs(expected - tiny_llama.config.vocab_size) > 10, "the logits are not uniform"
         assert ours.perplexity == pytest.approx(expected, rel=1e-4)
         assert (ours.protocol, ours.seq_len, ours.stride) == ("longlora", seq_len, stride)
         assert ours.windows == len(range(0, len(tokens) - seq_len, stride)) - 1
@@ -67,8 +43,8 @@ class TestLongloraProtocol:
     @pytest.mark.parametrize(
         ("length", "spans"),
         [
-            (16, None),  # nothing below 0 to start from
-            (17, None),  # the only window is the last one
+            (16, None),  # no window
+            (17, None),  # the only window is the last one, which is left out
             (32, None),
             (33, [(0, 16)]),
             (48, [(0, 16)]),
@@ -87,15 +63,15 @@ class TestLongloraProtocol:
         assert ours.loss == pytest.approx(float(sum(losses)) / len(losses), rel=1e-5)
         assert ours.tokens_scored == 15 * len(spans)
 
-    def test_the_message_names_the_shortest_file_that_would_do(self, tiny_llama, tokens):
+    def test_the_message_names_the_shortest_possible_file(self, tiny_llama, tokens):
         with pytest.raises(UserError, match="needs 25"):
             measure_perplexity(tiny_llama, tokens[:24], seq_len=16, stride=8)
         assert measure_perplexity(tiny_llama, tokens[:25], seq_len=16, stride=8).windows == 1
 
     @pytest.mark.parametrize(("seq_len", "stride"), [(96, 96), (96, 40)])
-    @pytest.mark.parametrize("folder", ["script/demo/base", None], ids=["the demo's base", "made here"])
+    @pytest.mark.parametrize("folder", ["script/demo/base", None], ids=["the demo's base", "random weights"])
     def test_equals_the_published_one_on_text(self, folder, seq_len, stride, base_folder):
-        """A trained model, and one of random weights, each reading this file in its own tokens."""
+        """A trained model and a random one, each on the text of this file in its own tokens."""
         folder = ROOT / folder if folder else base_folder
         model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         tokenizer = AutoTokenizer.from_pretrained(folder, model_max_length=10**9)
@@ -148,7 +124,7 @@ class TestSlidingProtocol:
             losses.append(float(full_logits_losses(tiny_llama, ids_of(window))[0, -1]))
         assert ours.loss == pytest.approx(sum(losses) / 23, rel=1e-5)
 
-    def test_tokens_weigh_alike_where_windows_do_not(self, tiny_llama, tokens):
+    def test_all_tokens_weigh_the_same(self, tiny_llama, tokens):
         """33 tokens: one window scores 31, the next one a single token."""
         ours = measure_perplexity(tiny_llama, tokens[:33], seq_len=32, stride=32, protocol="sliding")
         first = full_logits_losses(tiny_llama, ids_of(tokens[:32]))[0]
@@ -162,8 +138,8 @@ class TestSlidingProtocol:
     [(16, None, (1, 15)), (17, None, (2, 16)), (33, (1, 15), (3, 32))],
     ids=["seq_len", "seq_len + 1", "2 seq_len + 1"],
 )
-def test_what_files_of_a_windows_length_hold(length, longlora, sliding, tiny_llama, tokens):
-    """Windows and tokens scored, as component/evaluate/perplexity.py's table has them."""
+def test_files_of_about_a_windows_length(length, longlora, sliding, tiny_llama, tokens):
+    """(windows, tokens scored), as in the table of script/evaluate/README.md."""
     for protocol, expected in (("longlora", longlora), ("sliding", sliding)):
         if expected is None:
             with pytest.raises(UserError, match="hold no window"):
@@ -174,17 +150,17 @@ def test_what_files_of_a_windows_length_hold(length, longlora, sliding, tiny_lla
 
 
 def slow_losses(model, tokens, windows) -> list[tuple[int, int, float]]:
-    """(position in the window, place in the file, loss) of each scored token, from whole logits."""
+    """(position in the window, index in the file, loss) of each scored token, from full logits."""
     scored = []
     for window in windows:
         losses = full_logits_losses(model, ids_of(tokens[window.start : window.end]))[0]
-        for place in range(window.first_scored, window.end):
-            position = place - window.start
-            scored.append((position, place, float(losses[position - 1])))
+        for index in range(window.first_scored, window.end):
+            position = index - window.start
+            scored.append((position, index, float(losses[position - 1])))
     return scored
 
 
-class TestBreakdown:
+class TestAggregates:
     @pytest.mark.parametrize("batch_size", [1, 3])
     @pytest.mark.parametrize(("protocol", "seq_len", "stride"), [("longlora", 20, 13), ("sliding", 32, 7)])
     @pytest.mark.parametrize("buckets", [1, 4, 6])
@@ -208,12 +184,12 @@ class TestBreakdown:
         ours = measure_perplexity(tiny_llama, tokens, seq_len=20, stride=20, position_buckets=3)
         assert [(b.start, b.end, b.tokens) for b in ours.by_position] == [(0, 7, 54), (7, 14, 63), (14, 20, 54)]
 
-    @pytest.mark.parametrize(("asked", "given"), [(0, 0), (8, 8), (100, 16)])
-    def test_no_more_buckets_than_positions(self, asked, given, tiny_llama, tokens):
-        ours = measure_perplexity(tiny_llama, tokens, seq_len=16, stride=16, position_buckets=asked)
-        assert len(ours.by_position) == given
+    @pytest.mark.parametrize(("buckets", "expected"), [(0, 0), (8, 8), (100, 16)])
+    def test_no_more_buckets_than_positions(self, buckets, expected, tiny_llama, tokens):
+        ours = measure_perplexity(tiny_llama, tokens, seq_len=16, stride=16, position_buckets=buckets)
+        assert len(ours.by_position) == expected
 
-    def test_positions_that_a_short_file_never_reaches(self, tiny_llama, tokens):
+    def test_positions_beyond_a_short_file(self, tiny_llama, tokens):
         ours = measure_perplexity(
             tiny_llama, tokens[:9], seq_len=16, stride=16, protocol="sliding", position_buckets=4
         )
@@ -222,7 +198,7 @@ class TestBreakdown:
 
     @pytest.mark.parametrize(("protocol", "stride"), [("longlora", 16), ("longlora", 9), ("sliding", 9)])
     def test_by_document(self, protocol, stride, tiny_llama, tokens):
-        """Windows that hold several documents, documents over several windows, and an empty one."""
+        """Windows with several documents, documents in several windows, and an empty document."""
         starts = [0, 5, 6, 60, 60, 101, 208]
         ours = measure_perplexity(
             tiny_llama, tokens, seq_len=16, stride=stride, protocol=protocol, document_starts=starts
@@ -234,15 +210,15 @@ class TestBreakdown:
         assert sum(document.tokens for document in ours.by_document) == len(scored)
         for document in ours.by_document:
             end = [*starts, len(tokens)][document.document + 1]
-            losses = [loss for _, place, loss in scored if starts[document.document] <= place < end]
+            losses = [loss for _, index, loss in scored if starts[document.document] <= index < end]
             assert (document.start, document.tokens) == (starts[document.document], len(losses))
             assert document.loss == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
-    def test_a_file_that_does_not_tell_documents(self, tiny_llama, tokens):
+    def test_without_document_starts(self, tiny_llama, tokens):
         assert measure_perplexity(tiny_llama, tokens, seq_len=16, stride=16).by_document == []
 
 
-def test_what_it_cost(tiny_llama, tokens):
+def test_time_and_memory(tiny_llama, tokens):
     ours = measure_perplexity(tiny_llama, tokens, seq_len=32, stride=8, protocol="sliding")
     assert ours.seconds > 0
     assert ours.tokens_per_second * ours.seconds == pytest.approx(32 * ours.windows)
@@ -258,13 +234,13 @@ def test_uniform_logits_give_the_vocabulary_size(protocol, tiny_llama, tokens):
 
 
 @pytest.mark.parametrize("protocol", ["longlora", "sliding"])
-def test_a_hopeless_model_is_infinitely_perplexed(protocol, tiny_llama, tokens):
+def test_infinite_perplexity(protocol, tiny_llama, tokens):
     tiny_llama.lm_head.weight.data.mul_(1e6)
     assert measure_perplexity(tiny_llama, tokens, seq_len=32, stride=32, protocol=protocol).perplexity == math.inf
 
 
-def test_a_model_that_trains_is_told_apart(tiny_llama, tokens):
-    """Nothing is left behind: no gradient, and the model in the mode it was in."""
+def test_the_model_is_not_changed(tiny_llama, tokens):
+    """No gradients, and the same mode as before."""
     measure_perplexity(tiny_llama, tokens, seq_len=32, stride=32)
     assert not tiny_llama.training
     assert all(parameter.grad is None for parameter in tiny_llama.parameters())
@@ -273,6 +249,6 @@ def test_a_model_that_trains_is_told_apart(tiny_llama, tokens):
 @pytest.mark.parametrize(
     "wrong", [{"protocol": "rolling"}, {"seq_len": 1}, {"stride": 0}, {"batch_size": 0}, {"position_buckets": -1}]
 )
-def test_what_makes_no_sense_is_refused(wrong, tiny_llama, tokens):
+def test_invalid_values_are_refused(wrong, tiny_llama, tokens):
     with pytest.raises(UserError, match=str(next(iter(wrong.values())))):
         measure_perplexity(tiny_llama, tokens, **{"seq_len": 32, "stride": 32, **wrong})

@@ -1,4 +1,4 @@
-"""How do people read perplexities?"""
+"""How are perplexities printed?"""
 
 from component.evaluate.aggregate import Document, PositionBucket
 from component.evaluate.perplexity import Perplexity
@@ -34,7 +34,7 @@ def test_a_row_per_model():
 
 
 def test_positions_of_the_longest_windows():
-    """Without those at which nothing was scored."""
+    """Buckets without scored tokens are left out."""
     both = {"base": [result(256, 7.0), result(2048, 35.5)], "ours": [result(2048, 6.25)]}
     assert position_table(both) == (
         "at positions of windows of 2048     base    ours\n"

@@ -20,37 +20,25 @@ TEN = list(range(10))
     ],
 )
 def test_what_is_kept(how, opening, kept):
-    """A context of 8 with 2 tokens for the answer leaves 6."""
+    """A context of 8 with 2 tokens reserved for the answer leaves 6."""
     assert fit_prompt(TEN, 8, 2, how, opening) == (kept, 4)
 
 
-def test_what_fits_is_left_alone():
+def test_nothing_is_cut_if_it_fits_or_without_truncation():
     assert fit_prompt(TEN[:6], 8, 2, "middle") == (TEN[:6], 0)
-
-
-def test_nothing_is_cut_unasked():
     assert fit_prompt(TEN, 8, 2, None) == (TEN, 0)
 
 
-def test_a_long_answer_gets_a_quarter_of_the_context():
+def test_at_most_a_quarter_of_the_context_is_reserved():
     assert fit_prompt(TEN, 8, 500, "left") == ([4, 5, 6, 7, 8, 9], 4)
-
-
-def test_a_context_of_few_tokens():
     assert fit_prompt(TEN, 2, 500, "middle") == ([9], 9)
 
 
 @pytest.mark.parametrize("how", ["middle", "left"])
 def test_what_is_cut(how, tiny_llama, capsys):
-    """An answer may have 500 tokens, but no more than a quarter of the context, 16 of 64, is kept free for it."""
+    """500 new tokens are allowed, but only a quarter of the context, 16 of 64, is reserved for them."""
     prompt_ids = list(range(3, 103))
-    kept = truncate_prompt(tiny_llama, prompt_ids, flags("--truncate", how))
-    assert (
-        kept
-        == {
-            "middle": prompt_ids[:24] + prompt_ids[-24:],
-            "left": prompt_ids[:1] + prompt_ids[-47:],
-        }[how]
-    )
+    kept = {"middle": prompt_ids[:24] + prompt_ids[-24:], "left": prompt_ids[:1] + prompt_ids[-47:]}
+    assert truncate_prompt(tiny_llama, prompt_ids, flags("--truncate", how)) == kept[how]
     place = {"middle": "middle", "left": "start"}[how]
     assert capsys.readouterr().err == f"52 tokens cut from the {place} of a prompt of 100\n"

@@ -1,4 +1,4 @@
-"""What has been said, and which prompt does it become?"""
+"""How does a chat become a prompt, and what do its commands do?"""
 
 import json
 
@@ -22,17 +22,18 @@ def book(tmp_path):
 
 
 class TestPrompt:
-    def test_is_spelt_as_training_spells(self, conversation, tokenizer):
+    def test_has_the_template_of_training(self, conversation, tokenizer):
         conversation.add("One?", "Yes.")
         assert conversation.prompt_ids("Two?") == encode_chat(tokenizer, [("One?", "Yes."), ("Two?", None)])[0]
 
     def test_documents_stand_in_front_of_the_next_question_only(self, conversation, tokenizer, book):
         tokens = len(tokenizer.tokenize("The dog sleeps."))
-        assert run_command(f"/file {book}", conversation) == f"{book}: {tokens} tokens, in front of the next question"
-        asked = "The dog sleeps.\n\nWho?"
-        assert conversation.prompt_ids("Who?") == encode_chat(tokenizer, [(asked, None)])[0]
+        message = f"{book}: {tokens} tokens, put in front of the next question"
+        assert run_command(f"/file {book}", conversation) == message
+        question = "The dog sleeps.\n\nWho?"
+        assert conversation.prompt_ids("Who?") == encode_chat(tokenizer, [(question, None)])[0]
         conversation.add("Who?", "The dog.")
-        expected = encode_chat(tokenizer, [(asked, "The dog."), ("Where?", None)])[0]
+        expected = encode_chat(tokenizer, [(question, "The dog."), ("Where?", None)])[0]
         assert conversation.prompt_ids("Where?") == expected
 
     def test_used_tokens(self, conversation, tokenizer):
@@ -40,14 +41,14 @@ class TestPrompt:
         conversation.add("One?", "Yes.")
         assert conversation.used_tokens() == len(encode_chat(tokenizer, [("One?", "Yes.")])[0])
 
-    def test_what_every_conversation_begins_with(self, conversation, tokenizer):
+    def test_opening_that_all_conversations_share(self, conversation, tokenizer):
         opening = conversation.prompt_ids("Who?")[: conversation.opening_tokens()]
         assert tokenizer.decode(opening).endswith("questions.\nUSER:")
 
 
 class TestCommands:
     @pytest.mark.parametrize(
-        ("line", "is_one"),
+        ("line", "expected"),
         [
             ("/clear", True),
             (" /file a b.txt", True),
@@ -57,16 +58,16 @@ class TestCommands:
             ("/", False),
         ],
     )
-    def test_what_is_one(self, line, is_one):
-        assert is_command(line) is is_one
+    def test_is_command(self, line, expected):
+        assert is_command(line) is expected
 
     def test_clear(self, conversation, book):
         conversation.add("One?", "Yes.")
         conversation.add_file(str(book))
-        assert run_command("/clear", conversation) == "the conversation is forgotten"
+        assert run_command("/clear", conversation) == "conversation cleared"
         assert (conversation.turns, conversation.documents) == ([], [])
 
-    def test_what_is_saved_trains(self, conversation, tmp_path):
+    def test_training_reads_what_is_saved(self, conversation, tmp_path):
         conversation.add("Größe?", "Ja.")
         conversation.add("Two?", "No.")
         run_command(f"/save {tmp_path / 'a chat.jsonl'}", conversation)
@@ -80,21 +81,21 @@ class TestCommands:
     @pytest.mark.parametrize(
         ("line", "message"),
         [
-            ("/file", "/file: no file named; use /file PATH"),
-            ("/save", "/save: no file named"),
+            ("/file", "/file: no file given; use /file PATH"),
+            ("/save", "/save: no file given"),
             ("/file no/such.txt", "/file: there is no file no/such.txt"),
-            ("/clera", r"/clera is no command \(did you mean /clear\?\); /help lists them"),
+            ("/clera", r"/clera is not a command \(did you mean /clear\?\); /help lists them"),
         ],
     )
-    def test_what_is_refused(self, line, message, conversation):
+    def test_mistakes(self, line, message, conversation):
         with pytest.raises(UserError, match=message):
             run_command(line, conversation)
 
     def test_nothing_to_save(self, conversation, tmp_path):
-        with pytest.raises(UserError, match="/save: nothing has been said"):
+        with pytest.raises(UserError, match="/save: the conversation is empty"):
             run_command(f"/save {tmp_path / 'chat.json'}", conversation)
 
-    def test_what_exists_is_not_overwritten(self, conversation, book):
+    def test_an_existing_file_is_not_overwritten(self, conversation, book):
         conversation.add("One?", "Yes.")
         with pytest.raises(UserError, match=r"book.txt exists; name another"):
             run_command(f"/save {book}", conversation)

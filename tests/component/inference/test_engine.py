@@ -1,4 +1,4 @@
-"""How do several people chat with one model? One answer at a time, streamed, and stopped when asked."""
+"""How do several web visitors chat with one model? One answer at a time, streamed, and stopped on request."""
 
 import itertools
 import threading
@@ -52,49 +52,42 @@ def test_stopped(engine):
         if answer.text:
             stop.set()
     assert len(engine.tokenizer.tokenize(answer.text)) < 150
-    assert conversation.turns == [("One?", answer.text)], "what has been said is part of the conversation"
+    assert conversation.turns == [("One?", answer.text)], "a stopped answer is part of the conversation"
 
 
-def test_two_at_a_time_take_turns(engine):
-    """Interleaved, each gets the answer that it would have got alone."""
-    varied = {**GREEDY, "repetition_penalty": 1.5}
-    alone = [list(engine.answer(engine.conversation(), text, varied, never))[-1].text for text in ("One?", "The dog")]
-    both = [engine.answer(engine.conversation(), text, varied, never) for text in ("One?", "The dog")]
-    last = [None, None]
-    running = {0, 1}
-    while running:
-        for at in list(running):
-            step = next(both[at], None)
-            if step is None:
-                running.discard(at)
-            else:
-                last[at] = step.text
-    assert last == alone
-    assert alone[0] != alone[1]
+def test_interleaved_answers_equal_separate_ones(engine):
+    settings = {**GREEDY, "repetition_penalty": 1.5}
+    alone, both = (
+        [engine.answer(engine.conversation(), text, settings, never) for text in ("One?", "The dog")] for _ in range(2)
+    )
+    expected = [list(answers)[-1].text for answers in alone]
+    interleaved = zip(*itertools.zip_longest(*both), strict=True)
+    assert [[answer.text for answer in answers if answer][-1] for answers in interleaved] == expected
+    assert expected[0] != expected[1]
 
 
 def test_only_one_generates_at_a_time(engine, monkeypatch):
-    inside, most = [], []
+    running, counts = [], []
 
-    def slowly(*_, **__):
-        inside.append(1)
-        most.append(len(inside))
+    def slow_generate(*_, **__):
+        running.append(1)
+        counts.append(len(running))
         time.sleep(0.1)
-        inside.pop()
+        running.pop()
 
-    monkeypatch.setattr("component.inference.engine.generate", slowly)
-    askers = [
+    monkeypatch.setattr("component.inference.engine.generate", slow_generate)
+    visitors = [
         threading.Thread(target=lambda: list(engine.answer(engine.conversation(), "One?", GREEDY, never)))
         for _ in range(3)
     ]
-    for asker in askers:
-        asker.start()
-    for asker in askers:
-        asker.join()
-    assert most == [1, 1, 1]
+    for visitor in visitors:
+        visitor.start()
+    for visitor in visitors:
+        visitor.join()
+    assert counts == [1, 1, 1]
 
 
-def test_whoever_leaves_stops_the_work(engine, monkeypatch):
+def test_closing_the_iterator_stops_generation(engine, monkeypatch):
     calls, forward = [], engine.model.forward
 
     def counted(**kwargs):
@@ -107,25 +100,25 @@ def test_whoever_leaves_stops_the_work(engine, monkeypatch):
     next(answers)
     next(answers)
     answers.close()
-    with engine.turn:  # free for the next
+    with engine.turn:  # the lock is released
         assert len(calls) < 100
 
 
-def test_what_is_cut_is_said(engine):
+def test_truncation_is_reported(engine):
     conversation = engine.conversation()
     conversation.documents.append("dog " * 1000)
-    with pytest.raises(UserError, match=r"the prompt has \d{4} tokens, the model's context 512"):
+    with pytest.raises(UserError, match=r"the prompt has \d{4} tokens, but the model's context is 512"):
         list(engine.answer(conversation, "One?", GREEDY, never))
     *_, last = engine.answer(conversation, "One?", {**GREEDY, "truncate": "middle"}, never)
     assert last.notice.endswith("tokens were cut (middle)")
 
 
-def test_settings_that_make_no_sense(engine):
+def test_invalid_settings(engine):
     with pytest.raises(UserError, match="--temperature: 0; use"):
         list(engine.answer(engine.conversation(), "One?", {"temperature": 0}, never))
 
 
-def test_a_failure_reaches_the_asker_and_nothing_stays_locked(engine, monkeypatch):
+def test_an_error_reaches_the_visitor_and_releases_the_lock(engine, monkeypatch):
     def fail(**_):
         raise torch.OutOfMemoryError("out of memory")
 

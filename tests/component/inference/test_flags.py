@@ -1,4 +1,4 @@
-"""What people give on the command line of inference and chat, and which model it names."""
+"""Which flags do inference and chat take, and which model do they name?"""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ INFERENCE, CHAT = "script/inference/inference.py", "script/inference/chat.py"
 
 
 class TestAttention:
-    def test_a_kernel_by_name(self, base_folder):
+    def test_an_implementation_by_name(self, base_folder):
         model, _ = load_from_flags(flags("--model_name_or_path", str(base_folder), "--attn_implementation", "eager"))
         assert model.config._attn_implementation == "eager"
 
@@ -22,16 +22,16 @@ class TestAttention:
         words = ("--adapter_name_or_path", str(adapter_folder), "--attn_implementation", "eager")
         assert load_from_flags(flags(*words))[0].get_base_model().config._attn_implementation == "eager"
 
-    @pytest.mark.parametrize(("has_gpu", "lack"), [(False, "no CUDA GPU"), (True, "no package flash_attn")])
-    def test_one_that_is_not_here(self, has_gpu, lack, monkeypatch):
+    @pytest.mark.parametrize(("has_gpu", "missing"), [(False, "no CUDA GPU"), (True, "no package flash_attn")])
+    def test_one_that_is_not_available(self, has_gpu, missing, monkeypatch):
         monkeypatch.setattr("torch.cuda.is_available", lambda: has_gpu)
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-        with pytest.raises(UserError, match=f"--attn_implementation: flash_attention_2, but there is {lack} here"):
+        with pytest.raises(UserError, match=f"--attn_implementation: flash_attention_2, but there is {missing} here"):
             check_attention("flash_attention_2")
 
 
 class TestWhichModel:
-    """Without flags: the newest finished run under output/, merged if it has been."""
+    """Without flags: the newest finished run under output/, its merged model if there is one."""
 
     @pytest.fixture
     def output(self, tmp_path, adapter_folder, monkeypatch):
@@ -56,31 +56,21 @@ class TestWhichModel:
         outcome = run_program(INFERENCE, stdin=b"The dog")
         assert str(output / "newest-merged") in outcome.err
 
-    def test_not_a_merged_model_of_an_earlier_training(self, output, base_folder, run_program, prompts_seen):
+    def test_not_the_merged_model_of_an_earlier_run(self, output, base_folder, run_program, prompts_seen):
         merged = Path(shutil.copytree(base_folder, output / "newest-merged"))
         shutil.copy(output / "newest" / "longqlora.json", merged / "longqlora.json")
-        os.utime(merged / "longqlora.json", (9e8, 9e8))  # the run is newer: it was trained again
+        os.utime(merged / "longqlora.json", (9e8, 9e8))  # older than the run, which was trained again
         outcome = run_program(INFERENCE, stdin=b"The dog")
         assert str(output / "newest") in outcome.err
         assert "newest-merged" not in outcome.err.split("\n")[0]
 
 
 def test_defaults_are_the_originals():
-    kept = vars(flags())
     original = {"temperature": 0.35, "top_p": 0.9, "repetition_penalty": 1.0, "max_new_tokens": 500}
-    assert {name: kept[name] for name in original} == original
-    assert kept["do_sample"] is True
-    assert kept["load_in_4bit"] is False
+    original |= {"do_sample": True, "load_in_4bit": False}
+    assert {name: vars(flags())[name] for name in original} == original
 
 
-@pytest.mark.parametrize(
-    ("words", "value"),
-    [
-        ([], False),
-        (["--load_in_4bit"], True),
-        (["--load_in_4bit", "True"], True),
-        (["--load_in_4bit", "false"], False),
-    ],
-)
-def test_booleans_stand_alone_or_with_a_value(words, value):
-    assert flags(*words).load_in_4bit is value
+@pytest.mark.parametrize(("values", "expected"), [([], True), (["True"], True), (["false"], False)])
+def test_booleans_stand_alone_or_with_a_value(values, expected):
+    assert flags("--load_in_4bit", *values).load_in_4bit is expected

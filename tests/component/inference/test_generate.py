@@ -1,6 +1,4 @@
-"""How is text continued? Token for token as Hugging Face continues it, in the programs that people start."""
-
-from pathlib import Path
+"""How is text generated? Token for token as by stock transformers, in the programs too."""
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -14,8 +12,7 @@ from tests.conftest import TEXTS, build_llama
 from tests.generation_flags import GREEDY, flags
 from tests.reference.greedy import stock
 
-ROOT = Path(__file__).resolve().parents[3]
-INFERENCE, CHAT = "script/inference/inference.py", "script/inference/chat.py"
+INFERENCE = "script/inference/inference.py"
 PROMPT = "Half of the heads attend"
 
 
@@ -49,7 +46,7 @@ class TestGreedy:
         assert ids == stock(tiny_llama, prompt_ids, max_new_tokens=20, repetition_penalty=penalty)
         assert len(ids) > 1
         assert text == tokenizer.decode(ids, skip_special_tokens=True)
-        assert capsys.readouterr().out == text + "\n", "streamed is what is returned"
+        assert capsys.readouterr().out == text + "\n", "the streamed text equals the returned text"
 
     def test_penalty_matters(self, continued, tiny_llama, tokenizer):
         prompt_ids = tokenizer(PROMPT).input_ids
@@ -57,7 +54,7 @@ class TestGreedy:
         other, _ = continued(tiny_llama, prompt_ids, *GREEDY, "--max_new_tokens", "20", "--repetition_penalty", "1.3")
         assert plain != other
 
-    def test_a_bases_own_sampling_values_change_nothing(self, continued, tiny_llama, tokenizer):
+    def test_the_models_generation_config_is_ignored(self, continued, tiny_llama, tokenizer):
         """LLaMA2 ships temperature and top_p, others a repetition penalty."""
         prompt_ids = tokenizer(PROMPT).input_ids
         expected = stock(tiny_llama, prompt_ids, max_new_tokens=20)
@@ -66,10 +63,10 @@ class TestGreedy:
 
     def test_stops_at_the_end_of_sequence(self, continued, tiny_llama, tokenizer):
         prompt_ids = tokenizer(PROMPT).input_ids
-        ends = stock(tiny_llama, prompt_ids, max_new_tokens=3)[1]
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends)
+        eos = stock(tiny_llama, prompt_ids, max_new_tokens=3)[1]
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(eos)
         ids, _ = continued(tiny_llama, prompt_ids, *GREEDY, "--max_new_tokens", "20")
-        assert ids.index(ends) == len(ids) - 1
+        assert ids.index(eos) == len(ids) - 1
         assert len(ids) <= 2
 
     def test_an_adapter_and_its_context(self, continued, adapter_folder, base_folder, tokenizer):
@@ -105,16 +102,16 @@ class TestSampling:
 
 
 class TestContext:
-    def test_what_is_generated_ends_with_the_context(self, continued, tiny_llama):
+    def test_generation_stops_at_the_end_of_the_context(self, continued, tiny_llama):
         ids, _ = continued(tiny_llama, [0] + [5] * 59, *GREEDY, "--max_new_tokens", "500")
         assert 1 <= len(ids) <= 4
 
     @pytest.mark.parametrize("length", [64, 65, 300])
-    def test_prompts_that_leave_no_room_are_refused(self, length, tiny_llama, tokenizer):
+    def test_prompts_that_fill_the_context_are_refused(self, length, tiny_llama, tokenizer):
         with pytest.raises(UserError, match=rf"{length} tokens.* 64"):
             stream_generation(tiny_llama, tokenizer, [0] * length, flags(*GREEDY))
 
-    def test_a_stretched_model_has_room_for_more(self, continued, tiny_llama_config):
+    def test_an_extended_model_takes_longer_prompts(self, continued, tiny_llama_config):
         extend_context(tiny_llama_config, 256)
         model = build_llama(tiny_llama_config).eval()
         prompt_ids = [0] + [5] * 199
@@ -122,7 +119,7 @@ class TestContext:
         assert ids == stock(model, prompt_ids, max_new_tokens=9)
 
     def test_a_merged_model_beyond_its_bases_length(self, adapter_folder, tmp_path, continued, tokenizer, run_program):
-        """Of 64 tokens once, filled to the last of 128; beside it stock transformers alone."""
+        """A base of 64 tokens extended to 128, filled to the last token; compared with stock transformers."""
         words = ("--adapter_name_or_path", adapter_folder, "--save_path", tmp_path / "merged", "--dtype", "float32")
         outcome = run_program("script/merge_lora.py", *words)
         assert outcome.status == 0, outcome.err
@@ -135,7 +132,7 @@ class TestContext:
 
 
 class TestConversationCache:
-    def test_a_second_turn_says_what_it_says_without_the_first_ones_cache(self, tiny_llama, tokenizer, monkeypatch):
+    def test_a_second_turn_is_the_same_without_the_cache(self, tiny_llama, tokenizer, monkeypatch):
         cache, words = PromptCache(tiny_llama.config), flags(*GREEDY, "--max_new_tokens", "6")
         first = tokenizer(PROMPT).input_ids
         answer = generate(tiny_llama, tokenizer, first, words, str, cache=cache)
@@ -148,10 +145,10 @@ class TestConversationCache:
 
         monkeypatch.setattr(tiny_llama, "forward", counted)
         text = generate(tiny_llama, tokenizer, second, words, str, cache=cache)
-        assert lengths[0] < len(second) - len(first), "what the first turn computed is not computed again"
+        assert lengths[0] < len(second) - len(first), "the first turn is not recomputed"
         assert text == generate(tiny_llama, tokenizer, second, words, str)
 
-    def test_the_default_needs_no_cache_of_the_caller(self, tiny_llama, tokenizer):
+    def test_without_a_cache_of_the_caller(self, tiny_llama, tokenizer):
         pieces = []
         words = flags(*GREEDY, "--max_new_tokens", "6")
         text = generate(tiny_llama, tokenizer, tokenizer(PROMPT).input_ids, words, pieces.append)
@@ -159,19 +156,19 @@ class TestConversationCache:
 
 
 class TestStopping:
-    def test_when_asked(self, tiny_llama, tokenizer):
-        prompt_ids, asked = tokenizer(PROMPT).input_ids, []
+    def test_on_request(self, tiny_llama, tokenizer):
+        prompt_ids, calls = tokenizer(PROMPT).input_ids, []
 
         def should_stop() -> bool:
-            asked.append(True)
-            return len(asked) == 3
+            calls.append(True)
+            return len(calls) == 3
 
         words = flags(*GREEDY, "--max_new_tokens", "20")
         text = generate(tiny_llama, tokenizer, prompt_ids, words, str, should_stop=should_stop)
         assert text == tokenizer.decode(stock(tiny_llama, prompt_ids, max_new_tokens=3), skip_special_tokens=True)
 
     def test_by_ctrl_c(self, tiny_llama, tokenizer, monkeypatch, capsys):
-        """What had come is printed and kept; the cache, half of whose layers may know more, is not."""
+        """The text so far is printed and kept; the cache, whose layers may differ in length, is not."""
         prompt_ids, forward, calls = tokenizer(PROMPT).input_ids, tiny_llama.forward, []
         expected = tokenizer.decode(stock(tiny_llama, prompt_ids, max_new_tokens=4), skip_special_tokens=True)
 
@@ -187,4 +184,4 @@ class TestStopping:
             stream_generation(tiny_llama, tokenizer, prompt_ids, flags(*GREEDY), cache)
         assert stopped.value.text == expected != ""
         assert capsys.readouterr().out == expected + "\n"
-        assert cache.bytes_held == 0
+        assert cache.nbytes == 0

@@ -1,4 +1,4 @@
-"""How are keys and values kept? As transformers keeps them, in as many bytes as can be counted by hand."""
+"""How are keys and values cached? As in transformers, in the number of bytes calculated here."""
 
 import pytest
 import torch
@@ -29,15 +29,14 @@ def filled(model, implementation: str):
 
 
 class TestBytes:
-    def test_counted_by_hand(self, tiny_llama):
-        """Keys and values: float32; a byte each; half a byte and, per 8 of them, two float32."""
+    def test_fp32_and_fp8(self, tiny_llama):
         numbers = 2 * LAYERS * TOKENS * VALUES
         scales = 2 * LAYERS * 4  # fp8: one float32 for the keys of a layer and one for its values
         assert tensor_bytes(filled(tiny_llama, "dynamic")) == 4 * numbers == 10240
         assert tensor_bytes(filled(tiny_llama, "fp8")) == numbers + scales == 2576
 
     def test_fewer_bits_fewer_bytes(self, tiny_llama_config):
-        """Heads of 32 values in groups of 32: 4 bits are half of 8 but for the same scales."""
+        """Heads of 32 values in groups of 32."""
         tiny_llama_config.head_dim, tiny_llama_config.num_key_value_heads = 32, 4
         model = build_llama(tiny_llama_config).eval()
         numbers = 2 * LAYERS * TOKENS * 4 * 32
@@ -50,7 +49,7 @@ class TestBytes:
             "int2": numbers // 4 + scales,
         }
 
-    def test_a_tensor_in_two_places_counts_once(self, tiny_llama):
+    def test_a_tensor_stored_twice_counts_once(self, tiny_llama):
         cache = filled(tiny_llama, "dynamic")
         cache.layers[0].again = [cache.layers[0].keys, {"x": cache.layers[0].keys}]
         assert tensor_bytes(cache) == 10240
@@ -58,28 +57,28 @@ class TestBytes:
 
 class TestNewCache:
     @pytest.mark.parametrize("implementation", ["dynamic", "fp8", "int8"])
-    def test_says_what_the_unrounded_one_says(self, implementation, tiny_llama):
+    def test_first_token_equals_that_of_the_default_cache(self, implementation, tiny_llama):
         ids = torch.arange(5, 45)[None]
         exact = tiny_llama.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
         cache = new_cache(tiny_llama.config, implementation)
         out = tiny_llama.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False, past_key_values=cache
         )
-        assert out[0, 40].item() == exact[0, 40].item(), "the first token sees keys and values as computed"
+        assert out[0, 40].item() == exact[0, 40].item(), "the first token attends to unquantized keys and values"
         assert cache.get_seq_length() == 43
 
     @pytest.mark.parametrize(("implementation", "worst"), [("fp8", 0.2), ("int8", 0.02), ("int4", 1.0)])
-    def test_rounds_a_little(self, implementation, worst, tiny_llama):
+    def test_quantization_error_is_small(self, implementation, worst, tiny_llama):
         step = torch.tensor([[7]])
         with torch.no_grad():
             exact = tiny_llama(step, past_key_values=filled(tiny_llama, "dynamic")).logits
-            rounded = tiny_llama(step, past_key_values=filled(tiny_llama, implementation)).logits
-        change = (exact - rounded).abs().max()
+            quantized = tiny_llama(step, past_key_values=filled(tiny_llama, implementation)).logits
+        change = (exact - quantized).abs().max()
         assert 0 < change < worst, change
 
     @pytest.mark.parametrize(("implementation", "head"), [("int8", 8), ("int4", 8), ("int2", 16)])
     def test_an_odd_number_of_tokens(self, implementation, head, tiny_llama_config):
-        """hqq packs several groups into a byte: whatever the length, they must come out even."""
+        """hqq packs values of several groups into a byte, so the number of groups must divide evenly at any length."""
         tiny_llama_config.head_dim = head
         model = build_llama(tiny_llama_config).eval()
         for tokens in (1, 3, 7):
@@ -97,17 +96,17 @@ class TestNewCache:
         assert group_values(tiny_llama_config, bits) == values
 
     @pytest.mark.parametrize(("head", "bits"), [(12, 4), (8, 2)])
-    def test_heads_that_have_no_groups(self, head, bits, tiny_llama_config):
+    def test_heads_that_cannot_be_grouped(self, head, bits, tiny_llama_config):
         tiny_llama_config.head_dim = head
         with pytest.raises(UserError, match=rf"2 heads of {head} values .* {bits} bits .* use fp8 or dynamic"):
             group_values(tiny_llama_config, bits)
 
-    def test_a_transformers_without_it(self, monkeypatch):
+    def test_a_transformers_without_fp8(self, monkeypatch):
         monkeypatch.delattr("transformers.cache_utils.Fp8QuantizedLayer", raising=False)
         with pytest.raises(UserError, match=r"--cache_implementation: .* no fp8; install .* or use int8"):
             check_cache("fp8")
 
-    def test_without_its_package(self, monkeypatch):
+    def test_without_hqq(self, monkeypatch):
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
         with pytest.raises(UserError, match=r"int4 needs the package hqq; pip install hqq=="):
             check_cache("int4")
@@ -120,20 +119,20 @@ class TestNewCache:
 
 
 class TestPromptCache:
-    """What two prompts share is computed once."""
+    """The prefix that two prompts share is computed once."""
 
     def feed(self, model, cache: PromptCache, ids: list[int]) -> torch.Tensor:
-        """Logits after `ids`, of which the cache may hold a beginning."""
-        held = cache.start(ids)
+        """Logits after `ids`; the cache may already hold a prefix of them."""
+        past = cache.start(ids)
         with torch.no_grad():
-            logits = model(torch.tensor([ids[held.get_seq_length() :]]), past_key_values=held).logits[0, -1]
+            logits = model(torch.tensor([ids[past.get_seq_length() :]]), past_key_values=past).logits[0, -1]
         cache.finish(ids)
         return logits
 
     @pytest.mark.parametrize(
         ("second", "shared"),
         [([5, 6, 7, 8, 9], 4), ([5, 6, 9], 2), ([5, 6, 7, 8], 3), ([5], 0), ([9, 6, 7, 8], 0)],
-        ids=["longer", "other from the third on", "the same", "its beginning", "another"],
+        ids=["longer", "different from the third on", "the same", "its prefix", "another"],
     )
     def test_the_second_prompt(self, second, shared, tiny_llama):
         cache = PromptCache(tiny_llama.config)
@@ -145,27 +144,27 @@ class TestPromptCache:
             expected = tiny_llama(torch.tensor([second])).logits[0, -1]
         torch.testing.assert_close(self.feed(tiny_llama, cache, second), expected)
 
-    def test_after_a_start_without_end_nothing_is_trusted(self, tiny_llama):
+    def test_without_finish_the_content_is_not_reused(self, tiny_llama):
         cache = PromptCache(tiny_llama.config)
         self.feed(tiny_llama, cache, [5, 6, 7, 8])
-        cache.start([5, 6, 7, 8, 9])  # and whatever happened then
+        cache.start([5, 6, 7, 8, 9])  # no finish
         assert cache.start([5, 6, 7, 8, 9]).get_seq_length() == 0
 
-    def test_the_last_token_of_an_answer_is_not_in_it(self, tiny_llama):
+    def test_the_last_token_of_an_answer_is_not_cached(self, tiny_llama):
         cache = PromptCache(tiny_llama.config)
-        held = cache.start([5, 6])
+        past = cache.start([5, 6])
         with torch.no_grad():
-            tiny_llama(torch.tensor([[5, 6]]), past_key_values=held)
+            tiny_llama(torch.tensor([[5, 6]]), past_key_values=past)
         cache.finish([5, 6, 7])
         assert cache.start([5, 6, 7, 8]).get_seq_length() == 2
 
     @pytest.mark.parametrize("implementation", ["fp8", "int4"])
-    def test_rounded_caches_begin_anew(self, implementation, tiny_llama):
+    def test_quantized_caches_start_empty(self, implementation, tiny_llama):
         cache = PromptCache(tiny_llama.config, implementation)
         self.feed(tiny_llama, cache, [5, 6, 7, 8])
         assert cache.start([5, 6, 7, 8, 9]).get_seq_length() == 0
 
-    def test_and_so_do_frequencies_that_depend_on_the_length(self, tiny_llama_config):
+    def test_dynamic_rope_starts_empty(self, tiny_llama_config):
         extend_context(tiny_llama_config, 256, "dynamic")
         model = build_llama(tiny_llama_config).eval()
         cache = PromptCache(model.config)
@@ -174,9 +173,9 @@ class TestPromptCache:
 
     def test_bytes(self, tiny_llama):
         cache = PromptCache(tiny_llama.config)
-        assert cache.bytes_held == 0
+        assert cache.nbytes == 0
         self.feed(tiny_llama, cache, [5, 6, 7, 8])
-        assert cache.bytes_held == 2 * 2 * 4 * 16 * 4
+        assert cache.nbytes == 2 * 2 * 4 * 16 * 4
         assert isinstance(cache.start([5]), DynamicCache)
 
 

@@ -1,11 +1,11 @@
-"""Which prompts of a file are still to be answered?"""
+"""Which prompts of a file remain to be answered?"""
 
 import json
 
 import pytest
 
 from component.error import UserError
-from component.inference.prompt_file import answer_all, answered, read_prompts
+from component.inference.prompt_file import answer_all, count_answered, read_prompts
 from tests.words import read_lines, write_lines
 
 ASKED = [{"prompt": "a", "id": 1}, {"prompt": "b", "id": 2}, {"prompt": "ç", "id": 3}]
@@ -30,7 +30,7 @@ class TestReading:
             (b'{"prompt": " "}', "in.jsonl:2: no prompt"),
             (b'{"prompt": 3}', "in.jsonl:2: no prompt"),
             (b"[]", "in.jsonl:2: no prompt"),
-            (b'{"prompt": "\\ud800"}', "in.jsonl:2: no Unicode text"),
+            (b'{"prompt": "\\ud800"}', "in.jsonl:2: not valid Unicode"),
         ],
     )
     def test_bad_lines(self, line, message, tmp_path):
@@ -49,26 +49,26 @@ class TestAnswering:
 
     def test_from_nothing(self, tmp_path):
         out = tmp_path / "out.jsonl"
-        assert answered(str(out), ASKED) == 0
+        assert count_answered(str(out), ASKED) == 0
         answer_all(str(out), ASKED, 0, self.answer)
         assert read_lines(out) == [{**asked, "completion": f"answer {at}"} for at, asked in enumerate(ASKED)]
         assert "ç" in out.read_text(encoding="utf-8")
 
     @pytest.mark.parametrize("lost", [1, 9, 30])
-    def test_a_killed_run_goes_on(self, lost, tmp_path):
-        whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
-        answer_all(str(whole), ASKED, 0, self.answer)
-        cut.write_bytes(whole.read_bytes()[:-lost])
-        start = answered(str(cut), ASKED)
+    def test_a_killed_run_is_resumed(self, lost, tmp_path):
+        complete, cut = tmp_path / "complete.jsonl", tmp_path / "cut.jsonl"
+        answer_all(str(complete), ASKED, 0, self.answer)
+        cut.write_bytes(complete.read_bytes()[:-lost])
+        start = count_answered(str(cut), ASKED)
         assert start == 2
         answer_all(str(cut), ASKED, start, self.answer)
-        assert cut.read_bytes() == whole.read_bytes()
+        assert cut.read_bytes() == complete.read_bytes()
 
-    def test_a_finished_run_is_left_alone(self, tmp_path):
+    def test_a_finished_run_is_not_changed(self, tmp_path):
         out = tmp_path / "out.jsonl"
         answer_all(str(out), ASKED, 0, self.answer)
         before = out.read_bytes()
-        assert answered(str(out), ASKED) == 3
+        assert count_answered(str(out), ASKED) == 3
         answer_all(str(out), ASKED, 3, self.answer)
         assert out.read_bytes() == before
 
@@ -79,21 +79,23 @@ class TestAnswering:
             {"prompt": "a", "completion": "x"},
             {"prompt": "a", "id": 1},
             [],
+            ["completion"],
+            5,
         ],
     )
-    def test_another_files_answers_are_not_added_to(self, line, tmp_path):
+    def test_answers_to_other_prompts_are_not_appended_to(self, line, tmp_path):
         out = tmp_path / "out.jsonl"
         out.write_text(json.dumps(line) + "\n")
-        with pytest.raises(UserError, match=r"out.jsonl:1 is no answer to prompt 1 .*; name another file"):
-            answered(str(out), ASKED)
+        with pytest.raises(UserError, match=r"out.jsonl:1 is not an answer to prompt 1 .*; name another file"):
+            count_answered(str(out), ASKED)
 
     def test_more_answers_than_prompts(self, tmp_path):
         out = tmp_path / "out.jsonl"
         answer_all(str(out), ASKED, 0, self.answer)
-        with pytest.raises(UserError, match=r"out.jsonl:3 is no answer"):
-            answered(str(out), ASKED[:2])
+        with pytest.raises(UserError, match=r"out.jsonl:3 is not an answer"):
+            count_answered(str(out), ASKED[:2])
 
     @pytest.mark.parametrize("name", ["no/such/out.jsonl", "."])
     def test_nowhere_to_write(self, name, tmp_path):
         with pytest.raises(UserError, match=r"--output_jsonl: .*name a"):
-            answered(str(tmp_path / name), ASKED)
+            count_answered(str(tmp_path / name), ASKED)

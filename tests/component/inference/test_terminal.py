@@ -1,4 +1,4 @@
-"""Prompts out of a pipe. What a keyboard does (editing, history, Ctrl-C) is in tests/script/inference/test_chat.py."""
+"""How are prompts read from a pipe? Editing, history and Ctrl-C are tested in tests/script/inference/test_chat.py."""
 
 import io
 import sys
@@ -33,9 +33,9 @@ def test_lines_until_the_end_or_exit(content, lines, typed):
     assert list(prompts("")) == lines
 
 
-def test_a_line_that_is_no_text(typed):
+def test_a_line_that_cannot_be_decoded(typed):
     typed(b"One?\n\xff\xfe\n")
-    with pytest.raises(UserError, match="standard input: no UTF-8 text"):
+    with pytest.raises(UserError, match="standard input: not UTF-8"):
         list(prompts(""))
 
 

@@ -1,4 +1,4 @@
-"""What text is in a file that a user brings?"""
+"""How is the text of a user's document read?"""
 
 import pytest
 
@@ -27,9 +27,9 @@ def test_the_text(name, content, text, tmp_path):
         ("a.txt", None, "/file: there is no file .*a.txt; name a text file"),
         ("a.txt", b"caf\xe9", "/file: .*a.txt is not UTF-8 .*; convert it"),
         ("a.txt", b" \n", "/file: .*a.txt holds no text; name another"),
-        ("a.pdf", pdf(""), "/file: .*a.pdf holds no text; it may hold pictures"),
-        ("a.pdf", b"%PDF-1.4 and no more", "/file: .*a.pdf is no PDF that can be read .*; save it anew"),
-        ("a.pdf", b"", "/file: .*a.pdf is no PDF"),
+        ("a.pdf", pdf(""), "/file: .*a.pdf holds no text; if its pages are scans, run OCR first"),
+        ("a.pdf", b"%PDF-1.4 and no more", "/file: .*a.pdf is not a readable PDF .*; export it again"),
+        ("a.pdf", b"", "/file: .*a.pdf is not a readable PDF"),
     ],
 )
 def test_what_is_refused(name, content, message, tmp_path):
@@ -45,9 +45,9 @@ def test_a_password(tmp_path):
     (tmp_path / "open.pdf").write_bytes(pdf("Secret."))
     writer = PdfWriter(clone_from=tmp_path / "open.pdf")
     writer.encrypt("pass", algorithm="RC4-128")
-    writer.write(tmp_path / "shut.pdf")
-    with pytest.raises(UserError, match=r"shut.pdf is protected by a password; save it without one"):
-        read_text_file(tmp_path / "shut.pdf", "/file")
+    writer.write(tmp_path / "locked.pdf")
+    with pytest.raises(UserError, match=r"locked.pdf is password-protected; save it without a password"):
+        read_text_file(tmp_path / "locked.pdf", "/file")
 
 
 def test_without_pypdf(tmp_path, monkeypatch):

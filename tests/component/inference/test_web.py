@@ -1,4 +1,4 @@
-"""What does the web page look like, and what do its handlers answer?"""
+"""What does the web page look like, and what do its handlers return?"""
 
 import pytest
 
@@ -32,7 +32,7 @@ class TestMeter:
         assert 'class="meter full"' in text
         assert "width: 100.0%" in text
 
-    def test_a_name_is_text(self):
+    def test_names_are_escaped(self):
         assert "<script>" not in meter(1, 2, "<script>")
 
 
@@ -50,11 +50,11 @@ class TestDocument:
         state, shown, _ = page.open_document(str(tmp_path / "a.txt"))
         assert state is None
         assert "a.txt is not UTF-8" in shown
-        assert str(tmp_path) not in shown, "where the server keeps files is nobody's business"
+        assert str(tmp_path) not in shown, "paths of the server are not disclosed"
 
     def test_none(self, page):
         assert page.open_document(None) == (None, page.blank(), [])
-        assert "512 tokens at a time" in page.blank()
+        assert "The context is 512 tokens" in page.blank()
 
 
 class TestAsking:
@@ -71,9 +71,9 @@ class TestAsking:
         assert note.endswith("dynamic cache 0.0 MiB")
         chat, state, _, _ = self.last(page, "Where?", chat, state)
         assert [message["content"] for message in chat[::2]] == ["Who?", "Where?"]
-        assert state["conversation"].turns[1][0] == "Where?", "the document is said once"
+        assert state["conversation"].turns[1][0] == "Where?", "the document is in the first turn only"
 
-    def test_too_long_a_question_leaves_chat_and_conversation(self, page):
+    def test_too_long_a_question_changes_nothing(self, page):
         chat = [{"role": "user", "content": "before"}]
         shown, state, _, note = self.last(page, "dog " * 900, chat, None)
         assert shown == chat
@@ -94,7 +94,7 @@ class TestAsking:
         assert "a.txt: <b>" in shown
         assert page.forget(None) == (None, page.blank(), [])
 
-    def test_stops_do_not_pile_up(self, page):
+    def test_stop_events_do_not_accumulate(self, page):
         for visitor in range(50):
             list(page.ask("Who?", [], None, {**SETTINGS, "max_new_tokens": 1}, str(visitor)))
         assert page.stops == {}

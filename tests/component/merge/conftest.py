@@ -1,4 +1,4 @@
-"""What the tests of merging share."""
+"""Fixtures of the merge tests."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory, llama_config):
-    """bases(tied, config class, dtype) -> a folder with a grouped-query base, its rows one block of NF4 wide."""
+    """bases(tied, config class, dtype) -> a folder with a grouped-query base whose rows are one NF4 block wide."""
     made: dict[tuple, Path] = {}
 
     def make(tied: bool = False, config_class=LlamaConfig, dtype=torch.float32) -> Path:
@@ -25,7 +25,7 @@ def bases(tmp_path_factory, llama_config):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(1)
                 model = AutoModelForCausalLM.from_config(config)
-                for parameter in model.parameters():  # norms of one, and biases of zero, would hide what is missing
+                for parameter in model.parameters():  # norms of one and biases of zero would hide missing tensors
                     parameter.data += 0.1 * torch.randn_like(parameter)
             made[tied, config_class, dtype] = tmp_path_factory.mktemp("base")
             model.to(dtype).save_pretrained(made[tied, config_class, dtype])

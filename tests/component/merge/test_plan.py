@@ -1,4 +1,4 @@
-"""What an adapter changes, found before any tensor is read: what does not fit, or is more than LoRA, is refused."""
+"""What does an adapter do to each tensor of its base? What does not fit, or is not plain LoRA, is refused."""
 
 import copy
 import json
@@ -21,7 +21,7 @@ def test_a_tensor_of_no_layer_is_named(bases, tmp_path, capsys):
     base = copied(bases(), tmp_path / "base", load_file(bases() / "model.safetensors") | {"extra": torch.ones(2)})
     save_adapter(tmp_path / "adapter", bases())
     assert "extra" not in merged(tmp_path / "ours", base, tmp_path / "adapter")
-    assert "1 tensors belong to no layer and are left out, as extra" in capsys.readouterr().err
+    assert "1 tensors belong to no layer and are ignored: extra" in capsys.readouterr().err
 
 
 def without_a_weight(weights):
@@ -45,7 +45,7 @@ def test_bases_that_do_not_fit(bases, tmp_path, spoil):
     assert all(part in str(error.value) for part in parts)
 
 
-def test_a_quantised_base(bases, tmp_path):
+def test_a_quantized_base(bases, tmp_path):
     base = copied(bases(), tmp_path / "base", load_file(bases() / "model.safetensors"))
     config = json.loads((base / "config.json").read_text()) | {"quantization_config": {"quant_method": "bitsandbytes"}}
     (base / "config.json").write_text(json.dumps(config))
@@ -54,7 +54,7 @@ def test_a_quantised_base(bases, tmp_path):
         merged(tmp_path / "ours", base, tmp_path / "adapter")
 
 
-# ---- adapters that are no plain LoRA
+# ---- adapters that are not plain LoRA
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_a_quantised_base(bases, tmp_path):
     [({"use_dora": True}, "use_dora"), ({"lora_bias": True}, "lora_bias"),
      ({"trainable_token_indices": [1, 2]}, "trainable_token_indices")],
 )  # fmt: skip
-def test_what_is_more_than_lora_is_refused(bases, tmp_path, options, part):
+def test_other_adapter_types_are_refused(bases, tmp_path, options, part):
     base = bases(config_class=Qwen2Config)
     save_adapter(tmp_path / "adapter", base, target_modules=["q_proj"], **options)
     with pytest.raises(UserError, match=part):
@@ -74,7 +74,7 @@ def change_config(adapter: Path, **values) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
-def test_a_start_that_changed_the_base_is_refused(bases, tmp_path):
+def test_an_initialization_that_changed_the_base_is_refused(bases, tmp_path):
     save_adapter(tmp_path / "adapter", bases())
     change_config(tmp_path / "adapter", init_lora_weights="pissa_niter_4")
     with pytest.raises(UserError, match="pissa"):
@@ -95,7 +95,7 @@ def test_every_key_is_accounted_for(bases, tmp_path, extra):
 
 
 @pytest.mark.parametrize("part", ["lora_A", "lora_B"])
-def test_half_of_a_change_is_refused(bases, tmp_path, part):
+def test_a_missing_half_of_lora_is_refused(bases, tmp_path, part):
     save_adapter(tmp_path / "adapter", bases())
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     weights = load_file(file)
@@ -113,14 +113,14 @@ def test_the_row_of_an_added_pad_token_is_explained(bases, tmp_path):
         merged(tmp_path / "ours", bases(), tmp_path / "original")
 
 
-def test_an_extra_weight_of_nothing_is_refused(bases, tmp_path):
+def test_an_unknown_extra_weight_is_refused(bases, tmp_path):
     original(tmp_path / "original", bases(), "")
     torch.save({"model.norms.weight": torch.zeros(64)}, tmp_path / "original" / "trainable_params.bin")
     with pytest.raises(UserError, match=r"trainable_params\.bin: model\.norms\.weight"):
         merged(tmp_path / "ours", bases(), tmp_path / "original")
 
 
-# ---- what stands beside the weights
+# ---- configs
 
 
 @pytest.mark.parametrize("rope_type", ["linear", "dynamic", "yarn"])
@@ -140,7 +140,7 @@ def test_the_config_is_the_extended_one(bases, tmp_path, rope_type):
 
 
 def test_llama2s_generation_config_can_be_saved(bases, tmp_path):
-    """It has sampling values with sampling switched off, which transformers refuses to save."""
+    """It has sampling values with do_sample off, which transformers refuses to save."""
     base = copied(bases(), tmp_path / "base", load_file(bases() / "model.safetensors"))
     save_adapter(tmp_path / "adapter", bases())
     generation = {"bos_token_id": 0, "eos_token_id": 1, "temperature": 0.9, "top_p": 0.6, "max_length": 4096}

@@ -1,4 +1,4 @@
-"""Merging tensor by tensor: PEFT's own merge to the last bit, whatever the adapter, the base and its files are."""
+"""How is an adapter merged into its base? Bit-identical to PEFT, for all kinds of adapters, bases and files."""
 
 import json
 from pathlib import Path
@@ -51,7 +51,7 @@ def logits(model, length: int = 40) -> torch.Tensor:
     return model.eval()(input_ids=ids, use_cache=False).logits.float()
 
 
-# ---- the same as PEFT
+# ---- compared with PEFT
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
@@ -109,7 +109,7 @@ TIED = {
 @pytest.mark.filterwarnings("ignore:Model (with|has)")
 @pytest.mark.parametrize("name", TIED)
 def test_tied_embeddings(bases, tmp_path, name):
-    """The merged model computes what the adapter does; where that takes two matrices, it has two, and says so."""
+    """The merged model equals the adapter on its base; if that takes two matrices, its config is untied."""
     options, stays_tied = TIED[name]
     base = bases(tied=True)
     model = save_adapter(tmp_path / "adapter", base, **options)
@@ -157,22 +157,22 @@ def in_bin_shards(base: Path, folder: Path):
 
 
 def with_old_buffers(base: Path, folder: Path):
-    """As LLaMA2's first files: each layer's rotary frequencies among the weights."""
+    """As in LLaMA2's first files, which hold each layer's rotary frequencies."""
     weights = load_file(base / "model.safetensors")
     frequencies = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(8) for layer in (0, 1)}
     copied(base, folder, weights | frequencies)
 
 
-@pytest.mark.parametrize("spread", [in_shards, in_bin, in_old_bin, in_bin_shards, with_old_buffers])
-def test_the_files_of_a_base(bases, tmp_path, spread, capsys):
-    spread(bases(), tmp_path / "base")
+@pytest.mark.parametrize("save", [in_shards, in_bin, in_old_bin, in_bin_shards, with_old_buffers])
+def test_file_formats_of_the_base(bases, tmp_path, save, capsys):
+    save(bases(), tmp_path / "base")
     save_adapter(tmp_path / "adapter", bases(), **ADAPTERS["norms"])
     ours = merged(tmp_path / "ours", tmp_path / "base", tmp_path / "adapter", max_shard_bytes=150_000)
     assert_same(ours, by_peft(bases(), tmp_path / "adapter"))
     assert len(list((tmp_path / "ours").glob("model-*-of-*.safetensors"))) > 2
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "ours").state_dict()
     assert all(torch.equal(stock[name], value) for name, value in ours.items())
-    assert "left out" not in capsys.readouterr().err
+    assert "ignored" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -182,16 +182,16 @@ def test_the_originals_files(bases, tmp_path, prefix, tied):
     assert_same(merged(tmp_path / "ours", bases(tied), tmp_path / "original"), expected)
 
 
-# ---- the weights that 4-bit training sees
+# ---- the weights that 4-bit training uses
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_nf4_weights_are_those_of_training(bases, tmp_path, dtype):
-    """To the last bit, of exactly the layers that training quantises; everything else is the base's own."""
+    """Bit-identical, and only for the layers that training quantizes; all other weights are the base's own."""
     save_adapter(tmp_path / "adapter", bases(), target_modules=["q_proj"])
     ours = merged(tmp_path / "ours", bases(), tmp_path / "adapter", dtype, "nf4")
     model = load_base(str(bases()), load_config(str(bases())), dtype=dtype, load_in_4bit=True, device="cpu")
-    quantised = 0
+    quantized = 0
     for path, layer in model.named_modules():
         if not isinstance(layer, bitsandbytes.nn.Linear4bit):
             continue
@@ -201,24 +201,23 @@ def test_nf4_weights_are_those_of_training(bases, tmp_path, dtype):
             a, b = (stored[f"base_model.model.{path}.lora_{part}.weight"] for part in "AB")
             seen = (seen.float() + (b @ a) * 4.0).to(dtype)
         assert torch.equal(ours[f"{path}.weight"], seen), path
-        quantised += 1
-    assert quantised == 2 * 7
+        quantized += 1
+    assert quantized == 2 * 7
     own = load_file(bases() / "model.safetensors")
     for name in ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"):
         assert torch.equal(ours[name], own[name].to(dtype))
 
 
-def test_nf4_loses_something():
+def test_nf4_is_lossy():
     weight = torch.randn(64, 128)
-    again = nf4_round_trip(weight)
-    assert 0.02 < float((again - weight).abs().mean()) < 0.2
+    assert 0.02 < float((nf4_round_trip(weight) - weight).abs().mean()) < 0.2
 
 
-# ---- memory, and what becomes of broken weights
+# ---- memory, and damaged weights
 
 
 def test_memory_is_that_of_a_tensor_not_of_the_model(tmp_path):
-    """120 MB of weights and 25 MB of an adapter; two tensors with their sums take 36 MB at most."""
+    """120 MB of weights and a 25 MB adapter; two tensors with their sums take at most 36 MB."""
     config = LlamaConfig(vocab_size=256, hidden_size=1024, intermediate_size=2816, num_hidden_layers=5)
     base = tmp_path / "base"
     AutoModelForCausalLM.from_config(config, dtype=torch.float16).save_pretrained(base)
@@ -226,11 +225,11 @@ def test_memory_is_that_of_a_tensor_not_of_the_model(tmp_path):
     (tmp_path / "ours").mkdir()
     plan = plan_merge(str(base), str(tmp_path / "adapter"), load_config(str(base)), dtype=torch.float16)
     assert plan.size > 120e6
-    merged_tensor(plan, "model.layers.0.mlp.up_proj.weight", Scratch())  # libraries' buffers of the first call
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is what is held now
-    before = held("VmRSS")
+    merged_tensor(plan, "model.layers.0.mlp.up_proj.weight", Scratch())  # libraries allocate buffers at first use
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = process_bytes("VmRSS")
     write_merged(tmp_path / "ours", plan, max_shard_bytes=50_000_000)
-    assert held("VmHWM") - before < 50e6
+    assert process_bytes("VmHWM") - before < 50e6
 
 
 def save_wide_adapter(folder: Path, base: Path) -> None:
@@ -239,14 +238,14 @@ def save_wide_adapter(folder: Path, base: Path) -> None:
     model.save_pretrained(folder)
 
 
-def held(which: str) -> int:
-    """Bytes of this process in memory: now (VmRSS) or at most (VmHWM)."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(which))
+def process_bytes(field: str) -> int:
+    """Resident memory of this process: current (VmRSS) or peak (VmHWM)."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024
 
 
 @pytest.mark.parametrize(("value", "dtype"), [(float("nan"), torch.float32), (300.0, torch.float16)])
-def test_weights_that_are_no_numbers_are_refused(bases, tmp_path, value, dtype):
+def test_nan_and_infinite_weights_are_refused(bases, tmp_path, value, dtype):
     save_adapter(tmp_path / "adapter", bases())
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     weights = load_file(file)
@@ -257,7 +256,7 @@ def test_weights_that_are_no_numbers_are_refused(bases, tmp_path, value, dtype):
         merged(tmp_path / "ours", bases(), tmp_path / "adapter", dtype)
 
 
-def test_a_disk_without_room(bases, tmp_path, monkeypatch):
+def test_a_full_disk(bases, tmp_path, monkeypatch):
     save_adapter(tmp_path / "adapter", bases())
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
     with pytest.raises(UserError, match="--save_path"):

@@ -1,4 +1,4 @@
-"""compare_caches.py: a table for people, JSON for programs."""
+"""compare_caches.py: its table and its JSON."""
 
 import json
 
@@ -13,7 +13,7 @@ COMPARE = "script/evaluate/compare_caches.py"
 
 @pytest.fixture
 def compare(run_program, tiny_llama_config, tmp_path):
-    tiny_llama_config.head_dim = 16  # 2 heads of 8 values cannot be rounded to 2 bits
+    tiny_llama_config.head_dim = 16  # 2 heads of 8 values cannot be quantized to 2 bits
     build_llama(tiny_llama_config).save_pretrained(tmp_path / "model")
     np.arange(5, 205, dtype=np.uint16).tofile(tmp_path / "t.bin")
     words = ("--model_name_or_path", tmp_path / "model", "--data_path", tmp_path / "t.bin", "--windows", 1)

@@ -1,4 +1,4 @@
-"""script/evaluate/evaluate.py: what people read, what programs read, and the same from several processes.
+"""evaluate.py: its tables, its JSON, and the same numbers from several processes.
 
 python -m pytest tests/script/evaluate/test_evaluate.py -m slow     # torchrun with two processes
 """
@@ -25,13 +25,13 @@ from tests.reference.longlora_perplexity import longlora_perplexity
 EVALUATE = "script/evaluate/evaluate.py"
 IDS = np.random.default_rng(0).integers(2, 384, 150).tolist()
 DOCUMENTS = [IDS[:20], IDS[20:21], IDS[21:100], IDS[100:]]
-TOLD = ["protocol", "seq_len", "stride", "windows", "tokens_scored", "loss", "perplexity", "by_position"]
-TOLD += ["by_document", "processes", "seconds", "tokens_per_second", "peak_allocated_gib", "peak_reserved_gib"]
+FIELDS = ["protocol", "seq_len", "stride", "windows", "tokens_scored", "loss", "perplexity", "by_position"]
+FIELDS += ["by_document", "processes", "seconds", "tokens_per_second", "peak_allocated_gib", "peak_reserved_gib"]
 
 
 @pytest.fixture
 def tokens(tmp_path, base_folder) -> Path:
-    """Four documents, as flat as files of tokens are, with an index."""
+    """A token file of four documents, with an index."""
     path = tmp_path / "tokens.bin"
     write_tokens(path, DOCUMENTS, AutoTokenizer.from_pretrained(base_folder), name="tiny", bos="none", eos="none")
     return path
@@ -39,7 +39,7 @@ def tokens(tmp_path, base_folder) -> Path:
 
 @pytest.fixture
 def evaluate(run_program, tmp_path, tokens):
-    """Runs the program; its result and what it printed."""
+    """Runs the program; returns its JSON and its output."""
 
     def run(*words: object) -> tuple[dict, str]:
         file = tmp_path / "result.json"
@@ -55,7 +55,7 @@ def test_everything_is_in_the_json(evaluate, base_folder, tokens):
     model = LlamaForCausalLM.from_pretrained(base_folder).eval()
     assert [row["seq_len"] for row in found["results"]] == [16, 48]
     for row in found["results"]:
-        assert list(row) == TOLD
+        assert list(row) == FIELDS
         expected = longlora_perplexity(model, IDS, row["seq_len"], row["seq_len"])
         assert row["perplexity"] == pytest.approx(expected, rel=1e-4)
         assert f"{row['perplexity']:.4f}" in printed
@@ -68,7 +68,7 @@ def test_everything_is_in_the_json(evaluate, base_folder, tokens):
         (2, 21, 74),
         (3, 100, 27),
     ]
-    assert "3 documents" in printed, "of the longest windows, whose last one is left out"
+    assert "3 documents" in printed, "in the longest windows, of which the last is left out"
     assert found | {"results": 0, "command": 0, "hardware": 0, "date": 0, "versions": 0} == {
         "base_model": str(base_folder),
         "peft_model": None,
@@ -98,7 +98,7 @@ def test_the_originals_flags(evaluate, base_folder, adapter_folder):
     assert (found["rope_type"], found["rope_factor"]) == ("linear", 2.0)
 
 
-def test_infinite_perplexity_is_no_broken_json(evaluate, tmp_path, tiny_llama):
+def test_infinite_perplexity_is_null(evaluate, tmp_path, tiny_llama):
     tiny_llama.lm_head.weight.data.mul_(1e6)
     tiny_llama.save_pretrained(tmp_path / "hopeless")
     found, printed = evaluate("--base_model", tmp_path / "hopeless", "--seq_len", 16)
@@ -110,9 +110,9 @@ def test_infinite_perplexity_is_no_broken_json(evaluate, tmp_path, tiny_llama):
 
 class TestCompare:
     def test_one_table(self, evaluate, base_folder, adapter_folder):
-        names = [f"base={base_folder}", f"stretched={base_folder}@128", f"our own={adapter_folder}"]
+        names = [f"base={base_folder}", f"scaled={base_folder}@128", f"our own={adapter_folder}"]
         found, printed = evaluate("--compare", *names, "--seq_len", 16, 32)
-        assert [model["name"] for model in found["models"]] == ["base", "stretched", "our own"]
+        assert [model["name"] for model in found["models"]] == ["base", "scaled", "our own"]
         assert [model["rope_factor"] for model in found["models"]] == [1.0, 2.0, 2.0]
         table = printed[printed.index("perplexity at a window of") :].splitlines()
         assert table[0].split()[-2:] == ["16", "32"]
@@ -121,9 +121,9 @@ class TestCompare:
             cells = [f"{row['perplexity']:.4f}" for row in model["results"]]
             assert line.split() == [*model["name"].split(), *cells]
             seen.update(cells)
-        assert len(seen) == 6, "three models that differ"
+        assert len(seen) == 6, "all three models differ"
 
-    def test_each_as_if_alone(self, evaluate, base_folder, adapter_folder):
+    def test_each_equals_its_own_evaluation(self, evaluate, base_folder, adapter_folder):
         together, _ = evaluate("--compare", f"ours={adapter_folder}", f"base={base_folder}", "--seq_len", 16)
         for model, words in zip(
             together["models"], (["--peft_model", adapter_folder], ["--base_model", base_folder]), strict=True
@@ -163,8 +163,8 @@ class TestCompare:
         assert all(part in outcome.err for part in parts), outcome.err
         assert "Loading weights" not in outcome.err, "before anything is loaded"
 
-    def test_a_window_that_is_too_long(self, run_program, tokens, base_folder, monkeypatch):
-        """Is refused before the shorter ones are measured."""
+    def test_too_long_a_window(self, run_program, tokens, base_folder, monkeypatch):
+        """Refused before the shorter ones are measured."""
         monkeypatch.setattr("component.evaluate.perplexity.measure_perplexity", None)
         outcome = run_program(EVALUATE, "--data_path", tokens, "--base_model", base_folder, "--seq_len", 16, 100)
         assert outcome.status == 1
@@ -206,7 +206,7 @@ def torchrun(processes: int, *words: object) -> str:
     ],
 )
 def test_several_processes_give_the_same_numbers(batch_size, protocol, processes, tokens, tmp_path, base_folder):
-    """To the last bit; printed once, and written by one of them."""
+    """Bit-identical; printed once and written once."""
     words = ["--base_model", base_folder, "--data_path", tokens, "--seq_len", 16, 64, "--sliding_window", 11]
     words += ["--batch_size", batch_size, "--protocol", protocol]
     printed = torchrun(processes, *words, "--output_json", tmp_path / "several.json")
@@ -226,4 +226,4 @@ def test_several_processes_give_the_same_numbers(batch_size, protocol, processes
         ]
         assert [document["loss"] for document in row["by_document"]] == [d.loss for d in alone.by_document]
         assert printed.count(f"{row['perplexity']:.4f}") == 1
-    assert torch.get_num_threads() == 1, "as in the processes: sums in another order would differ in the last bits"
+    assert torch.get_num_threads() == 1, "as in the processes: another order of summation would change the last bits"

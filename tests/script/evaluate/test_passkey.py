@@ -1,4 +1,4 @@
-"""script/evaluate/passkey.py and passkey_model.py: the measurement sees success, and failure.
+"""passkey.py and passkey_model.py: the measurement sees success and failure.
 
 python -m pytest tests/script/evaluate/test_passkey.py -m slow     # trains for a minute
 """
@@ -66,8 +66,8 @@ def test_a_list_of_depths(run_program, tmp_path, base_folder):
 
 
 @pytest.mark.slow
-def test_success_is_seen_inside_the_trained_length_and_failure_beyond(run_program, tmp_path):
-    """The small brother of the model in figure/passkey.png."""
+def test_success_within_the_trained_length_and_failure_beyond(run_program, tmp_path):
+    """With a smaller version of the model in figure/passkey.png."""
     size = ["--length", 96, "--steps", 260, "--tokens_per_step", 3072]
     trained = run_program(MODEL, "--output", tmp_path / "model", *size)
     assert trained.status == 0, trained.err

@@ -1,8 +1,8 @@
-"""script/evaluate/passkey_model.py: a model that is trained to find numbers again."""
+"""passkey_model.py: a model that is trained to retrieve passkeys."""
 
 import json
 
-PASSKEY, MODEL = "script/evaluate/passkey.py", "script/evaluate/passkey_model.py"
+MODEL = "script/evaluate/passkey_model.py"
 
 
 def test_a_model_trained_for_one_step(run_program, tmp_path):

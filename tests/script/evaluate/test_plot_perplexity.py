@@ -1,4 +1,4 @@
-"""script/evaluate/plot_perplexity.py: what is drawn, and what is refused."""
+"""plot_perplexity.py: what is drawn, and what is refused."""
 
 import json
 
@@ -28,7 +28,7 @@ def result(*rows: dict, protocol: str = "longlora") -> dict:
 
 @pytest.fixture
 def files(tmp_path):
-    """One model alone, and two that were compared."""
+    """A result of one model, and one of two (--compare)."""
     write_json(tmp_path / "alone.json", result(row(512, 5.0), row(256, 6.0)))
     models = [{"name": "base", **result(row(256, 7.0), row(512, None))}]
     models += [{"name": "ours", **result(row(256, 8.0), row(512, 4.0), row(1024, 3.0))}]
@@ -58,7 +58,7 @@ def test_lines(files, tmp_path, monkeypatch):
     plt.close("all")
 
 
-def test_names_with_dollars_are_no_formulas(files, tmp_path):
+def test_names_with_dollar_signs_are_not_formulas(files, tmp_path):
     draw(read_models(files, ["a", "$x_{$", "c"]), tmp_path / "p.png")
     assert (tmp_path / "p.png").is_file()
 
@@ -78,16 +78,16 @@ def test_without_positions(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"results": []}', json.dumps({"models": [{"name": "x"}]})])
-def test_no_result(content, tmp_path):
+def test_not_a_result(content, tmp_path):
     (tmp_path / "r.json").write_text(content)
-    with pytest.raises(UserError, match=r"r\.json: no result of evaluate\.py"):
+    with pytest.raises(UserError, match=r"r\.json: not a result of evaluate\.py"):
         read_models([tmp_path / "r.json"], None)
 
 
 def test_mistakes(files, tmp_path):
     with pytest.raises(UserError, match="--names: 1 for 3 models"):
         read_models(files, ["one"])
-    with pytest.raises(UserError, match="no result"):
+    with pytest.raises(UserError, match="not a result"):
         read_models([tmp_path / "missing.json"], None)
     write_json(tmp_path / "other.json", result(row(256, 6.0), protocol="sliding"))
     with pytest.raises(UserError, match="longlora, sliding cannot be compared"):

@@ -1,4 +1,4 @@
-"""chat.py at a terminal and in a pipe."""
+"""chat.py at a terminal and in a pipe: what is printed, and which prompts the model gets."""
 
 import json
 import shutil
@@ -15,14 +15,14 @@ SHORT = ("--do_sample", "false", "--max_new_tokens", "4")
 
 class TestTerminal:
     def test_a_session(self, base_folder, tmp_path):
-        """A document, an answer that is stopped, one that is not, a mistake, the history, and what is saved."""
+        """A document, a stopped answer, a mistake, the history, and the saved conversation."""
         (tmp_path / "book.txt").write_text("The quick brown fox.")
         words = ("--model_name_or_path", base_folder, "--context_size", 1024, "--do_sample", "false")
         with Terminal(CHAT, *words, state=tmp_path / "state", seconds_per_token=0.05) as terminal:
             terminal.wait_for("/help lists the commands")
             terminal.wait_for("USER: ")
             terminal.type(f"/file {tmp_path / 'book.txt'}\n")
-            assert "tokens, in front of the next question" in terminal.wait_for("USER: ")
+            assert "tokens, put in front of the next question" in terminal.wait_for("USER: ")
             terminal.type("One?\n")
             terminal.wait_for("ASSISTANT: ")
             while len(terminal.shown) < 10:
@@ -31,14 +31,14 @@ class TestTerminal:
             shown = terminal.wait_for("USER: ")
             assert "(stopped)" in shown
             assert "of 1024 tokens of context used" in shown
-            time.sleep(0.5)  # just after its banner, Python's input() notices Ctrl-C with the next key only
+            time.sleep(0.5)  # right after its banner, Python's input() handles Ctrl-C only with the next key
             terminal.type(CTRL_C)
-            terminal.wait_for("(/exit or Ctrl-D leaves)")
+            terminal.wait_for("(/exit or Ctrl-D quits)")
             terminal.wait_for("USER: ")
             terminal.type("/fiel x\n")
-            assert "error: /fiel is no command (did you mean /file?)" in terminal.wait_for("USER: ")
+            assert "error: /fiel is not a command (did you mean /file?)" in terminal.wait_for("USER: ")
             terminal.type(f"{UP}\n")
-            assert "error: /fiel is no command" in terminal.wait_for("USER: ")
+            assert "error: /fiel is not a command" in terminal.wait_for("USER: ")
             terminal.type(f"/save {tmp_path / 'chat.json'}\n")
             terminal.wait_for("saved as")
             terminal.wait_for("USER: ")
@@ -58,7 +58,7 @@ class TestTerminal:
             terminal.wait_for("/save FILE")
             assert terminal.status() == 0
 
-    def test_a_question_too_long_is_no_end(self, base_folder, tmp_path):
+    def test_after_too_long_a_question_it_continues(self, base_folder, tmp_path):
         with Terminal(CHAT, "--model_name_or_path", base_folder, state=tmp_path) as terminal:
             terminal.wait_for("USER: ")
             terminal.type("dog " * 100 + "\n")
@@ -69,7 +69,7 @@ class TestTerminal:
 
 class TestPipe:
     def test_one_question_per_line(self, run_program, base_folder, tmp_path):
-        """The same command twice is a conversation of two turns; a document comes before its question."""
+        """Two questions make a conversation of two turns; a document is put in front of its question."""
         (tmp_path / "book.txt").write_text("The quick brown fox.")
         stdin = f"/file {tmp_path / 'book.txt'}\nOne?\nTwo?\n/save {tmp_path / 'chat.json'}\n".encode()
         outcome = run_program(CHAT, "--model_name_or_path", base_folder, "--context_size", 512, *SHORT, stdin=stdin)
@@ -82,7 +82,7 @@ class TestPipe:
 
     @pytest.mark.parametrize("line", [b"/file no/such.txt\n", b"/clera\n"])
     def test_a_mistake_ends_it(self, line, run_program, base_folder):
-        """The questions that follow may count on the document."""
+        """Later questions may depend on the document."""
         outcome = run_program(CHAT, "--model_name_or_path", base_folder, stdin=line + b"One?\n")
         assert outcome.status == 1
         assert outcome.err.splitlines()[-1].startswith("error: /")
@@ -96,7 +96,7 @@ class TestPipe:
         assert "tokens cut from the" in outcome.err
 
     @pytest.mark.parametrize("cache", ["fp8", "int8"])
-    def test_a_rounded_cache_says_how_much_it_holds(self, cache, run_program, base_folder):
+    def test_size_of_a_quantized_cache(self, cache, run_program, base_folder):
         words = ("--model_name_or_path", base_folder, "--context_size", 512, *SHORT, "--cache_implementation", cache)
         outcome = run_program(CHAT, *words, stdin=b"One?\nTwo?\n")
         assert outcome.status == 0, outcome.err
@@ -120,22 +120,21 @@ class TestChat:
         self.run(run_program, base_folder, b"One?\n/clear\nTwo?\n")
         assert prompts_seen[1] == encode_chat(tokenizer, [("Two?", None)])[0]
 
-    def test_exit_leaves(self, run_program, base_folder, prompts_seen):
+    def test_exit_quits(self, run_program, base_folder, prompts_seen):
         outcome = self.run(run_program, base_folder, b"One?\n/exit\nTwo?\n")
         assert (outcome.status, len(prompts_seen)) == (0, 1)
 
-    def test_training_and_chat_spell_alike(self, run_program, base_folder, prompts_seen, tokenizer):
-        """The ids of a chat's first prompt are those in front of the answer in a training sample."""
+    def test_chat_has_the_template_of_training(self, run_program, base_folder, prompts_seen, tokenizer):
+        """The first prompt equals the unsupervised tokens in front of the answer in a training sample."""
         self.run(run_program, base_folder, "Größe?\n".encode())
         ids, labels = encode_chat(tokenizer, [("Größe?", "So.")])
         assert prompts_seen[0] == [token for token, label in zip(ids, labels, strict=True) if label == -100]
 
-    def test_the_models_own_spelling_if_it_was_trained_with_it(
-        self, run_program, base_folder, prompts_seen, tokenizer, tmp_path
-    ):
+    def test_the_models_own_chat_template(self, run_program, base_folder, prompts_seen, tokenizer, tmp_path):
+        """With `template: tokenizer` in its record."""
         folder = shutil.copytree(base_folder, tmp_path / "chatty")
-        spelling = "{% for m in messages %}{{ m.role }}> {{ m.content }}\n{% endfor %}"
-        (folder / "chat_template.jinja").write_text(spelling + "{% if add_generation_prompt %}assistant> {% endif %}")
+        template = "{% for m in messages %}{{ m.role }}> {{ m.content }}\n{% endfor %}"
+        (folder / "chat_template.jinja").write_text(template + "{% if add_generation_prompt %}assistant> {% endif %}")
         record = {"base_model": "x", "rope_type": "default", "rope_factor": 1.0, "template": "tokenizer", "files": {}}
         (folder / "longqlora.json").write_text(json.dumps(record))
         outcome = run_program(CHAT, "--model_name_or_path", folder, stdin=b"One?\nTwo?\n")

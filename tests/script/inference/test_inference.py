@@ -42,7 +42,7 @@ class TestTerminal:
             terminal.type(CTRL_D)
             assert terminal.status() == 0
 
-    def test_ctrl_c_ends_what_nobody_can_type_into(self, base_folder, tmp_path):
+    def test_ctrl_c_ends_a_run_with_one_prompt(self, base_folder, tmp_path):
         words = ("--model_name_or_path", base_folder, "--prompt", "The dog", "--context_size", 512)
         with Terminal(INFERENCE, *words, state=tmp_path, seconds_per_token=0.05) as terminal:
             terminal.wait_for("tokens of context used")
@@ -51,7 +51,7 @@ class TestTerminal:
             assert "Traceback" not in terminal.shown
 
 
-def test_a_prompt_of_the_command_line(infer, base_folder, tokenizer):
+def test_a_prompt_on_the_command_line(infer, base_folder, tokenizer):
     outcome = infer("--prompt", "The dog", *SHORT)
     ids = stock(AutoModelForCausalLM.from_pretrained(base_folder), tokenizer("The dog").input_ids, max_new_tokens=4)
     assert outcome.out == tokenizer.decode(ids, skip_special_tokens=True) + "\n"
@@ -66,7 +66,7 @@ def test_one_source_of_prompts(infer):
     assert "not allowed with argument --prompt" in outcome.err
 
 
-def test_a_prompt_that_is_cut(infer):
+def test_a_truncated_prompt(infer):
     outcome = infer("--prompt", "the dog " * 200, "--truncate", "middle", *SHORT)
     assert outcome.status == 0, outcome.err
     assert "tokens cut from the middle of a prompt of" in outcome.err
@@ -85,7 +85,7 @@ class TestManyPrompts:
     def test_each_has_its_completion(self, infer, asked, base_folder, tokenizer, tmp_path):
         outcome = infer("--input_jsonl", asked, "--output_jsonl", tmp_path / "out.jsonl", *SHORT)
         assert outcome.status == 0, outcome.err
-        assert "3/3" in outcome.err, "a progress bar"
+        assert "3/3" in outcome.err, "the progress bar"
         model = AutoModelForCausalLM.from_pretrained(base_folder)
         for at, row in enumerate(read_lines(tmp_path / "out.jsonl")):
             ids = tokenizer(self.PROMPTS[at]).input_ids
@@ -93,22 +93,22 @@ class TestManyPrompts:
             assert (row["prompt"], row["id"], row["prompt_tokens"]) == (self.PROMPTS[at], at, len(ids))
             assert row["completion"] == text
 
-    def test_sampled_as_if_it_had_never_been_killed(self, infer, asked, tmp_path):
+    def test_a_resumed_run_samples_the_same(self, infer, asked, tmp_path):
         words = ("--max_new_tokens", 8, "--temperature", 2)
-        infer("--input_jsonl", asked, "--output_jsonl", tmp_path / "whole.jsonl", *words)
-        whole = (tmp_path / "whole.jsonl").read_bytes()
-        (tmp_path / "cut.jsonl").write_bytes(whole[: whole.index(b"\n") + 20])
+        infer("--input_jsonl", asked, "--output_jsonl", tmp_path / "complete.jsonl", *words)
+        complete = (tmp_path / "complete.jsonl").read_bytes()
+        (tmp_path / "cut.jsonl").write_bytes(complete[: complete.index(b"\n") + 20])
         infer("--input_jsonl", asked, "--output_jsonl", tmp_path / "cut.jsonl", *words)
-        assert (tmp_path / "cut.jsonl").read_bytes() == whole
-        assert len(whole.splitlines()) == 3
+        assert (tmp_path / "cut.jsonl").read_bytes() == complete
+        assert len(complete.splitlines()) == 3
 
-    def test_one_that_is_too_long_is_named_before_any_is_answered(self, infer, tmp_path):
+    def test_too_long_a_prompt_is_refused_before_any_is_answered(self, infer, tmp_path):
         asked = write_lines(tmp_path / "in.jsonl", {"prompt": "The dog"}, {"prompt": "the dog " * 200})
         outcome = infer("--input_jsonl", asked, "--output_jsonl", tmp_path / "out.jsonl")
-        refused(outcome, "in.jsonl: prompt 2 has", "context 64", "--truncate")
+        refused(outcome, "in.jsonl: prompt 2 has", "context is 64", "--truncate")
         assert not (tmp_path / "out.jsonl").exists()
 
-    def test_in_without_out(self, infer, asked):
+    def test_input_without_output(self, infer, asked):
         refused(infer("--input_jsonl", asked), "--input_jsonl and --output_jsonl belong together")
 
 
@@ -152,11 +152,11 @@ def test_a_pipe_into_a_real_process_ends_with_status_0(program, adapter_folder, 
         return
     model, tokenizer = load_for_inference(None, str(adapter_folder))
     ids = stock(model, tokenizer(stdin.decode()).input_ids, max_new_tokens=3)
-    assert done.stdout.decode() == tokenizer.decode(ids, skip_special_tokens=True) + "\n", "the text and nothing else"
+    assert done.stdout.decode() == tokenizer.decode(ids, skip_special_tokens=True) + "\n", "only the generated text"
 
 
 @pytest.mark.parametrize("program", [INFERENCE, CHAT], ids=["inference", "chat"])
 @pytest.mark.parametrize("stdin", [b"", b"\n \n"], ids=["nothing", "blank lines"])
-def test_no_prompt_at_all_is_no_mistake(program, stdin, run_program, base_folder):
+def test_empty_input_is_not_an_error(program, stdin, run_program, base_folder):
     outcome = run_program(program, "--model_name_or_path", base_folder, stdin=stdin)
     assert (outcome.status, outcome.out.strip()) == (0, "")

@@ -1,4 +1,4 @@
-"""web.py: the page in a real browser, and what it says when it cannot be served."""
+"""web.py: the page in a real browser, and errors at start."""
 
 import os
 import shutil
@@ -28,7 +28,7 @@ def free_port() -> int:
 
 class TestWrong:
     @pytest.mark.parametrize("port", ["0", "65536"])
-    def test_a_port_that_is_none(self, port, run_program, base_folder):
+    def test_an_invalid_port(self, port, run_program, base_folder):
         outcome = run_program(WEB, "--model_name_or_path", base_folder, "--port", port)
         refused(outcome, "--port", port, "from 1 to 65535")
 
@@ -45,14 +45,14 @@ class TestWrong:
         outcome = run_program(WEB, "--model_name_or_path", base_folder)
         refused(outcome, "web.py needs the package gradio", "pip install -r requirements.txt")
 
-    def test_only_this_machine_unless_told_otherwise(self, run_program):
+    def test_local_by_default(self, run_program):
         outcome = run_program(WEB, "--help")
-        assert "(127.0.0.1)" in outcome.out
+        assert "(default 127.0.0.1)" in outcome.out
 
 
 @pytest.fixture
 def address(tmp_path):
-    """Of a server with the demo's base at 2048 tokens; Ctrl-C ends it."""
+    """Address of a server with the demo's base at 2048 tokens; Ctrl-C ends it."""
     port = free_port()
     words = ["--model_name_or_path", BASE, "--context_size", 2048, "--max_new_tokens", 400, "--port", port]
     log = (tmp_path / "log").open("w+")
@@ -86,16 +86,16 @@ def browser():
     driver.quit()
 
 
-def wait(is_so: Callable[[], object], seconds: float = 60) -> None:
+def wait(condition: Callable[[], object], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < end, "it did not come"
+    while not condition():
+        assert time.monotonic() < end, "timeout"
         time.sleep(0.1)
 
 
 @pytest.mark.slow
 def test_in_a_browser(browser, address, tmp_path):
-    """A document is brought, an answer streams, the next is stopped; a long document is refused, then cut."""
+    """A document is uploaded, an answer streams, the next is stopped; a long document is refused, then truncated."""
 
     def part(selector: str):
         found = browser.find_elements("css selector", selector)
@@ -105,10 +105,10 @@ def test_in_a_browser(browser, address, tmp_path):
         element = part(selector)
         return element.text if element else ""
 
-    def bring(name: str, content: str) -> None:
+    def upload(name: str, content: str) -> None:
         (tmp_path / name).write_text(content)
-        for cross in browser.find_elements("css selector", "#document button[aria-label=Clear]"):
-            cross.click()
+        for button in browser.find_elements("css selector", "#document button[aria-label=Clear]"):
+            button.click()
             wait(lambda: "No document" in text("#meter"))
         wait(lambda: part("#document input[type=file]"))
         part("#document input[type=file]").send_keys(str(tmp_path / name))
@@ -116,8 +116,8 @@ def test_in_a_browser(browser, address, tmp_path):
 
     browser.get(address)
     wait(lambda: part("#question textarea"))
-    assert "2,048 tokens at a time" in text("#meter")
-    bring("code.txt", DOCUMENT)
+    assert "The context is 2,048 tokens" in text("#meter")
+    upload("code.txt", DOCUMENT)
     assert "of 2,048 tokens of context" in text("#meter")
 
     part("#question textarea").send_keys("def third():")
@@ -125,7 +125,7 @@ def test_in_a_browser(browser, address, tmp_path):
     lengths = set()
     while "cache" not in text("#note"):
         lengths.add(len(text("#chat")))
-    assert len(lengths) > 5, "it came piece by piece"
+    assert len(lengths) > 5, "the answer is streamed"
     assert "code.txt and the chat" in text("#meter")
 
     before = text("#chat")
@@ -137,7 +137,7 @@ def test_in_a_browser(browser, address, tmp_path):
     if folder := os.environ.get("LONGQLORA_SCREENSHOTS"):
         browser.save_screenshot(str(Path(folder) / "web.png"))
 
-    bring("long.txt", DOCUMENT * 8)
+    upload("long.txt", DOCUMENT * 8)
     assert "It does not fit" in text("#meter")
     part("#question textarea").send_keys("def fifth():\n")
     wait(lambda: "--truncate" in text("#note"))
@@ -150,5 +150,5 @@ def test_in_a_browser(browser, address, tmp_path):
         entry["message"] for entry in browser.get_log("performance") if "requestWillBeSent" in entry["message"]
     ]
     assert requests
-    assert not [message for message in requests if '"url":"https://' in message], "nothing is fetched from elsewhere"
+    assert not [message for message in requests if '"url":"https://' in message], "nothing is loaded from other hosts"
     assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
