@@ -268,7 +268,10 @@ def test_an_existing_output_stays(build, sources, tmp_path):
 def test_a_source_is_not_overwritten(build, sources, tmp_path):
     file = sources[0] / "1.jsonl"
     before = file.read_bytes()
-    refused_by_us(build(*sources, output="in/1.jsonl", overwrite=True), f"--output: {file} would be overwritten, but --source reads it")
+    refused_by_us(
+        build(*sources, output="in/1.jsonl", overwrite=True),
+        f"--output: {file} would be overwritten, but --source reads it",
+    )
     assert file.read_bytes() == before
 
 
