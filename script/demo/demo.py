@@ -88,8 +88,13 @@ def main() -> None:
     run("continuing a held-out file after more than 1500 tokens", inference)
     draw(rows, ROOT / RUN / "perplexity.png")
     origin = {"command": "make demo", "date": str(date.today()), "cores": os.cpu_count()}
-    origin["versions"] = library_versions()
-    record = {**origin, "python": platform.python_version(), "protocol": "longlora", "perplexity": rows}
+    record = {
+        **origin,
+        "versions": library_versions(),
+        "python": platform.python_version(),
+        "protocol": "longlora",
+        "perplexity": rows,
+    }
     (ROOT / RUN / "perplexity.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print(f"\n{table(rows)}\n\nfigure: {RUN}/perplexity.png; total time: {time.monotonic() - start:.0f} s")
 
