@@ -1,15 +1,15 @@
-"""Speed and memory of this project and of what could be used in its place, the same work for all, on one card.
+"""How fast is training with LongQLoRA and with the alternatives on one GPU, and how much memory does it take?
 
     python script/benchmark.py --work /tmp/work --tokenizer LLAMA2_TOKENIZER --sizes 7b --lengths 8192 32768 \\
         --kinds ours_fastest ours_leanest unsloth hf original --output_json figure/benchmark.json
     python script/benchmark.py ... --row 7b:131072:ours_fastest --row 7b:131072:unsloth:3 --time_limit_s 500 --resume
     python script/benchmark.py ... --plan rows.json     # [{"size", "length", "kind", "steps", "overrides"}, ...]
 
-Every row (size, length, kind) is a process of its own on a model of random weights, and the results are rewritten
-after each. ours_* is `deepspeed train.py` with the settings in OURS, ours_python_* is `python train.py` without
-DeepSpeed; the others are in script/performance/peers.py. `overrides` are keys of train.py's YAML (of a
-peer: memory_budget_gib).
-All: batch 1, one step per sequence, rank 64 on all linears, NF4 with double quantisation, no dropout, clipping.
+Each row (size, length, kind) runs in its own process on a random-weight model; results are rewritten after each row.
+ours_* is `deepspeed train.py` with the settings in OURS, ours_python_* is `python train.py` without DeepSpeed; the
+other kinds are the baselines in script/performance/peers.py. `overrides` are keys of train.py's YAML (for a baseline:
+memory_budget_gib). All kinds: batch size 1, no gradient accumulation, rank 64 on all linear layers, NF4 with double
+quantization, no dropout, gradient clipping.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
 from datetime import date
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from component.storage.result import LIBRARIES, library_versions, write_json
 from script.performance.peers import PEERS
 from script.performance.report import commit, failure, read_results, speed, step_flop, table
 from script.shared.card import describe_card
-from script.shared.program import in_a_process, run
+from script.shared.program import in_a_process, read_training, run
 from script.shared.random_llama import SHAPES, make_model
 from script.shared.stdlib import default_library, split_library
 
@@ -89,7 +90,7 @@ class Row:
     size: str
     length: int  # tokens
     kind: str
-    steps: int = 0  # the first is warm-up; 0: enough for a median
+    steps: int = 0  # the first is warm-up; 0: 3 or 4, enough for a median
     overrides: dict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -99,11 +100,11 @@ class Row:
         self.length = int(self.length)
         self.steps = int(self.steps) or (4 if self.length <= 65536 else 3)
         if self.kind in PEERS and set(self.overrides) - {"memory_budget_gib"}:
-            raise UserError(f"overrides: {self.overrides}, but {self.kind} takes memory_budget_gib alone")
+            raise UserError(f"overrides: {self.overrides}; {self.kind} takes memory_budget_gib alone")
 
     @property
     def group(self) -> int | None:
-        """Tokens in a group of S2-Attn, None with full attention."""
+        """Group size of S2-Attn in tokens; None with full attention."""
         has_groups = self.kind == "original" or self.kind.startswith("ours")
         if not (has_groups and self.overrides.get("use_shift_short_attention", True)):
             return None
@@ -111,7 +112,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        """Of files; what is measured under one name is the same measurement."""
+        """Identifies the measurement: rows with the same name are the same; also the name of its files."""
         words = [self.size, self.length, self.kind, *(f"{k}={v}" for k, v in sorted(self.overrides.items()))]
         return re.sub(r"[^\w.=-]+", "_", "-".join(map(str, words)))
 
@@ -119,8 +120,8 @@ class Row:
 @exit_on_user_error
 def main() -> None:
     flags, start = parse_flags(), time.monotonic()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # so that `run` ends what it started
-    rows, work = asked_rows(flags), flags.work.resolve()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # lets `run` kill its children
+    rows, work = requested_rows(flags), flags.work.resolve()
     old, card = read_results(flags.output_json, flags.resume), in_a_process(describe_card)
     if old.get("hardware", card["hardware"]) != card["hardware"]:
         raise UserError(f"--resume: {flags.output_json} was measured on {old['hardware']}, not {card['hardware']}")
@@ -128,11 +129,9 @@ def main() -> None:
     versions = library_versions((*LIBRARIES, "unsloth", "liger-kernel"))
     results = {"command": command, "date": str(date.today()), **card, "versions": versions, "rows": old["rows"]}
     flags.output_json.parent.mkdir(parents=True, exist_ok=True)
-    for row in rows:
-        if is_done(row, results["rows"]):
-            continue
+    for row in (row for row in rows if not is_done(row, results["rows"])):
         if flags.time_limit_s is not None and time.monotonic() - start > flags.time_limit_s:
-            print(f"--time_limit_s {flags.time_limit_s:g} is spent: {row.name} and what follows is left out")
+            print(f"--time_limit_s {flags.time_limit_s:g} reached: skipping {row.name} and all later rows")
             break
         print(f"{row.name} ...", flush=True)
         limit = flags.row_limit_s
@@ -147,23 +146,23 @@ def main() -> None:
 
 def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="folder for models, data and logs; reused if there")
-    parser.add_argument("--tokenizer", required=True, help="folder of LLaMA2's tokenizer")
-    parser.add_argument("--sizes", nargs="+", default=[])
+    parser.add_argument("--work", type=Path, required=True, help="folder for models, data and logs; kept for reuse")
+    parser.add_argument("--tokenizer", required=True, help="folder with the LLaMA2 tokenizer")
+    parser.add_argument("--sizes", nargs="+", default=[], help=", ".join(SHAPES))
     parser.add_argument("--lengths", nargs="+", type=int, default=[], help="tokens")
     parser.add_argument("--kinds", nargs="+", default=[], help=", ".join(KINDS))
     parser.add_argument("--row", action="append", default=[], help="size:length:kind or size:length:kind:steps")
     parser.add_argument("--plan", type=Path, help="JSON or YAML list of rows")
-    parser.add_argument("--time_limit_s", type=float, help="end the last row after this and start no other")
-    parser.add_argument("--row_limit_s", type=float, default=1200, help="end a row after this")
-    parser.add_argument("--output_json", type=Path, required=True)
-    parser.add_argument("--resume", action="store_true", help="keep what --output_json has, and measure the rest")
+    parser.add_argument("--time_limit_s", type=float, help="kill the running row after this, skip the others")
+    parser.add_argument("--row_limit_s", type=float, default=1200, help="kill a row after this many seconds (1200)")
+    parser.add_argument("--output_json", type=Path, required=True, help="file for the results")
+    parser.add_argument("--resume", action="store_true", help="keep what --output_json has, measure the rest")
     return parser.parse_args()
 
 
-def asked_rows(flags: argparse.Namespace) -> list[Row]:
+def requested_rows(flags: argparse.Namespace) -> list[Row]:
     """The rows of --sizes x --lengths x --kinds, then those of --row, then those of --plan."""
-    rows = [Row(*names) for names in ((s, n, k) for s in flags.sizes for n in flags.lengths for k in flags.kinds)]
+    rows = [Row(*names) for names in product(flags.sizes, flags.lengths, flags.kinds)]
     for text in flags.row:
         if not re.fullmatch(r"\w+:\d+:\w+(:\d+)?", text):
             raise UserError(f"--row: {text!r} is not size:length:kind or size:length:kind:steps")
@@ -182,11 +181,11 @@ def asked_rows(flags: argparse.Namespace) -> list[Row]:
 
 
 def measure(row: Row, work: Path, tokenizer: str, limit_s: float, matrix_tflops: float | None) -> dict:
-    """Run `row` in a process of its own: its speed and memory, or the first line of what went wrong."""
+    """Run `row` in its own process. Returns its speed and memory, or a one-line error."""
     model = work / row.size
     if not model.exists():
         in_a_process(make_model, row.size, tokenizer, work / f"{row.size}.part")
-        (work / f"{row.size}.part").rename(model)  # a killed run leaves no half model
+        (work / f"{row.size}.part").rename(model)  # so that a killed run leaves no incomplete model
     data = make_rows(work / "data", row.length, row.steps)
     output, log = work / "runs" / row.name, work / "logs" / f"{row.name}.log"
     shutil.rmtree(output, ignore_errors=True)
@@ -202,15 +201,19 @@ def measure(row: Row, work: Path, tokenizer: str, limit_s: float, matrix_tflops:
     base["wall_seconds"] = round(time.monotonic() - start, 1)
     if status != 0:
         return base | {"error": failure(log.read_text(encoding="utf-8", errors="replace"), status, limit_s)}
-    found = read_ours(output) if row.kind.startswith("ours") else json.loads((output / "one.json").read_text())
+    if row.kind.startswith("ours"):
+        found, log_entries = read_training(output)
+        found["losses"] = [entry["loss"] for entry in log_entries]
+    else:
+        found = json.loads((output / "one.json").read_text())
     shutil.rmtree(output)
     flop = step_flop(row.size, row.length, row.group)
     return base | speed(row.length, row.steps, found, flop, matrix_tflops)
 
 
 def make_rows(folder: Path, length: int, count: int) -> Path:
-    """`count` lines {"text"} of at least `length` tokens: the standard library's source, again and again."""
-    file, size = folder / f"{length}x{count}.jsonl", 5 * length  # LLaMA2 makes a token of about three characters
+    """`count` lines {"text"} of at least `length` tokens: the standard library's source, repeated as needed."""
+    file, size = folder / f"{length}x{count}.jsonl", 5 * length  # characters; LLaMA2 averages about 3 per token
     if not file.exists():
         text = "\n".join(split_library(default_library())[0].values())
         text *= size * count // len(text) + 1
@@ -221,7 +224,7 @@ def make_rows(folder: Path, length: int, count: int) -> Path:
 
 
 def command_of(row: Row, model: Path, data: Path, output: Path) -> tuple[dict, list[str]]:
-    """(what sets this kind apart, the command); of ours, the YAML is written too."""
+    """(settings specific to this kind, command line); for ours_*, also writes the YAML."""
     if not row.kind.startswith("ours"):
         command = [sys.executable, str(ROOT / "script/performance/peers.py"), row.kind, "--model", str(model)]
         for name, value in {"data": data, "length": row.length, "output_json": output / "one.json"}.items():
@@ -229,10 +232,10 @@ def command_of(row: Row, model: Path, data: Path, output: Path) -> tuple[dict, l
         for name, value in row.overrides.items():
             command += [f"--{name}", str(value)]
         return dict(row.overrides), command
-    plain = row.kind.startswith("ours_python_")
-    left_out = {"deepspeed"} if plain else set()
+    is_plain = row.kind.startswith("ours_python_")
+    left_out = {"deepspeed"} if is_plain else set()
     recipe = RECIPE
-    if not torch.cuda.is_available():  # to try this script out
+    if not torch.cuda.is_available():  # for testing this script on a CPU
         recipe, left_out = RECIPE | {"optim": "adamw_torch"}, left_out | GPU_ONLY
     settings = OURS[row.kind.removeprefix("ours_").removeprefix("python_")]
     settings = {name: value for name, value in settings.items() if name not in left_out} | row.overrides
@@ -241,14 +244,8 @@ def command_of(row: Row, model: Path, data: Path, output: Path) -> tuple[dict, l
     values |= {"max_seq_length": row.length, "model_max_length": max(row.length, 8192), "max_steps": row.steps}
     file = output.parent / f"{row.name}.yaml"
     file.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-    launcher = [sys.executable] if plain else ["deepspeed"]
+    launcher = [sys.executable] if is_plain else ["deepspeed"]
     return settings, [*launcher, "train.py", "--train_args_file", str(file)]
-
-
-def read_ours(output: Path) -> dict:
-    metrics = json.loads((output / "train_results.json").read_text(encoding="utf-8"))
-    history = json.loads((output / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
-    return metrics | {"losses": [entry["loss"] for entry in history if "loss" in entry]}
 
 
 def key(found: dict) -> dict:
@@ -256,7 +253,7 @@ def key(found: dict) -> dict:
 
 
 def is_done(row: Row, found: list[dict]) -> bool:
-    """Measured, or known not to fit: other failures are tried again."""
+    """Whether `row` was measured or ran out of memory. Rows with other errors are retried."""
     return any(
         Row(**key(old)).name == row.name and ("error" not in old or "out of memory" in old["error"].lower())
         for old in found

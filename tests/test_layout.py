@@ -53,7 +53,6 @@ AMONG_PROGRAMS = {
         "script/experiment/measure.py",
         "script/evaluate/evaluate.py",
     ): "many evaluations in one process, not a start each",
-    ("script/experiment/train_rolled.py", "train.py"): "is train.py with the original's attention in place of ours",
 }
 LINES, FUNCTION_LINES, MAIN_LINES = 300, 60, 40  # of a module, of a function, of main() in train.py
 # Modules without a test file of their own, and what tests them instead.
@@ -65,6 +64,7 @@ UNTESTED = {
     "script/experiment/report.py": "a table of what results.py gathers",
     "script/experiment/run.py": "starts train.py and evaluate.py for hours; they have tests",
     "script/experiment/tokenizer.py": "script/shared/pretraining.py has tests; the rest is its flags",
+    "script/experiment/train_rolled.py": "script/shared/rolled_attention.py has tests; the rest is train.py",
     "script/experiment/train_full.py": "the Trainer of transformers as it is, for comparison",
     "script/performance/long_run.py": "hundreds of GPU steps under the cap of a small card",
     "script/performance/merge.py": "times merge_lora.py, which has tests, on a model of 2.7 GB",

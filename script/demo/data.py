@@ -1,8 +1,8 @@
-"""The demo's text: training lines and a held-out file of tokens from this machine's Python standard library.
+"""What are the demo's training samples and held-out tokens? Source files of this Python's standard library.
 
     python script/demo/data.py --output output/demo-data
 
-Files held out from pretraining are held out here too: both go by the hash of a file's path (stdlib.py).
+Files held out of pretraining are held out here too: script/shared/stdlib.py splits by a hash of the path.
 """
 
 import argparse
@@ -21,12 +21,12 @@ from script.shared.stdlib import default_library, library_name, split_library
 BASE = Path(__file__).resolve().parent / "base"
 LINE_CHARACTERS = 8000  # a little more than 2048 tokens of Python
 HELD_OUT_TOKENS = 70_000
-PROMPT_TOKENS = 1_700  # of the file that inference continues
-LONGEST_TOKENS = 12_288  # of one held-out file, so that no single file is most of the measure
+PROMPT_TOKENS = 1_700  # of the prompt for inference
+LONGEST_TOKENS = 12_288  # per held-out file, so that no single one dominates
 
 
 def pieces(text: str, characters: int) -> list[str]:
-    """`text` in pieces of at least `characters`, cut at line ends; what is left at the end goes with the last one."""
+    """Split `text` at line ends into pieces of at least `characters`; the last piece takes the rest."""
     cuts, start = [], 0
     while (end := text.find("\n", start + characters)) != -1 and len(text) - end > characters:
         cuts.append(text[start:end])
@@ -36,15 +36,14 @@ def pieces(text: str, characters: int) -> list[str]:
 
 def training_lines(files: dict[str, str], seed: int) -> list[str]:
     """JSON lines of at least LINE_CHARACTERS each, shuffled; shorter files are left out."""
-    texts = [
-        piece for text in files.values() if len(text) > LINE_CHARACTERS for piece in pieces(text, LINE_CHARACTERS)
-    ]
+    long_enough = (text for text in files.values() if len(text) > LINE_CHARACTERS)
+    texts = [piece for text in long_enough for piece in pieces(text, LINE_CHARACTERS)]
     random.Random(seed).shuffle(texts)
     return [json.dumps({"text": text}) for text in texts]
 
 
 def held_out_tokens(files: dict[str, str], tokenizer: PreTrainedTokenizerBase, seed: int) -> np.ndarray:
-    """<s> text </s> of long held-out files one after the other, uint16, about HELD_OUT_TOKENS of them."""
+    """(tokens,) uint16: <s> text </s> of long held-out files, concatenated, at most HELD_OUT_TOKENS."""
     texts = [text for text in files.values() if len(text) > LINE_CHARACTERS]
     random.Random(seed).shuffle(texts)
     tokens: list[int] = []
@@ -58,7 +57,7 @@ def held_out_tokens(files: dict[str, str], tokenizer: PreTrainedTokenizerBase, s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for train.jsonl, heldout.bin, prompt.txt")
-    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--seed", type=int, default=42, help="(42)")
     flags = parser.parse_args()
     library = default_library()
     training, held_out = split_library(library)

@@ -1,10 +1,11 @@
-"""Extend a real little Llama from 512 to 2048 tokens on the CPU and show that it worked (make demo).
+"""Does LongQLoRA extend a small Llama from 512 to 2048 tokens on this machine's CPU? Run by make demo.
 
     python script/demo/demo.py
 
-Every step is a command that you could type; each is shown before it runs. Results: output/demo/.
+Each step is an ordinary command, printed before it runs. Takes about 8 minutes. Results: output/demo/.
 """
 
+import argparse
 import json
 import os
 import platform
@@ -54,11 +55,8 @@ def draw(rows: dict[str, dict[int, float]], file: Path) -> None:
     axes.set(xscale="log", yscale="log", xlabel="window in tokens", ylabel="perplexity on held-out files (log)")
     axes.set_xticks(lengths, LENGTHS)
     axes.minorticks_off()
-    ticks = [
-        tick
-        for tick in (5, 7, 10, 15, 20, 30, 50, 100, 200)
-        if tick < 1.3 * max(map(max, (r.values() for r in rows.values())))
-    ]
+    highest = max(value for row in rows.values() for value in row.values())
+    ticks = [tick for tick in (5, 7, 10, 15, 20, 30, 50, 100, 200) if tick < 1.3 * highest]
     axes.set_yticks(ticks, [str(tick) for tick in ticks])
     axes.set_title("Context extended fourfold on two CPU cores", fontsize=11)
     axes.legend(frameon=False)
@@ -67,39 +65,38 @@ def draw(rows: dict[str, dict[int, float]], file: Path) -> None:
 
 def table(rows: dict[str, dict[int, float]]) -> str:
     head = f"{'perplexity at window of':<28}" + "".join(f"{length:>9}" for length in LENGTHS)
-    return "\n".join(
-        [head, *(f"{name:<28}" + "".join(f"{v:>9.2f}" for v in row.values()) for name, row in rows.items())]
-    )
+    lines = (f"{name:<28}" + "".join(f"{value:>9.2f}" for value in row.values()) for name, row in rows.items())
+    return "\n".join([head, *lines])
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     start = time.monotonic()
     for folder in (DATA, RUN, MERGED, f"{RUN}-results"):
         shutil.rmtree(ROOT / folder, ignore_errors=True)
     (ROOT / f"{RUN}-results").mkdir(parents=True)
-    run("text from your own Python's standard library", f"python script/demo/data.py --output {DATA}")
-    rows = {"base": evaluate("the base as it is", "base", f"--base_model {BASE}")}
-    stretched = f"--base_model {BASE} --context_size 2048"
-    rows["interpolated, untrained"] = evaluate("positions interpolated, not trained", "interpolated", stretched)
+    run("data from this Python's standard library", f"python script/demo/data.py --output {DATA}")
+    rows = {"base": evaluate("the base, positions unchanged", "base", f"--base_model {BASE}")}
+    interpolated = f"--base_model {BASE} --context_size 2048"
+    rows["interpolated, untrained"] = evaluate("positions interpolated, untrained", "interpolated", interpolated)
     print("\n(the first launch of DeepSpeed on a machine compiles an operator for about a minute)", flush=True)
-    run("LongQLoRA", "deepspeed train.py --train_args_file train_args/demo.yaml")
-    run("the adapter becomes part of the model", f"python script/merge_lora.py --adapter_name_or_path {RUN}")
+    run("training with LongQLoRA", "deepspeed train.py --train_args_file train_args/demo.yaml")
+    run("merging the adapter", f"python script/merge_lora.py --adapter_name_or_path {RUN}")
     rows["LongQLoRA"] = evaluate("the extended model", "longqlora", f"--base_model {MERGED}")
     prompt = f"--prompt_file {DATA}/prompt.txt --max_new_tokens 80 --do_sample false --repetition_penalty 1.1"
-    run(
-        "continuing a held-out file at more than 1500 tokens",
-        f"python script/inference/inference.py --model_name_or_path {MERGED} {prompt}",
-    )
+    inference = f"python script/inference/inference.py --model_name_or_path {MERGED} {prompt}"
+    run("continuing a held-out file after more than 1500 tokens", inference)
     draw(rows, ROOT / RUN / "perplexity.png")
-    origin = {
-        "command": "make demo",
-        "date": str(date.today()),
-        "cores": os.cpu_count(),
+    origin = {"command": "make demo", "date": str(date.today()), "cores": os.cpu_count()}
+    record = {
+        **origin,
         "versions": library_versions(),
+        "python": platform.python_version(),
+        "protocol": "longlora",
+        "perplexity": rows,
     }
-    record = {**origin, "python": platform.python_version(), "protocol": "longlora", "perplexity": rows}
     (ROOT / RUN / "perplexity.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    print(f"\n{table(rows)}\n\n{RUN}/perplexity.png shows it; {time.monotonic() - start:.0f} s in all")
+    print(f"\n{table(rows)}\n\nfigure: {RUN}/perplexity.png; total time: {time.monotonic() - start:.0f} s")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Pretrain the demo's base model: a 3.8 M parameter Llama that reads 512 tokens of Python source code.
+"""How is the demo's base pretrained: a 3.8 M Llama with a context of 512 tokens, on Python source code?
 
     python script/demo/pretrain.py --library cpython/*/lib/python3.1* --minutes 2.75 --output script/demo/base
-    python script/demo/pretrain.py --steps 20 --batch_size 4 --output /tmp/base        # a try on CPU
+    python script/demo/pretrain.py --steps 20 --batch_size 4 --output /tmp/base        # quick CPU test
 
-The text is Python's standard library, of one or several versions; about 5 % of its modules are held out (stdlib.py).
-Writes a folder that `from_pretrained` loads, with pretrain.json, the record of the run. Made on one GPU.
+Trains on the standard library of one or several Python versions; about 5 % of its modules are held out (stdlib.py).
+Writes a model folder for `from_pretrained`, with pretrain.json, the record of the run.
 """
 
 import argparse
@@ -32,16 +32,18 @@ from script.shared.pretraining import (
 )
 from script.shared.stdlib import default_library, library_name, split_library
 
-SEQ_LENGTH = 512  # tokens, the context that the demo then extends
+SEQ_LENGTH = 512  # tokens: the base's context, which the demo extends
 VOCAB_SIZE = 4096
 EVAL_LENGTHS = (256, 512, 1024, 2048)  # tokens
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--library", type=Path, nargs="+", default=[default_library()], help="library folders")
+    parser.add_argument(
+        "--library", type=Path, nargs="+", default=[default_library()], help="standard library folders (this Python's)"
+    )
     add_training_flags(parser, SEQ_LENGTH, batch_size=256, learning_rate=3e-3)
-    parser.add_argument("--num_attention_heads", type=int, default=8, help="query heads; half as many kv heads")
+    parser.add_argument("--num_attention_heads", type=int, default=8, help="query heads; half as many KV heads (8)")
     args = parser.parse_args()
     for library in args.library:
         if not library.is_dir():
@@ -50,7 +52,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def read_libraries(libraries: list[Path]) -> tuple[list[str], list[str], list[dict]]:
-    """Training texts, held-out texts, and a record per library. Each text is taken once, held-out ones first."""
+    """(training texts, held-out texts, a record per library), deduplicated; no held-out text is in training."""
     splits = [split_library(library) for library in libraries]
     held_out = list(dict.fromkeys(text for _, held in splits for text in held.values()))
     seen, training, record = set(held_out), [], []
@@ -71,7 +73,7 @@ def read_libraries(libraries: list[Path]) -> tuple[list[str], list[str], list[di
 
 
 def perplexity_table(folder: Path, held_out: torch.Tensor) -> dict:
-    """Held-out perplexity by window length of the saved model, as it is and with positions interpolated by 4."""
+    """Held-out perplexity of the saved model by window length, unchanged and with positions interpolated by 4."""
     table = {}
     for name, rope in (("default", {"rope_type": "default"}), ("linear 4", {"rope_type": "linear", "factor": 4.0})):
         rope_parameters = {**rope, "rope_theta": 10000.0}

@@ -1,4 +1,4 @@
-"""How do the experiments' results look as figures? By window, by position in it, and along a sweep of one setting."""
+"""How are the experiments' results plotted: by window length, by position, and over one swept setting?"""
 
 import statistics
 from collections.abc import Iterable
@@ -9,11 +9,12 @@ import matplotlib.pyplot as plt
 from component.storage.result import save_figure
 from script.experiment.results import BASE_CONTEXT, BY_POSITION, LEVELS, SHOWN, Rows, texts_of, values_of
 
-Sweep = tuple[str, float, dict[str, tuple[str, str, str]]]  # axis, number of the main rows, {prefix: (main row, ...)}
+# (axis label, value of the main runs, {prefix of swept runs: (main run, label, color)})
+Sweep = tuple[str, float, dict[str, tuple[str, str, str]]]
 
 
 def panels(rows: Rows, title: str = "{}", lines: int = 1):
-    """A figure with `lines` panels above each other per text, and (the text's panels, text)."""
+    """A figure with a column of `lines` panels per text, and [(panels, text)]."""
     texts = texts_of(rows)
     size = (5.4 * len(texts), 0.8 + 3.6 * lines)
     figure, axes = plt.subplots(lines, len(texts), figsize=size, layout="constrained", squeeze=False)
@@ -41,7 +42,7 @@ def ticks(axes, places: Iterable[float]) -> None:
 
 
 def draw_lengths(rows: Rows, length: int, file: Path) -> None:
-    """Perplexity against the window: all rows above, those near the base's own perplexity below."""
+    """Perplexity by window length: all runs above, zoomed in on the base's own perplexity below."""
     figure, parts = panels(rows, f"{{}}, extended to {length}", lines=2)
     for (above, below), text in parts:
         windows: set[int] = set()
@@ -60,7 +61,7 @@ def draw_lengths(rows: Rows, length: int, file: Path) -> None:
         above.set(yscale="log")
         for kind in (above.yaxis.set_major_formatter, above.yaxis.set_minor_formatter):
             kind(lambda value, _: f"{value:g}")
-        below.set(xlabel="tokens of the window", ylim=(low - 0.1 * (high - low), high + 0.1 * (high - low)))
+        below.set(xlabel="tokens per window", ylim=(low - 0.1 * (high - low), high + 0.1 * (high - low)))
         for axes in (above, below):
             ticks(axes, windows)
     finish(figure, parts[0][0][0], file)
@@ -82,15 +83,15 @@ def draw_positions(rows: Rows, length: int, file: Path) -> None:
 
 
 def draw_sweep(rows: Rows, sweep: Sweep, length: int, file: Path) -> None:
-    """Perplexity at the extended length against the number in rows' names, a line per kind of row.
+    """Perplexity at the extended length against the number in the runs' names, one line per prefix.
 
-    Of the first seed everywhere, the one that all rows have: the same initial weights and order of texts.
+    Uses the first seed, which all runs have: the same initial weights and order of texts.
     """
     label, own, series = sweep
     figure, parts = panels(rows, f"{{}}, windows of {length} tokens")
     numbers = set()
     for (axes,), text in parts:
-        for prefix, (main, says, colour) in series.items():
+        for prefix, (main, legend, colour) in series.items():
             found: dict[float, dict] = {own: rows[main, length]} if (main, length) in rows else {}
             for (name, n), row in rows.items():
                 number = name.removeprefix(prefix)
@@ -98,12 +99,12 @@ def draw_sweep(rows: Rows, sweep: Sweep, length: int, file: Path) -> None:
                     found[float(number)] = row
             points = {x: values[0] for x, row in sorted(found.items()) if (values := values_of(row, text, length))}
             if len(points) > 1:
-                axes.plot(list(points), list(points.values()), color=colour, marker="o", linewidth=1.6, label=says)
+                axes.plot(list(points), list(points.values()), color=colour, marker="o", linewidth=1.6, label=legend)
                 numbers |= set(points)
-        for name, (says, colour) in LEVELS.items():
+        for name, (legend, colour) in LEVELS.items():
             level = values_of(rows.get((name, length)), text, length)[:1]
             if level:
-                axes.axhline(level[0], color=colour, linestyle="--", linewidth=1.2, label=says)
+                axes.axhline(level[0], color=colour, linestyle="--", linewidth=1.2, label=legend)
         axes.set(xlabel=label)
         ticks(axes, numbers)
     if numbers:

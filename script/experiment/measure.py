@@ -1,10 +1,10 @@
-"""Several calls of evaluate.py in one process, which loads the libraries once.
+"""How are many evaluations run in one process, also under the attention that a model was trained with?
 
     python script/experiment/measure.py TASKS.json
 
 TASKS.json: [{"words": flags of script/evaluate/evaluate.py, "attention": null, "shift_short" or "rolled",
-"group_size": tokens}, ...]. With `attention`, a model is evaluated under the attention that it was trained with, which
-evaluate.py never does; a window must then hold a whole number of groups.
+"group_size": tokens}, ...]. `attention` replaces full attention in the evaluation; windows must then be a multiple of
+the group size. One process imports the libraries only once.
 """
 
 import argparse
@@ -25,21 +25,23 @@ from component.attention.shift_short import shift_short_attention
 from component.cli import exit_on_user_error
 from component.error import UserError
 from script.evaluate import evaluate
-from script.experiment.train_rolled import rolled_attention
+from script.shared.rolled_attention import rolled_attention
 
 ATTENTION = {"shift_short": shift_short_attention, "rolled": rolled_attention}
 
 
 def grouped_forward(attend, group_size: int, module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """transformers' attention interface, for windows without padding: (B, T, H, D)."""
+    """transformers' attention interface, for windows without padding: (B, H, T, D) -> (B, T, H, D)."""
     if attention_mask is not None or query.shape[2] % group_size:
-        raise UserError(f"TASKS: windows of {query.shape[2]} tokens, masked or no whole number of {group_size}")
+        raise UserError(
+            f"TASKS: windows of {query.shape[2]} tokens; use unpadded multiples of {group_size}, the group size"
+        )
     return attend(query, key, value, group_size, scale=scaling), None
 
 
 @contextmanager
 def evaluating_with(name: str | None, group_size: int | None) -> Iterator[None]:
-    """What models call SDPA is the attention `name` inside, in groups of `group_size` tokens."""
+    """Replace "sdpa" by the attention `name` with groups of `group_size` tokens; None changes nothing."""
     if name is not None and group_size is not None:
         AttentionInterface.register("sdpa", partial(grouped_forward, ATTENTION[name], group_size))
     try:
@@ -51,7 +53,7 @@ def evaluating_with(name: str | None, group_size: int | None) -> Iterator[None]:
 @exit_on_user_error
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tasks", type=Path, help="JSON file of tasks")
+    parser.add_argument("tasks", type=Path, help="JSON file of tasks, as above")
     tasks: list[dict[str, Any]] = json.loads(parser.parse_args().tasks.read_text(encoding="utf-8"))
     for task in tasks:
         sys.argv = ["script/evaluate/evaluate.py", *task["words"]]

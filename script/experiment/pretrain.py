@@ -1,11 +1,11 @@
-"""Pretrain the experiments' base: a Llama of 32 M parameters that reads 1024 tokens of novels and mathematics.
+"""How is the experiments' base pretrained: a 32 M Llama with a context of 1024 tokens, on novels and mathematics?
 
     python script/experiment/pretrain.py --tokenizer output/experiment/tokenizer \\
         --train books-train.jsonl.xz proof-train.jsonl.xz \\
         --validation books-validation.jsonl.xz proof-validation.jsonl.xz --minutes 2.5 --output output/experiment/base
-    python script/experiment/pretrain.py ... --steps 4 --batch_size 2 --layers 2 --output /tmp/base      # a try on CPU
+    python script/experiment/pretrain.py ... --steps 4 --batch_size 2 --layers 2 --output /tmp/base  # quick CPU test
 
-Writes a folder that `from_pretrained` loads, with pretrain.json, the record of the run, and pretrain.png, its curve.
+Writes a model folder for `from_pretrained`, with pretrain.json (record of the run) and pretrain.png (loss curve).
 """
 
 import argparse
@@ -33,9 +33,9 @@ def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", required=True, help="folder of script/experiment/tokenizer.py")
     parser.add_argument("--train", type=Path, nargs="+", required=True, help='files of {"text"} records')
-    parser.add_argument("--validation", type=Path, nargs="+", required=True, help="the same, held out")
+    parser.add_argument("--validation", type=Path, nargs="+", required=True, help="the same, for held-out loss")
     add_training_flags(parser, SEQ_LENGTH, batch_size=128, learning_rate=2e-3)
-    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--layers", type=int, default=8, help="decoder layers (8)")
     return parser.parse_args()
 
 
@@ -67,7 +67,7 @@ def main() -> None:
     print(sizes, flush=True)
     run = train(model, training, mixed, SEQ_LENGTH, flags)
     matrices = sum(p.numel() for name, p in model.named_parameters() if p.dim() > 1 and "embed_tokens" not in name)
-    # forward and backward: 6 FLOP per weight and token; attention's pairs: 12 per token, width and half the length
+    # forward and backward: 6 FLOP per weight and token; attention: 12 per (query, key) pair and channel, T / 2 pairs
     flop_per_token = 6 * matrices + 6 * flags.layers * model.config.hidden_size * SEQ_LENGTH
     run["tflops"] = round(flop_per_token * run["tokens_per_second"] / 1e12, 1)
     rate = describe_card()["matrix_tflops"]

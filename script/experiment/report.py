@@ -1,9 +1,9 @@
-"""Tables and figures of the experiments, from the results that script/experiment/run.py left.
+"""What did the experiments show? Tables and figures of the results of script/experiment/run.py.
 
     python script/experiment/report.py --work output/experiment --output figure
 
-Writes experiment.json (the numbers of every row: mean and spread over seeds, cost, where they are from), experiment.md
-(tables) and one experiment_*.png per question.
+Writes experiment.json (all numbers of each run, its cost, commands and versions), experiment.md (tables: mean and
+spread over seeds) and one experiment_*.png per question.
 """
 
 import argparse
@@ -22,35 +22,37 @@ from component.error import UserError
 from component.storage.result import write_json
 from script.experiment.figure import Sweep, draw_lengths, draw_positions, draw_sweep
 from script.experiment.results import BASE_CONTEXT, Rows, gather, texts_of, values_of
-from script.experiment.rows import ablation_rows, main_rows
+from script.experiment.rows import ablation_runs, main_runs
 
 KINDS = {
     "full": "adapter on the 16-bit base",
     "nf4": "adapter on the NF4 base it was trained on",
     "merged-fp16": "merged on the 16-bit base",
-    "merged-nf4": "merged on the dequantised base",
+    "merged-nf4": "merged on the dequantized base",
     "shift_short": "under S2",
     "rolled": "under rolled S2",
 }
-
 KEPT = ("results", "cost")  # folders of --work
-S2, YAMLS = ("longqlora", "LongQLoRA", "#0072b2"), ("yarn-last", "our YAMLs: yarn, full attention at last", "#009e73")
+S2, YAMLS = (
+    ("longqlora", "LongQLoRA", "#0072b2"),
+    ("yarn-last", "our YAMLs: yarn, full attention last", "#009e73"),
+)
 SWEEPS: dict[str, Sweep] = {
     "rank": ("LoRA rank", 64, {"rank-": S2, "yarn-last-rank-": YAMLS}),
     "steps": ("steps", 400, {"steps-": S2, "yarn-last-steps-": YAMLS}),
-    "groups": ("group / row", 0.25, {"groups-": S2}),
+    "groups": ("group size / sample length", 0.25, {"groups-": S2}),
 }
 
 
 def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="folder of run.py, with its results and cost")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the JSON, the tables and the figures")
+    parser.add_argument("--work", type=Path, required=True, help="work folder of run.py, with results/ and cost/")
+    parser.add_argument("--output", type=Path, required=True, help="folder for JSON, tables and figures")
     return parser.parse_args()
 
 
 def cell(values: list[float]) -> str:
-    """Mean, and half of the range where there are several seeds."""
+    """Mean, and ± half the range if there are several seeds."""
     if not values:
         return "-"
     mean = statistics.mean(values)
@@ -61,13 +63,13 @@ def cell(values: list[float]) -> str:
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
-    """A table, or nothing at all where it would have no rows."""
+    """A table, or an empty string if it has no rows."""
     lines = ["| " + " | ".join(row) + " |" for row in (head, *rows)]
     return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]]) if rows else ""
 
 
 def compact(rows: Rows, names: Iterable[str], length: int) -> str:
-    """A line per row: perplexity of each text at the base's context and at the extended one, and what a step costs."""
+    """A line per run: perplexity of each text at the base's and at the extended context, and the cost of a step."""
     columns = [(text, window) for text in texts_of(rows) for window in sorted({BASE_CONTEXT, length})]
     head = [f"extended to {length}", *(f"{text} {window}" for text, window in columns), "s/step", "GiB"]
     lines = []
@@ -79,7 +81,7 @@ def compact(rows: Rows, names: Iterable[str], length: int) -> str:
 
 
 def by_window(rows: Rows, names: Iterable[str], length: int, text: str, how: str = "") -> str:
-    """A line per row, a column per window."""
+    """A line per run, a column per window length."""
     found = [rows[name, length] for name in names if (name, length) in rows]
     windows = sorted({window for row in found for window in row["perplexity"]["full"].get(text, {})})
     head = [f"{text}, extended to {length}{how}", *map(str, windows)]
@@ -88,7 +90,7 @@ def by_window(rows: Rows, names: Iterable[str], length: int, text: str, how: str
 
 
 def by_kind(rows: Rows, name: str, length: int) -> str:
-    """One row's model, evaluated in several ways."""
+    """One run's model, evaluated in several ways."""
     row = rows.get((name, length))
     if row is None or len(row["perplexity"]) < 2:
         return ""
@@ -103,10 +105,10 @@ def main() -> None:
     flags = parse_flags()
     read = {kind: [json.loads(f.read_text()) for f in sorted((flags.work / kind).glob("*.json"))] for kind in KEPT}
     if not read["results"]:
-        raise UserError(f"--work: {flags.work}/results holds no result; run script/experiment/run.py first")
+        raise UserError(f"--work: {flags.work}/results holds no results; run script/experiment/run.py first")
     rows, sliding = gather(read["results"], read["cost"], "longlora"), gather(read["results"], [], "sliding")
     lengths = sorted({length for _, length in rows if length > BASE_CONTEXT})
-    main_names, others = [row.name for row in main_rows()], [row.name for row in ablation_rows()]
+    main_names, others = [run.name for run in main_runs()], [run.name for run in ablation_runs()]
     tables = [compact(rows, main_names, length) for length in lengths]
     tables += [compact(rows, ["longqlora", *others], length) for length in (lengths[0], BASE_CONTEXT)]
     tables += [by_kind(rows, name, lengths[0]) for name in ("longqlora", "rolled")]

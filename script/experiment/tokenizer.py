@@ -1,4 +1,4 @@
-"""Train the tokenizer of the experiments' base: a byte-level BPE of 8192 tokens.
+"""How is the tokenizer of the experiments' base trained: a byte-level BPE with 8192 tokens?
 
     python script/experiment/tokenizer.py --train books-train.jsonl.xz proof-train.jsonl.xz \\
         --output output/experiment/tokenizer
@@ -15,9 +15,9 @@ from component.cli import exit_on_user_error
 from component.data.source import RecordTally, read_records
 from script.shared.pretraining import train_tokenizer
 
-SEQ_LENGTH = 1024  # tokens, the context that the experiments then extend
+SEQ_LENGTH = 1024  # tokens: the base's context, which the experiments extend
 VOCAB_SIZE = 8192
-BPE_CHARACTERS = 30_000_000  # of each file that the tokenizer learns from
+BPE_CHARACTERS = 30_000_000  # per file
 
 
 def parse_flags() -> argparse.Namespace:
@@ -35,7 +35,7 @@ def texts_of(file: Path) -> list[str]:
 
 
 def first_parts(texts: list[str]) -> list[str]:
-    """Of every text the same number of characters, about BPE_CHARACTERS in all."""
+    """The same number of characters of every text, at most BPE_CHARACTERS in all."""
     share = BPE_CHARACTERS // len(texts)
     return [text[:share] for text in texts]
 

@@ -1,8 +1,8 @@
-"""Full fine-tuning of a stretched base, for comparison: the same data, the Hugging Face Trainer, every weight trains.
+"""How good is full fine-tuning on the same data with the Hugging Face Trainer? For comparison.
 
-python script/experiment/train_full.py --train_args_file FILE.yaml
+    python script/experiment/train_full.py --train_args_file FILE.yaml
 
-Reads the YAML of train.py; what concerns LoRA, S2-Attn and memory does not apply. Writes a plain model.
+Reads a YAML of train.py and ignores the keys about LoRA, S2-Attn and memory. Writes a plain model.
 """
 
 import sys
@@ -34,8 +34,8 @@ def main() -> None:
     config, tokenizer = load_config(args.model_name_or_path), load_tokenizer(args.model_name_or_path)
     extend_context(config, args.model_max_length, args.rope_type or own_rope_type(config))
     config.use_cache = False
-    use_shift_short_attention(config, args.group_tokens)  # attention inside packed texts, as train.py has it
-    # weights in fp32, computing under autocast
+    use_shift_short_attention(config, args.group_tokens)  # keeps packed documents apart, as in train.py
+    # fp32 weights, computation under autocast
     model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, config=config, dtype=torch.float32)
     samples, report = load_samples(args.train_file, tokenizer, packing=args.packing, **args.data)
     print(f"full fine-tuning of {model.num_parameters():,} parameters; {report}", flush=True)

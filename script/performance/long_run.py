@@ -1,8 +1,8 @@
-"""A thousand steps with every memory lever on beside a thousand without: is the loss the same, does memory grow?
+"""Over a thousand steps, do all memory options together leave the losses unchanged and memory use constant?
 
     python script/performance/long_run.py --work output/long-run --output_json figure/long_run.json
 
-Trains the demo's little model twice at the same time, on one GPU or on the CPU, in fp32.
+Trains the demo's model twice in parallel, with every memory option and with none, in fp32 on one GPU or on the CPU.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import psutil
 import torch
 
 from component.storage.result import library_versions
+from script.shared.program import read_training
 
 MEMORY_OPTIONS = (
     "--keep_layers 1 --keep_attention_layers 1 --keep_attention_output true --offload_activations true "
@@ -39,7 +40,7 @@ def command(name: str, work: Path, steps: int) -> str:
 
 
 def host_gib(process: psutil.Process) -> float:
-    """What the process holds of the host's memory now."""
+    """Resident CPU memory of the process; 0 if it has ended."""
     try:
         return round(process.memory_info().rss / 2**30, 3)
     except psutil.NoSuchProcess:
@@ -49,8 +50,8 @@ def host_gib(process: psutil.Process) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for data and runs")
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--output_json", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=1000, help="of each run (1000)")
+    parser.add_argument("--output_json", type=Path, required=True, help="file for the results")
     flags = parser.parse_args()
     work = flags.work.resolve()
     subprocess.run([sys.executable, "script/demo/data.py", "--output", f"{work}/data"], cwd=ROOT, check=True)
@@ -73,8 +74,7 @@ def main() -> None:
     for name, process in running.items():
         if process.returncode:
             sys.exit(f"{name} failed; see {work}/{name}.log")
-        history = json.loads((work / name / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
-        rows = [row for row in history if "loss" in row]
+        _, rows = read_training(work / name)
         result[name] = {
             "losses": [row["loss"] for row in rows],
             "reserved_gib": [row.get("reserved_gib") for row in rows],

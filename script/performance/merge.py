@@ -1,9 +1,10 @@
-"""Ours beside PEFT's merge_and_unload, on one model of random weights: memory and time, each in its own process.
+"""How much memory and time does merge_lora.py take, compared with PEFT's merge_and_unload?
 
     python script/performance/merge.py --work /tmp/merge-benchmark --output_json figure/merge.json
 
-Both start from the same files and write 16-bit safetensors; the results are compared tensor by tensor. Needs four
-times the model's size on the disk of --work, and the memory that PEFT takes; all that it writes is removed.
+Each merges the same random-weight model in its own process and writes 16-bit safetensors; the results are compared
+tensor by tensor. Needs four times the model's size on the disk of --work, and enough CPU memory for PEFT. Everything
+in --work is removed afterwards.
 """
 
 import argparse
@@ -42,7 +43,7 @@ AutoTokenizer.from_pretrained(adapter).save_pretrained(target)
 
 
 def make_model(base: Path, adapter: Path, rank: int) -> int:
-    """A base in fp16 and an adapter on all of its linear layers, both random; the base's parameters."""
+    """Write a random fp16 base and a random adapter on all its linear layers. Returns the base's parameter count."""
     import torch
     from tokenizers import Tokenizer, models
     from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
@@ -69,9 +70,9 @@ def make_model(base: Path, adapter: Path, rank: int) -> int:
 
 
 def timed(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
-    """Wall-clock seconds and the largest resident set of a command, as `/usr/bin/time -v` counts it.
+    """Wall-clock seconds, CPU seconds and peak resident memory of a command, as in `/usr/bin/time -v`.
 
-    To be called in a process of its own, which counts no other command's memory and has little to hand on.
+    Call it in a new process: RUSAGE_CHILDREN covers all of a process's children.
     """
     begin = time.monotonic()
     if status := run(command, environment=environment, stderr=subprocess.DEVNULL):
@@ -85,7 +86,7 @@ def timed(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
 
 
 def differences(ours: Path, theirs: Path) -> dict[str, float]:
-    """Between two merged models, over all weights."""
+    """Differences of two merged models over all weights."""
     from component.storage.tensor_reader import model_tensors
 
     left, right = model_tensors(str(ours)), model_tensors(str(theirs))
@@ -101,9 +102,9 @@ def differences(ours: Path, theirs: Path) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for models, on a disk with 12 GB free")
-    parser.add_argument("--rank", type=int, default=64)
-    parser.add_argument("--repeat", type=int, default=2, help="times that each is run; the fastest counts")
-    parser.add_argument("--output_json", type=Path, required=True)
+    parser.add_argument("--rank", type=int, default=64, help="of the adapter (64)")
+    parser.add_argument("--repeat", type=int, default=2, help="runs of each; the fastest counts (2)")
+    parser.add_argument("--output_json", type=Path, required=True, help="file for the results")
     flags = parser.parse_args()
     flags.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=flags.work) as name:
@@ -120,7 +121,7 @@ def main() -> None:
         for turn in range(flags.repeat):
             for name, command in commands.items():
                 if name == "ours_nf4" and turn:
-                    continue  # slow, and there is nothing to be compared with
+                    continue  # slow, and PEFT has no counterpart to compare with
                 shutil.rmtree(work / name.removeprefix("ours_"), ignore_errors=True)
                 runs[name].append(in_a_process(timed, command, environment))
                 print(name, runs[name][-1], flush=True)

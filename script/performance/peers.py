@@ -1,13 +1,13 @@
-"""What could be used in this project's place, measured once; script/benchmark.py starts it in a process of its own.
+"""How fast is a baseline implementation of QLoRA, and how much memory does it take? Started by script/benchmark.py.
 
     python script/performance/peers.py unsloth --model /tmp/work/7b --data rows.jsonl --length 8192 --output_json one
 
-unsloth   Unsloth's kernels, its offloading checkpoints, full attention
-hf        transformers + PEFT as their guides put them together (prepare_model_for_kbit_training), full SDPA
-hf_liger  the same with Liger's kernels
-original  LongQLoRA as it was published, where no flash kernel runs: fp16, rolled S2-Attn, scores materialised
-One step per row of the data: rank 64 on all linears of an NF4 base, paged AdamW, gradients clipped, bf16 unless said.
-Peaks are counted from when the model is loaded.
+unsloth   Unsloth's kernels and its offloaded activation checkpointing, full attention
+hf        transformers + PEFT as documented (prepare_model_for_kbit_training), full attention by SDPA
+hf_liger  the same with Liger kernels
+original  the published LongQLoRA without a flash kernel: fp16, rolled S2-Attn, attention scores materialized
+One optimizer step per row of the data: rank 64 on all linear layers of an NF4 base, paged AdamW, gradient clipping,
+bf16 unless stated. Peak memory is measured after loading the model.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # and nothing heavy above: Unsloth patches transformers, so it is imported first
+sys.path.insert(0, str(ROOT))  # no heavy imports above: Unsloth patches transformers and must be imported first
 
 PEERS = ("unsloth", "hf", "hf_liger", "original")
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -31,11 +31,11 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="folder of the base model and its tokenizer")
     parser.add_argument("--data", type=Path, required=True, help='{"text"} lines of at least --length tokens each')
     parser.add_argument("--length", type=int, required=True, help="tokens per step")
-    parser.add_argument("--memory_budget_gib", type=float, help="make the GPU as small as this")
-    parser.add_argument("--output_json", type=Path, required=True)
+    parser.add_argument("--memory_budget_gib", type=float, help="cap PyTorch's GPU memory at this")
+    parser.add_argument("--output_json", type=Path, required=True, help="file for the result")
     flags = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # none of them is better without
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # it helps all of them
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
     if flags.kind == "unsloth":
         import unsloth  # noqa: F401
@@ -94,7 +94,7 @@ def load_transformers(path: str, kind: str, length: int, dtype, device: str):
 
 
 def rolled_s2(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """(B, H, T, D) each -> (B, T, H, D): groups of T/4 tokens, half of the heads rolled by half a group."""
+    """(B, H, T, D) each -> (B, T, H, D): groups of T/4 tokens, half of the heads rolled by half the group size."""
     import torch
 
     length, half = query.shape[2], query.shape[1] // 2
@@ -112,7 +112,7 @@ def rolled_s2(module, query, key, value, attention_mask, scaling=None, **kwargs)
 
 
 def train(model, batches: list, dtype, device: str) -> dict:
-    """One optimizer step for each batch (1, T): seconds and loss of each, and the peaks."""
+    """One optimizer step per batch (1, T). Returns seconds and loss of each step, and peak memory."""
     import torch
     from bitsandbytes.optim import PagedAdamW32bit
 
@@ -137,7 +137,7 @@ def train(model, batches: list, dtype, device: str) -> dict:
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        losses.append(loss.item())  # waits for the GPU, but not for the update
+        losses.append(loss.item())  # waits for the forward and backward pass, not for the optimizer
         if on_gpu:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)

@@ -1,9 +1,9 @@
-"""Draw what script/benchmark.py measured: memory and speed against the length of a sequence.
+"""How do memory and speed grow with sequence length? Plots the results of script/benchmark.py.
 
     python script/performance/plot.py figure/benchmark.json --size 7b --output figure/memory.png
 
-A run that ended for want of memory is a cross at the top of the left panel; a point of a run with a budget of its own
-says so; rows with other overrides are left out.
+Rows that ran out of memory are crosses at the top of the left panel; rows with their own memory budget are annotated;
+rows with other overrides are left out.
 """
 
 import argparse
@@ -15,10 +15,10 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-# kind: (label, colour, marker); blue and orange, ours and not, are told apart by every kind of eye
+# kind: (label, colour, marker); blue against orange is safe for color-blind readers
 KINDS = {
     "ours_fastest": ("LongQLoRA, fastest in 32 GiB", "#0072b2", "o"),
-    "ours_leanest": ("LongQLoRA, leanest", "#56b4e9", "s"),
+    "ours_leanest": ("LongQLoRA, minimum memory", "#56b4e9", "s"),
     "unsloth": ("Unsloth", "#d55e00", "^"),
     "hf": ("transformers + PEFT", "#8a8a8a", "D"),
     "original": ("original LongQLoRA (fp16, no flash)", "#cc79a7", "v"),
@@ -29,8 +29,8 @@ BUDGET_GIB = 32
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("benchmark", type=Path, help="JSON of script/benchmark.py")
-    parser.add_argument("--size", default="7b")
-    parser.add_argument("--output", type=Path, default=Path("figure/memory.png"))
+    parser.add_argument("--size", default="7b", help="of the model: 7b or 13b (7b)")
+    parser.add_argument("--output", type=Path, default=Path("figure/memory.png"), help="PNG file (figure/memory.png)")
     flags = parser.parse_args()
     results = json.loads(flags.benchmark.read_text(encoding="utf-8"))
     rows = [
@@ -38,7 +38,7 @@ def main() -> None:
         for row in results["rows"]
         if row["size"] == flags.size and row["overrides"].keys() <= {"memory_budget_gib"}
     ]
-    title = f"QLoRA of LLaMA2-{flags.size.upper()}, rank 64, one sequence a step, on one {results['hardware']}"
+    title = f"QLoRA of LLaMA2-{flags.size.upper()}, rank 64, one sequence per step, on one {results['hardware']}"
     draw({kind: [row for row in rows if row["kind"] == kind] for kind in KINDS}, title, flags.output)
 
 
@@ -71,7 +71,7 @@ def draw(rows_of: dict[str, list[dict]], title: str, file: Path) -> None:
         axes.set_xscale("log", base=2)
         axes.set_xticks(lengths, [f"{length // 1024}k" if length >= 1024 else str(length) for length in lengths])
         axes.minorticks_off()
-        axes.set_xlabel("tokens in a sequence")
+        axes.set_xlabel("tokens per sequence")
         axes.grid(axis="y", color="0.9")
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = speed.get_legend_handles_labels()

@@ -1,9 +1,10 @@
-"""The shipped YAMLs end to end on models of LLaMA2's true shape with random weights: memory and speed, not quality.
+"""Do the shipped YAMLs run end to end at LLaMA2's size in 32 GiB, and how fast? On random weights.
 
     python script/performance/real_shape.py --size 7b --tokenizer LLAMA2_TOKENIZER --work WORK --output_json FILE
 
-Makes the model, then runs as a user would, under a cap of 32 GiB and with the attention kernels of a V100: deepspeed
-train.py for two optimizer steps, a second launch that resumes for the third, merge_lora.py and evaluate.py at 8192.
+Creates the model, then runs the commands of README.md, capped at 32 GiB and with the attention kernels of a V100:
+deepspeed train.py for two optimizer steps, a second launch that resumes for the third, merge_lora.py, and evaluate.py
+at 8192 tokens.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import torch
 from transformers import AutoTokenizer
 
 from component.storage.result import library_versions
-from script.shared.program import show_and_run
+from script.shared.program import read_training, show_and_run
 from script.shared.random_llama import SHAPES, make_model
 from script.shared.stdlib import default_library, split_library
 
@@ -28,10 +29,10 @@ YAMLS = {"7b": "llama2-7b-pretrain", "13b": "vicuna-13b-sft", "tiny": "vicuna-13
 
 
 def make_data(folder: Path, seq_len: int) -> None:
-    """Rows of more than `seq_len` tokens in both formats, and a `.bin` of six windows, from the standard library."""
+    """Samples of more than `seq_len` tokens in both formats and a `.bin` of six windows, from the standard library."""
     folder.mkdir(parents=True, exist_ok=True)
     text = "\n".join(split_library(default_library())[0].values())
-    size = 6 * seq_len  # characters; LLaMA2 makes about one token of three characters of Python
+    size = 6 * seq_len  # characters; LLaMA2 averages about 3 per token
     rows = [text[start : start + size] for start in range(0, min(len(text), 60 * size) - size, size)]
     for name, row in (("text", lambda r: {"text": r}), ("sft", lambda r: {"input": r[: size // 4], "output": r})):
         lines = [json.dumps(row(r)) for r in rows]
@@ -44,21 +45,14 @@ def run(command: str, results: dict, name: str) -> None:
     results[name] = {"command": command, "seconds": round(show_and_run(command), 1)}
 
 
-def read_training(output: Path) -> dict:
-    metrics = json.loads((output / "train_results.json").read_text(encoding="utf-8"))
-    history = json.loads((output / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
-    steps = [row for row in history if "loss" in row]
-    return {"metrics": metrics, "steps": steps}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SHAPES, required=True)
-    parser.add_argument("--tokenizer", required=True, help="folder of LLaMA2's tokenizer")
-    parser.add_argument("--work", type=Path, required=True, help="folder for the model and everything made from it")
-    parser.add_argument("--seq_len", type=int, default=8192)
+    parser.add_argument("--size", choices=SHAPES, required=True, help="shape of the model")
+    parser.add_argument("--tokenizer", required=True, help="folder with the LLaMA2 tokenizer")
+    parser.add_argument("--work", type=Path, required=True, help="folder for model, data and runs")
+    parser.add_argument("--seq_len", type=int, default=8192, help="tokens per sample and window (8192)")
     parser.add_argument("--overrides", default="--use_flash_attn false --memory_budget_gib 32", help="for train.py")
-    parser.add_argument("--output_json", type=Path, required=True)
+    parser.add_argument("--output_json", type=Path, required=True, help="file for the results")
     flags = parser.parse_args()
     work = flags.work.resolve()
     results: dict[str, dict] = {}
@@ -70,10 +64,9 @@ def main() -> None:
         f"deepspeed train.py --train_args_file {yaml} --model_name_or_path {work}/base --train_file {data} "
         f"--output_dir {work}/run --logging_steps 1 --save_steps 1 {flags.overrides}"
     )
-    run(f"{train} --max_steps 2", results, "train")
-    results["train"] |= read_training(work / "run")
-    run(f"{train} --max_steps 3", results, "resume")
-    results["resume"] |= read_training(work / "run")
+    for name, steps in (("train", 2), ("resume", 3)):
+        run(f"{train} --max_steps {steps}", results, name)
+        results[name]["metrics"], results[name]["steps"] = read_training(work / "run")
     merge = f"python script/merge_lora.py --adapter_name_or_path {work}/run --save_path {work}/merged"
     run(merge, results, "merge")
     shutil.rmtree(work / "run" / "checkpoint-1", ignore_errors=True)

@@ -1,10 +1,9 @@
-"""What a benchmark's measurements mean: speed, share of the GPU's arithmetic, failures, and a table of them.
+"""How fast was each row of a benchmark, against Unsloth and the GPU's peak? Prints the table of script/benchmark.py.
 
-    python script/performance/report.py figure/benchmark.json
-
-prints the table that script/benchmark.py ended with.
+python script/performance/report.py figure/benchmark.json
 """
 
+import argparse
 import json
 import re
 import statistics
@@ -23,11 +22,13 @@ PEAKS = ("estimated_gib", "peak_allocated_gib", "peak_reserved_gib", "device_in_
 
 
 def main() -> None:
-    print(table(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))["rows"]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("benchmark", type=Path, help="JSON file of script/benchmark.py")
+    print(table(json.loads(parser.parse_args().benchmark.read_text(encoding="utf-8"))["rows"]))
 
 
 def table(rows: list[dict]) -> str:
-    """One line per row, with the speed against Unsloth's of the same size and length where that was measured."""
+    """One line per row, with the speed relative to Unsloth at the same size and length where measured."""
     unsloth = {
         (row["size"], row["length"]): row["tokens_per_second"]
         for row in rows
@@ -43,21 +44,17 @@ def table(rows: list[dict]) -> str:
             continue
         base = unsloth.get((row["size"], row["length"]))
         ratio = f"{row['tokens_per_second'] / base:.2f}" if base else "-"
-        cells = [
-            f"{row['tokens_per_second']:.0f}",
-            ratio,
-            row["share_of_matrix_rate"],
-            *(row.get(name) for name in PEAKS),
-        ]
+        peaks = (row.get(name) for name in PEAKS)
+        cells = (f"{row['tokens_per_second']:.0f}", ratio, row["share_of_matrix_rate"], *peaks)
         lines.append(line + "".join(f"{'-' if cell is None else cell:>11}" for cell in cells))
     return "\n".join(lines)
 
 
 def speed(length: int, steps: int, found: dict, flop: float, matrix_tflops: float | None) -> dict:
-    """What a table needs of one measurement; what a machine without a GPU cannot know is None."""
+    """The results of one row; values that need a GPU are None without one."""
     tokens = found["num_input_tokens_seen"] / steps
     if tokens != length:
-        return {"error": f"trained on {tokens:g} tokens a step, not {length}"}
+        return {"error": f"trained on {tokens:g} tokens per step, not {length}"}
     step_seconds = median_step(found["step_seconds"])
     share = round(flop / step_seconds / 1e12 / matrix_tflops, 3) if matrix_tflops else None
     return {
@@ -71,19 +68,19 @@ def speed(length: int, steps: int, found: dict, flop: float, matrix_tflops: floa
 
 
 def median_step(step_seconds: list[float]) -> float:
-    """Without the first step, which compiles kernels and fills pools."""
+    """Median without the first step, which compiles kernels and fills the allocator's cache."""
     return statistics.median(step_seconds[1:] or step_seconds)
 
 
 def step_flop(size: str, length: int, group: int | None) -> float:
     """FLOP of a step that recomputes every layer once: 6 T W + 4 T h V + 16 L h P.
 
-    T tokens. W = L (4 h² + 3 h m): the weights of the linear layers of L layers of width h with MLPs of width m, used
-    forward, recomputed, and backward to activations (they are frozen). h V: lm_head, not recomputed. P: the (query,
-    key) pairs that a head looks at, in two products forward, two recomputed and four backward: T (T + 1) / 2 with full
-    attention; in groups of g, T (g + 1) / 2 - g² / 8, the mean of heads whose groups are moved and of the others.
-    LoRA's own products (3 % for 7B) are left out. A run that recomputes less is credited as if it had not: its share
-    of the matrix rate says how near it is to its arithmetic at that rate, and may exceed 1.
+    T tokens. W = L (4 h² + 3 h m): weights of the linear layers (L layers, hidden size h, MLP size m): forward,
+    recomputed forward, and backward to activations only, since they are frozen. h V: lm_head, not recomputed. P:
+    (query, key) pairs per head, in two matrix products forward, two recomputed and four backward: T (T + 1) / 2 with
+    full attention; with groups of g, T (g + 1) / 2 - g² / 8, the mean over shifted and unshifted heads. LoRA's own
+    products (3 % for 7B) are left out. Plans that recompute less count the same FLOP, so the MFU-like share of the
+    matrix rate may exceed 1.
     """
     hidden, mlp, layers, _ = SHAPES[size]
     pairs = length * (length + 1) / 2 if group is None else length * (group + 1) / 2 - group**2 / 8
@@ -92,7 +89,7 @@ def step_flop(size: str, length: int, group: int | None) -> float:
 
 
 def commit() -> str | None:
-    """None where there is no git, as in an archive of the files."""
+    """The git commit; None without git, as in an archive of the files."""
     try:
         words = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
         return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
@@ -104,17 +101,17 @@ def read_results(file: Path, resume: bool) -> dict:
     if not file.exists():
         return {"rows": []}
     if not resume:
-        raise UserError(f"--output_json: {file} exists; --resume adds to it, or name another file")
+        raise UserError(f"--output_json: {file} exists; add --resume to continue it, or name another file")
     return json.loads(file.read_text(encoding="utf-8"))
 
 
 def failure(log: str, status: int | None, limit_s: float) -> str:
-    """What went wrong, in one line."""
+    """The error of a failed row in one line."""
     if status is None:
-        return f"not done after {limit_s:g} s"
+        return f"killed after {limit_s:g} s"
     errors = [" ".join(error.split())[:300] for error in ERROR.findall(log)]
     out_of_memory = [error for error in errors if "out of memory" in error.lower()]
-    return [*out_of_memory[:1], *errors[-1:], f"ended with status {status}"][0]
+    return [*out_of_memory[:1], *errors[-1:], f"exit status {status}"][0]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Which GPU is this, and how fast are its matrix products? What speeds are measured against."""
+"""Which GPU is this, and what is its peak matrix rate?"""
 
 import platform
 import statistics
@@ -7,7 +7,7 @@ import torch
 
 
 def describe_card() -> dict:
-    """Name, and the bf16 rate of one of the 7B's matrix products in TFLOP/s (8192 tokens, MLP up)."""
+    """Name, and measured bf16 TFLOP/s of one matrix product of a 7B model (MLP up projection of 8192 tokens)."""
     if not torch.cuda.is_available():
         return {"hardware": platform.processor() or platform.machine(), "matrix_tflops": None}
     left = torch.randn(8192, 4096, device="cuda", dtype=torch.bfloat16)

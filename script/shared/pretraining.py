@@ -1,6 +1,6 @@
-"""How is a small base pretrained from scratch? Shared by demo and experiments; the product never does it.
+"""How are the small base models of the demo and the experiments pretrained from scratch?
 
-A byte-level BPE, random crops of one stream of tokens, AdamW, cosine schedule by the clock or by steps.
+Byte-level BPE, random crops of one token stream, AdamW, and a cosine schedule by time or by steps.
 """
 
 import argparse
@@ -28,19 +28,19 @@ EVAL_TOKENS = 2**17
 def add_training_flags(
     parser: argparse.ArgumentParser, seq_length: int, batch_size: int, learning_rate: float
 ) -> None:
-    """Those that `train` and `save` read, with the defaults of one model."""
+    """Add the flags that `begin`, `train` and `describe` read, with one model's defaults."""
     parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
     length = parser.add_mutually_exclusive_group(required=True)
-    length.add_argument("--minutes", type=float, help="train this long, the learning rate follows the clock")
+    length.add_argument("--minutes", type=float, help="train for this long; the schedule follows the clock")
     length.add_argument("--steps", type=int, help="train this many steps")
-    per_step = f"sequences of {seq_length} tokens per step"
+    per_step = f"sequences of {seq_length} tokens per step ({batch_size})"
     parser.add_argument("--batch_size", type=int, default=batch_size, help=per_step)
-    parser.add_argument("--learning_rate", type=float, default=learning_rate)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--learning_rate", type=float, default=learning_rate, help=f"peak value ({learning_rate:g})")
+    parser.add_argument("--seed", type=int, default=0, help="(0)")
 
 
 def begin(args: argparse.Namespace) -> torch.device:
-    """Refuse an output that exists, seed, and choose where to train."""
+    """Check that --output does not exist, set the seed, and return the device to train on."""
     check_target(args.output, "--output")
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
@@ -50,10 +50,10 @@ def begin(args: argparse.Namespace) -> torch.device:
 def train_tokenizer(
     texts: Iterable[str], vocab_size: int, seq_length: int | None, *, split_digits: bool = False, **options
 ) -> PreTrainedTokenizerFast:
-    """A byte-level BPE that starts every text with <s>; it has no pad token, like LLaMA's.
+    """Train a byte-level BPE that prepends <s> and, like LLaMA's, has no pad token.
 
     Args:
-        options: further ones of tokenizers' BpeTrainer.
+        options: further arguments of tokenizers' BpeTrainer.
     """
     bpe = Tokenizer(models.BPE())
     byte_level, digits = pre_tokenizers.ByteLevel(add_prefix_space=False), pre_tokenizers.Digits(split_digits)
@@ -75,7 +75,7 @@ def train_tokenizer(
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seq_length: int, **shape) -> LlamaForCausalLM:
-    """A Llama of random weights; `shape` is what LlamaConfig calls its sizes."""
+    """A Llama with random weights; `shape`: arguments of LlamaConfig."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         max_position_embeddings=seq_length,
@@ -88,7 +88,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seq_length: int, **shape) ->
 
 
 def token_stream(tokenizer: PreTrainedTokenizerFast, texts: list[str], seed: int) -> torch.Tensor:
-    """<s> text </s> of every text in random order, end to end: (tokens,)."""
+    """(tokens,): <s> text </s> of all texts, shuffled and concatenated."""
     texts = random.Random(seed).sample(texts, len(texts))
     encoded = tokenizer.backend_tokenizer.encode_batch_fast(texts)
     return torch.tensor([token for one in encoded for token in (*one.ids, tokenizer.eos_token_id)])
@@ -96,7 +96,7 @@ def token_stream(tokenizer: PreTrainedTokenizerFast, texts: list[str], seed: int
 
 @torch.no_grad()
 def mean_loss(model: LlamaForCausalLM, stream: torch.Tensor, length: int) -> float:
-    """Mean loss over windows of `length` tokens, end to end, each window weighing the same."""
+    """Mean loss over consecutive windows of `length` tokens, equally weighted."""
     stream = stream[:EVAL_TOKENS]
     windows = stream[: len(stream) // length * length].view(-1, length)
     chunks = windows.split(max(1, 2**14 // length))
@@ -105,7 +105,7 @@ def mean_loss(model: LlamaForCausalLM, stream: torch.Tensor, length: int) -> flo
 
 
 def learning_rate_scale(step: int, progress: float) -> float:
-    """Linear warm-up over the first steps times a cosine from 1 to 0 over the run; `progress` in [0, 1]."""
+    """Linear warm-up over WARMUP_STEPS times a cosine from 1 to 0 over the run; `progress` in [0, 1]."""
     return min(1.0, (step + 1) / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
@@ -119,9 +119,9 @@ def build_optimizer(model: LlamaForCausalLM, learning_rate: float) -> torch.opti
 def train(
     model: LlamaForCausalLM, training: torch.Tensor, held_out: torch.Tensor, seq_length: int, args: argparse.Namespace
 ) -> dict:
-    """Random crops of the (tokens,) stream until --minutes or --steps are over. Returns the record of the run."""
+    """Train on random crops of the (tokens,) stream for --minutes or --steps. Returns the record of the run."""
     device = training.device.type
-    torch._dynamo.config.suppress_errors = True  # where compilation fails the model runs as it is
+    torch._dynamo.config.suppress_errors = True  # where compilation fails, run the model uncompiled
     compiled = torch.compile(model) if training.is_cuda else model
     optimizer = build_optimizer(model, args.learning_rate)
     crop = torch.arange(seq_length, device=device)
@@ -137,14 +137,14 @@ def train(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        train_loss = loss.item()  # waits for the GPU, so the clock below is true
+        train_loss = loss.item()  # waits for the GPU, so that the time below is right
         step += 1
         start = start or time.time()  # the first step compiles and is not counted
         seconds = time.time() - start
         progress = step / args.steps if args.steps else seconds / (60 * args.minutes)
         if progress >= next_report or progress >= 1:
             next_report += 0.02
-            training_seconds = seconds - measuring  # without what held-out texts take
+            training_seconds = seconds - measuring  # without evaluation
             tokens_per_second = round((step - 1) * args.batch_size * seq_length / max(training_seconds, 1e-3))
             held_out_loss = mean_loss(model, held_out, seq_length)
             measuring += time.time() - start - seconds
@@ -160,7 +160,7 @@ def train(
 
 
 def describe(args: argparse.Namespace, seq_length: int) -> dict:
-    """What made this model: the command, the machine, the versions, the hyperparameters."""
+    """Command, hardware, versions and hyperparameters, for the record of a run."""
     return {
         "command": " ".join(["python", *sys.argv]),
         "date": datetime.date.today().isoformat(),

@@ -1,6 +1,7 @@
-"""How does a script run another program? To its end or for a limited time, shown or into a log, or in a process."""
+"""How does a script run another program: with a log file, a time limit, or in a fresh process?"""
 
 import contextlib
+import json
 import multiprocessing
 import os
 import shlex
@@ -26,13 +27,13 @@ def run(
     environment: dict[str, str] | None = None,
     stderr: int | None = None,
 ) -> int | None:
-    """A command's status; None if it was ended after `limit_s` seconds, with all that it had started.
+    """Run a command. Returns its exit status, or None if it was killed with its children after `limit_s` seconds.
 
     Args:
-        log: file for what it prints; None lets it print where this program does.
-        environment: added to this program's own.
+        log: file for stdout and stderr; None inherits this program's.
+        environment: variables added to this program's environment.
     """
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # where pip puts deepspeed and ninja
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # where pip installs deepspeed and ninja
     with log.open("w", encoding="utf-8") if log else contextlib.nullcontext() as file:
         process = subprocess.Popen(
             words,
@@ -40,7 +41,7 @@ def run(
             env={**os.environ, **(environment or {}), "PATH": path},
             stdout=file,
             stderr=subprocess.STDOUT if log else stderr,
-            start_new_session=limit_s is not None,  # DeepSpeed's launcher has children, which are ended with it
+            start_new_session=limit_s is not None,  # to kill the children of DeepSpeed's launcher too
         )
         try:
             return process.wait(limit_s)
@@ -53,7 +54,7 @@ def run(
 
 
 def show_and_run(command: str) -> float:
-    """Print a command line and run it from the repository's root; the seconds it took."""
+    """Print a command line and run it from the repository root. Returns seconds; exits if the command fails."""
     print(f"$ {command}", flush=True)
     start = time.monotonic()
     if status := run(shlex.split(command)):
@@ -62,10 +63,10 @@ def show_and_run(command: str) -> float:
 
 
 def execute(words: list[str], log: Path) -> None:
-    """Run one of our programs; what it prints goes to `log`.
+    """Run one of this repository's programs offline, with its output in `log`.
 
     Raises:
-        UserError: it failed; with its last line.
+        UserError: the program failed; the message ends with its last line of output.
     """
     status = run([sys.executable, *words], log, environment={"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"})
     if status:
@@ -74,6 +75,13 @@ def execute(words: list[str], log: Path) -> None:
 
 
 def in_a_process(function: Callable, *arguments):
-    """`function`'s result. This process itself never touches the GPU: its own part of it would be measured too."""
+    """`function`'s result, from a new process: GPU memory that this one allocated would be measured too."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
+
+
+def read_training(output_dir: Path) -> tuple[dict, list[dict]]:
+    """(train_results.json, the log entries with a training loss) of a finished run of train.py."""
+    metrics = json.loads((output_dir / "train_results.json").read_text(encoding="utf-8"))
+    history = json.loads((output_dir / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    return metrics, [entry for entry in history if "loss" in entry]

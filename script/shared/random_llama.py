@@ -1,4 +1,4 @@
-"""What does a Llama of true size, but with random weights, look like? For measuring memory and speed, not quality."""
+"""How is a random-weight model of LLaMA2's shape created, to measure memory and speed?"""
 
 from pathlib import Path
 
@@ -13,6 +13,7 @@ SHAPES = {  # hidden size, MLP size, layers, heads
 
 
 def make_model(size: str, tokenizer: str, folder: Path) -> None:
+    """Write an fp16 model and the tokenizer to `folder`."""
     hidden, mlp, layers, heads = SHAPES[size]
     config = LlamaConfig(
         hidden_size=hidden,

@@ -218,12 +218,12 @@ def test_a_stream_that_turns_out_bad_is_one_message(run):
     [
         (
             {"streaming": True, "max_steps": -1},
-            "streaming: true, but nobody knows how long the data is; set max_steps",
+            "streaming: true, but a stream has no known length; set max_steps",
         ),
         ({"truncation_policy": "split", "sft": True}, "truncation_policy: split, but a chat (sft: true) cannot be"),
         ({"truncation_policy": "cut"}, "truncation_policy: 'cut'; use one of truncate, split, drop"),
         ({"template": "chatml", "sft": True}, "template: 'chatml'; use one of vicuna, tokenizer"),
-        ({"template": "tokenizer"}, "template: only chats (sft: true) have one"),
+        ({"template": "tokenizer"}, "template: only used with sft: true"),
         ({"streaming": True, "save_strategy": "epoch"}, "epoch, but a stream has no epochs; use steps"),
         ({"max_bad_fraction": 1}, "max_bad_fraction: 1.0; use a share in [0, 1)"),
     ],

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 from component.error import UserError
 from component.train.argument import LongQLoRAArguments
-from script.benchmark import KINDS, OURS, Row, asked_rows, command_of, is_done, make_rows
+from script.benchmark import KINDS, OURS, Row, command_of, is_done, make_rows, requested_rows
 from tests.conftest import ROOT
 
 
@@ -26,7 +26,7 @@ def test_rows_are_asked_for_in_three_ways(tmp_path):
     plan.write_text(
         json.dumps([{"size": "13b", "length": 8192, "kind": "hf", "overrides": {"memory_budget_gib": 32}}])
     )
-    rows = asked_rows(
+    rows = requested_rows(
         flags(sizes=["7b"], lengths=[8192, 131072], kinds=["hf", "unsloth"], row=["tiny:256:ours_off:2"], plan=plan)
     )
     assert [(row.size, row.length, row.kind, row.steps) for row in rows] == [
@@ -53,14 +53,14 @@ def test_rows_are_asked_for_in_three_ways(tmp_path):
 )
 def test_wrong_rows_are_named(given, named):
     with pytest.raises(UserError, match=named):
-        asked_rows(flags(**given))
+        requested_rows(flags(**given))
 
 
 @pytest.mark.parametrize("entry", [{"size": "7b", "length": 1}, {"size": "7b", "length": 1, "kind": "hf", "x": 1}])
 def test_wrong_plans_are_named(tmp_path, entry):
     (tmp_path / "plan.yaml").write_text(json.dumps([entry]))
     with pytest.raises(UserError, match=r"--plan: .*needs size, length and kind"):
-        asked_rows(flags(plan=tmp_path / "plan.yaml"))
+        requested_rows(flags(plan=tmp_path / "plan.yaml"))
 
 
 def test_overrides_of_peers():

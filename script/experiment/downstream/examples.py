@@ -1,14 +1,14 @@
-"""Continuations of real texts by the base and by LongQLoRA, as pictures: behind long prompts, and behind short ones.
+"""How do the base and LongQLoRA continue real texts, after long and after short prompts? Drawn as pictures.
 
     python script/experiment/downstream/examples.py --base output/experiment/base \\
         --extended output/experiment/runs/yarn-last-8192-0 --source books-validation.jsonl.xz \\
         --work output/experiment/examples --output_json figure/experiment_examples.json \\
         --long_figure figure/longdemo.png --short_figure figure/shortdemo.png
 
-Passages are drawn at random, and the first few are shown: nobody has chosen them. script/inference/inference.py
-continues them; of a prompt beyond its context the base reads the end that fits. Beside the continuations stands the
-perplexity of the text's own next tokens: for the base on what it can read, for the base with stretched positions and
-no training, and for LongQLoRA, both on the whole prompt.
+Passages are sampled at random and the first few are shown, without selection. script/inference/inference.py generates
+the continuations; prompts beyond the base's context are truncated on the left. The perplexity of the true next tokens
+is reported for the base on the truncated prompt, and on the whole prompt for LongQLoRA and for the base with scaled
+positions without training.
 """
 
 import argparse
@@ -48,42 +48,44 @@ GREY, ORANGE, BLUE, GREEN = "#6b6b6b", "#c24e00", "#0072b2", "#00795b"
 def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, required=True, help="the base of script/experiment/pretrain.py")
-    parser.add_argument("--extended", type=Path, required=True, help="LongQLoRA's adapter, or the merged model")
-    parser.add_argument("--source", type=Path, required=True, help='a file of {"text"} records, held out')
+    parser.add_argument("--extended", type=Path, required=True, help="LongQLoRA adapter or merged model")
+    parser.add_argument("--source", type=Path, required=True, help='held-out file of {"text"} records')
     parser.add_argument("--work", type=Path, required=True, help="folder for prompts, continuations and logs")
-    parser.add_argument("--long_tokens", type=int, nargs=2, default=[3000, 6000], help="of a long prompt (3000 6000)")
-    parser.add_argument("--new_tokens", type=int, default=100, help="to generate, and to score (100)")
-    parser.add_argument("--passages", type=int, default=16, help="of each kind (16)")
-    parser.add_argument("--shown", type=int, default=2, help="of them, in a figure (2)")
-    parser.add_argument("--temperature", type=float, default=0.7, help="of sampling, at top_p 0.9 (0.7)")
+    parser.add_argument(
+        "--long_tokens", type=int, nargs=2, default=[3000, 6000], help="min and max of long prompts (3000 6000)"
+    )
+    parser.add_argument("--new_tokens", type=int, default=100, help="to generate and to score (100)")
+    parser.add_argument("--passages", type=int, default=16, help="long and short ones each (16)")
+    parser.add_argument("--shown", type=int, default=2, help="passages per figure (2)")
+    parser.add_argument("--temperature", type=float, default=0.7, help="of sampling, with top_p 0.9 (0.7)")
     parser.add_argument("--seed", type=int, default=42, help="of passages and sampling (42)")
     parser.add_argument("--output_json", required=True, help="file for all continuations and perplexities")
     parser.add_argument("--long_figure", required=True, help="PNG file: long prompts")
     parser.add_argument("--short_figure", required=True, help="PNG file: short prompts")
     flags = parser.parse_args()
     if not 1 <= flags.shown <= flags.passages:
-        raise UserError(f"--shown: {flags.shown}; use 1 to {flags.passages}, the number of --passages")
+        raise UserError(f"--shown: {flags.shown}; use 1 to --passages {flags.passages}")
     if not 1 <= flags.long_tokens[0] <= flags.long_tokens[1]:
-        raise UserError(f"--long_tokens: {flags.long_tokens}; name the fewest, then the most")
+        raise UserError(f"--long_tokens: {flags.long_tokens}; give the minimum, then the maximum")
     results, folders = ("output_json", "long_figure", "short_figure"), ("base", "extended", "work")
     check_flags(flags, results=results, folders=folders)
     return flags
 
 
-def continued(name: str, model: list[str], asked: Path, flags: argparse.Namespace) -> list[dict[str, Any]]:
-    """The lines that inference.py writes."""
+def generate(name: str, model: list[str], prompts: Path, flags: argparse.Namespace) -> list[dict[str, Any]]:
+    """The records that inference.py writes for `prompts`."""
     output = flags.work / f"{name}.jsonl"
-    output.unlink(missing_ok=True)  # it would go on behind an earlier one's last line
+    output.unlink(missing_ok=True)  # else inference.py resumes after its last line
     sampling = {"max_new_tokens": flags.new_tokens, "temperature": flags.temperature, "seed": flags.seed}
     words = [word for key, value in sampling.items() for word in (f"--{key}", str(value))]
-    files = ["--input_jsonl", str(asked), "--output_jsonl", str(output), "--truncate", "left"]
+    files = ["--input_jsonl", str(prompts), "--output_jsonl", str(output), "--truncate", "left"]
     execute(["script/inference/inference.py", *model, *files, *words], output.with_suffix(".log"))
     return [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
 
 
 @torch.no_grad()
 def nats(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, passage: Passage, new_tokens: int) -> float:
-    """Loss per token of the true continuation; a prompt is cut as inference.py cuts it, if it must be."""
+    """Mean loss of the true continuation in nats per token; long prompts are truncated as in inference.py."""
     prompt = tokenizer(passage["prompt"]).input_ids
     prompt, _ = fit_prompt(prompt, context_length(model.config), new_tokens, "left", 1)
     true = tokenizer(passage["true"], add_special_tokens=False).input_ids
@@ -92,7 +94,7 @@ def nats(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, passage: Pa
 
 
 def picture(found: list[Passage], kind: str, parameters: int, flags: argparse.Namespace) -> Figure:
-    """The first passages of a kind: prompt, both continuations beside each other, the true one."""
+    """The first passages of a kind: end of the prompt, both continuations side by side, the true continuation."""
     of_kind, rows = [passage for passage in found if passage["kind"] == kind], []
     for passage in of_kind[: flags.shown]:
         count, end = f"{passage['tokens']:,}", passage["prompt"][-SHOWN_CHARACTERS:]
@@ -112,12 +114,12 @@ def picture(found: list[Passage], kind: str, parameters: int, flags: argparse.Na
 def caption(found: list[Passage], parameters: int, flags: argparse.Namespace) -> str:
     of = {name: math.exp(mean(passage["nats"][name] for passage in found)) for name in found[0]["nats"]}
     return (
-        f"Models of {parameters / 1e6:.0f} M parameters, pretrained from scratch for minutes: they have style, no "
-        f"sense. The first {flags.shown} of {len(found)} passages drawn at random, none chosen; sampled at "
+        f"Models of {parameters / 1e6:.0f} M parameters, pretrained from scratch for minutes: fluent style, little "
+        f"sense. The first {flags.shown} of {len(found)} random passages, not selected; sampled at "
         f"temperature {flags.temperature:g}, top_p 0.9, seed {flags.seed}; line breaks are not shown. Perplexity of "
-        f"the next {flags.new_tokens} true tokens, over all {len(found)} passages: base, on what it can read, "
-        f"{of['base']:.1f}; base, positions stretched and untrained, on the whole prompt {of['stretched']:.1f}; "
-        f"LongQLoRA, on the whole prompt {of['longqlora']:.1f}."
+        f"the next {flags.new_tokens} true tokens over all {len(found)} passages: base on the truncated prompt "
+        f"{of['base']:.1f}; on the whole prompt, base with positions scaled but untrained {of['stretched']:.1f}, "
+        f"LongQLoRA {of['longqlora']:.1f}."
     )
 
 
@@ -129,30 +131,27 @@ def main() -> None:
     extended = (str(flags.base), str(flags.extended)) if is_adapter else (str(flags.extended), None)
     context = context_length(load_config(str(flags.extended), "--extended"))
     if flags.long_tokens[1] + flags.new_tokens > context:
-        raise UserError(
-            f"--long_tokens: {flags.long_tokens[1]}; LongQLoRA's context is {context} tokens, ask for less"
-        )
-    tokenizer = load_tokenizer(str(flags.base), UNLIMITED)  # whole books are taken apart here
+        raise UserError(f"--long_tokens: {flags.long_tokens[1]}; use less, LongQLoRA's context is {context} tokens")
+    tokenizer = load_tokenizer(str(flags.base), UNLIMITED)  # tokenizes whole books
     found: list[Passage] = []
     for kind, limits in (("long", tuple(flags.long_tokens)), ("short", SHORT_TOKENS)):
-        drawn = passages(flags.source, tokenizer, limits, flags.new_tokens, f"{flags.seed} {kind}")
-        found += [passage | {"kind": kind} for passage in islice(drawn, flags.passages)]
-    asked = flags.work / "prompts.jsonl"
-    asked.write_text("".join(json.dumps({"prompt": passage["prompt"]}) + "\n" for passage in found), encoding="utf-8")
+        sampled = passages(flags.source, tokenizer, limits, flags.new_tokens, f"{flags.seed} {kind}")
+        found += [passage | {"kind": kind} for passage in islice(sampled, flags.passages)]
+    prompts = flags.work / "prompts.jsonl"
+    prompts.write_text(
+        "".join(json.dumps({"prompt": passage["prompt"]}) + "\n" for passage in found), encoding="utf-8"
+    )
     adapter_words = ["--adapter_name_or_path", str(extended[1])] if is_adapter else []
-    answers = {"base": continued("base", ["--model_name_or_path", str(flags.base)], asked, flags)}
-    answers["longqlora"] = continued("longqlora", ["--model_name_or_path", extended[0], *adapter_words], asked, flags)
-    readers = {
-        "base": ((str(flags.base),), None),
-        "stretched": ((str(flags.base),), context),
-        "longqlora": (extended, None),
-    }
+    answers = {"base": generate("base", ["--model_name_or_path", str(flags.base)], prompts, flags)}
+    answers["longqlora"] = generate("longqlora", ["--model_name_or_path", extended[0], *adapter_words], prompts, flags)
+    base = (str(flags.base), None)
+    scorers = {"base": (base, None), "stretched": (base, context), "longqlora": (extended, None)}
     parameters = 0
-    for name, (model, context_size) in readers.items():
-        reader = load_model(*model, context_size=context_size)
-        parameters = parameters or reader.num_parameters()
+    for name, (names, context_size) in scorers.items():
+        model = load_model(*names, context_size=context_size)
+        parameters = parameters or model.num_parameters()
         for number, passage in enumerate(found):
-            passage.setdefault("nats", {})[name] = nats(reader, tokenizer, passage, flags.new_tokens)
+            passage.setdefault("nats", {})[name] = nats(model, tokenizer, passage, flags.new_tokens)
             if name in answers:
                 passage[name] = {key: answers[name][number][key] for key in ("completion", "prompt_tokens")}
     save_figure(picture(found, "long", parameters, flags), flags.long_figure)

@@ -1,12 +1,12 @@
-"""Long instruction tuning of an extended model: its loss on answers about held-out documents, before and after.
+"""How much does long instruction tuning lower an extended model's loss on answers about held-out documents?
 
     python script/experiment/downstream/instructions.py --base output/experiment/passkey/extended \\
         --short_base output/experiment/base --source sft_long.jsonl.xz --work output/experiment/instructions \\
         --output_json figure/experiment_instructions.json
 
-build_sft.py keeps what fits into the model's context. Questions about the same document stand on one side of the
-split: records that share a line of 60 characters or more. With --short_base the same tuning at that model's own length
-is the control: of every question only the end is kept, as much as fits, and the answers are the same, token for token.
+build_sft.py keeps the samples that fit the model's context. Records that share a line of 60 characters or more are
+about the same document, and a document is on one side of the split only. --short_base adds a control: the same tuning
+at that model's own context, with questions truncated on the left and the same answers, token for token.
 """
 
 import argparse
@@ -37,17 +37,15 @@ from script.shared.program import execute
 
 def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", type=Path, required=True, help="the extended model, as merge_lora.py makes it")
-    parser.add_argument("--short_base", type=Path, help="the model before it was extended, for a control")
+    parser.add_argument("--base", type=Path, required=True, help="the extended model, merged by merge_lora.py")
+    parser.add_argument("--short_base", type=Path, help="the model before extension, for a control")
     parser.add_argument("--source", type=Path, required=True, help='a file of {"input", "output"} records')
     parser.add_argument("--work", type=Path, required=True, help="folder for data, runs and logs")
-    parser.add_argument(
-        "--held_out", type=float, default=0.2, help="share of the samples that is not trained on (0.2)"
-    )
-    parser.add_argument("--per_document", type=int, default=10, help="questions about one document, at most (10)")
-    parser.add_argument("--max_answer_tokens", type=int, default=512, help="longer answers are left out (512)")
+    parser.add_argument("--held_out", type=float, default=0.2, help="share of the samples to hold out (0.2)")
+    parser.add_argument("--per_document", type=int, default=10, help="maximum questions per document (10)")
+    parser.add_argument("--max_answer_tokens", type=int, default=512, help="drop samples with longer answers (512)")
     parser.add_argument("--epochs", type=float, default=3.0, help="(3)")
-    parser.add_argument("--max_steps", type=int, default=-1, help="train shorter, to try the script out")
+    parser.add_argument("--max_steps", type=int, default=-1, help="train for fewer steps, for a quick test")
     parser.add_argument("--samples_per_step", type=int, default=4, help="(4)")
     parser.add_argument("--learning_rate", type=float, default=3e-4, help="(3e-4)")
     parser.add_argument("--seed", type=int, default=42, help="of split and training (42)")
@@ -61,8 +59,8 @@ def parse_flags() -> argparse.Namespace:
     return flags
 
 
-def fitting(flags: argparse.Namespace, context: int) -> tuple[list[Record], dict[str, int]]:
-    """What build_sft.py keeps of the source for `context` tokens, and its counts."""
+def fitting_samples(flags: argparse.Namespace, context: int) -> tuple[list[Record], dict[str, int]]:
+    """The samples of the source that fit `context` tokens by build_sft.py, and its counts."""
     config, output = flags.work / "sources.yaml", flags.work / "fitting.jsonl"
     source = {"name": flags.source.name, "path": str(flags.source), "mapping": "input_output"}
     config.write_text(yaml.safe_dump({"sources": [source]}), encoding="utf-8")
@@ -73,13 +71,13 @@ def fitting(flags: argparse.Namespace, context: int) -> tuple[list[Record], dict
 
 
 def lengths(tokenizer: PreTrainedTokenizerBase, record: Record) -> tuple[int, int]:
-    """Tokens of a sample, and of its answer."""
+    """(tokens of a sample, tokens of its answer)."""
     ids, labels = encode_chat(tokenizer, [(record["input"], record["output"])])
     return len(ids), sum(label != IGNORE_INDEX for label in labels)
 
 
 def end_of_question(tokenizer: PreTrainedTokenizerBase, record: Record, context: int) -> Record:
-    """The sample with as much of its question's end as `context` tokens have room for."""
+    """The sample with its question truncated on the left to fit `context` tokens in all."""
     starts = [start for start, _ in tokenizer(record["input"], return_offsets_mapping=True).offset_mapping]
     cut, excess = record, lengths(tokenizer, record)[0] - context
     dropped = 0
@@ -91,7 +89,7 @@ def end_of_question(tokenizer: PreTrainedTokenizerBase, record: Record, context:
 
 
 def write_side(file: Path, records: Iterable[Record], tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """The lines that train.py reads, and how much they are."""
+    """Write a JSONL file for train.py and count its samples and tokens."""
     counts = {"samples": 0, "tokens": 0, "answer_tokens": 0}
     with file.open("w", encoding="utf-8") as out:
         for record in records:
@@ -102,7 +100,7 @@ def write_side(file: Path, records: Iterable[Record], tokenizer: PreTrainedToken
 
 
 def instruct(name: str, model: Path, sides: dict[str, list[Record]], flags: argparse.Namespace) -> dict[str, Any]:
-    """Tune `model` at its own context in WORK/NAME: what it was trained and measured on, loss before and after."""
+    """Tune `model` at its own context in WORK/NAME. Returns counts of the data, loss before and after, and the run."""
     context, tokenizer = context_length(load_config(str(model), "--base")), load_tokenizer(str(model), UNLIMITED)
     files = {side: flags.work / f"{name}-{side}.jsonl" for side in sides}
     cut = {side: [end_of_question(tokenizer, record, context) for record in sides[side]] for side in sides}
@@ -132,11 +130,9 @@ def instruct(name: str, model: Path, sides: dict[str, list[Record]], flags: argp
 def main() -> None:
     flags = parse_flags()
     flags.work.mkdir(parents=True, exist_ok=True)
-    context, tokenizer = (
-        context_length(load_config(str(flags.base), "--base")),
-        load_tokenizer(str(flags.base), UNLIMITED),
-    )
-    records, counts = fitting(flags, context)
+    context = context_length(load_config(str(flags.base), "--base"))
+    tokenizer = load_tokenizer(str(flags.base), UNLIMITED)
+    records, counts = fitting_samples(flags, context)
     kept = [record for record in records if lengths(tokenizer, record)[1] <= flags.max_answer_tokens]
     groups = [group[: flags.per_document] for group in documents(kept)]
     chosen = split(groups, flags.held_out, flags.seed)

@@ -1,4 +1,4 @@
-"""Which pieces of a book is a model asked to continue? Random ones, of a given length, and what truly follows."""
+"""Which passages does a model continue? Random ones of a given length, with their true continuation."""
 
 import random
 import re
@@ -12,22 +12,22 @@ from component.data.source import RecordTally, read_records
 from component.error import UserError
 
 SENTENCE_END = re.compile(r"[.!?][\"'\u201d\u2019]?(?=\s)")
-MOST_TRIES = 10_000
+MAX_TRIES = 10_000
 Passage = dict[str, Any]
 
 
 def passages(
     source: Path, tokenizer: PreTrainedTokenizerBase, limits: tuple[int, int], new_tokens: int, seed: str
 ) -> Iterator[Passage]:
-    """Random passages, as many as are asked for: whole lines up to the end of a sentence, and what follows.
+    """Endless random passages: a prompt from the start of a line to the end of a sentence, and its continuation.
 
     Args:
-        source: a file of {"text"} records, with an "id" perhaps.
-        limits: the fewest and the most tokens of a prompt.
-        new_tokens: of what truly follows.
+        source: file of {"text"} records, optionally with an "id".
+        limits: minimum and maximum tokens of a prompt.
+        new_tokens: tokens of the true continuation.
 
     Raises:
-        UserError: no text is long enough, or none has lines and sentences.
+        UserError: no text is long enough, or none has suitable lines and sentences.
     """
     draw, tally = random.Random(seed), RecordTally()
     records = [record for _, record in tally.good(source, read_records(source, ("text",)))]
@@ -36,8 +36,8 @@ def passages(
     places = [offsets_of(tokenizer, record["text"]) for record in records]
     usable = [number for number, offsets in enumerate(places) if len(offsets) > 2 * (most + new_tokens)]
     if not usable:
-        raise UserError(f"--source: {source} has no text twice as long as {most} tokens; name one of longer texts")
-    for _ in range(MOST_TRIES):
+        raise UserError(f"--source: {source} has no text twice as long as {most} tokens; use longer texts")
+    for _ in range(MAX_TRIES):
         number = draw.choice(usable)
         text, offsets = records[number]["text"], places[number]
         last = draw.randrange(most, len(offsets) - new_tokens)
@@ -50,9 +50,9 @@ def passages(
         if fewest <= tokens <= most and len(ends) >= new_tokens:
             name = str(records[number].get("id", f"text {number + 1}"))
             yield {"source": name, "tokens": tokens, "prompt": prompt, "true": rest[: ends[new_tokens - 1][1]]}
-    raise UserError(f"--source: too few sentences end behind {fewest} to {most} tokens of whole lines in {source}")
+    raise UserError(f"--source: {source} has too few sentences that end {fewest} to {most} tokens after a line start")
 
 
 def offsets_of(tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[int, int]]:
-    """[start, end) of each token, in characters."""
+    """Character offsets [start, end) of each token."""
     return tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping

@@ -1,17 +1,17 @@
-"""Which questions are about the same document? What one side of a split has read must not be asked on the other."""
+"""Which questions are about the same document, so that no document is both trained on and held out?"""
 
 import random
 from collections import defaultdict
 
 from component.error import UserError
 
-SHARED_LINE = 60  # characters; shorter lines stand in documents that have nothing to do with each other
+SHARED_LINE = 60  # characters; shorter lines also occur in unrelated documents
 Record = dict[str, str]
 
 
 def documents(records: list[Record]) -> list[list[Record]]:
-    """The records in groups: two that share a long line are about the same document, and so on along a chain."""
-    group = list(range(len(records)))  # the earliest record known to be about the same document, or one on the way
+    """Group the records by document (union-find): two that share a long line are about the same one."""
+    group = list(range(len(records)))  # parent: an earlier record about the same document
 
     def first_of(record: int) -> int:
         while group[record] != record:
@@ -31,7 +31,7 @@ def documents(records: list[Record]) -> list[list[Record]]:
 
 
 def split(groups: list[list[Record]], share: float, seed: int) -> dict[str, list[list[Record]]]:
-    """{"train", "held_out"}: documents drawn until `share` of all records is held out; none too big for that share."""
+    """{"train", "held_out"}: random documents, held out as long as they fit into `share` of all records."""
     room = share * sum(map(len, groups))
     sides: dict[str, list[list[Record]]] = {"train": [], "held_out": []}
     for group in random.Random(seed).sample(groups, len(groups)):
@@ -39,5 +39,5 @@ def split(groups: list[list[Record]], share: float, seed: int) -> dict[str, list
         room -= len(group) * is_held_out
         sides["held_out" if is_held_out else "train"].append(group)
     if not all(sides.values()):
-        raise UserError(f"--held_out: {share} of {len(groups)} documents leaves one side empty; choose another share")
+        raise UserError(f"--held_out: {share} of {len(groups)} documents leaves one side empty; use another share")
     return sides

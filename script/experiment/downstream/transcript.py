@@ -1,4 +1,4 @@
-"""How do people read what models wrote? Blocks of wrapped text, one or two beside each other, drawn as a picture."""
+"""How are model outputs drawn as a picture? As blocks of wrapped text, one or two side by side."""
 
 from dataclasses import dataclass
 
@@ -11,8 +11,8 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
 
 WIDTH, MARGIN, GAP, INDENT = 11.0, 0.35, 0.4, 0.14  # inches
-POINTS, LINE = 10.0, 1.4  # size of the text, and from one line to the next as a multiple of it
-DPI = 130  # as component.storage.result.save_figure
+POINTS, LINE = 10.0, 1.4  # font size, and line height as a multiple of it
+DPI = 130  # as in component.storage.result.save_figure
 INK, PALE = "0.15", "0.8"
 
 
@@ -21,11 +21,11 @@ class Block:
     title: str
     text: str
     colour: str
-    note: str = ""  # under the text, in the title's colour
+    note: str = ""  # below the text, in the title's color
 
 
 class Measure:
-    """How wide is a text, in inches? As the picture will have it."""
+    """Width of rendered text in inches."""
 
     def __init__(self) -> None:
         self.renderer = RendererAgg(1, 1, DPI)
@@ -35,7 +35,7 @@ class Measure:
         return self.renderer.get_text_width_height_descent(text, font, ismath=False)[0] / DPI
 
     def wrap(self, text: str, width: float, points: float = POINTS, weight: str = "normal") -> list[str]:
-        """Lines of at most `width` inches, broken at spaces; inside words only where one is wider than a line."""
+        """Lines of at most `width` inches, broken at spaces; words wider than a line are split."""
         lines = [""]
         for written in text.split():
             word = "".join(letter if letter.isprintable() else "\ufffd" for letter in written)
@@ -52,12 +52,12 @@ class Measure:
 
 
 def draw(title: str, rows: list[list[Block]], caption: str) -> Figure:
-    """`rows` under each other, the blocks of a row beside each other; an empty row is a line across the picture."""
+    """Stack `rows`, with the blocks of a row side by side; an empty row is a horizontal line."""
     measure, lines, bars = Measure(), [], []  # (x, baseline, text, points, weight, colour) and (xs, ys, colour)
     inner, step = WIDTH - 2 * MARGIN, LINE * POINTS / 72
 
     def put(text: str, x: float, y: float, width: float, colour: str, points: float = POINTS, weight: str = "normal"):
-        """The y below the wrapped text."""
+        """Add wrapped text; returns the y below it."""
         for line in measure.wrap(text, width * 0.99, points, weight):
             lines.append((x, y + points / 72, line, points, weight, colour))
             y += LINE * points / 72
@@ -85,7 +85,7 @@ def draw(title: str, rows: list[list[Block]], caption: str) -> Figure:
     for x, baseline, text, points, weight, colour in lines:
         font = FontProperties(size=points, weight=weight)
         written = figure.text(x / WIDTH, 1 - baseline / height, text, fontproperties=font, color=colour)
-        written.set_parse_math(False)  # a price in dollars is no formula
+        written.set_parse_math(False)  # a price in dollars is not a formula
     for across, down, colour in bars:
         ends_at = [1 - place / height for place in down]
         figure.add_artist(Line2D([place / WIDTH for place in across], ends_at, color=colour, linewidth=2))

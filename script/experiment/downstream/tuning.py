@@ -1,7 +1,4 @@
-"""What do the uses of the experiments' models share? Training, merging and measuring by the product's own programs.
-
-Shared by passkey.py and instructions.py beside it; what a program prints goes to a file beside what it writes.
-"""
+"""How do the downstream experiments train, merge and measure? With this repository's programs, logging to files."""
 
 import argparse
 import json
@@ -17,37 +14,37 @@ from component.storage.result import check_result_file, origin
 from script.experiment.rows import RECIPE
 from script.shared.program import execute
 
-# of this machine: no part of a result
+# specific to the machine, left out of results
 PATHS = ("model_name_or_path", "train_file", "eval_file", "output_dir", "base_model", "peft_model")
 
 
 def check_flags(flags: argparse.Namespace, *, counts: tuple = (), results: tuple = (), folders: tuple = ()) -> None:
-    """Refuse counts below 1, results that could not be written and a --source that is not there.
+    """Reject counts below 1, results that cannot be written and a missing --source.
 
     Args:
-        folders: flags made absolute, if they are given: programs are run from the repository's root.
+        folders: flags to make absolute, since programs run from the repository root.
     """
     check_at_least(flags, 1, *counts)
     for name in results:
         check_result_file(getattr(flags, name), f"--{name}")
     if "source" in flags and not flags.source.is_file():
-        raise UserError(f"--source: there is no file {flags.source}; name one of JSON lines")
+        raise UserError(f"--source: there is no file {flags.source}; use a JSON Lines file")
     for name in folders:
         setattr(flags, name, getattr(flags, name) and getattr(flags, name).resolve())
 
 
 def tune(folder: Path, **settings: Any) -> dict[str, Any]:
-    """Train an adapter in `folder` by train.py; its settings and what the run says of itself.
+    """Train an adapter in `folder` with train.py.
 
     Returns:
         {"settings", "training": train_results.json, "losses", "eval_losses"}, losses as [step, nats per token].
     """
     precision = {"bf16": True} if torch.cuda.is_available() else {}
-    schedule = {"lr_scheduler_type": "cosine"}  # short trainings: the last steps settle what the first have found
+    schedule = {"lr_scheduler_type": "cosine"}  # short runs need the learning rate to decay
     settings = RECIPE | precision | schedule | {"sft": True, "output_dir": str(folder)} | settings
     file = folder.with_name(f"{folder.name}.yaml")
     file.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
-    execute(["train.py", "--train_args_file", str(file)], beside(folder, "log"))
+    execute(["train.py", "--train_args_file", str(file)], folder.with_name(f"{folder.name}.log"))
     history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
 
     def curve(name: str) -> list[list[float]]:
@@ -57,23 +54,19 @@ def tune(folder: Path, **settings: Any) -> dict[str, Any]:
     training.pop("step_seconds", None)
     record = json.loads((folder / "longqlora.json").read_text(encoding="utf-8"))
     training["trained_tokens"] = record["trained_tokens"]
-    told = {key: value for key, value in settings.items() if key not in PATHS}
-    return {"settings": told, "training": training, "losses": curve("loss"), "eval_losses": curve("eval_loss")}
+    recorded = {key: value for key, value in settings.items() if key not in PATHS}
+    return {"settings": recorded, "training": training, "losses": curve("loss"), "eval_losses": curve("eval_loss")}
 
 
 def merge(adapter: Path, folder: Path) -> Path:
-    """The plain model that merge_lora.py makes of an adapter and its base."""
+    """Merge an adapter into its base with merge_lora.py; returns `folder`."""
     words = ["--adapter_name_or_path", str(adapter), "--save_path", str(folder), "--overwrite"]
-    execute(["script/merge_lora.py", *words], beside(folder, "log"))
+    execute(["script/merge_lora.py", *words], folder.with_name(f"{folder.name}.log"))
     return folder
 
 
 def measured(program: str, words: list[str], output: Path) -> dict[str, Any]:
-    """What a program writes as --output_json, less what the whole experiment says once."""
+    """A program's --output_json without paths and without the origin, which the experiment records once."""
     execute([program, *words, "--output_json", str(output)], output.with_suffix(".log"))
     found = json.loads(output.read_text(encoding="utf-8"))
     return {key: value for key, value in found.items() if key not in (*PATHS, *origin())}
-
-
-def beside(folder: Path, suffix: str) -> Path:
-    return folder.with_name(f"{folder.name}.{suffix}")

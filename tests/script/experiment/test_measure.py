@@ -1,4 +1,4 @@
-"""The experiments' evaluations: several in one process, each under the attention that its model was trained with."""
+"""Several evaluations in one process, also under the attention that a model was trained with."""
 
 import json
 
@@ -40,16 +40,8 @@ def test_several_evaluations_in_one_process(base_folder, tmp_path, run_program):
     tasks = []
     for attention in (None, "rolled", None):
         output = str(tmp_path / f"{len(tasks)}.json")
-        words = [
-            "--base_model",
-            str(base_folder),
-            "--data_path",
-            str(tokens),
-            "--seq_len",
-            "24",
-            "--output_json",
-            output,
-        ]
+        words = ["--base_model", str(base_folder), "--data_path", str(tokens)]
+        words += ["--seq_len", "24", "--output_json", output]
         tasks.append({"words": words, "attention": attention, "group_size": 8 if attention else None})
     (tmp_path / "tasks.json").write_text(json.dumps(tasks))
     run_program("script/experiment/measure.py", str(tmp_path / "tasks.json"))
@@ -57,6 +49,9 @@ def test_several_evaluations_in_one_process(base_folder, tmp_path, run_program):
     assert losses[0] == losses[2] != losses[1]
 
 
-def test_windows_of_no_whole_number_of_groups_are_refused(base_folder):
-    with measure.evaluating_with("rolled", 8), pytest.raises(UserError, match="whole number"):
+def test_windows_that_are_not_multiples_of_the_group_size_are_refused(base_folder):
+    with (
+        measure.evaluating_with("rolled", 8),
+        pytest.raises(UserError, match="20 tokens; use unpadded multiples of 8"),
+    ):
         logits_by(base_folder, torch.randint(3, 100, (1, 20)), "sdpa")

@@ -1,4 +1,4 @@
-"""What the experiments' tables and figures are made of: results of several seeds side by side."""
+"""Results of several seeds are collected per run, for tables and figures."""
 
 from script.experiment.results import gather, texts_of, values_of
 
@@ -15,7 +15,7 @@ def result(row: str, seed: int, perplexity: float | None, length: int = 4096) ->
     }
 
 
-def test_seeds_stand_in_their_order():
+def test_results_are_ordered_by_seed():
     rows = gather([result("longqlora", 1, 6.0), result("longqlora", 0, 5.0)], [], "longlora")
     row = rows["longqlora", 4096]
     assert (row["seeds"], row["reserved_gib"]) == ([0, 1], 1.5)
@@ -25,19 +25,19 @@ def test_seeds_stand_in_their_order():
     assert texts_of(rows) == ["books"]
 
 
-def test_what_was_not_measured_or_is_infinite_has_no_value():
+def test_missing_and_infinite_results_have_no_value():
     row = gather([result("longqlora", 0, None)], [], "longlora")["longqlora", 4096]
     assert values_of(row, "books", 4096) == []
     assert values_of(row, "books", 512) == values_of(row, "code", 4096) == values_of(None, "books", 4096) == []
     assert values_of(gather([result("full", 0, 5.0)], [], "sliding")["full", 4096], "books", 4096) == []
 
 
-def test_the_base_stands_beside_every_length():
+def test_the_base_is_shown_at_every_length():
     rows = gather([result("base", 0, 9.0), result("longqlora", 0, 5.0, 8192)], [], "longlora")
     assert rows["base", 8192] is rows["base", 4096]
 
 
-def test_a_step_takes_its_median_after_the_first_five():
+def test_step_seconds_are_the_median_after_five_warm_up_steps():
     cost = {"row": "full", "length": 4096, "training": {"step_seconds": [9.0] * 5 + [1.0, 2.0, 7.0]}}
     rows = gather([result("full", 0, 5.0)], [cost, cost | {"row": "longqlora"}], "longlora")
     assert rows["full", 4096]["step_seconds"] == 2.0

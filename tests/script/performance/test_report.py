@@ -25,7 +25,10 @@ def test_speed_of_a_measurement():
     assert result["host_peak_gib"] == 1.5
     assert result["peak_reserved_gib"] is None
     assert speed(100, 4, found, flop=1e12, matrix_tflops=None)["share_of_matrix_rate"] is None
-    assert "99.75 tokens a step, not 100" in speed(100, 4, found | {"num_input_tokens_seen": 399}, 1e12, None)["error"]
+    assert (
+        "trained on 99.75 tokens per step, not 100"
+        in speed(100, 4, found | {"num_input_tokens_seen": 399}, 1e12, None)["error"]
+    )
 
 
 @pytest.mark.parametrize("group", [None, 4, 8])
@@ -78,8 +81,8 @@ def test_results_are_not_overwritten_unless_asked(tmp_path):
 @pytest.mark.parametrize(
     ("log", "status", "line"),
     [
-        ("", None, "not done after 60 s"),
-        ("Killed", -9, "ended with status -9"),
+        ("", None, "killed after 60 s"),
+        ("Killed", -9, "exit status -9"),
         (
             "a\nValueError: first\nb\nRuntimeError: last\n[launch.py] exits with return code = 1",
             1,

@@ -1,10 +1,10 @@
-"""Flags of the programs that use the experiments' models: right ones but for the one that a test spoils."""
+"""Valid flags of the downstream programs, to which a test adds one invalid flag."""
 
 from pathlib import Path
 
 
 def refuses(run_program, program: str, words: list[str], parts: list[str], base: Path, folder: Path) -> None:
-    """Status 1, and a message with each of `parts`, where `words` follow flags that are right."""
+    """Valid flags followed by `words` give status 1 and a message with each of `parts`."""
     (folder / "texts.jsonl").write_text('{"text": "a"}\n')
     given = {"base": base, "work": folder / "work", "output_json": folder / "found.json"}
     more = {

@@ -1,4 +1,4 @@
-"""Continuations of passages: which flags are refused."""
+"""Continuations of passages: which flags are rejected."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Long instructions: what of a question is kept, and which flags are refused."""
+"""Long instructions: how questions are truncated, and which flags are rejected."""
 
 import random
 
@@ -11,7 +11,7 @@ from script.experiment.downstream.instructions import end_of_question
 from tests.script.experiment.downstream.mistakes import refuses
 from tests.words import text_of
 
-DEMO_BASE = "script/demo/base"  # a tokenizer that learnt from real texts; its pieces are words
+DEMO_BASE = "script/demo/base"  # its tokenizer was trained on real text: tokens are words
 
 
 def test_the_end_of_a_question_is_kept_and_the_answer_is_the_same():
@@ -21,8 +21,8 @@ def test_the_end_of_a_question_is_kept_and_the_answer_is_the_same():
     assert record["input"].endswith(cut["input"])
     (ids, labels), (_, whole) = (encode_chat(tokenizer, [(r["input"], r["output"])]) for r in (cut, record))
     assert 250 <= len(ids) <= 256
-    learnt, of_whole = ([label for label in found if label != IGNORE_INDEX] for found in (labels, whole))
-    assert learnt == of_whole
+    answer, of_whole = ([label for label in found if label != IGNORE_INDEX] for found in (labels, whole))
+    assert answer == of_whole
     assert end_of_question(tokenizer, cut, 256) == cut
 
 

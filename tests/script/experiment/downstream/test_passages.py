@@ -1,4 +1,4 @@
-"""Passages of a book."""
+"""Random passages of a book, and their true continuations."""
 
 import json
 import random
@@ -11,7 +11,7 @@ from component.error import UserError
 from script.experiment.downstream.passages import passages
 from tests.words import COMMON
 
-DEMO_BASE = "script/demo/base"  # a tokenizer that learnt from real texts; its pieces are words
+DEMO_BASE = "script/demo/base"  # its tokenizer was trained on real text: tokens are words
 
 
 def test_passages_are_pieces_of_the_book(tmp_path):

@@ -1,4 +1,4 @@
-"""Pass keys by a trained adapter: which flags are refused. Its samples: test_passkey_samples.py."""
+"""Passkey retrieval after tuning: which flags are rejected. Its samples: test_passkey_samples.py."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Which documents are held out?"""
+"""Questions about one document are on one side of the split."""
 
 import random
 
@@ -29,10 +29,10 @@ def test_a_document_is_on_one_side_only():
     assert split(groups, 0.2, 1) == split(groups, 0.2, 1) != split(groups, 0.2, 2)
 
 
-def test_documents_hang_together_along_a_chain():
+def test_documents_are_grouped_transitively():
     one, two, three = ("x" * SHARED_LINE, "y" * SHARED_LINE, "z" * (SHARED_LINE - 1))
     texts = [one, f"{three}\n{two}", three, f" {one} \n{two}"]
     found = documents([{"input": text, "output": ""} for text in texts])
-    assert sorted(len(group) for group in found) == [1, 3], "short lines say nothing"
+    assert sorted(len(group) for group in found) == [1, 3], "short lines do not count"
     with pytest.raises(UserError, match="--held_out"):
         split(found[:1], 0.5, 0)

@@ -1,4 +1,4 @@
-"""Transcripts as pictures."""
+"""Transcripts drawn as pictures: all text is inside, and nothing overlaps."""
 
 import random
 
@@ -8,7 +8,7 @@ from component.storage.result import save_figure
 from script.experiment.downstream.transcript import DPI, MARGIN, WIDTH, Block, Measure, draw
 
 
-def test_all_of_a_transcript_is_inside_its_picture(tmp_path):
+def test_all_text_is_inside_the_picture_and_nothing_overlaps(tmp_path):
     draw_words = random.Random(3)
     text = " ".join("".join(draw_words.choices("abcdefgh$_^{}\\ i", k=9)) for _ in range(150))
     unbroken = "W" * 400

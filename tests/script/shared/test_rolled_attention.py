@@ -1,4 +1,4 @@
-"""The original's roll in place of shift short attention, as one of the experiments trains with it."""
+"""The original's rolled S2-Attn equals the reference, in values and gradients."""
 
 from types import SimpleNamespace
 
@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from script.experiment.train_rolled import rolled_shift_short
+from script.shared.rolled_attention import rolled_shift_short
 from tests.reference.shift_short import shift_short_rolled
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2)])
-def test_the_rolled_row_trains_with_the_originals_roll(heads, kv_heads):
+def test_rolled_attention_equals_the_reference(heads, kv_heads):
     module = SimpleNamespace(training=True, config=SimpleNamespace(group_size=8))
     shapes = ((2, heads, 24, 16), (2, kv_heads, 24, 16), (2, kv_heads, 24, 16))
     query, key, value = (torch.randn(shape, requires_grad=True) for shape in shapes)
@@ -19,7 +19,5 @@ def test_the_rolled_row_trains_with_the_originals_roll(heads, kv_heads):
     expected = shift_short_rolled(query, key, value, 8, 0.25)
     assert_close(found, expected, atol=1e-5, rtol=1e-5)
     weights = torch.randn_like(found)
-    for ours, theirs in zip(
-        *(torch.autograd.grad((out * weights).sum(), (query, key, value)) for out in (found, expected)), strict=True
-    ):
-        assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    ours, theirs = (torch.autograd.grad((out * weights).sum(), (query, key, value)) for out in (found, expected))
+    assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
