@@ -66,6 +66,7 @@ UNTESTED = {
     "script/experiment/tokenizer.py": "script/shared/pretraining.py has tests; the rest is its flags",
     "script/experiment/train_rolled.py": "script/shared/rolled_attention.py has tests; the rest is train.py",
     "script/experiment/train_full.py": "the Trainer of transformers as it is, for comparison",
+    "script/performance/evaluation.py": "times perplexity.py, which has tests, on models of 14 GB",
     "script/performance/long_run.py": "hundreds of GPU steps under the cap of a small card",
     "script/performance/merge.py": "times merge_lora.py, which has tests, on a model of 2.7 GB",
     "script/performance/real_shape.py": "starts the product's programs on a model of 13 GB",
