@@ -16,11 +16,12 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase, TrainingArgu
 from component.adapter import add_adapter, check_targets_early
 from component.attention.interface import has_plain_attention, use_shift_short_attention
 from component.attention.kernel import limit_kernels
-from component.checkpoint import prepare_output_dir
+from component.checkpoint import claimed_output_dir, prepare_output_dir
 from component.cli import exit_on_user_error
 from component.data.collator import RightPadCollator
 from component.data.dataset import load_samples
 from component.distributed.strategy import Strategy, training_strategy
+from component.error import UserError
 from component.memory.apply import liger_runs, use_memory_plan
 from component.memory.budget import available_memory, explaining_out_of_memory, limit_memory, peak_memory
 from component.memory.plan import Estimate, MemoryPlan, choose_plan, describe_estimate
@@ -49,6 +50,12 @@ class Memory(NamedTuple):
 def main() -> None:
     single_process_environment()
     args, training_args = parse_arguments(sys.argv[1:])
+    with claimed_output_dir(training_args.output_dir):
+        run(args, training_args)
+
+
+def run(args: LongQLoRAArguments, training_args: TrainingArguments) -> None:
+    """The stages of a run, in order."""
     resume = prepare_output_dir(
         training_args.output_dir, training_args.resume_from_checkpoint, args.overwrite_output_dir
     )
@@ -131,6 +138,12 @@ def load_data(
             if source is not None:
                 sets[field], report = load_samples(source, tokenizer, field=field, **data, **more)
                 lines[field] = str(report)
+    batch = training_args.train_batch_size * training_args.world_size
+    if training_args.dataloader_drop_last and not args.streaming and len(sets["train_file"]) < batch:
+        raise UserError(
+            f"dataloader_drop_last: true, but {args.train_file} has {len(sets['train_file'])} samples and a batch "
+            f"{batch}, so no step would be trained; set it to false, or use smaller batches"
+        )
     return sets["train_file"], sets.get("eval_file"), lines
 
 
@@ -183,6 +196,8 @@ def train(trainer: LongQLoRATrainer, resume: str | None, memory: Memory, fallbac
     """Train, save, evaluate: an evaluation that fails loses nothing that was trained."""
     with explaining_out_of_memory(memory.work, memory.plan):
         metrics = trainer.train(resume_from_checkpoint=resume).metrics | peak_memory()
+    if not trainer.state.global_step:
+        raise UserError("train_file: no step was trained, so nothing is saved; it has too few samples for a batch")
     trainer.report("train", metrics if fallback else metrics | memory.expected.metrics)
     trainer.save_state()
     trainer.save_model()

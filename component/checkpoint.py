@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from peft import PeftModel
@@ -19,6 +19,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from component.error import UserError
 from component.storage.atomic import atomic_file, open_to_readers
+from component.storage.claim import locked, make_writable
 
 RECORD_FILE = "longqlora.json"
 OUTPUT_ROOT = Path(__file__).resolve().parents[1] / "output"  # of the shipped YAMLs
@@ -137,12 +138,39 @@ def checkpoint_to_resume(output_dir: str, resume: str | None) -> str | None:
             raise UserError(
                 f"resume_from_checkpoint: true, but {output_dir} has no complete checkpoint; use auto or false"
             )
-        return str(latest) if latest else None
+        return str(_resumable(latest)) if latest else None
     if not Path(resume).is_dir():
         raise UserError(f"resume_from_checkpoint: there is no folder {resume}; use auto for the latest in output_dir")
     if read_record(resume) is None:
         raise UserError(f"resume_from_checkpoint: {resume} is incomplete: it has no {RECORD_FILE}; use auto")
-    return resume
+    return str(_resumable(Path(resume)))
+
+
+def _resumable(checkpoint: Path) -> Path:
+    """`checkpoint`, if it has the optimizer's state: without it Adam and the schedule would silently start over."""
+    # DeepSpeed's is in a folder global_stepN
+    if any(True for pattern in ("optimizer*", "global_step*") for _ in checkpoint.glob(pattern)):
+        return checkpoint
+    raise UserError(
+        f"resume_from_checkpoint: {checkpoint} has no optimizer state (it was saved with save_only_model: true), so a "
+        "resumed run would differ; set overwrite_output_dir: true to start over, and save_only_model: false to resume"
+    )
+
+
+@contextlib.contextmanager
+def claimed_output_dir(output_dir: str) -> Iterator[None]:
+    """Hold `output_dir` for this run: its first process locks it until it ends, however it ends.
+
+    Raises:
+        UserError: another run is writing to it.
+    """
+    folder = Path(output_dir).absolute()
+    if int(os.environ.get("RANK", "0")) != 0:
+        yield
+        return
+    make_writable(folder.parent, "output_dir", folder)
+    with locked(folder, "output_dir"):
+        yield
 
 
 def newest_run(root: Path = OUTPUT_ROOT) -> Path:

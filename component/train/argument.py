@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, TrainingArguments
 from component.error import UserError, nearest
 from component.memory.plan import MEMORY_OPTIONS
 from component.train.validation import validate
-from component.train.yaml_file import parse_value, read_yaml
+from component.train.yaml_file import parse_value, parse_yaml, read_yaml
 
 DEFAULT_FILE = "./train_args/llama2-7b-pretrain.yaml"
 
@@ -191,7 +191,7 @@ def _parse_command_line(argv: list[str]) -> tuple[str, dict]:
                 raise UserError(f"--{key}: no value; write --key value")
             value = rest.pop(0)
         try:
-            overrides[key] = yaml.safe_load(value)
+            overrides[key] = parse_yaml(value)
         except yaml.YAMLError as error:
             raise UserError(f"--{key}: {value!r} is not a YAML value; quote it, e.g. '\"a: b\"'") from error
     return known.train_args_file, overrides

@@ -2,6 +2,7 @@
 
 import enum
 import math
+import re
 import types
 import typing
 from pathlib import Path
@@ -79,6 +80,21 @@ class _NoDuplicates(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+# YAML 1.2's numbers: YAML 1.1, which PyYAML reads, takes 1e-5 for a string
+_NoDuplicates.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def parse_yaml(text: str) -> typing.Any:
+    """The value of a YAML document.
+
+    Raises:
+        yaml.YAMLError: it is not YAML, or has duplicate keys.
+    """
+    return yaml.load(text, Loader=_NoDuplicates)
+
+
 def read_yaml(file: str) -> dict:
     """The keys and values of a YAML file.
 
@@ -88,7 +104,7 @@ def read_yaml(file: str) -> dict:
     if not Path(file).is_file():
         raise UserError(f"--train_args_file: there is no file {file}; train_args/ has examples")
     try:
-        values = yaml.load(Path(file).read_text(encoding="utf-8"), Loader=_NoDuplicates)
+        values = parse_yaml(Path(file).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--train_args_file: {file} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):

@@ -23,11 +23,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaForCausalLM
 
+from component.checkpoint import claimed_output_dir
 from component.rope import extend_context
+from component.train.argument import parse_arguments
 from tests.conftest import ROOT, build_llama
 from tests.reference.shift_short import LOOP
 from tests.train_run import (
@@ -191,6 +194,53 @@ def test_eval_loss(train, basic, files, plain_run, base_folder, tmp_path):
         measured = json.loads((folder / "eval_results.json").read_text())
         assert measured["eval_loss"] == pytest.approx(expected, abs=1e-5)
         assert measured["eval_perplexity"] == pytest.approx(math.exp(expected), rel=1e-4)
+
+
+def test_too_few_samples_for_a_batch(train, basic, tmp_path):
+    """K6a: with dataloader_drop_last no step was trained, and an untrained adapter was saved with status 0."""
+    values = {
+        **basic,
+        "per_device_train_batch_size": 5,
+        "dataloader_drop_last": True,
+        "output_dir": str(tmp_path / "o"),
+    }
+    done = train({**values, "max_steps": -1, "num_train_epochs": 1})
+    assert done.returncode == 1, done.stdout
+    assert "has 4 samples and a batch 5, so no step would be trained" in done.stdout
+    assert not list((tmp_path / "o").glob("adapter_*"))
+
+
+def test_a_checkpoint_without_optimizer_is_not_resumed(train, basic, tmp_path):
+    """K6b: with save_only_model a resumed run restarted Adam and the schedule without a word."""
+    values = {**basic, "save_only_model": True, "output_dir": str(tmp_path / "o"), "resume_from_checkpoint": "auto"}
+    finish(train({**values, "max_steps": 1}))
+    for resume in ("auto", str(tmp_path / "o/checkpoint-1")):
+        done = train({**values, "max_steps": 2, "resume_from_checkpoint": resume})
+        assert done.returncode == 1, done.stdout
+        assert "checkpoint-1 has no optimizer state (it was saved with save_only_model: true)" in done.stdout
+
+
+def test_a_second_run_of_one_output_dir(train, basic, tmp_path):
+    """K6c: refused in one sentence while the first lives; what a killed one left blocks nobody."""
+    (tmp_path / ".o.lock").touch()  # as a killed run leaves it
+    with claimed_output_dir(str(tmp_path / "o")):
+        done = train({**basic, "output_dir": str(tmp_path / "o")})
+        assert done.returncode == 1, done.stdout
+        assert f"output_dir: another process is writing {tmp_path}/o" in done.stdout
+        assert "Loading weights" not in done.stdout
+    finish(train({**basic, "output_dir": str(tmp_path / "o")}))
+    assert not (tmp_path / ".o.lock").exists()
+
+
+def test_numbers_inside_of_a_value(train, basic, tmp_path):
+    """K13a: 1e-6 in lr_scheduler_kwargs is a string in YAML 1.1, and was a traceback at the first step."""
+    values = {**basic, "output_dir": str(tmp_path / "o"), "lr_scheduler_type": "cosine_with_min_lr"}
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(values) + "lr_scheduler_kwargs: {min_lr: 1e-6}\n")
+    _, training_args = parse_arguments(["--train_args_file", str(file)])
+    assert training_args.lr_scheduler_kwargs == {"min_lr": 1e-6}
+    _, training_args = parse_arguments(["--train_args_file", str(file), "--lr_scheduler_kwargs", "{min_lr: 2E-5}"])
+    assert training_args.lr_scheduler_kwargs == {"min_lr": 2e-5}
 
 
 def test_the_first_evaluation_has_no_dropout(train, basic, files, tmp_path):

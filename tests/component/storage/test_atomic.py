@@ -120,7 +120,7 @@ def test_overwriting(tmp_path, monkeypatch, can_exchange):
     (tmp_path / "model" / "part").mkdir(parents=True)
     (tmp_path / "model" / "part" / "old").write_text("")
     with pytest.raises(UserError), atomic_folder(tmp_path / "model", overwrite=True):
-        raise UserError
+        raise UserError("stopped")
     assert names(tmp_path) == {"model", "model/part", "model/part/old"}
     with atomic_folder(tmp_path / "model", overwrite=True) as folder:
         (folder / "new").write_text("")

@@ -69,7 +69,7 @@ def test_rejected_values(value, hint, words):
 
 def test_read_yaml(tmp_path):
     (tmp_path / "a.yaml").write_text("sft: false\nlearning_rate: 2e-4\ntarget_modules: [q_proj, k_proj]\n")
-    expected = {"sft": False, "learning_rate": "2e-4", "target_modules": ["q_proj", "k_proj"]}
+    expected = {"sft": False, "learning_rate": 2e-4, "target_modules": ["q_proj", "k_proj"]}
     assert read_yaml(str(tmp_path / "a.yaml")) == expected
 
 
