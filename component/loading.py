@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from component.adapter import check_adapter, load_adapter
 from component.checkpoint import read_record
@@ -24,9 +24,23 @@ def free_memory() -> None:
 
 
 def recorded_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The chat template of the training run, from the record beside the tokenizer; `vicuna` without a record."""
-    record = read_record(tokenizer.name_or_path) or {}
+    """The chat template of the training run, from the record beside the tokenizer.
+
+    Models of others have no record: their own chat template if they have one, else `vicuna`.
+    """
+    record = read_record(tokenizer.name_or_path)
+    if record is None:
+        return "tokenizer" if tokenizer.chat_template else "vicuna"
     return record.get("template") or "vicuna"
+
+
+def end_ids(model: PreTrainedModel) -> list[int]:
+    """The tokens that end a text, of the model's generation config and config: chat models have several."""
+    found: set[int] = set()
+    for config in (model.generation_config, model.config):
+        ids = getattr(config, "eos_token_id", None)
+        found |= set(ids if isinstance(ids, list) else [] if ids is None else [ids])
+    return sorted(found)
 
 
 def default_device() -> torch.device:
@@ -98,6 +112,8 @@ def load_model(
     device = device or default_device()
     dtype = dtype or inference_dtype(device)
     model = load_base(base, config, dtype=dtype, load_in_4bit=load_in_4bit, device=device).eval()
+    # of the model's own settings only the tokens that end a text count; transformers would use the others as defaults
+    model.generation_config = GenerationConfig(eos_token_id=end_ids(model))
     return load_adapter(model, adapter_name_or_path) if adapter_name_or_path else model
 
 

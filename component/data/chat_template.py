@@ -38,14 +38,19 @@ def encode_chat(
     labels: list[int] = []
     for turn, (user, assistant) in enumerate(turns):
         opening = f"{SYSTEM if system is None else system.strip()}\n" if turn == 0 else "\n"
-        prompt_ids = tokenizer(f"{opening}USER: {user.strip()}\nASSISTANT: ", add_special_tokens=False).input_ids
+        prompt_ids = text_ids(tokenizer, f"{opening}USER: {user.strip()}\nASSISTANT: ")
         input_ids += prompt_ids
         labels += [IGNORE_INDEX] * len(prompt_ids)
         if assistant is not None:
-            answer_ids = [*tokenizer(assistant.strip(), add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+            answer_ids = [*text_ids(tokenizer, assistant.strip()), tokenizer.eos_token_id]
             input_ids += answer_ids
             labels += answer_ids
     return input_ids, labels
+
+
+def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of a text by itself; a special token that somebody wrote in it, such as </s>, stays text."""
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
 
 def encode_conversation(

@@ -39,6 +39,7 @@ def generation_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--max_new_tokens", type=int, default=500, help="tokens to generate at most (default 500)")
     parser.add_argument("--temperature", type=float, default=0.35, help="sampling temperature (default 0.35)")
     parser.add_argument("--top_p", type=float, default=0.9, help="nucleus sampling threshold (default 0.9)")
+    parser.add_argument("--top_k", type=int, default=0, help="sample among so many top tokens; 0: all (default 0)")
     parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1: less repetition (default 1.0)")
     parser.add_argument("--do_sample", **BOOLEAN, help="false: greedy decoding (default true)")
     parser.add_argument("--seed", type=int, default=42, help="seed for sampling (default 42)")
@@ -56,6 +57,7 @@ def check_sampling(flags: argparse.Namespace) -> None:
         "max_new_tokens": (flags.max_new_tokens >= 1, "at least 1"),
         "temperature": (flags.temperature > 0, "a number above 0, or --do_sample false for greedy decoding"),
         "top_p": (0 < flags.top_p <= 1, "a number in (0, 1]"),
+        "top_k": (flags.top_k >= 0, "0 (all tokens) or more"),
         "repetition_penalty": (flags.repetition_penalty > 0, "a number above 0; 1 is no penalty"),
         "seed": (0 <= flags.seed < 2**32, "0 or more, below 2**32"),
         "context_size": (flags.context_size is None or flags.context_size >= 1, "at least 1 token"),

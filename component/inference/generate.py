@@ -15,8 +15,10 @@ from transformers import (
     TextStreamer,
 )
 
+from component.error import UserError
 from component.inference.context import free_context
 from component.inference.kv_cache import PromptCache
+from component.loading import end_ids
 
 
 class Stopped(KeyboardInterrupt):
@@ -73,8 +75,12 @@ def generate(
         UserError: the prompt fills the model's context.
         Stopped: Ctrl-C.
     """
+    check_prompt(model, tokenizer, prompt_ids)
     max_new_tokens = min(flags.max_new_tokens, free_context(model, prompt_ids))
-    sampling = {"temperature": flags.temperature, "top_p": flags.top_p} if flags.do_sample else {}
+    # top_k 0 is off: transformers would fill in 50
+    sampling = (
+        {"temperature": flags.temperature, "top_p": flags.top_p, "top_k": flags.top_k} if flags.do_sample else {}
+    )
     sampling |= {"do_sample": flags.do_sample, "repetition_penalty": flags.repetition_penalty}
     cache = cache or PromptCache(model.config, flags.cache_implementation)
     writer = _Writer(tokenizer, write)
@@ -83,7 +89,7 @@ def generate(
         model.generate(
             input_ids=input_ids,
             attention_mask=torch.ones_like(input_ids),
-            generation_config=_generation_config(tokenizer, max_new_tokens, **sampling),
+            generation_config=_generation_config(model, tokenizer, max_new_tokens, **sampling),
             streamer=writer,
             past_key_values=cache.start(prompt_ids),
             stopping_criteria=StoppingCriteriaList([_Stop(should_stop)] if should_stop else []),
@@ -113,11 +119,28 @@ def stream_generation(
     return text
 
 
-def _generation_config(tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, **options: Any) -> GenerationConfig:
+def check_prompt(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int]) -> None:
+    """Refuse a prompt with a token that the model has no embedding for.
+
+    Raises:
+        UserError: it has one.
+    """
+    rows, largest = model.get_input_embeddings().weight.shape[0], max(prompt_ids, default=0)
+    if largest >= rows:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise UserError(
+            f"the prompt has token {largest} ({token}), beyond the model's {rows} embedding rows; use the tokenizer "
+            "that belongs to the model, or leave that token out"
+        )
+
+
+def _generation_config(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, **options: Any
+) -> GenerationConfig:
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=sorted({tokenizer.eos_token_id, *end_ids(model)}),
         pad_token_id=tokenizer.eos_token_id,
         **options,
     )
@@ -137,7 +160,8 @@ def generate_greedy(
         offload_cache: keep the KV cache of all layers but one in CPU memory.
     """
     options = {"do_sample": False, "use_cache": True, "cache_implementation": "offloaded" if offload_cache else None}
-    config = _generation_config(tokenizer, max_new_tokens, **options)
+    check_prompt(model, tokenizer, prompt_ids)
+    config = _generation_config(model, tokenizer, max_new_tokens, **options)
     input_ids = torch.tensor([prompt_ids], device=model.get_input_embeddings().weight.device)
     output = model.generate(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), generation_config=config)
     return output[0, len(prompt_ids) :].tolist()

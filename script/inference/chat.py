@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from transformers import PreTrainedModel
 
 from component.cli import exit_on_user_error
+from component.data.chat_template import TEMPLATES, check_template
 from component.error import UserError
 from component.inference.context import describe_context, truncate_prompt
 from component.inference.conversation import Conversation, is_command, run_command
@@ -53,9 +54,17 @@ def take_turn(
 
 @exit_on_user_error
 def main() -> None:
-    flags = generation_parser(__doc__).parse_args()
+    parser = generation_parser(__doc__)
+    parser.add_argument(
+        "--template", choices=TEMPLATES, help="chat template (default: that of training, else its own)"
+    )
+    flags = parser.parse_args()
     model, tokenizer = load_from_flags(flags)
-    conversation = Conversation(tokenizer, recorded_template(tokenizer))
+    template = flags.template or recorded_template(tokenizer)
+    if template == "tokenizer":
+        check_template(tokenizer)
+    say(f"chat template: {template}")
+    conversation = Conversation(tokenizer, template)
     cache = PromptCache(model.config, flags.cache_implementation)
     is_terminal = sys.stdin.isatty()
     if is_terminal:

@@ -9,12 +9,12 @@ import bitsandbytes
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from component.adapter import add_adapter
 from component.checkpoint import write_adapter, write_record
 from component.error import UserError
-from component.loading import extended_config_of, load_for_inference
+from component.loading import extended_config_of, load_for_inference, recorded_template
 from component.model import load_base, load_config
 from component.rope import extend_context
 
@@ -149,3 +149,16 @@ def test_a_plain_model(base_folder, ids):
     in_4bit, _ = load_for_inference(str(base_folder), load_in_4bit=True, device=CPU)
     assert any(isinstance(layer, bitsandbytes.nn.Linear4bit) for layer in in_4bit.modules())
     assert logits(in_4bit, ids).isfinite().all()
+
+
+@pytest.mark.parametrize(("recorded", "expected"), [(None, "vicuna"), ("tokenizer", "tokenizer")])
+def test_the_template_of_a_model(recorded, expected, base_folder, tmp_path):
+    """K2c: a plain chat model with a template of its own was asked in Vicuna's format."""
+    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    assert recorded_template(tokenizer) == "vicuna"
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    assert recorded_template(tokenizer) == "tokenizer"
+    tokenizer.save_pretrained(tmp_path)
+    record = {"base_model": "b", "rope_type": "linear", "rope_factor": 2.0, "template": recorded, "files": {}}
+    (tmp_path / "longqlora.json").write_text(json.dumps(record))
+    assert recorded_template(AutoTokenizer.from_pretrained(tmp_path)) == expected

@@ -320,3 +320,13 @@ def test_the_servers_template_spells_as_training_does(tokenizer):
     assert text == "Be brief.\nUSER: Größe?\nASSISTANT: Yes.</s>\nUSER: Größe?\nASSISTANT: "
     turns = [("Größe?", "Yes."), ("Größe?", None)]
     assert text == tokenizer.decode(encode_chat(tokenizer, turns, "Be brief.")[0])
+
+
+def test_special_tokens_in_a_text_are_text(tokenizer):
+    """K9b: </s> typed by somebody, or inside a document, became the token that ends an answer."""
+    ids, labels = encode_chat(tokenizer, [("What is </s>?", "The end, </s>.")])
+    assert ids.count(tokenizer.eos_token_id) == 1
+    assert ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(ids).count("</s>") == 3
+    assert tokenizer("</s>", add_special_tokens=False).input_ids == [tokenizer.eos_token_id]  # untouched by it
+    assert labels.count(tokenizer.eos_token_id) == 1

@@ -185,3 +185,37 @@ class TestStopping:
         assert stopped.value.text == expected != ""
         assert capsys.readouterr().out == expected + "\n"
         assert cache.nbytes == 0
+
+
+class TestWhatTheModelKnows:
+    """Settings and tokens that belong to the model, not to the tokenizer or to transformers' defaults."""
+
+    @pytest.mark.parametrize(("words", "expected"), [((), 0), (("--top_k", "7"), 7)])
+    def test_top_k(self, words, expected, tiny_llama, tokenizer, monkeypatch):
+        """K9a: transformers fills in 50 where nothing is said."""
+        seen = {}
+
+        def generate(**kwargs):
+            seen["top_k"] = kwargs["generation_config"].top_k
+            return kwargs["input_ids"]
+
+        monkeypatch.setattr(tiny_llama, "generate", generate)
+        stream_generation(tiny_llama, tokenizer, tokenizer(PROMPT).input_ids, flags(*words))
+        assert seen == {"top_k": expected}
+
+    @pytest.mark.parametrize("place", ["generation_config", "config"])
+    def test_every_token_that_ends_a_text(self, place, continued, tiny_llama, tokenizer):
+        """K2b: Llama-3's chats end with one of several tokens; only the tokenizer's was known."""
+        prompt_ids = tokenizer(PROMPT).input_ids
+        third = stock(tiny_llama, prompt_ids, max_new_tokens=3)[2]
+        getattr(tiny_llama, place).eos_token_id = [tokenizer.eos_token_id, third]
+        ids, _ = continued(tiny_llama, prompt_ids, *GREEDY, "--max_new_tokens", "20")
+        assert ids.index(third) == len(ids) - 1
+        assert len(ids) <= 3
+
+    def test_a_token_that_the_model_lacks(self, continued, tiny_llama, tokenizer):
+        """K2a: an IndexError."""
+        rows = tiny_llama.config.vocab_size
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+        with pytest.raises(UserError, match=rf"token {rows} \(<\|im_start\|>\), beyond the model's {rows} embedding"):
+            continued(tiny_llama, tokenizer("<|im_start|> a").input_ids, *GREEDY)
