@@ -3,7 +3,10 @@
 import importlib.util
 from pathlib import Path
 
-from component.error import UserError, first_line
+from component.error import UserError
+from component.inference.pdf import UnreadablePdf, extract_text
+
+MOST_BYTES = {"text": 20_000_000, "PDF": 50_000_000}  # a PDF also holds pictures and fonts
 
 
 def read_text_file(path: str | Path, field: str) -> str:
@@ -13,12 +16,16 @@ def read_text_file(path: str | Path, field: str) -> str:
         field: flag or command to name in error messages.
 
     Raises:
-        UserError: no such file, a file that cannot be read or decoded, or one without text.
+        UserError: no such file, a file that is too large, or cannot be read or decoded, or one without text.
     """
     file = Path(path).expanduser()
     if not file.is_file():
         raise UserError(f"{field}: there is no file {path}; name a text file")
     is_pdf = file.suffix.lower() == ".pdf"
+    kind = "PDF" if is_pdf else "text"
+    if (size := file.stat().st_size) > MOST_BYTES[kind]:
+        most = f"at most {MOST_BYTES[kind] / 1e6:.0f} MB of {kind} are read"
+        raise UserError(f"{field}: {path} has {size / 1e6:.1f} MB, but {most}; split it")
     text = _pdf_text(file, field) if is_pdf else _plain_text(file, field)
     if not text.strip():
         cure = "if its pages are scans, run OCR first" if is_pdf else "name another"
@@ -38,15 +45,8 @@ def _plain_text(file: Path, field: str) -> str:
 def _pdf_text(file: Path, field: str) -> str:
     if importlib.util.find_spec("pypdf") is None:
         raise UserError(f"{field}: {file} is a PDF, which needs the package pypdf; pip install -r requirements.txt")
-    from pypdf import PdfReader
-    from pypdf.errors import PyPdfError
-
     try:
-        reader = PdfReader(file)
-        if reader.is_encrypted and not reader.decrypt(""):
-            raise UserError(f"{field}: {file} is password-protected; save it without a password")
-        return "\n\n".join(page.extract_text() for page in reader.pages)
-    except (PyPdfError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{field}: {file} is not a readable PDF ({first_line(error)}); export it again") from error
+        text = extract_text(file)
+    except UnreadablePdf as error:
+        raise UserError(f"{field}: {file} {error}") from error
+    return text.encode(errors="replace").decode()  # tokenizers refuse half of a surrogate pair

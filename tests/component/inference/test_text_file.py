@@ -55,3 +55,12 @@ def test_without_pypdf(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"a.pdf is a PDF, which needs the package pypdf; pip install -r"):
         read_text_file(tmp_path / "a.pdf", "/file")
+
+
+@pytest.mark.parametrize(("name", "size"), [("a.txt", 20_000_001), ("a.pdf", 50_000_001)])
+def test_k19_bytes(name, size, tmp_path):
+    with (tmp_path / name).open("wb") as file:
+        file.truncate(size)
+    kind = {"a.txt": r"20.0 MB, but at most 20 MB of text", "a.pdf": r"50.0 MB, but at most 50 MB of PDF"}[name]
+    with pytest.raises(UserError, match=f"document: .*{name} has {kind} are read; split it"):
+        read_text_file(tmp_path / name, "document")
