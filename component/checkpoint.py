@@ -220,6 +220,35 @@ def prepare_output_dir(output_dir: str, resume: str | None, overwrite: bool) -> 
     return start
 
 
+def check_replaceable(target: Path, field: str) -> None:
+    """Refuse to replace a folder unless a merge wrote it, and all that is in it.
+
+    Raises:
+        UserError: no record of a merge, or files that the record does not list.
+    """
+    record = read_json(target / RECORD_FILE)
+    if "merged_from" not in record or not isinstance(record.get("files"), dict):
+        raise UserError(
+            f"{field}: {target} was not written by a merge, so it is not overwritten; name another folder or remove it"
+        )
+    found = (str(file.relative_to(target)) for file in target.rglob("*") if not file.is_dir())
+    others = sorted(name for name in found if name not in record["files"] and name != RECORD_FILE)
+    if others:
+        raise UserError(
+            f"{field}: {target} holds {len(others)} files that no merge wrote, such as {others[0]}, so it is not "
+            "overwritten; move them out of it, or name another folder"
+        )
+
+
+def read_json(file: Path) -> dict:
+    """The object in a JSON file; empty if there is none."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def merged_folder(adapter: Path) -> Path:
     """The default output folder for merging `adapter`."""
     return adapter.parent / f"{adapter.name}-merged"

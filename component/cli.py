@@ -1,30 +1,85 @@
 """How do all programs handle flags, user errors and Ctrl-C?"""
 
 import argparse
+import contextlib
+import errno
 import functools
+import io
 import os
+import re
+import select
+import signal
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
-from component.error import UserError
+from component.error import LONGEST_MESSAGE, UserError, printable
+
+CURES = {
+    errno.ENOSPC: "free some space, or write to another disk",
+    errno.EDQUOT: "free some space, or write to another disk",
+    errno.EROFS: "name another place",
+    errno.EACCES: "change its permissions, or name another place",
+    errno.ENOENT: "check the path",
+    errno.EISDIR: "name a file",
+    errno.ENOTDIR: "check the path",
+}
+Main = TypeVar("Main")
 
 
-def exit_on_user_error(main: Callable[[], None]) -> Callable[[], None]:
-    """Decorate `main`: after a UserError it prints the message and exits with status 1, after Ctrl-C with 130."""
+def exit_on_user_error(main: Callable[[], Main]) -> Callable[[], Main]:
+    """Decorate `main`: what a user or the disk caused is told in one message, with status 1.
+
+    Ctrl-C ends with 130 and a closed pipe (`| head`) with 141, both quietly: the shell's 128 + signal.
+    """
 
     @functools.wraps(main)
-    def wrapper() -> None:
+    def wrapper() -> Main:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # ASCII terminals, undecodable names
         try:
-            main()
+            try:
+                return main()
+            finally:
+                sys.stdout.flush()  # at exit it would be too late to handle a closed pipe
         except UserError as error:
             if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # one message, not one per GPU
                 print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(1)
         except KeyboardInterrupt:
-            sys.exit(130)  # the shell's convention: 128 + SIGINT
+            sys.exit(128 + signal.SIGINT)
+        except Exception as error:
+            if isinstance(error, BrokenPipeError) and _is_output_closed():
+                sys.exit(128 + signal.SIGPIPE)
+            message = _disk_problem(error)
+            if message is None:
+                raise
+            print(f"error: {message}", file=sys.stderr, flush=True)
+            sys.exit(1)
 
     return wrapper
+
+
+def _is_output_closed() -> bool:
+    """Whether nobody reads stdout; what is left for it is then discarded, else Python complains at exit."""
+    with contextlib.suppress(io.UnsupportedOperation):  # a stdout of a test has no descriptor
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        if poll.poll(0):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return True
+    return False
+
+
+def _disk_problem(error: Exception) -> str | None:
+    """The operating system's refusal with its file and a cure; None for any other exception."""
+    number = error.errno if isinstance(error, OSError) else None
+    if found := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors and tokenizers are written in Rust
+        number = int(found[1])
+    if number not in CURES:
+        return None
+    file = getattr(error, "filename", None) or "a file can't be written"
+    return printable(f"{file}: {os.strerror(number)}; {CURES[number]}", LONGEST_MESSAGE)
 
 
 def boolean(text: str) -> bool:

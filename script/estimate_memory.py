@@ -5,12 +5,12 @@ python script/estimate_memory.py --model_name_or_path M --max_seq_length 8192 --
 """
 
 import argparse
-import json
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
 from component.adapter import check_targets_early
 from component.cli import exit_on_user_error
@@ -20,6 +20,8 @@ from component.memory.budget import CONTEXT_GIB, LIBRARIES_GIB, USABLE
 from component.memory.plan import choose_plan, estimate, minimum_memory_plan, next_memory_option
 from component.memory.workload import GIB, Workload, paged_bytes, workload
 from component.model import load_config
+from component.storage.claim import claimed
+from component.storage.result import write_json
 from component.train.validation import BOUNDS
 
 STEP = 1024  # resolution, in tokens, of the longest sample
@@ -40,9 +42,10 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--no_4bit", action="store_true", help="16-bit base weights")
     parser.add_argument("--no_liger", action="store_true", help="without Liger's kernels, as on a V100")
     parser.add_argument("--optim", default="paged_adamw_32bit")
-    zero_2 = "./train_args/deepspeed/deepspeed_config_s2.json"
-    parser.add_argument("--deepspeed", default=zero_2, help="DeepSpeed config file, or none")
+    zero_2 = str(ROOT / "train_args/deepspeed/deepspeed_config_s2.json")
+    parser.add_argument("--deepspeed", default=zero_2, help="DeepSpeed config file (default ZeRO-2), or none")
     parser.add_argument("--output_json", type=Path, help="also write the estimate here")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
     return parser.parse_args()
 
 
@@ -51,6 +54,8 @@ def read_workload(flags: argparse.Namespace) -> Workload:
         for key in keys.split():
             if getattr(flags, key, None) is not None and not is_valid(getattr(flags, key)):
                 raise UserError(f"--{key}: {getattr(flags, key)!r}; use {cure}")
+    if not flags.host_gib >= 0:  # NaN too
+        raise UserError(f"--host_gib: {flags.host_gib:g}; use 0 or more")
     config = load_config(flags.model_name_or_path)
     targets = flags.target_modules.split(",") if flags.target_modules else None
     check_targets_early(config, targets)
@@ -92,6 +97,13 @@ def longest(work: Workload, budget_gib: float, host_gib: float) -> int:
 @exit_on_user_error
 def main() -> None:
     flags = parse_flags()
+    deepspeed = None if flags.deepspeed == "none" else flags.deepspeed
+    read = {"--model_name_or_path": [flags.model_name_or_path], "--deepspeed": [deepspeed]}
+    with claimed({"--output_json": [flags.output_json]}, read, overwrite=flags.overwrite):
+        show_estimate(flags)
+
+
+def show_estimate(flags: argparse.Namespace) -> None:
     work = read_workload(flags)
     budget = USABLE * flags.memory_budget_gib
     rows = []
@@ -110,7 +122,7 @@ def main() -> None:
     print(f"longest sample in {limits}: about {tokens} tokens")
     if flags.output_json:
         result = {"workload": asdict(work), "plans": rows, "longest_tokens": tokens}
-        flags.output_json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_json(flags.output_json, result)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from transformers import PretrainedConfig
 
-from component.checkpoint import merged_folder, newest_run, read_record, write_record
+from component.checkpoint import check_replaceable, merged_folder, newest_run, read_record, write_record
 from component.cli import exit_on_user_error
 from component.data.token_file import read_tokens
 from component.error import UserError
@@ -30,7 +30,7 @@ from component.loading import extended_config_of, load_model, resolve_model
 from component.merge.check import CHECKS, check_merged, lengths_to_check
 from component.merge.plan import BASES, plan_merge
 from component.merge.write import variants_on_disk, write_merged
-from component.rope import context_length
+from component.rope import context_length, rope_factor
 from component.storage.atomic import atomic_folder, check_target
 from component.storage.tensor_writer import shard_bytes
 from component.tokenizer import load_tokenizer, save_tokenizer
@@ -75,9 +75,17 @@ def check_flags(flags: argparse.Namespace, target: Path, base: str, adapter: Pat
             raise UserError(f"--save_path: there is no model {target} to check; merge first, without --check only")
         return
     check_target(target, "--save_path", flags.overwrite)
+    if target.exists():
+        check_replaceable(target, "--save_path")
     for source in (Path(base), adapter):
         if source.exists() and target.resolve() in (source.resolve(), *source.resolve().parents):
             raise UserError(f"--save_path: {target} is, or holds, the input {source}; name another folder")
+
+
+def foreign_record(base: str, config: PretrainedConfig) -> dict:
+    """What is known of a merge whose adapter has no record: another project's."""
+    scaling = {"rope_type": config.rope_parameters["rope_type"], "rope_factor": rope_factor(config)}
+    return {"base_model": base, "context_tokens": context_length(config), **scaling}
 
 
 def flags_to_check(flags: argparse.Namespace, adapter: Path, target: Path) -> str:
@@ -125,9 +133,8 @@ def main() -> None:
                 models = {f"adapter on {kind}": load for kind, load in load_adapted.items()}
                 models |= {f"merged into {kind}": partial(load_model, str(merged[kind])) for kind in kinds}
                 print(comparison(measure_all(models, tokens, seq_len)), flush=True)
-        if record is not None:
-            merged_from = {"merged_from": str(adapter.resolve()), "base_weights": flags.base, "dtype": flags.dtype}
-            write_record(folder, {**record, **merged_from})
+        merged_from = {"merged_from": str(adapter.resolve()), "base_weights": flags.base, "dtype": flags.dtype}
+        write_record(folder, {**(record or foreign_record(base, config)), **merged_from})
     print(f"{target}: merged model, {plan.parameters:,} parameters in {flags.dtype}")
 
 

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from component.cli import BOOLEAN
-from component.data.token_file import check_tokenizer, read_index
+from component.data.token_file import check_tokenizer, index_path, read_index
 from component.error import UserError
 from component.loading import extended_config_of, load_model, resolve_model
 from component.rope import context_length, rope_factor
@@ -31,6 +31,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--load_in_4bit", **BOOLEAN, help="NF4 weights: a quarter of the memory")
     parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], help="default: fp16 on GPU, else fp32")
     parser.add_argument("--output_json", help="file for the results")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,18 @@ def check_model_spec(spec: ModelSpec, data_path: str) -> str:
         return f"not checked: {source} holds none"
     check_tokenizer(index, tokenizer, data_path)
     return "the file's"
+
+
+def files_read(specs: list[ModelSpec], data_path: str | None = None) -> dict[str, list[str | Path | None]]:
+    """All that an evaluation reads, by the flag that names it: a result must not replace any of it."""
+    found: dict[str, list[str | Path | None]] = {}
+    if data_path:
+        found["--data_path"] = [data_path, index_path(data_path)]
+    for spec in specs:
+        base = resolve_model(spec.base_model, spec.peft_model, spec.field, spec.adapter_field)[0]
+        for field, path in ((spec.field, base), (spec.adapter_field, spec.peft_model)):
+            found.setdefault(f"--{field.removeprefix('--')}", []).append(path)
+    return found
 
 
 def load_model_spec(spec: ModelSpec, *, load_in_4bit: bool, dtype: str | None) -> PreTrainedModel:

@@ -1,6 +1,7 @@
 """How are files and folders written atomically? Beside their place, then renamed: a killed program leaves none."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -16,10 +17,22 @@ def atomic_file(target: str | Path) -> Iterator[Path]:
     target = Path(target)
     writing = target.with_name(f".{target.name}.writing")
     try:
-        yield writing
-        writing.replace(target)
+        with named_after(target):
+            yield writing
+            writing.replace(target)
     finally:
         writing.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def named_after(target: Path) -> Iterator[None]:
+    """A full disk raises an OSError that names no file: name `target` in it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOSPC and error.filename is None:
+            error.filename = str(target)
+        raise
 
 
 @contextlib.contextmanager
@@ -41,7 +54,8 @@ def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
         try:
             for left_over in folder.iterdir():
                 shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
-            yield folder
+            with named_after(target):
+                yield folder
             open_to_readers(folder)
             if overwrite and target.exists():
                 _exchange(folder, target)
@@ -95,13 +109,11 @@ def check_target(target: Path, field: str, overwrite: bool | None = None) -> Non
     """Refuse a folder that exists or can't be created.
 
     Args:
-        overwrite: whether a model folder may be replaced; None if the program has no such flag.
+        overwrite: whether the caller may replace it; None if the program has no such flag.
     """
     if target.exists() and not overwrite:
         or_flag = "" if overwrite is None else ", --overwrite it"
         raise UserError(f"{field}: {target} exists; name another folder{or_flag} or remove it")
-    if target.exists() and not (target / "config.json").is_file():
-        raise UserError(f"{field}: {target} exists and is not a model, so it is not overwritten; name another folder")
     for parent in target.absolute().parents:
         if parent.exists() and not parent.is_dir():
             raise UserError(f"{field}: {parent} is a file, so {target} can't be created; name another folder")

@@ -63,12 +63,20 @@ def write_json(path: str | Path, record: dict[str, Any]) -> None:
     """Write `record` atomically, with innermost lists and objects on one line each.
 
     Infinities and NaN become null, as JSON has neither.
+
+    Raises:
+        UserError: the file can't be written; what was measured is printed instead, so that it is not lost.
     """
     text = json.dumps(_finite(record), indent=2, allow_nan=False)
     # line breaks inside strings are escaped: those found here are layout
     text = re.sub(r"[\[{]\n[^\[\]{}]*[\]}]", lambda found: re.sub(r"\n\s*", " ", found[0]), text)
-    with atomic_file(path) as writing:
-        writing.write_text(text + "\n", encoding="utf-8")
+    try:
+        with atomic_file(path) as writing:
+            writing.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        print(text, flush=True)
+        reason = f"{path} can't be written ({error.strerror})"
+        raise UserError(f"{reason}; its content is printed above, so copy it to a file elsewhere") from error
 
 
 def save_figure(figure: Any, path: str | Path) -> None:

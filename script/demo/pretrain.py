@@ -98,8 +98,8 @@ def main() -> None:
     model = build_model(tokenizer, SEQ_LENGTH, rms_norm_eps=1e-5, **shape, **heads).to(device)
     sizes = {"training_tokens": len(training), "held_out_tokens": len(held_out), "parameters": model.num_parameters()}
     print(sizes, flush=True)
-    run = train(model, training, held_out, SEQ_LENGTH, args)
-    with atomic_folder(args.output) as folder:
+    with atomic_folder(args.output) as folder:  # held while training: nobody else writes it meanwhile
+        run = train(model, training, held_out, SEQ_LENGTH, args)
         model.to(torch.float16).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         record = {**describe(args, SEQ_LENGTH), "libraries": libraries, **sizes, **run}

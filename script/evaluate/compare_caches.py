@@ -13,13 +13,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from component.cli import exit_on_user_error
+from component.cli import check_at_least, exit_on_user_error
 from component.data.token_file import read_tokens
 from component.evaluate.kv_cache import measure_cache_quantization
 from component.evaluate.table import grid
 from component.inference.kv_cache import CACHES, check_cache
 from component.loading import load_model
-from component.storage.result import check_result_file, origin, write_json
+from component.storage.claim import claimed
+from component.storage.result import origin, write_json
 
 
 @exit_on_user_error
@@ -31,8 +32,16 @@ def main() -> None:
     parser.add_argument("--seq_len", type=int, required=True, help="tokens per window")
     parser.add_argument("--windows", type=int, default=16, help="maximum number of windows (default 16)")
     parser.add_argument("--output_json", help="file for the results")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
     flags = parser.parse_args()
-    check_result_file(flags.output_json, "--output_json")
+    check_at_least(flags, 1, "windows", "context_size")
+    check_at_least(flags, 2, "seq_len")
+    read = {"--model_name_or_path": [flags.model_name_or_path], "--data_path": [flags.data_path]}
+    with claimed({"--output_json": [flags.output_json]}, read, overwrite=flags.overwrite):
+        compare(flags)
+
+
+def compare(flags: argparse.Namespace) -> None:
     caches = [name for name in CACHES if name != "offloaded"]  # not quantized
     for name in caches:
         check_cache(name)

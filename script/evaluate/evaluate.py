@@ -29,13 +29,15 @@ from component.evaluate.model_spec import (
     add_model_flags,
     check_model_spec,
     describe_model,
+    files_read,
     load_model_spec,
     parse_model_specs,
 )
 from component.evaluate.perplexity import PROTOCOLS, Perplexity, measure_perplexity, plan_windows
 from component.evaluate.table import comparison, document_line, length_table, position_table
 from component.loading import free_memory
-from component.storage.result import check_result_file, origin, write_json
+from component.storage.claim import claimed
+from component.storage.result import origin, write_json
 
 
 def parse_flags() -> argparse.Namespace:
@@ -68,7 +70,6 @@ def check_flags(flags: argparse.Namespace) -> list[ModelSpec]:
     check_at_least(flags, 0, "position_buckets")
     if not Path(flags.data_path).is_file():
         raise UserError(f"--data_path: there is no file {flags.data_path}; name a .bin file of token ids")
-    check_result_file(flags.output_json, "--output_json")
     if flags.compare:
         return parse_model_specs(flags.compare)
     return [ModelSpec(None, flags.base_model, flags.peft_model, flags.context_size)]
@@ -131,14 +132,11 @@ def show(results: dict[str, list[Perplexity]], flags: argparse.Namespace) -> Non
             say("\n" + document_line(name, longest.by_document))
 
 
-@exit_on_user_error
-def main() -> None:
-    flags = parse_flags()
-    specs = check_flags(flags)
-    with joined_processes():
-        tokenizers = [check_model_spec(spec, flags.data_path) for spec in specs]
-        results: dict[str, list[Perplexity]] = {}
-        models: list[dict[str, Any]] = []
+def measure_models(specs: list[ModelSpec], flags: argparse.Namespace) -> None:
+    tokenizers = [check_model_spec(spec, flags.data_path) for spec in specs]
+    results: dict[str, list[Perplexity]] = {}
+    models: list[dict[str, Any]] = []
+    try:
         for spec, tokenizer in zip(specs, tokenizers, strict=True):
             setting, rows = measure(spec, tokenizer, flags)
             free_memory()
@@ -146,10 +144,21 @@ def main() -> None:
             models.append({**setting, "results": [dataclasses.asdict(row) for row in rows]})
             say(length_table(rows))
         show(results, flags)
-        if flags.output_json and is_first_process():
+    finally:  # a closed pipe loses tables, not the measurement
+        if flags.output_json and is_first_process() and len(models) == len(specs):
             shared = {"data_path": flags.data_path, "protocol": flags.protocol, "models": models}
             single = {name: value for name, value in models[0].items() if name != "name"}
             write_json(flags.output_json, {**(shared if flags.compare else single), **origin()})
+
+
+@exit_on_user_error
+def main() -> None:
+    flags = parse_flags()
+    specs = check_flags(flags)
+    with joined_processes():
+        written = {"--output_json": [flags.output_json if is_first_process() else None]}
+        with claimed(written, files_read(specs, flags.data_path), overwrite=flags.overwrite):
+            measure_models(specs, flags)
 
 
 if __name__ == "__main__":

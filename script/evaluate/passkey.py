@@ -24,12 +24,13 @@ from tqdm import tqdm
 from component.cli import BOOLEAN, check_at_least, exit_on_user_error
 from component.error import UserError, first_line
 from component.evaluate.figure import draw
-from component.evaluate.model_spec import ModelSpec, add_model_flags, describe_model, load_model_spec
+from component.evaluate.model_spec import ModelSpec, add_model_flags, describe_model, files_read, load_model_spec
 from component.evaluate.passkey import KEYS, PromptMaker, Trial, accuracy, even_depths, run_trials
 from component.evaluate.table import grid
 from component.loading import extended_config_of, resolve_model
 from component.rope import context_length
-from component.storage.result import check_result_file, origin, write_json
+from component.storage.claim import claimed
+from component.storage.result import origin, write_json
 from component.tokenizer import load_tokenizer
 
 
@@ -53,8 +54,6 @@ def check_flags(flags: argparse.Namespace) -> list[float]:
     if not flags.base_model and not flags.peft_model:
         raise UserError("--base_model: missing; name a model, or an adapter with --peft_model")
     check_at_least(flags, 1, "lengths", "trials", "context_size")
-    check_result_file(flags.output_json, "--output_json")
-    check_result_file(flags.figure, "--figure")
     count = flags.depths[0]
     if len(flags.depths) == 1 and count >= 1 and count.is_integer():
         return even_depths(int(count))
@@ -90,6 +89,12 @@ def main() -> None:
     depths = check_flags(flags)
     flags.lengths = sorted(set(flags.lengths))
     spec = ModelSpec(None, flags.base_model, flags.peft_model, flags.context_size)
+    written = {"--output_json": [flags.output_json], "--figure": [flags.figure]}
+    with claimed(written, files_read([spec]), overwrite=flags.overwrite):
+        run(spec, depths, flags)
+
+
+def run(spec: ModelSpec, depths: list[float], flags: argparse.Namespace) -> None:
     _, source, is_ours = resolve_model(flags.base_model, flags.peft_model, "base_model", "peft_model")
     extended_config_of(source, flags.context_size, is_fixed=is_ours, field="base_model")
     tokenizer = load_tokenizer(source, field="base_model")
@@ -106,8 +111,6 @@ def main() -> None:
         for depth, row in zip(depths, shares, strict=True)
     ]
     print(grid(["depth, accuracy at tokens of", *map(str, flags.lengths)], rows), flush=True)
-    if flags.figure:
-        draw(shares, depths, flags.lengths, context_length(model.config), flags.figure)
     if flags.output_json:
         found = {"lengths": flags.lengths, "depths": depths, "trials_each": flags.trials, "accuracy": shares}
         example = PromptMaker(tokenizer).prompt(flags.lengths[0], depths[-1], trials[-1].expected)
@@ -115,6 +118,8 @@ def main() -> None:
         write_json(
             flags.output_json, {**setting, **found, "trials": [dataclasses.asdict(t) for t in trials], **origin()}
         )
+    if flags.figure:
+        draw(shares, depths, flags.lengths, context_length(model.config), flags.figure)
 
 
 if __name__ == "__main__":

@@ -111,14 +111,14 @@ def main() -> None:
     shape |= {"num_attention_heads": heads, "num_key_value_heads": heads, "tie_word_embeddings": True}
     model = build_model(tokenizer, flags.length, **shape)
     start = time.monotonic()
-    curve = train(model, PromptMaker(tokenizer), flags)
-    record = {
-        **origin(),
-        "parameters": model.num_parameters(),
-        "seconds": round(time.monotonic() - start),
-        "curve": curve,
-    }
-    with atomic_folder(flags.output) as folder:
+    with atomic_folder(flags.output) as folder:  # held while training: nobody else writes it meanwhile
+        curve = train(model, PromptMaker(tokenizer), flags)
+        record = {
+            **origin(),
+            "parameters": model.num_parameters(),
+            "seconds": round(time.monotonic() - start),
+            "curve": curve,
+        }
         model.eval().save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         write_json(folder / "passkey_model.json", record)

@@ -22,7 +22,8 @@ import matplotlib.pyplot as plt
 from component.cli import exit_on_user_error
 from component.error import UserError
 from component.evaluate.figure import draw_lengths, draw_positions, finish, longest_shared
-from component.storage.result import check_result_file, save_figure
+from component.storage.claim import claimed
+from component.storage.result import save_figure
 
 # the palette of Okabe and Ito, which is safe for color-blind readers
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -101,9 +102,12 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, default=Path("perplexity.png"), help="PNG file (default perplexity.png)"
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
     flags = parser.parse_args()
-    check_result_file(str(flags.output), "--output")
-    draw(read_models(flags.results, flags.names), flags.output)
+    with claimed({"--output": [flags.output]}, {"results": flags.results}, overwrite=flags.overwrite):
+        models = read_models(flags.results, flags.names)
+        draw(models, flags.output)
+    print(f"perplexity of {len(models)} models -> {flags.output}")
 
 
 if __name__ == "__main__":

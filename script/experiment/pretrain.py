@@ -65,18 +65,18 @@ def main() -> None:
     model = build_model(tokenizer, SEQ_LENGTH, rms_norm_eps=1e-5, **shape, **heads).to(device)
     sizes = {"training_tokens": len(training), "parameters": model.num_parameters()}
     print(sizes, flush=True)
-    run = train(model, training, mixed, SEQ_LENGTH, flags)
-    matrices = sum(p.numel() for name, p in model.named_parameters() if p.dim() > 1 and "embed_tokens" not in name)
-    # forward and backward: 6 FLOP per weight and token; attention: 12 per (query, key) pair and channel, T / 2 pairs
-    flop_per_token = 6 * matrices + 6 * flags.layers * model.config.hidden_size * SEQ_LENGTH
-    run["tflops"] = round(flop_per_token * run["tokens_per_second"] / 1e12, 1)
-    rate = describe_card()["matrix_tflops"]
-    run["share_of_matrix_rate"] = round(run["tflops"] / rate, 3) if rate else None
-    model.eval()
-    losses = {name: mean_loss(model, stream, SEQ_LENGTH) for name, stream in held_out.items()}
-    print({**losses, "tflops": run["tflops"]}, flush=True)
-    record = {**describe(flags, SEQ_LENGTH), **sizes, **run, "held_out_loss": losses}
-    with atomic_folder(flags.output) as folder:
+    with atomic_folder(flags.output) as folder:  # held while training: nobody else writes it meanwhile
+        run = train(model, training, mixed, SEQ_LENGTH, flags)
+        matrices = sum(p.numel() for name, p in model.named_parameters() if p.dim() > 1 and "embed_tokens" not in name)
+        # forward and backward: 6 FLOP per weight and token; attention: 12 per (query, key) and channel, T / 2 pairs
+        flop_per_token = 6 * matrices + 6 * flags.layers * model.config.hidden_size * SEQ_LENGTH
+        run["tflops"] = round(flop_per_token * run["tokens_per_second"] / 1e12, 1)
+        rate = describe_card()["matrix_tflops"]
+        run["share_of_matrix_rate"] = round(run["tflops"] / rate, 3) if rate else None
+        model.eval()
+        losses = {name: mean_loss(model, stream, SEQ_LENGTH) for name, stream in held_out.items()}
+        print({**losses, "tflops": run["tflops"]}, flush=True)
+        record = {**describe(flags, SEQ_LENGTH), **sizes, **run, "held_out_loss": losses}
         model.to(torch.float16).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         (folder / "pretrain.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

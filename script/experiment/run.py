@@ -171,7 +171,7 @@ def evaluate(run: Run, tasks: list[dict], flags: argparse.Namespace) -> dict:
         for file in sorted(flags.data.glob("*.bin")):
             output = flags.work / "runs" / f"{run.name}-{one['kind']}-{file.stem}-{one['protocol']}.json"
             words = ["--data_path", str(file), "--protocol", one["protocol"], "--output_json", str(output)]
-            words += ["--seq_len", *windows, "--batch_size", batch, *one["words"]]
+            words += ["--overwrite", "--seq_len", *windows, "--batch_size", batch, *one["words"]]
             requests.append({"words": words, "attention": one["attention"], "group_size": one["group_size"]})
             outputs.append((one["kind"], file.stem, one["protocol"], output))
     file = flags.work / "runs" / f"{run.name}-tasks.json"

@@ -438,7 +438,12 @@ EVALUATE_FLAGS = {
     "unknown flag": (["--seq_length", "16"], "--seq_length", "16"),
     "missing model": (["--base_model", "/no/such/model"], "base_model", "/no/such/model", "folder"),
     "missing adapter": (["--peft_model", "/no/such/adapter"], "peft_model", "/no/such/adapter", "folder"),
-    "result into no folder": (["--output_json", "/no/such/result.json"], "output_json", "/no/such", "folder"),
+    "result into no folder": (
+        ["--output_json", "/dev/null/r.json"],
+        "output_json",
+        "/dev/null/r.json",
+        "can't be written",
+    ),
 }
 
 

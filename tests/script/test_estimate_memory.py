@@ -17,6 +17,7 @@ def estimate(tmp_path, monkeypatch, capsys):
     def run(*flags: str) -> tuple[dict, str]:
         file = tmp_path / "estimate.json"
         argv = ["estimate_memory.py", "--model_name_or_path", str(tmp_path / "7b"), "--output_json", str(file), *flags]
+        file.unlink(missing_ok=True)
         monkeypatch.setattr("sys.argv", argv)
         main()
         return json.loads(file.read_text()), capsys.readouterr().out
@@ -73,3 +74,24 @@ def test_longest_is_0_if_the_weights_do_not_fit(estimate):
     found, printed = estimate("--max_seq_length", "8192", "--memory_budget_gib", "3")
     assert found["longest_tokens"] == 0
     assert "does NOT fit" in printed
+
+
+@pytest.mark.parametrize("gib", ["-5", "nan"])
+def test_k21_host_memory_below_zero(estimate, gib, capsys):
+    with pytest.raises(SystemExit):
+        estimate("--max_seq_length", "8192", "--host_gib", gib)
+    assert f"error: --host_gib: {gib}; use 0 or more" in capsys.readouterr().err
+
+
+def test_k21_it_works_from_another_folder(estimate, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert estimate("--max_seq_length", "8192")[0]["longest_tokens"] > 8192
+
+
+def test_k7_the_config_is_not_overwritten(tmp_path, estimate, capsys):
+    config = tmp_path / "7b" / "config.json"
+    before = config.read_bytes()
+    with pytest.raises(SystemExit):
+        estimate("--max_seq_length", "8192", "--output_json", str(config), "--overwrite")
+    assert "would be overwritten, but --model_name_or_path reads it" in capsys.readouterr().err
+    assert config.read_bytes() == before

@@ -351,7 +351,7 @@ def test_another_projects_adapter(run, cases, tmp_path):
     flags = ["--adapter_name_or_path", run, "--model_name_or_path", base, "--context_size", EXTENDED]
     assert merge(*flags, "--dtype", "float32") == 0
     merged = run.parent / "run-merged"
-    assert {file.name for file in merged.iterdir()} == FILES - {"longqlora.json"}
+    assert {file.name for file in merged.iterdir()} == FILES
     assert AutoConfig.from_pretrained(merged).rope_parameters["factor"] == 4.0
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (merged, cases["all"].merged))
     for key, value in theirs.items():
@@ -439,11 +439,45 @@ def test_killed_at_any_moment(run, overwrite, monkeypatch):
 def test_a_model_is_overwritten_when_asked(run, cases):
     assert merge("--adapter_name_or_path", run) == 0
     target = run.parent / "run-merged"
-    (target / "notes").write_text("of the old one")
     assert merge("--adapter_name_or_path", run, "--dtype", "float32", "--overwrite") == 0
     assert {file.name for file in target.iterdir()} == FILES
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (target, cases["all"].merged))
     assert all(torch.equal(ours[key], value) for key, value in theirs.items())
+
+
+def test_k7_only_what_a_merge_wrote_is_replaced(run, tmp_path, capsys):
+    """Another adapter with its checkpoints is no merged model, nor is a merged model into which a user put a file."""
+    other = shutil.copytree(run, tmp_path / "other")
+    (other / "checkpoint-1").mkdir()
+    (other / "checkpoint-1" / "optimizer.pt").write_text("of days")
+    assert merge("--adapter_name_or_path", run, "--save_path", other, "--overwrite") == 1
+    assert f"--save_path: {other} was not written by a merge" in capsys.readouterr().err
+    assert (other / "checkpoint-1" / "optimizer.pt").read_text() == "of days"
+
+    merged = tmp_path / "merged"
+    words = ["--adapter_name_or_path", run, "--save_path", merged, "--check", "no"]
+    assert merge(*words) == 0
+    for name in ("model.gguf", ".git/HEAD"):
+        (merged / name).parent.mkdir(exist_ok=True)
+        (merged / name).write_text("mine")
+        assert merge(*words, "--overwrite") == 1
+        assert f"1 files that no merge wrote, such as {name}" in capsys.readouterr().err
+        assert (merged / name).read_text() == "mine"
+        (merged / name).unlink()
+    assert merge(*words, "--overwrite") == 0
+
+
+def test_k7_a_merge_of_another_projects_adapter_may_be_replaced(run, tmp_path, cases):
+    """It has no record, but what was merged from it has one."""
+    foreign = shutil.copytree(run, tmp_path / "foreign")
+    (foreign / "longqlora.json").unlink()
+    words = ["--adapter_name_or_path", foreign, "--model_name_or_path", cases["all"].base, "--check", "no"]
+    assert merge(*words) == 0
+    assert merge(*words) == 1
+    assert merge(*words, "--overwrite") == 0
+    record = json.loads((tmp_path / "foreign-merged" / "longqlora.json").read_text())
+    assert record["merged_from"] == str(foreign)
+    assert (record["base_model"], record["rope_type"], record["rope_factor"]) == (str(cases["all"].base), "default", 1)
 
 
 @pytest.mark.parametrize("what", ["notes", "adapter", "base", "above"])

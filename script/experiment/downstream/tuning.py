@@ -67,6 +67,6 @@ def merge(adapter: Path, folder: Path) -> Path:
 
 def measured(program: str, words: list[str], output: Path) -> dict[str, Any]:
     """A program's --output_json without paths and without the origin, which the experiment records once."""
-    execute([program, *words, "--output_json", str(output)], output.with_suffix(".log"))
+    execute([program, *words, "--output_json", str(output), "--overwrite"], output.with_suffix(".log"))
     found = json.loads(output.read_text(encoding="utf-8"))
     return {key: value for key, value in found.items() if key not in (*PATHS, *origin())}

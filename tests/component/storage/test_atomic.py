@@ -128,14 +128,11 @@ def test_overwriting(tmp_path, monkeypatch, can_exchange):
     assert names(tmp_path) == {"model", "model/new"}
 
 
-def test_only_models_are_overwritten(tmp_path):
-    (tmp_path / "notes").mkdir()
+def test_what_exists_needs_overwrite(tmp_path):
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text("{}")
     check_target(tmp_path / "model", "--save_path", overwrite=True)
     check_target(tmp_path / "new", "--save_path", overwrite=False)
     for name, overwrite, reason in (
-        ("notes", True, "not a model"),
         ("model", False, "--overwrite"),
         ("model", None, "remove"),
     ):

@@ -3,9 +3,11 @@
 python -m pytest tests/script/evaluate/test_evaluate.py -m slow     # torchrun with two processes
 """
 
+import errno
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import weakref
@@ -19,6 +21,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 import component.evaluate.model_spec
 from component.data.token_file import write_tokens
 from component.evaluate.perplexity import measure_perplexity
+from component.storage.claim import claimed
 from tests.conftest import ROOT
 from tests.reference.longlora_perplexity import longlora_perplexity
 
@@ -43,7 +46,7 @@ def evaluate(run_program, tmp_path, tokens):
 
     def run(*words: object) -> tuple[dict, str]:
         file = tmp_path / "result.json"
-        outcome = run_program(EVALUATE, "--data_path", tokens, "--output_json", file, *words)
+        outcome = run_program(EVALUATE, "--data_path", tokens, "--output_json", file, "--overwrite", *words)
         assert outcome.status == 0, outcome.err
         return json.loads(file.read_text(), parse_constant=pytest.fail), outcome.out
 
@@ -227,3 +230,86 @@ def test_several_processes_give_the_same_numbers(batch_size, protocol, processes
         assert [document["loss"] for document in row["by_document"]] == [d.loss for d in alone.by_document]
         assert printed.count(f"{row['perplexity']:.4f}") == 1
     assert torch.get_num_threads() == 1, "as in the processes: another order of summation would change the last bits"
+
+
+# ---- what exists, and what is read, is not overwritten; what is measured is not lost
+
+
+@pytest.mark.parametrize(
+    ("target", "words", "reader"),
+    [
+        ("tokens.bin", [], "--data_path"),
+        ("tokens.bin.json", [], "--data_path"),
+        ("linked", [], "--data_path"),
+        ("base/config.json", [], "--base_model"),
+        ("adapter/longqlora.json", ["--peft_model", "adapter"], "--peft_model"),
+        ("base/config.json", ["--compare", "x=base:adapter"], "--compare x"),
+    ],
+    ids=["K7-bin", "K7-index", "K7-link", "K7-config", "K7-adapter", "K7-compare"],
+)
+def test_k7_what_is_read_is_not_overwritten(
+    target, words, reader, tokens, base_folder, adapter_folder, tmp_path, run_program, monkeypatch
+):
+    shutil.copytree(base_folder, tmp_path / "base")
+    shutil.copytree(adapter_folder, tmp_path / "adapter")
+    (tmp_path / "linked").hardlink_to(tokens)
+    monkeypatch.chdir(tmp_path)
+    model = [] if "--compare" in words else ["--base_model", "base"]
+    before = (tmp_path / target).read_bytes()
+    outcome = run_program(
+        EVALUATE, "--data_path", tokens, "--seq_len", 16, *model, *words, "--output_json", target, "--overwrite"
+    )
+    assert outcome.status == 1
+    assert f"--output_json: {target} would be overwritten, but {reader} reads it" in outcome.err
+    assert (tmp_path / target).read_bytes() == before
+
+
+def test_k7_an_older_result_needs_overwrite(tokens, base_folder, tmp_path, run_program):
+    words = ["--data_path", tokens, "--base_model", base_folder, "--seq_len", 16]
+    (tmp_path / "r.json").write_text("of last week")
+    outcome = run_program(EVALUATE, *words, "--output_json", tmp_path / "r.json")
+    assert outcome.status == 1
+    assert "r.json exists; name another file, or replace it with --overwrite" in outcome.err
+    assert "Loading weights" not in outcome.err
+    assert (tmp_path / "r.json").read_text() == "of last week"
+
+
+def test_k8_one_result_one_program(tokens, base_folder, tmp_path, run_program):
+    words = ["--data_path", tokens, "--base_model", base_folder, "--seq_len", 16]
+    with claimed({"--theirs": [tmp_path / "r.json"]}, {}):
+        outcome = run_program(EVALUATE, *words, "--output_json", tmp_path / "r.json")
+    assert outcome.status == 1
+    assert "--output_json: another process is writing" in outcome.err
+
+
+def test_k14_a_measurement_survives_a_full_disk(tokens, base_folder, tmp_path, run_program, monkeypatch):
+    """Its JSON is printed, and parses."""
+
+    def full(self, *words, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    words = ["--data_path", tokens, "--base_model", base_folder, "--seq_len", 16, "--position_buckets", 0]
+    outcome = run_program(EVALUATE, *words, "--output_json", tmp_path / "r.json")
+    assert outcome.status == 1
+    assert f"{tmp_path}/r.json can't be written (No space left on device); its content is printed" in outcome.err
+    printed = json.loads(outcome.out[outcome.out.index("{") :])
+    assert printed["results"][0]["windows"] == 8  # (150 - 16) / 16 = 8.4, of 9 starts the last is left out
+    assert not list(tmp_path.glob("*r.json*"))
+
+
+def test_k14_a_measurement_survives_a_closed_pipe(tokens, base_folder, tmp_path):
+    """`evaluate.py ... | head -1`: the tables find no reader, the file is written."""
+    words = ["--data_path", tokens, "--base_model", base_folder, "--seq_len", 16, "--output_json", tmp_path / "r.json"]
+    program = (
+        "import os\nimport script.evaluate.evaluate as e\n"
+        "closed = os.pipe()\nos.close(closed[0])\n"
+        "measure = e.measure\n"
+        "e.measure = lambda *a: (measure(*a), os.dup2(closed[1], 1))[0]\n"
+        "e.main()\n"
+    )
+    command = [sys.executable, "-c", program, *map(str, words)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 141, done.stderr
+    assert "Traceback" not in done.stderr
+    assert json.loads((tmp_path / "r.json").read_text())["results"][0]["windows"] == 8

@@ -7,6 +7,8 @@ import json
 
 import pytest
 
+from component.storage.atomic import atomic_folder
+
 PASSKEY, MODEL = "script/evaluate/passkey.py", "script/evaluate/passkey_model.py"
 
 
@@ -47,8 +49,11 @@ def test_results(run_program, tmp_path, adapter_folder):
         (["--base_model", "{base}", "--trials", "0"], ["--trials", "0", "at least 1"]),
         (["--base_model", "{base}", "--depths", "0.5", "1.5"], ["--depths", "1.5", "0 to 1"]),
         (["--base_model", "{base}", "--depths", "2.5"], ["--depths", "2.5", "whole number"]),
-        (["--base_model", "{base}", "--figure", "/no/such/f.png"], ["--figure", "/no/such", "folder"]),
-        (["--base_model", "{base}", "--output_json", "/no/such/f.json"], ["--output_json", "/no/such", "folder"]),
+        (
+            ["--base_model", "{base}", "--figure", "{base}/config.json/f"],
+            ["--figure", "config.json/f can't be written"],
+        ),
+        (["--base_model", "{base}", "--output_json", "{base}"], ["--output_json", "is a folder"]),
     ],
 )
 def test_mistakes(words, parts, run_program, base_folder):
@@ -56,6 +61,22 @@ def test_mistakes(words, parts, run_program, base_folder):
     assert outcome.status == 1
     assert all(part in outcome.err for part in parts), outcome.err
     assert "Loading weights" not in outcome.err, "before anything is loaded"
+
+
+def test_k7_one_file_for_two_results(run_program, tmp_path, base_folder):
+    files = ["--output_json", tmp_path / "same", "--figure", tmp_path / "same"]
+    outcome = run_program(PASSKEY, "--base_model", base_folder, *files)
+    assert outcome.status == 1
+    assert "--figure: " in outcome.err
+    assert "is written by --output_json too" in outcome.err
+    assert not (tmp_path / "same").exists()
+
+
+def test_k8_a_folder_is_held_while_its_model_is_trained(run_program, tmp_path):
+    with atomic_folder(tmp_path / "model"):
+        outcome = run_program(MODEL, "--output", tmp_path / "model", "--length", 96, "--steps", 10**6)
+    assert outcome.status == 1
+    assert "another process is writing it" in outcome.err
 
 
 def test_a_list_of_depths(run_program, tmp_path, base_folder):

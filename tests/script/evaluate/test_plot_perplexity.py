@@ -67,6 +67,24 @@ def test_the_program(files, run_program, tmp_path):
     outcome = run_program(PLOT, *files, "--output", tmp_path / "p.png")
     assert outcome.status == 0, outcome.err
     assert (tmp_path / "p.png").stat().st_size > 10_000
+    assert outcome.out == f"perplexity of 3 models -> {tmp_path}/p.png\n"
+
+
+@pytest.mark.parametrize(
+    ("target", "words", "told"),
+    [
+        ("p.png", [], "p.png exists; name another file, or replace it with --overwrite"),
+        ("alone.json", ["--overwrite"], "would be overwritten, but results reads it"),
+    ],
+    ids=["K7-figure", "K7-result"],
+)
+def test_k7_files_of_the_user(target, words, told, files, run_program, tmp_path):
+    (tmp_path / "p.png").write_text("mine")
+    before = (tmp_path / target).read_bytes()
+    outcome = run_program(PLOT, *files, "--output", tmp_path / target, *words)
+    assert outcome.status == 1
+    assert told in outcome.err
+    assert (tmp_path / target).read_bytes() == before
 
 
 def test_without_positions(tmp_path):
