@@ -23,10 +23,14 @@ COMMANDS = {
 
 @dataclass
 class Conversation:
-    """Questions and answers in one chat template; `documents` are put in front of the next question."""
+    """Questions and answers in one chat template; `documents` are put in front of the next question.
+
+    `system` is the system prompt; None for that of the template.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     template: str
+    system: str | None = None
     turns: Turns = field(default_factory=list)
     documents: list[str] = field(default_factory=list)
 
@@ -39,6 +43,11 @@ class Conversation:
     def opening_tokens(self) -> int:
         """Number of leading tokens that all conversations share: system prompt and first role."""
         return common_prefix(self._encode([("a", None)]), self._encode([("1", None)]))
+
+    def characters(self) -> int:
+        """Number of characters of all turns, documents and the system prompt."""
+        turns = sum(len(user) + len(answer or "") for user, answer in self.turns)
+        return turns + sum(map(len, self.documents)) + len(self.system or "")
 
     def add(self, question: str, answer: str) -> None:
         self.turns.append((self._with_documents(question), answer))
@@ -63,7 +72,7 @@ class Conversation:
             raise UserError("/save: the conversation is empty; ask something first")
         try:
             with Path(path).expanduser().open("x", encoding="utf-8") as file:
-                file.write(json.dumps({"messages": as_messages(self.turns)}, ensure_ascii=False) + "\n")
+                file.write(json.dumps({"messages": as_messages(self.turns, self.system)}, ensure_ascii=False) + "\n")
         except FileExistsError as error:
             raise UserError(f"/save: {path} exists; name another file") from error
         except OSError as error:
@@ -73,7 +82,7 @@ class Conversation:
         return "\n\n".join([*self.documents, question])
 
     def _encode(self, turns: Turns) -> list[int]:
-        return encode_conversation(self.tokenizer, turns, None, self.template)[0]
+        return encode_conversation(self.tokenizer, turns, self.system, self.template)[0]
 
 
 def is_command(line: str) -> bool:

@@ -127,3 +127,56 @@ def test_an_error_reaches_the_visitor_and_releases_the_lock(engine, monkeypatch)
         with pytest.raises(torch.OutOfMemoryError):
             list(engine.answer(engine.conversation(), "One?", GREEDY, never))
     assert list(engine.answer(engine.conversation(), "One?", GREEDY, never))[-1].text
+
+
+def test_k19_a_prefill_is_stopped_at_the_next_layer(engine):
+    """After the first of two layers, the visitor is gone: the second is not computed, and the cache starts anew."""
+    stop, computed = threading.Event(), []
+
+    def leave(*_) -> None:
+        computed.append(1)
+        stop.set()
+
+    for layer in engine.model.model.layers:
+        layer.register_forward_hook(leave)
+    conversation = engine.conversation()
+    assert [answer.text for answer in engine.answer(conversation, "One?", GREEDY, stop.is_set)][-1] == ""
+    assert len(computed) == 1
+    assert conversation.turns == []
+    assert engine.cache.nbytes == 0
+    assert not any(layer._forward_pre_hooks for layer in engine.model.model.layers)
+    assert [*engine.answer(conversation, "One?", GREEDY, never)][-1].text
+
+
+def test_k19_who_left_while_waiting_is_not_answered(engine, monkeypatch):
+    asked = []
+    monkeypatch.setattr("component.inference.engine.generate", lambda *_, **__: asked.append(1))
+    with engine.turn:
+        answers = engine.answer(engine.conversation(), "One?", GREEDY, never)
+        assert next(answers).is_waiting
+        assert next(answers).is_waiting, "a heartbeat, at which the server notices who left"
+        answers.close()
+        while engine.places._value < 16:
+            time.sleep(0.01)
+    assert asked == []
+
+
+def test_k19_not_more_than_16_wait(engine):
+    with engine.turn:
+        waiting = [engine.answer(engine.conversation(), "One?", GREEDY, never) for _ in range(17)]
+        for answers in waiting:
+            next(answers)
+        for answers in waiting[:16]:
+            next(answers)
+        with pytest.raises(UserError, match="busy: 16 questions wait for their answers; ask again in a minute"):
+            next(waiting[16])
+        for answers in waiting:
+            answers.close()
+
+
+def test_k19_a_long_document_is_counted_in_parts(engine, tokenizer, monkeypatch):
+    text = "The dog. " * 30
+    expected = len(tokenizer(text, add_special_tokens=False).input_ids)
+    assert engine.count_tokens(text, "a.txt") == expected
+    monkeypatch.setattr("component.inference.engine.COUNTED_CHARACTERS", 90)
+    assert engine.count_tokens(text, "a.txt") >= expected
