@@ -1,13 +1,13 @@
-# Needs Python 3.11 or newer, make and a C++ compiler; everything else goes into .venv, once.
-#   make demo    extend a real little model fourfold and draw the result (about 10 minutes on 2 CPU cores)
-#   make test    every CPU test
-#   make lint    style and types
-#   make clean   forget the virtual environment and all outputs
+# Needs Python 3.11 or newer, make and a C++ compiler. The first target creates .venv with all dependencies.
+#   make demo    extend a small model fourfold and plot the result (about 10 minutes on 2 CPU cores)
+#   make test    run every CPU test
+#   make lint    check style and types
+#   make clean   delete the virtual environment and all outputs
 
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
-# the deepspeed launcher and ninja, which compiles its operators, are looked up on the PATH
+# for the deepspeed launcher, and ninja, which compiles its operators
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .PHONY: demo test lint clean
@@ -25,7 +25,7 @@ lint: $(READY)
 
 $(READY): requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "Python 3.11 or newer is needed; name one with make PYTHON=/path/to/python3"; exit 1; }
+		{ echo "Python 3.11 or newer is needed; set one with make PYTHON=/path/to/python3"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --requirement requirements.txt
 	@touch $@

@@ -1,4 +1,4 @@
-"""A tokenizer of one id per word, the words of Vicuna's prompts among them; and texts of its words."""
+"""A tokenizer with one token per word, including those of Vicuna's prompt, and texts in these words."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ BOS, EOS, A, B, C, D, E = 0, 1, 3, 4, 5, 6, 7
 
 
 def word_tokenizer(single: str = "<s> $A") -> PreTrainedTokenizerFast:
-    """One id per word, in the order of WORDS; `single` says what stands around a text."""
+    """One id per word, in the order of WORDS; `single` is the template around a text."""
     vocabulary = {word: index for index, word in enumerate(dict.fromkeys([*WORDS, *SYSTEM.split()]))}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -32,35 +32,24 @@ def rows(dataset) -> list[tuple[list[int], list[int]]]:
     return [(row["input_ids"], row["labels"]) for row in dataset]
 
 
-# --- instruction tuning ---
-
 PROMPT = [*SYSTEM.split(), "USER:", "a", "b", "ASSISTANT:"]
 
 
 def outcomes(**counts: int) -> tuple[int, ...]:
+    places = {"whole": WHOLE, "cut": CUT, "split": SPLIT, "piece": PIECE, "long": TOO_LONG, "empty": EMPTY}
     found = [0] * 6
     for name, number in counts.items():
-        found[{"whole": WHOLE, "cut": CUT, "split": SPLIT, "piece": PIECE, "long": TOO_LONG, "empty": EMPTY}[name]] = (
-            number
-        )
+        found[places[name]] = number
     return tuple(found)
 
 
-# --- longer than max_seq_length ---
-
 X = -100
-
-
 MANY = texts("a", "a b c", "a b c d", "a b c d e", "", "a b c d e a b")
-
-
-# --- lines that cannot be used ---
-
 BAD = ['{"text": 5}', '{"txt": "a"}', '["text"]', '{"text": "a"', '{"text": null}']
 
 
 def with_bad_lines(tmp_path: Path, good: int, bad: int) -> str:
-    """Every bad line in the middle."""
+    """A file of `good` valid lines with `bad` unusable ones in the middle."""
     lines = ['{"text": "a"}'] * (good // 2) + BAD[:bad] + ['{"text": "b"}'] * (good - good // 2)
     (tmp_path / "data.jsonl").write_text("".join(f"{line}\n" for line in lines))
     return str(tmp_path / "data.jsonl")

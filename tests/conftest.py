@@ -1,9 +1,9 @@
-"""What the tests share: a tiny grouped-query Llama and a tokenizer, both made here. No download, no GPU.
+"""Shared fixtures: a tiny grouped-query Llama and a tokenizer, built in the test process. No download, no GPU.
 
     python -m pytest
     python -m pytest -m slow
 
-The first leaves out what is marked `slow`, and `gpu` where there is none.
+The first skips tests marked `slow`, and `gpu` without a GPU.
 """
 
 import copy
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: a test that downloads fails
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before importing transformers: tests must not download
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ TEXTS = [
 
 
 def pytest_configure(config):
-    torch.set_num_threads(1)  # tiny tensors: a second thread halves the speed, and more on a machine with other work
+    torch.set_num_threads(1)  # for tiny tensors, a second thread is slower
 
 
 def pytest_collection_modifyitems(config, items):
@@ -55,13 +55,13 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def seeded():
-    """Every test draws the same random numbers, in whatever order the tests run."""
+    """Every test gets the same random numbers, in any order."""
     torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
-def loud_again():
-    """The programs quieten transformers; the next test hears it again."""
+def transformers_log_level():
+    """Restore the log level of transformers, which the programs change."""
     library = logging.getLogger("transformers")
     level = library.level
     yield
@@ -70,7 +70,7 @@ def loud_again():
 
 @pytest.fixture(scope="session")
 def trained_bpe() -> Tokenizer:
-    """Byte-level BPE with <s> and </s>; <s> stands before every text."""
+    """Byte-level BPE with <s> and </s>, which prepends <s>."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -89,7 +89,7 @@ def trained_bpe() -> Tokenizer:
 
 @pytest.fixture
 def tokenizer(trained_bpe) -> PreTrainedTokenizerFast:
-    """Without a pad token, as Llama's. Each test gets its own."""
+    """Without a pad token, like Llama's. A new one per test."""
     return PreTrainedTokenizerFast(tokenizer_object=trained_bpe, bos_token="<s>", eos_token="</s>")
 
 
@@ -111,12 +111,12 @@ def llama_config(trained_bpe) -> LlamaConfig:
 
 @pytest.fixture
 def tiny_llama_config(llama_config) -> LlamaConfig:
-    """2 layers, 4 query and 2 key/value heads, 64 positions. Each test gets its own, to change as it likes."""
+    """2 layers, 4 query and 2 key/value heads, 64 positions. A new one per test, which may change it."""
     return copy.deepcopy(llama_config)
 
 
 def build_llama(config: LlamaConfig) -> LlamaForCausalLM:
-    """The same fp32 weights every time, without touching the test's random numbers."""
+    """The same fp32 weights every time; leaves the random state unchanged."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return LlamaForCausalLM(config)
@@ -129,7 +129,7 @@ def tiny_llama(tiny_llama_config) -> LlamaForCausalLM:
 
 @pytest.fixture(scope="session")
 def base_folder(tmp_path_factory, llama_config, trained_bpe):
-    """A base model as a user has it on disk: weights, config, tokenizer. Read only: every test gets the same."""
+    """A base model on disk: weights, config, tokenizer. Shared by all tests, read-only."""
     folder = tmp_path_factory.mktemp("base")
     build_llama(copy.deepcopy(llama_config)).save_pretrained(folder)
     PreTrainedTokenizerFast(tokenizer_object=trained_bpe, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
@@ -138,7 +138,7 @@ def base_folder(tmp_path_factory, llama_config, trained_bpe):
 
 @pytest.fixture(scope="session")
 def adapter_folder(tmp_path_factory, base_folder) -> Path:
-    """An adapter of ours on `base_folder`, stretched to 128 tokens, that changes the output. Read only."""
+    """A LongQLoRA adapter on `base_folder`, extended to 128 tokens, that changes the output. Read-only."""
     folder = tmp_path_factory.mktemp("adapter")
     config = AutoConfig.from_pretrained(base_folder)
     factor = extend_context(config, 128)
@@ -173,15 +173,15 @@ class Outcome:
 
 @pytest.fixture
 def own_cache(tmp_path, monkeypatch):
-    """Tokenised samples go into the test's own folder."""
+    """Cache tokenized samples in the test's own folder."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets-cache")
 
 
 @pytest.fixture
 def run_program(own_cache, monkeypatch, capsys):
-    """Runs one of our programs inside this process, on the CPU: its exit status and what it printed.
+    """Runs a program of this repository in this process, on the CPU. Returns its exit status and output.
 
-    What is raised, other than the end of the program, passes through: to a user it would be a traceback.
+    Exceptions other than SystemExit propagate: a user would see a traceback.
     """
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
 
@@ -192,7 +192,7 @@ def run_program(own_cache, monkeypatch, capsys):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
         capsys.readouterr()
         status = 0
-        # as under a launcher, but without LOCAL_RANK: no process group is opened in this process
+        # RANK as under a launcher; without LOCAL_RANK, no process group is created
         with mock.patch.dict(os.environ, {"RANK": "0"}):
             os.environ.pop("LOCAL_RANK", None)
             try:
@@ -209,7 +209,7 @@ def run_program(own_cache, monkeypatch, capsys):
 
 @pytest.fixture
 def prompts_seen(monkeypatch):
-    """The prompts that a program continues; each is answered with "An answer."."""
+    """The prompts that a program passes to the model; the answer to each is "An answer."."""
     seen = []
 
     def answer(model, tokenizer, prompt_ids, flags, cache):

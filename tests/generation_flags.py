@@ -1,4 +1,4 @@
-"""Flags of generation, as a command line gives them."""
+"""Parsed generation flags."""
 
 from component.inference.flags import generation_parser
 

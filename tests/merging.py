@@ -1,4 +1,4 @@
-"""Bases and adapters that are merged, and PEFT's own merge of them."""
+"""Bases and adapters to merge, from PEFT and from the original projects."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ LINEAR = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_
 
 
 def save_adapter(folder: Path, base: Path, **options) -> PeftModel:
-    """By PEFT itself, moved at random; the model in memory."""
+    """Save a randomly initialized adapter with PEFT; returns the model in memory."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     options = {"r": 4, "lora_alpha": 16, "target_modules": LINEAR, "task_type": "CAUSAL_LM"} | options
     model = get_peft_model(model, LoraConfig(**options))
@@ -29,7 +29,7 @@ def save_adapter(folder: Path, base: Path, **options) -> PeftModel:
 
 
 def merged(folder: Path, base: Path, adapter: Path, dtype=torch.float32, base_weights="fp16", **options):
-    """What we write, read again."""
+    """The tensors of a merge by component.merge, read back."""
     folder.mkdir(exist_ok=True)
     plan = plan_merge(str(base), str(adapter), load_config(str(base)), dtype=dtype, base_weights=base_weights)
     write_merged(folder, plan, **options)
@@ -42,9 +42,6 @@ def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) 
         assert torch.equal(ours[name], value), name
 
 
-# ---- the files of a base
-
-
 def copied(base: Path, folder: Path, weights: dict[str, torch.Tensor]) -> Path:
     folder.mkdir()
     (folder / "config.json").write_bytes((base / "config.json").read_bytes())
@@ -52,11 +49,8 @@ def copied(base: Path, folder: Path, weights: dict[str, torch.Tensor]) -> Path:
     return folder
 
 
-# ---- the original projects' files
-
-
 def original(folder: Path, base: Path, prefix: str | None) -> dict[str, torch.Tensor]:
-    """As PEFT 0.4 and LongLoRA wrote them; the merged weights by hand."""
+    """Write an adapter in the format of PEFT 0.4 and LongLoRA; returns the expected merged weights."""
     folder.mkdir()
     config = {
         "auto_mapping": None, "base_model_name_or_path": "/public/model/Llama-2-7b-hf", "bias": "none",

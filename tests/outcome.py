@@ -1,10 +1,10 @@
-"""How a program ended."""
+"""Assertions about how a program ended."""
 
 from tests.conftest import Outcome
 
 
 def refused(outcome: Outcome, *parts: str) -> None:
-    """Status not 0, no traceback, and a message with each of `parts`."""
+    """Nonzero status, no traceback, and an error message with each of `parts`."""
     assert outcome.status not in (0, None)
     assert "Traceback" not in outcome.err
     assert "error: " in outcome.err
@@ -14,6 +14,6 @@ def refused(outcome: Outcome, *parts: str) -> None:
 
 
 def refused_by_us(outcome: Outcome, *parts: str) -> None:
-    """... with status 1: by the program's own checks, not by those of argparse."""
+    """The same with status 1: rejected by the program's own checks, not by argparse."""
     assert outcome.status == 1, outcome.err
     refused(outcome, *parts)

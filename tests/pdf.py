@@ -1,8 +1,8 @@
-"""A PDF file, written out by hand."""
+"""A minimal PDF file."""
 
 
 def pdf(*pages: str) -> bytes:
-    """A PDF of one line of text per page, written out by hand."""
+    """A PDF with one line of text per page."""
     kids = " ".join(f"{4 + 2 * at} 0 R" for at in range(len(pages)))
     objects = [
         "<< /Type /Catalog /Pages 2 0 R >>",
@@ -16,11 +16,11 @@ def pdf(*pages: str) -> bytes:
             f"/Contents {5 + 2 * at} 0 R >>"
         )
         objects.append(f"<< /Length {len(stream)} >>\nstream\n{stream}\nendstream")
-    out, places = b"%PDF-1.4\n", []
+    out, offsets = b"%PDF-1.4\n", []
     for number, body in enumerate(objects, 1):
-        places.append(len(out))
+        offsets.append(len(out))
         out += f"{number} 0 obj\n{body}\nendobj\n".encode()
-    table = "".join(f"{place:010} 00000 n \n" for place in places)
+    table = "".join(f"{offset:010} 00000 n \n" for offset in offsets)
     size = len(objects) + 1
     end = f"xref\n0 {size}\n0000000000 65535 f \n{table}trailer\n<< /Size {size} /Root 1 0 R >>\n"
     return out + f"{end}startxref\n{len(out)}\n%%EOF\n".encode()

@@ -1,4 +1,4 @@
-"""The project's own code, read with `ast` and not imported: its files, and who imports whom."""
+"""The repository's files and imports, parsed with `ast` without importing anything."""
 
 import ast
 from functools import cache
@@ -22,7 +22,7 @@ MODULES = {path.removesuffix(".py").removesuffix("/__init__").replace("/", "."):
 
 
 def imported(path: str) -> set[str]:
-    """Dotted names of all modules that a file imports, also inside of functions."""
+    """Dotted names of all modules that a file imports, also inside functions."""
     found, waiting = set(), [tree(path)]
     while waiting:
         node = waiting.pop()
@@ -37,7 +37,7 @@ def imported(path: str) -> set[str]:
 
 
 def reached(path: str) -> dict[str, str]:
-    """Each module that importing `path` imports, with the chain that leads to it."""
+    """Modules imported directly and indirectly by `path`, each with its import chain."""
     chains, waiting = {}, [(path, path)]
     while waiting:
         file, chain = waiting.pop()
@@ -51,7 +51,7 @@ def reached(path: str) -> dict[str, str]:
 
 
 def mirrored(path: str) -> str:
-    """Where the tests of a module are."""
+    """Path of a module's test file."""
     return f"tests/{Path(path).parent}/test_{Path(path).name}"
 
 

@@ -1,4 +1,4 @@
-"""A program at a terminal: in a child of the test process, so that nothing is imported twice; driven by its keys."""
+"""Run a program at a pseudo-terminal, in a fork of the test process (no second import), and type keys."""
 
 import os
 import pty
@@ -15,14 +15,14 @@ CTRL_C, CTRL_D, UP = "\x03", "\x04", "\x1b[A"
 
 
 class Terminal:
-    """Use as a context: what is still running at the end is killed."""
+    """A context manager that kills the program at exit."""
 
     def __init__(self, program: str, *words: object, state: Path, seconds_per_token: float = 0.0) -> None:
         self.shown = ""
         self.pid, self.master = pty.fork()
         if self.pid == 0:
             status = 70
-            # as a shell at a terminal starts it, also where the tests run behind an & that ignores Ctrl-C
+            # the default handler, also if the tests run in the background and ignore Ctrl-C
             signal.signal(signal.SIGINT, signal.default_int_handler)
             try:
                 status = _run(program, [str(word) for word in words], state, seconds_per_token)
@@ -42,7 +42,7 @@ class Terminal:
         os.write(self.master, keys.encode())
 
     def wait_for(self, text: str, seconds: float = 60) -> str:
-        """What is shown up to `text`; it is taken away."""
+        """Consume the output up to and including `text`; returns what precedes it."""
         end = time.monotonic() + seconds
         while text not in self.shown:
             assert time.monotonic() < end, f"no {text!r} in {self.shown!r}"
@@ -62,7 +62,7 @@ class Terminal:
             return True
         try:
             piece = os.read(self.master, 4096)
-        except OSError:  # Linux's way to say that the other end is closed
+        except OSError:  # on Linux: the other end is closed
             return False
         self.shown += piece.decode(errors="replace")
         return bool(piece)
@@ -79,7 +79,7 @@ def _run(program: str, words: list[str], state: Path, seconds_per_token: float) 
 
     LlamaForCausalLM.forward = slowly
     os.environ |= {"XDG_STATE_HOME": str(state), "TERM": "dumb"}
-    # the test's own are pytest's, which know nothing of the terminal
+    # replace pytest's captured streams by the terminal's
     sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)  # noqa: SIM115
     sys.argv = [str(ROOT / program), *words]
     try:

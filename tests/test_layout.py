@@ -1,6 +1,6 @@
-"""Is the house in order? Who imports whom, how long things are, and whether tests and READMEs are beside the code.
+"""Does the repository keep its rules for imports, sizes, tests and READMEs?
 
-Code is read with `ast`, not imported. Each test names the file, and what it breaks.
+Code is parsed with `ast`, not imported.
 """
 
 import ast
@@ -16,7 +16,7 @@ from component.train.argument import LongQLoRAArguments
 from tests.conftest import ROOT
 from tests.source import CODE, COMPONENT, MODULES, SCRIPT, files, imported, is_program, mirrored, reached, tree
 
-# What a module or package of component/ may import of the others, besides error and itself.
+# Modules and packages of component/: what each may import from the others, besides error and itself.
 MAY_IMPORT = {
     "error": "",
     "rope": "",
@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "checkpoint": "storage",
     "adapter": "model storage",
     "data": "storage tokenizer",
-    "loss": "data distributed",  # of data only IGNORE_INDEX: LOSS_SEES
+    "loss": "data distributed",  # from data only IGNORE_INDEX, see LOSS_IMPORTS
     "loading": "adapter checkpoint model rope tokenizer",
     "corpus": "data storage tokenizer",
     "memory": "adapter attention distributed loss model",
@@ -38,66 +38,63 @@ MAY_IMPORT = {
     "evaluate": "cli data distributed inference loading loss rope storage tokenizer",
     "train": "adapter attention checkpoint data distributed loss memory model rope storage",
 }
-LOSS_SEES = "component.data"
-# What must not be reached either, through any number of modules.
+LOSS_IMPORTS = "component.data"
+# What a package must not import indirectly either.
 NEVER = {
-    "corpus": "model adapter peft",  # the builders start in seconds, and in many processes
+    "corpus": "model adapter peft",  # the builders must start fast, in many processes
     "merge": "evaluate",
     "train": "evaluate inference corpus merge",
 }
-# Imports among scripts, besides those of script/shared and those inside of script/experiment, and of train.py.
+# Imports between programs, besides those from script/shared and within script/experiment.
 AMONG_PROGRAMS = {
-    ("script/benchmark.py", "script/performance/peers.py"): "the names of the baselines that it starts",
-    ("script/benchmark.py", "script/performance/report.py"): "the table and the figures that it writes",
-    (
-        "script/experiment/measure.py",
-        "script/evaluate/evaluate.py",
-    ): "many evaluations in one process, not a start each",
+    ("script/benchmark.py", "script/performance/peers.py"): "names of the baselines to run",
+    ("script/benchmark.py", "script/performance/report.py"): "its table and figures",
+    ("script/experiment/measure.py", "script/evaluate/evaluate.py"): "many evaluations in one process",
 }
-LINES, FUNCTION_LINES, MAIN_LINES = 300, 60, 40  # of a module, of a function, of main() in train.py
-# Modules without a test file of their own, and what tests them instead.
+LINES, FUNCTION_LINES, MAIN_LINES = 300, 60, 40  # limits of a module, a function, and main() in train.py
+# Modules without their own test file, and why.
 UNTESTED = {
     **dict.fromkeys(["script/demo/data.py", "script/demo/demo.py", "script/demo/pretrain.py"], "make demo"),
     "script/experiment/downstream/tuning.py": "starts other programs for minutes; they have tests",
-    "script/experiment/figure.py": "its numbers are those of results.py; pictures are looked at",
+    "script/experiment/figure.py": "plots the numbers of results.py; reviewed by eye",
     "script/experiment/pretrain.py": "script/shared/pretraining.py has tests; the rest is its flags",
-    "script/experiment/report.py": "a table of what results.py gathers",
+    "script/experiment/report.py": "formats what results.py collects",
     "script/experiment/run.py": "starts train.py and evaluate.py for hours; they have tests",
     "script/experiment/tokenizer.py": "script/shared/pretraining.py has tests; the rest is its flags",
     "script/experiment/train_rolled.py": "script/shared/rolled_attention.py has tests; the rest is train.py",
-    "script/experiment/train_full.py": "the Trainer of transformers as it is, for comparison",
+    "script/experiment/train_full.py": "the unchanged Trainer of transformers, for comparison",
     "script/performance/evaluation.py": "times perplexity.py, which has tests, on models of 14 GB",
-    "script/performance/long_run.py": "hundreds of GPU steps under the cap of a small card",
+    "script/performance/long_run.py": "trains for a thousand steps",
     "script/performance/merge.py": "times merge_lora.py, which has tests, on a model of 2.7 GB",
-    "script/performance/real_shape.py": "starts the product's programs on a model of 13 GB",
+    "script/performance/real_shape.py": "runs programs that have tests on a model of 13 GB",
     "script/shared/card.py": "measures a GPU",
-    "script/shared/random_llama.py": "tests/script/test_benchmark.py, slow, trains what it makes",
+    "script/shared/random_llama.py": "used by tests/script/test_benchmark.py (slow)",
 }
 READMES = {
     *("README.md", "train_args/README.md", "component/README.md", "script/README.md"),
     *(f"script/{folder}/README.md" for folder in ("data", "inference", "evaluate", "experiment", "performance")),
 }
-SET_BY_LAUNCHERS = {"--local_rank"}  # flags that nobody types
+SET_BY_LAUNCHERS = {"--local_rank"}  # flags that users never type
 PATHS = ("train_args/", "component/", "script/", "tests/", "figure/")
 FILES = ("train.py", "Makefile", "requirements.txt", "pyproject.toml", "LICENSE", "README.md")
-OF_OTHERS: dict[str, str] = {}  # files of other projects that our READMEs name: file -> whose
+OF_OTHERS: dict[str, str] = {}  # files of other projects named in READMEs: file -> project
 
 
-def room(module: str) -> str:
-    """attention of component.attention.kernel, rope of component.rope, peft of peft.tuners."""
+def package(module: str) -> str:
+    """attention for component.attention.kernel, rope for component.rope, peft for peft.tuners."""
     parts = module.split(".")
     return (parts[1] if len(parts) > 1 else "") if parts[0] == "component" else parts[0]
 
 
-def room_of(path: str) -> str:
-    return room(path.removesuffix(".py").replace("/", "."))
+def package_of(path: str) -> str:
+    return package(path.removesuffix(".py").replace("/", "."))
 
 
-def told(problems: list[str]) -> str:
+def listing(problems: list[str]) -> str:
     return "\n  ".join(["", *problems])
 
 
-# ---- who imports whom
+# ---- imports
 
 
 def test_packages_import_only_what_the_table_allows():
@@ -105,26 +102,26 @@ def test_packages_import_only_what_the_table_allows():
     for path in COMPONENT:
         if path == "component/__init__.py":
             continue
-        own = room_of(path)
+        own = package_of(path)
         allowed = {own, "error", "", *MAY_IMPORT.get(own, "").split()}
         for module in sorted(imported(path) & MODULES.keys()):
-            too_much = own == "loss" and room(module) == "data" and module != LOSS_SEES
-            if not module.startswith("component") or room(module) not in allowed or too_much:
+            too_much = own == "loss" and package(module) == "data" and module != LOSS_IMPORTS
+            if not module.startswith("component") or package(module) not in allowed or too_much:
                 problems.append(f"{path} imports {module}; {own} may import: {MAY_IMPORT.get(own) or 'nothing'}")
-    assert not problems, told(problems)
+    assert not problems, listing(problems)
 
 
 def test_the_table_has_every_package():
-    assert MAY_IMPORT.keys() == {room_of(path) for path in COMPONENT} - {"__init__"}
+    assert MAY_IMPORT.keys() == {package_of(path) for path in COMPONENT} - {"__init__"}
 
 
-@pytest.mark.parametrize("package", NEVER)
-def test_what_is_never_imported_is_not_reached_either(package):
+@pytest.mark.parametrize("name", NEVER)
+def test_forbidden_packages_are_not_imported_indirectly(name):
     problems = []
-    for path in (path for path in COMPONENT if room_of(path) == package):
+    for path in (path for path in COMPONENT if package_of(path) == name):
         chains = reached(path)
-        problems += [chain for module, chain in chains.items() if room(module) in NEVER[package].split()]
-    assert not problems, told(sorted(problems))
+        problems += [chain for module, chain in chains.items() if package(module) in NEVER[name].split()]
+    assert not problems, listing(sorted(problems))
 
 
 def test_scripts_import_only_what_is_shared():
@@ -138,20 +135,18 @@ def test_scripts_import_only_what_is_shared():
             used.add((path, target))
             if (path, target) not in AMONG_PROGRAMS:
                 problems.append(f"{path} imports {target}; put what both need in component/ or script/shared/")
-    problems += [
-        f"{path} no longer imports {target}: out of the list" for path, target in AMONG_PROGRAMS.keys() - used
-    ]
-    assert not problems, told(problems)
+    problems += [f"{path} no longer imports {target}: remove it" for path, target in AMONG_PROGRAMS.keys() - used]
+    assert not problems, listing(problems)
 
 
-def test_no_import_goes_round_in_a_circle():
+def test_there_are_no_import_cycles():
     done: set[str] = set()
 
-    def walk(path: str, way: list[str]) -> None:
-        assert path not in way, "a circle of imports: " + " -> ".join([*way[way.index(path) :], path])
+    def walk(path: str, chain: list[str]) -> None:
+        assert path not in chain, " -> ".join([*chain[chain.index(path) :], path])
         if path not in done:
             for module in sorted(imported(path) & MODULES.keys()):
-                walk(MODULES[module], [*way, path])
+                walk(MODULES[module], [*chain, path])
             done.add(path)
 
     for path in COMPONENT:
@@ -171,24 +166,24 @@ def test_modules_and_functions_are_short():
                 lines = node.end_lineno - node.lineno + 1
                 limit = MAIN_LINES if (path, node.name) == ("train.py", "main") else FUNCTION_LINES
                 problems += [f"{path}: {node.name} has {lines} lines, more than {limit}"] if lines > limit else []
-    assert not problems, told(problems)
+    assert not problems, listing(problems)
 
 
-# ---- tests beside code
+# ---- test files
 
 
 def test_each_module_has_its_tests():
     modules = [path for path in (*COMPONENT, *SCRIPT) if Path(path).name != "__init__.py"]
     without = {path for path in modules if not (ROOT / mirrored(path)).is_file()}
     problems = [f"{path} has no {mirrored(path)}" for path in sorted(without - UNTESTED.keys())]
-    problems += [f"{path} has tests, or is gone: out of UNTESTED" for path in sorted(UNTESTED.keys() - without)]
-    assert not problems, told(problems)
+    problems += [f"UNTESTED: {path} has tests or does not exist" for path in sorted(UNTESTED.keys() - without)]
+    assert not problems, listing(problems)
 
 
 def test_each_test_file_has_its_module():
     tests = [path for path in files("tests/component", "tests/script") if Path(path).name.startswith("test_")]
     known = {mirrored(path) for path in CODE}
-    assert not set(tests) - known, told([f"{path}: no such module" for path in sorted(set(tests) - known)])
+    assert not set(tests) - known, listing([f"{path}: no such module" for path in sorted(set(tests) - known)])
 
 
 # ---- READMEs
@@ -200,7 +195,7 @@ def text_of(readme: str) -> str:
 
 
 def words_of(text: str) -> list[str]:
-    """Its words, with {a,b}.py as a.py and b.py, and without what stands around them."""
+    """Words without surrounding punctuation; {a,b}.py is expanded to a.py and b.py."""
     braces = re.compile(r"([^\s`{}]*)\{([\w,./]+)\}([^\s`{}]*)")
     text = braces.sub(lambda found: " ".join(found[1] + part + found[3] for part in found[2].split(",")), text)
     words = re.split(r"""[\s"'`()\[\],;|=]+""", text)
@@ -208,7 +203,7 @@ def words_of(text: str) -> list[str]:
 
 
 def code_in(text: str) -> str:
-    """Code blocks, and what stands in backticks."""
+    """Code blocks and text in backticks."""
     block = re.compile(r"^```.*?^```", re.M | re.S)
     return "\n".join([*block.findall(text), *re.findall(r"`([^`\n]+)`", block.sub("", text))])
 
@@ -230,7 +225,7 @@ def test_paths_in_a_readme_exist(readme):
 
 
 def readme_of(path: str) -> str:
-    """The nearest one above a program or module."""
+    """The nearest README above a program or module."""
     return next(name for folder in Path(path).parents if (name := str(folder / "README.md")) in READMES)
 
 
@@ -242,11 +237,11 @@ LISTED = [path for path in (*COMPONENT, *PROGRAMS) if Path(path).name != "__init
 def test_a_readme_lists_its_programs_or_modules(readme):
     listed = Counter(Path(word).name for word in words_of(text_of(readme)))
     wanted = Counter(Path(path).name for path in LISTED if readme_of(path) == readme)
-    assert not (lacking := sorted((wanted - listed).elements())), f"{readme} does not list {lacking}"
+    assert not (missing := sorted((wanted - listed).elements())), f"{readme} does not list {missing}"
 
 
 def flags_of(path: str, function: str | None = None, seen: frozenset = frozenset()) -> set[str]:
-    """The flags that a program adds to its parser, itself and through functions of component/ and script/shared/."""
+    """The flags of a program's parser, also those added by functions of component/ and script/shared/."""
     body = tree(path).body
     node = next((x for x in body if getattr(x, "name", None) == function), None) if function else tree(path)
     if node is None or (path, function) in seen:
@@ -260,7 +255,7 @@ def flags_of(path: str, function: str | None = None, seen: frozenset = frozenset
     found = set()
     for x in ast.walk(node):
         if isinstance(x, ast.Call) and getattr(x.func, "attr", "") == "add_argument" and x.args:
-            assert isinstance(x.args[0], ast.Constant), f"{path}:{x.lineno}: write the flag's name out"
+            assert isinstance(x.args[0], ast.Constant), f"{path}:{x.lineno}: write the flag as a literal"
             found |= {x.args[0].value} if x.args[0].value.startswith("--") else set()
         elif isinstance(x, ast.Name):
             file, name = origins.get(x.id, (path, x.id))
@@ -270,25 +265,25 @@ def flags_of(path: str, function: str | None = None, seen: frozenset = frozenset
 
 
 @pytest.mark.parametrize("readme", sorted({readme_of(path) for path in PROGRAMS}))
-def test_a_readme_tells_every_flag_and_no_other(readme):
+def test_a_readme_documents_exactly_the_flags_of_its_programs(readme):
     text, folder = text_of(readme), readme.removesuffix("README.md")
-    told_of, cells = set(re.findall(r"--\w+", text)), re.findall(r"^\s*\|([^|]*--\w[^|]*)\|", text, re.M)
+    documented, cells = set(re.findall(r"--\w+", text)), re.findall(r"^\s*\|([^|]*--\w[^|]*)\|", text, re.M)
     own, there = (
         [path for path in PROGRAMS if is_one(path)]
         for is_one in (lambda path: readme_of(path) == readme, lambda path: path.startswith(folder))
     )
-    problems = [f"lacks {flag} of {path}" for path in own for flag in sorted(flags_of(path) - told_of)]
+    problems = [f"lacks {flag} of {path}" for path in own for flag in sorted(flags_of(path) - documented)]
     known = set().union(*map(flags_of, there))
     more = {flag for cell in cells for flag in re.findall(r"--\w+", cell)} - known
     problems += [f"has {flag}, which no program here takes" for flag in sorted(more)]
-    assert not problems, f"{readme}" + told(problems)
+    assert not problems, f"{readme}" + listing(problems)
 
 
-def test_the_table_of_keys_is_that_of_the_yaml():
+def test_the_readme_documents_exactly_the_yaml_keys():
     table = re.compile(r"^\|[^|\n]*\bkeys?\b[^\n]*\n\|[-:| ]+\n((?:\|[^\n]*\n)+)", re.M | re.I)
     tables = table.findall(text_of("train_args/README.md"))
     cells = [row.split("|")[1] for table in tables for row in table.splitlines()]
-    told_keys = {key for cell in cells for key in re.findall(r"`(\w+)`", cell)}
+    documented = {key for cell in cells for key in re.findall(r"`(\w+)`", cell)}
     ours, theirs = ({item.name for item in fields(of)} for of in (LongQLoRAArguments, TrainingArguments))
-    assert not ours - told_keys, f"train_args/README.md lacks {sorted(ours - told_keys)}"
-    assert not (more := told_keys - ours - theirs), f"train_args/README.md has {sorted(more)}, which are no keys"
+    assert not ours - documented, f"train_args/README.md lacks {sorted(ours - documented)}"
+    assert not (more := documented - ours - theirs), f"train_args/README.md has {sorted(more)}, which are no keys"

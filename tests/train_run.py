@@ -1,4 +1,4 @@
-"""A run of train.py in a process of its own, the texts it trains on, and what it leaves behind."""
+"""Run train.py in its own process; its training texts, and what it writes."""
 
 import json
 import multiprocessing
@@ -9,27 +9,23 @@ from pathlib import Path
 
 import torch
 import yaml
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import ROOT
 
-# tokens of each differ widely, so that a mean over rows is not a mean over tokens
+# lengths differ widely, so that a mean over samples is not a mean over tokens
 TRAIN_TEXTS = [
     "A feather.",
     "The quick brown fox jumps over the lazy dog, and the dog does not mind at all, not even when the fox comes back.",
     "Groups of tokens.",
     "Positions are stretched, so that a longer text falls inside the range. " * 9,
 ]
-GROUP = 24  # tokens: most texts span several groups, and the longest is no multiple of it
+GROUP = 24  # tokens: most texts span several groups, and the longest is not a multiple
 LONGEST = 150  # tokens per sample
 BASIC = {
     "sft": False,
     "max_seq_length": LONGEST,
-    "model_max_length": 192,  # the base was made for 64: factor 3
+    "model_max_length": 192,  # the base has 64: factor 3
     "group_size": GROUP,
     "max_steps": 3,
     "per_device_train_batch_size": 4,
@@ -49,7 +45,7 @@ BASIC = {
 
 
 class Launcher:
-    """Starts runs of train.py as processes of their own, quickly, and keeps what they print."""
+    """Runs train.py in forked processes, which start fast, and captures the output."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -73,7 +69,7 @@ class Launcher:
 
 
 def run_main(argv: list[str], log: str, sabotage) -> None:
-    """In the forked process: what `python train.py *argv` does, with everything printed going into `log`."""
+    """`python train.py *argv` in a forked process, with stdout and stderr in `log`."""
     with Path(log).open("wb") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
@@ -103,7 +99,7 @@ def record(folder: Path) -> dict:
 
 
 def token_ids(folder: Path | str, texts: list[str], longest: int = LONGEST) -> list[torch.Tensor]:
-    """(1, T) each: <s>, the text and </s>, cut to `longest`; some are cut, some are not."""
+    """(1, T) each: <s>, the text and </s>, truncated to `longest`; some are, some are not."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rows = [[*tokenizer(text).input_ids, tokenizer.eos_token_id][:longest] for text in texts]
     assert all(row[0] == tokenizer.bos_token_id for row in rows)
@@ -113,7 +109,7 @@ def token_ids(folder: Path | str, texts: list[str], longest: int = LONGEST) -> l
 
 
 def stock_model(base: Path, factor: float | None = 3.0, **changes):
-    """The base in stock transformers, positions stretched by `factor` by hand."""
+    """The base in stock transformers, with positions interpolated by `factor` through its config."""
     config = AutoConfig.from_pretrained(base)
     if factor is not None:
         config.rope_parameters = {"rope_type": "linear", "factor": factor, "rope_theta": 10000.0}
@@ -123,7 +119,7 @@ def stock_model(base: Path, factor: float | None = 3.0, **changes):
 
 
 def launched(launcher: list[str], values: dict, train, environment: dict | None = None) -> Path:
-    """Run train.py under a launcher; the output folder."""
+    """Run train.py under a launcher. Returns the output folder."""
     file = train.yaml(values)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(environment or {})}
     run = subprocess.run(

@@ -1,4 +1,4 @@
-"""A tokenizer whose counts anyone can check by eye: one token per word, <s> before a text."""
+"""A tokenizer with one token per word and <s> before a text, so that counts are easy to check."""
 
 import json
 import random
@@ -28,7 +28,7 @@ def read_lines(file: Path) -> list:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-# the words of texts that a tokenizer of real texts reads as a word each
+# words that a tokenizer trained on real text encodes as one token each
 COMMON = ["the", "of", "and", "a", "to", "in", "he", "was", "his", "that", "it", "with", "as", "had", "for", "on"]
 
 

@@ -39,9 +39,7 @@ EVAL_LENGTHS = (256, 512, 1024, 2048)  # tokens
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--library", type=Path, nargs="+", default=[default_library()], help="standard library folders (this Python's)"
-    )
+    parser.add_argument("--library", type=Path, nargs="+", default=[default_library()], help="folders (this Python's)")
     add_training_flags(parser, SEQ_LENGTH, batch_size=256, learning_rate=3e-3)
     parser.add_argument("--num_attention_heads", type=int, default=8, help="query heads; half as many KV heads (8)")
     args = parser.parse_args()
@@ -98,7 +96,7 @@ def main() -> None:
     model = build_model(tokenizer, SEQ_LENGTH, rms_norm_eps=1e-5, **shape, **heads).to(device)
     sizes = {"training_tokens": len(training), "held_out_tokens": len(held_out), "parameters": model.num_parameters()}
     print(sizes, flush=True)
-    with atomic_folder(args.output) as folder:  # held while training: nobody else writes it meanwhile
+    with atomic_folder(args.output) as folder:  # locked during training against a second writer
         run = train(model, training, held_out, SEQ_LENGTH, args)
         model.to(torch.float16).save_pretrained(folder)
         tokenizer.save_pretrained(folder)

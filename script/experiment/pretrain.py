@@ -65,7 +65,7 @@ def main() -> None:
     model = build_model(tokenizer, SEQ_LENGTH, rms_norm_eps=1e-5, **shape, **heads).to(device)
     sizes = {"training_tokens": len(training), "parameters": model.num_parameters()}
     print(sizes, flush=True)
-    with atomic_folder(flags.output) as folder:  # held while training: nobody else writes it meanwhile
+    with atomic_folder(flags.output) as folder:  # locked during training against a second writer
         run = train(model, training, mixed, SEQ_LENGTH, flags)
         matrices = sum(p.numel() for name, p in model.named_parameters() if p.dim() > 1 and "embed_tokens" not in name)
         # forward and backward: 6 FLOP per weight and token; attention: 12 per (query, key) and channel, T / 2 pairs

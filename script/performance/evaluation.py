@@ -1,11 +1,11 @@
-"""How fast is evaluation beside the model's bare forward pass? Random weights; one GPU, one run for all numbers.
+"""How fast is evaluation compared with the model's bare forward pass? With random weights, on one GPU.
 
     python script/performance/evaluation.py --output_json figure/evaluation_speed.json
-    python script/performance/evaluation.py --rows tiny:256 --windows 2 --output_json FILE     # on a CPU
+    python script/performance/evaluation.py --rows tiny:256 --windows 2 --output_json FILE     # quick CPU test
 
-For each row SHAPE:TOKENS, seconds per window and tokens per second of: `bare`, decoder and head alone; `evaluate`,
-what evaluate.py computes, with perplexity by position; `transposed`, the same with cross-entropy on (B, V, tokens)
-logits, the layout that evaluation had before.
+For each row SHAPE:TOKENS, seconds per window and tokens per second of: `bare`, decoder and LM head alone; `evaluate`,
+the computation of evaluate.py, with perplexity by position; `transposed`, the same with its former loss, cross-entropy
+on (B, V, tokens) logits.
 """
 
 import argparse
@@ -76,7 +76,7 @@ def evaluate(model: LlamaForCausalLM, tokens: np.ndarray, length: int) -> None:
 
 
 def transposed(logits: torch.Tensor, target: torch.Tensor, **options: Any) -> torch.Tensor:
-    """Cross-entropy of flat logits, computed on the layout (1, V, tokens)."""
+    """Cross-entropy of (tokens, V) logits, computed in the layout (1, V, tokens)."""
     return F_CROSS_ENTROPY(logits[None].transpose(1, 2), target[None], **options)[0]
 
 
@@ -84,7 +84,7 @@ F_CROSS_ENTROPY = F.cross_entropy
 
 
 def seconds(run: Callable[[], None], times: int) -> float:
-    """Median of `times` runs, after one that is not timed."""
+    """Median of `times` runs after one warm-up run."""
     found = []
     for _ in range(times + 1):
         start = time.perf_counter()

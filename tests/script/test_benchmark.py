@@ -1,4 +1,4 @@
-"""script/benchmark.py: which rows, what is kept; and a tiny row measured for real (slow)."""
+"""script/benchmark.py: requested rows, resuming, commands; and tiny rows end to end (slow)."""
 
 import argparse
 import json
@@ -17,15 +17,14 @@ from tests.conftest import ROOT
 
 
 def flags(**given) -> argparse.Namespace:
-    nothing = {"sizes": [], "lengths": [], "kinds": [], "row": [], "plan": None}
-    return argparse.Namespace(**{**nothing, **given})
+    defaults = {"sizes": [], "lengths": [], "kinds": [], "row": [], "plan": None}
+    return argparse.Namespace(**{**defaults, **given})
 
 
-def test_rows_are_asked_for_in_three_ways(tmp_path):
+def test_rows_are_requested_in_three_ways(tmp_path):
     plan = tmp_path / "rows.json"
-    plan.write_text(
-        json.dumps([{"size": "13b", "length": 8192, "kind": "hf", "overrides": {"memory_budget_gib": 32}}])
-    )
+    row = {"size": "13b", "length": 8192, "kind": "hf", "overrides": {"memory_budget_gib": 32}}
+    plan.write_text(json.dumps([row]))
     rows = requested_rows(
         flags(sizes=["7b"], lengths=[8192, 131072], kinds=["hf", "unsloth"], row=["tiny:256:ours_off:2"], plan=plan)
     )
@@ -63,7 +62,7 @@ def test_wrong_plans_are_named(tmp_path, entry):
         requested_rows(flags(plan=tmp_path / "plan.yaml"))
 
 
-def test_overrides_of_peers():
+def test_overrides_of_baselines():
     assert Row("7b", 8192, "hf", overrides={"memory_budget_gib": 32}).name == "7b-8192-hf-memory_budget_gib=32"
     with pytest.raises(UserError, match="memory_budget_gib alone"):
         Row("7b", 8192, "hf", overrides={"keep_layers": 3})
@@ -77,18 +76,12 @@ def test_groups_of_each_kind():
     assert Row("7b", 8192, "ours_fastest", overrides={"use_shift_short_attention": False}).group is None
 
 
-def measured(kind: str, length: int = 8192, **values) -> dict:
-    peaks = {"peak_allocated_gib": 6.7, "peak_reserved_gib": 7.1, "device_in_use_gib": None, "host_peak_gib": 3.0}
-    row = {"size": "7b", "length": length, "kind": kind, "overrides": {}, "share_of_matrix_rate": None, **peaks}
-    return {**row, **values}
-
-
-def test_resume_leaves_out_what_is_known():
+def test_resume_skips_measured_rows_and_retries_failed_ones():
     row = Row("7b", 8192, "unsloth")
-    done = measured("unsloth", tokens_per_second=1.0)
+    done = {"size": "7b", "length": 8192, "kind": "unsloth", "overrides": {}}
     assert is_done(row, [done])
-    assert is_done(row, [measured("unsloth", error="torch.OutOfMemoryError: CUDA out of memory.")])
-    assert not is_done(row, [measured("unsloth", error="ModuleNotFoundError: No module named 'unsloth'")])
+    assert is_done(row, [done | {"error": "torch.OutOfMemoryError: CUDA out of memory."}])
+    assert not is_done(row, [done | {"error": "ModuleNotFoundError: No module named 'unsloth'"}])
     assert not is_done(row, [done | {"length": 4096}, done | {"kind": "hf"}, done | {"size": "13b"}])
     assert not is_done(row, [done | {"overrides": {"memory_budget_gib": 32}}])
 
@@ -108,12 +101,12 @@ def test_commands(kind, tmp_path):
     assert "memory_budget_gib: 9" in values
 
 
-def test_levers_are_keys_of_the_yaml():
+def test_settings_are_keys_of_the_yaml():
     known = {item.name for item in (*fields(LongQLoRAArguments), *fields(TrainingArguments))}
     assert {name for settings in OURS.values() for name in settings} <= known
 
 
-def test_rows_of_text_are_long_enough(tmp_path, tokenizer):
+def test_data_is_long_enough(tmp_path, tokenizer):
     lines = make_rows(tmp_path, 256, 3).read_text().splitlines()
     texts = [json.loads(line)["text"] for line in lines]
     assert len(set(texts)) == 3
@@ -122,7 +115,7 @@ def test_rows_of_text_are_long_enough(tmp_path, tokenizer):
 
 @pytest.mark.slow
 def test_tiny_rows_end_to_end(tmp_path, base_folder):
-    """Ours and transformers + PEFT on the CPU, then a second call that has nothing left to do."""
+    """LongQLoRA and transformers + PEFT on the CPU, then a second call that finds all rows measured."""
     output = tmp_path / "benchmark.json"
     words = ["--work", tmp_path / "work", "--tokenizer", base_folder, "--output_json", output, "--resume"]
     command = [sys.executable, ROOT / "script/benchmark.py", *words, "--sizes", "tiny", "--lengths", "256"]

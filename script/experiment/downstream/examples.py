@@ -51,9 +51,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--extended", type=Path, required=True, help="LongQLoRA adapter or merged model")
     parser.add_argument("--source", type=Path, required=True, help='held-out file of {"text"} records')
     parser.add_argument("--work", type=Path, required=True, help="folder for prompts, continuations and logs")
-    parser.add_argument(
-        "--long_tokens", type=int, nargs=2, default=[3000, 6000], help="min and max of long prompts (3000 6000)"
-    )
+    parser.add_argument("--long_tokens", type=int, nargs=2, default=[3000, 6000], help="min and max (3000 6000)")
     parser.add_argument("--new_tokens", type=int, default=100, help="to generate and to score (100)")
     parser.add_argument("--passages", type=int, default=16, help="long and short ones each (16)")
     parser.add_argument("--shown", type=int, default=2, help="passages per figure (2)")
@@ -138,9 +136,8 @@ def main() -> None:
         sampled = passages(flags.source, tokenizer, limits, flags.new_tokens, f"{flags.seed} {kind}")
         found += [passage | {"kind": kind} for passage in islice(sampled, flags.passages)]
     prompts = flags.work / "prompts.jsonl"
-    prompts.write_text(
-        "".join(json.dumps({"prompt": passage["prompt"]}) + "\n" for passage in found), encoding="utf-8"
-    )
+    lines = [json.dumps({"prompt": passage["prompt"]}) + "\n" for passage in found]
+    prompts.write_text("".join(lines), encoding="utf-8")
     adapter_words = ["--adapter_name_or_path", str(extended[1])] if is_adapter else []
     answers = {"base": generate("base", ["--model_name_or_path", str(flags.base)], prompts, flags)}
     answers["longqlora"] = generate("longqlora", ["--model_name_or_path", extended[0], *adapter_words], prompts, flags)

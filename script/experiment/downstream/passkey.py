@@ -139,9 +139,8 @@ def draw(results: dict[str, dict[str, Any]], file: str) -> None:
 def main() -> None:
     flags = parse_flags()
     own = context_length(load_config(str(flags.base), "--base"))
-    PromptMaker(load_tokenizer(str(flags.base))).prompt(
-        min(flags.lengths), 0.0, str(KEYS[-1])
-    )  # checks the shortest length
+    # raises now if the shortest length is too short
+    PromptMaker(load_tokenizer(str(flags.base))).prompt(min(flags.lengths), 0.0, str(KEYS[-1]))
     flags.work.mkdir(parents=True, exist_ok=True)
     extended = merge(flags.adapter, flags.work / "extended") if flags.adapter else flags.base
     context = context_length(load_config(str(extended))) if flags.adapter else flags.context or 8192

@@ -1,4 +1,4 @@
-"""The original's attention, as the baselines compute it."""
+"""The original's attention, as in the baseline `original`."""
 
 import torch
 
@@ -6,7 +6,7 @@ from script.performance.peers import rolled_s2
 
 
 def test_the_original_rolls():
-    """Against S2-Attn by the definition of the published code, with heads rolled and groups of a quarter."""
+    """Compared with a loop over the published definition: half of the heads rolled, groups of a quarter."""
     query, key, value = torch.randn(3, 1, 4, 16, 8)
     found, _ = rolled_s2(None, query, key, value, None, scaling=8**-0.5)
     for head in range(4):

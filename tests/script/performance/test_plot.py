@@ -1,4 +1,4 @@
-"""script/performance/plot.py: memory and speed against the length of a sequence."""
+"""script/performance/plot.py: memory and speed by sequence length."""
 
 import matplotlib.pyplot as plt
 

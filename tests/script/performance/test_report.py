@@ -1,4 +1,4 @@
-"""What the numbers of a benchmark mean, and the table of them."""
+"""Speed, FLOP and errors of a benchmark's rows, and the table of them."""
 
 import pytest
 
@@ -33,7 +33,7 @@ def test_speed_of_a_measurement():
 
 @pytest.mark.parametrize("group", [None, 4, 8])
 def test_attention_is_counted_pair_by_pair(group):
-    """What longer groups add is the pairs that they add: 16 FLOP each, layer by layer and channel by channel."""
+    """Every (query, key) pair costs 16 FLOP per layer and channel."""
     length, hidden, layers = 32, 64, 2  # of the shape "tiny"
     seen = 0
     for shift in (0, (group or 0) // 2):
@@ -46,13 +46,18 @@ def test_attention_is_counted_pair_by_pair(group):
     assert step_flop("tiny", length, group) - linear == 16 * layers * hidden * seen / 2
 
 
+def test_the_program_prints_the_table(run_program):
+    outcome = run_program("script/performance/report.py", "figure/benchmark.json")
+    assert (outcome.status, outcome.out.split()[:3]) == (0, ["size", "tokens", "kind"])
+
+
 def measured(kind: str, length: int = 8192, **values) -> dict:
     peaks = {"peak_allocated_gib": 6.7, "peak_reserved_gib": 7.1, "device_in_use_gib": None, "host_peak_gib": 3.0}
     row = {"size": "7b", "length": length, "kind": kind, "overrides": {}, "share_of_matrix_rate": None, **peaks}
     return {**row, **values}
 
 
-def test_table_sets_speeds_against_unsloth_of_the_same_length():
+def test_the_table_compares_with_unsloth_at_the_same_length():
     lines = table(
         [
             measured("ours_fastest", tokens_per_second=15000.0),
@@ -69,7 +74,7 @@ def test_table_sets_speeds_against_unsloth_of_the_same_length():
     assert lines[5].split()[3:6] == ["keep_layers=3", "12000", "1.20"]
 
 
-def test_results_are_not_overwritten_unless_asked(tmp_path):
+def test_results_are_not_overwritten(tmp_path):
     file = tmp_path / "benchmark.json"
     assert read_results(file, resume=False) == {"rows": []}
     file.write_text('{"rows": [1]}')
@@ -96,5 +101,5 @@ def test_results_are_not_overwritten_unless_asked(tmp_path):
         ),
     ],
 )
-def test_failures_in_one_line(log, status, line):
+def test_errors_in_one_line(log, status, line):
     assert failure(log, status, 60) == line

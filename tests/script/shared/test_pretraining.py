@@ -1,4 +1,4 @@
-"""The small bases of demo and experiments: their stream of tokens, their schedule, their loss."""
+"""Pretraining of the small bases: token stream, schedule, optimizer groups, loss, tokenizer."""
 
 import pytest
 import torch
@@ -8,9 +8,9 @@ from tests.conftest import TEXTS
 from tests.words import word_tokenizer
 
 
-def test_a_stream_holds_each_text_between_its_ends():
+def test_every_text_in_the_stream_has_bos_and_eos():
     stream = token_stream(word_tokenizer(), ["a", "b c", "d"], seed=0)
-    assert stream.tolist() == [0, 4, 5, 1, 0, 6, 1, 0, 3, 1]  # shuffled; each time in the same way
+    assert stream.tolist() == [0, 4, 5, 1, 0, 6, 1, 0, 3, 1]  # shuffled, reproducibly
     assert stream.dtype == torch.long
 
 
@@ -30,7 +30,7 @@ def test_warm_up_times_cosine(step, progress, scale):
     assert learning_rate_scale(step, progress) == pytest.approx(scale, abs=1e-12)
 
 
-def test_norms_do_not_decay(tiny_llama):
+def test_norms_have_no_weight_decay(tiny_llama):
     decaying, others = build_optimizer(tiny_llama, 1e-3).param_groups
     assert (decaying["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
     assert len(others["params"]) == 2 * 2 + 1
@@ -38,13 +38,13 @@ def test_norms_do_not_decay(tiny_llama):
     assert len(decaying["params"]) + len(others["params"]) == len(list(tiny_llama.parameters()))
 
 
-def test_windows_weigh_alike(tiny_llama):
+def test_windows_are_equally_weighted(tiny_llama):
     stream = torch.randint(384, (70,))
     losses = [tiny_llama(ids, labels=ids).loss.item() for ids in stream[:60].view(3, 1, 20)]
     assert mean_loss(tiny_llama, stream, 20) == pytest.approx(sum(losses) / 3, rel=1e-5)
 
 
-def test_a_tokenizer_of_bytes():
+def test_the_tokenizer_is_byte_level():
     tokenizer = train_tokenizer(TEXTS, 300, 64)
     assert (len(tokenizer), tokenizer.model_max_length, tokenizer.pad_token) == (300, 64, None)
     ids = tokenizer("東京 naïve").input_ids

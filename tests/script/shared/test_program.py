@@ -1,4 +1,4 @@
-"""Programs run by programs: their status, their log, and what becomes of those that take too long."""
+"""Programs run by scripts: status, log, time limit, environment."""
 
 import sys
 import time
@@ -16,7 +16,7 @@ def test_status_and_log(status, tmp_path):
     assert sorted((tmp_path / "log").read_text().split()) == ["err", "out"]
 
 
-def test_what_takes_too_long_ends_with_its_children(tmp_path):
+def test_a_time_limit_kills_children_too(tmp_path):
     child = "import time, pathlib; time.sleep(1); pathlib.Path('alive').touch()"
     program = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     assert run([sys.executable, "-c", program], tmp_path / "log", 0.5, tmp_path) is None
@@ -24,16 +24,16 @@ def test_what_takes_too_long_ends_with_its_children(tmp_path):
     assert not (tmp_path / "alive").exists()
 
 
-def test_another_process_gives_its_result():
+def test_a_function_in_a_new_process():
     assert in_a_process(divmod, 17, 5) == (3, 2)
 
 
-def test_a_program_of_ours(tmp_path):
+def test_execute(tmp_path):
     execute(["-c", "import os; print(os.environ['HF_HUB_OFFLINE'], os.path.exists('train.py'))"], tmp_path / "log")
     assert (tmp_path / "log").read_text() == "1 True\n"
 
 
-def test_a_program_of_ours_that_fails(tmp_path):
+def test_execute_reports_failures(tmp_path):
     with pytest.raises(UserError, match=r"ended with status 2: error: no such thing; see .*log"):
         execute(["-c", "import sys; print('working'); print('error: no such thing'); sys.exit(2)"], tmp_path / "log")
 
@@ -44,7 +44,7 @@ def test_environment_and_folder(tmp_path):
     assert (tmp_path / "log").read_text() == f"said {tmp_path}\n"
 
 
-def test_commands_that_are_shown(capfd):
+def test_show_and_run(capfd):
     assert show_and_run("python -c 'print(1 + 1)'") > 0
     assert capfd.readouterr().out == "$ python -c 'print(1 + 1)'\n2\n"
     with pytest.raises(SystemExit, match="error: the command above ended with status 5"):

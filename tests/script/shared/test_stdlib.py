@@ -1,4 +1,4 @@
-"""The demo's texts: which files of a library are read, and which are held out, on every machine alike."""
+"""The demo's texts: which files of the standard library are read, and which are held out."""
 
 import pytest
 
@@ -26,22 +26,22 @@ def library(tmp_path):
     return folder
 
 
-def test_what_is_read(library):
+def test_source_files(library):
     assert library_files(library) == ["abc.py", "json/__init__.py"]
     training, held_out = split_library(library)
     assert training | held_out == {"abc.py": "a", "json/__init__.py": "b"}
     assert not training.keys() & held_out.keys()
 
 
-def test_what_is_held_out():
-    """Of these, by SHA-256 of the path modulo 20; a module that becomes a package stays on its side."""
+def test_held_out_modules():
+    """By SHA-256 of the path modulo 20; a module that becomes a package stays on its side."""
     names = [f"module_{number}.py" for number in range(40)]
     assert [name for name in names if is_held_out(name)] == ["module_3.py", "module_21.py", "module_31.py"]
     assert is_held_out("module_3/__init__.py")
     assert not is_held_out("module_0/__init__.py")
 
 
-def test_the_name_of_a_library(library):
+def test_library_name(library):
     assert library_name(library) == "python3.99"
     header = library.parent.parent / "include" / "python3.99" / "patchlevel.h"
     header.parent.mkdir(parents=True)
