@@ -60,6 +60,16 @@ def exit_on_user_error(main: Callable[[], Main]) -> Callable[[], Main]:
     return wrapper
 
 
+def parsed_first(parse: Callable[[], argparse.Namespace]) -> Callable[[], argparse.Namespace]:
+    """Decorate a program's `parse_flags`, which stands above its slow imports.
+
+    If the program is run, and not imported, flags are parsed right there: --help and mistakes need no torch.
+    """
+    if parse.__module__ == "__main__":
+        exit_on_user_error(parse)()
+    return parse
+
+
 def _is_output_closed() -> bool:
     """Whether nobody reads stdout; what is left for it is then discarded, else Python complains at exit."""
     with contextlib.suppress(io.UnsupportedOperation):  # a stdout of a test has no descriptor

@@ -12,21 +12,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from component.adapter import check_targets_early
-from component.cli import exit_on_user_error
-from component.distributed.strategy import training_strategy
-from component.error import UserError
-from component.memory.budget import CONTEXT_GIB, LIBRARIES_GIB, USABLE
-from component.memory.plan import choose_plan, estimate, minimum_memory_plan, next_memory_option
-from component.memory.workload import GIB, Workload, paged_bytes, workload
-from component.model import load_config
-from component.storage.claim import claimed
-from component.storage.result import write_json
-from component.train.validation import BOUNDS
-
-STEP = 1024  # resolution, in tokens, of the longest sample
+from component.cli import exit_on_user_error, parsed_first
 
 
+@parsed_first
 def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", required=True, help="folder with a config.json, or a hub id")
@@ -47,6 +36,20 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--output_json", type=Path, help="also write the estimate here")
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
     return parser.parse_args()
+
+
+from component.adapter import check_targets_early
+from component.distributed.strategy import training_strategy
+from component.error import UserError
+from component.memory.budget import CONTEXT_GIB, LIBRARIES_GIB, USABLE
+from component.memory.plan import choose_plan, estimate, minimum_memory_plan, next_memory_option
+from component.memory.workload import GIB, Workload, paged_bytes, workload
+from component.model import load_config
+from component.storage.claim import claimed
+from component.storage.result import write_json
+from component.train.validation import BOUNDS
+
+STEP = 1024  # resolution, in tokens, of the longest sample
 
 
 def read_workload(flags: argparse.Namespace) -> Workload:

@@ -16,26 +16,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
-import torch
-from transformers import PretrainedConfig
-
-from component.checkpoint import check_replaceable, merged_folder, newest_run, read_record, write_record
-from component.cli import exit_on_user_error
-from component.data.token_file import read_tokens
-from component.error import UserError
-from component.evaluate.perplexity import check_measure, longlora_windows, measure_all
-from component.evaluate.table import comparison
-from component.loading import extended_config_of, load_model, resolve_model
-from component.merge.check import CHECKS, check_merged, lengths_to_check
-from component.merge.plan import BASES, plan_merge
-from component.merge.write import variants_on_disk, write_merged
-from component.rope import context_length, rope_factor
-from component.storage.atomic import atomic_folder, check_target
-from component.storage.tensor_writer import shard_bytes
-from component.tokenizer import load_tokenizer, save_tokenizer
+from component.cli import exit_on_user_error, parsed_first
+from component.merge import BASES, CHECKS
 
 
+@parsed_first
 def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", help="base model (default: the one that the adapter records)")
@@ -54,6 +39,25 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--measure", metavar="FILE.bin", help=measure)
     parser.add_argument("--seq_len", type=int, help="tokens per window of --measure (default: the extended context)")
     return parser.parse_args()
+
+
+import numpy as np
+import torch
+from transformers import PretrainedConfig
+
+from component.checkpoint import check_replaceable, merged_folder, newest_run, read_record, write_record
+from component.data.token_file import read_tokens
+from component.error import UserError
+from component.evaluate.perplexity import check_measure, longlora_windows, measure_all
+from component.evaluate.table import comparison
+from component.loading import extended_config_of, load_model, resolve_model
+from component.merge.check import check_merged, lengths_to_check
+from component.merge.plan import plan_merge
+from component.merge.write import variants_on_disk, write_merged
+from component.rope import context_length, rope_factor
+from component.storage.atomic import atomic_folder, check_target
+from component.storage.tensor_writer import shard_bytes
+from component.tokenizer import load_tokenizer, save_tokenizer
 
 
 def measured_tokens(flags: argparse.Namespace, config: PretrainedConfig) -> tuple[np.ndarray, int]:

@@ -1,10 +1,9 @@
-"""Which models are evaluated? Flags that name them, checks before any is loaded, and loading.
+"""Which models are evaluated? Checks before any is loaded, and loading.
 
 A `ModelSpec` is written `NAME=MODEL[:ADAPTER][@TOKENS]`: a model, its adapter, and the context to which a plain base
 is scaled. MODEL may also be an adapter folder, which records its base.
 """
 
-import argparse
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,25 +12,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from component.cli import BOOLEAN
 from component.data.token_file import check_tokenizer, index_path, read_index
 from component.error import UserError
 from component.loading import extended_config_of, load_model, resolve_model
 from component.rope import context_length, rope_factor
 from component.tokenizer import tokenizer_in
-
-
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags about models that the evaluation programs share."""
-    base = "plain or merged model, or the adapter's base (default: the one that the adapter records)"
-    parser.add_argument("--base_model", help=base)
-    parser.add_argument("--peft_model", help="adapter folder or hub id")
-    context = "tokens to which a plain base is scaled; LongQLoRA's own folders record theirs"
-    parser.add_argument("--context_size", type=int, help=context)
-    parser.add_argument("--load_in_4bit", **BOOLEAN, help="NF4 weights: a quarter of the memory")
-    parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], help="default: fp16 on GPU, else fp32")
-    parser.add_argument("--output_json", help="file for the results")
-    parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
 
 
 @dataclass(frozen=True)

@@ -31,10 +31,9 @@ from component.evaluate.aggregate import (
     perplexity_of,
     sum_window,
 )
+from component.evaluate.flags import PROTOCOLS
 from component.loading import default_device, free_memory, inference_dtype
 from component.loss import next_token_losses
-
-PROTOCOLS = ("longlora", "sliding")
 
 
 @dataclass

@@ -19,7 +19,6 @@ from component.loss import chunked_logits
 from component.merge.plan import MergePlan
 from component.rope import context_length
 
-CHECKS = ("auto", "yes", "no", "only")
 SHORT = 64  # tokens
 TEXT = (
     "A model that was trained on short texts has never seen the positions of a long one. When all positions are "

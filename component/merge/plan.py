@@ -20,8 +20,6 @@ from component.error import UserError
 from component.model import without_weights
 from component.storage.tensor_reader import TensorRef, model_tensors, tensors_in
 
-BASES = ("fp16", "nf4")
-
 
 @dataclass
 class TensorUpdate:

@@ -13,7 +13,22 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from component.cli import check_at_least, exit_on_user_error
+from component.cli import check_at_least, exit_on_user_error, parsed_first
+
+
+@parsed_first
+def parse_flags() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name_or_path", required=True)
+    parser.add_argument("--context_size", type=int, help="tokens to which a plain base is scaled")
+    parser.add_argument("--data_path", required=True, help=".bin file of token ids")
+    parser.add_argument("--seq_len", type=int, required=True, help="tokens per window")
+    parser.add_argument("--windows", type=int, default=16, help="maximum number of windows (default 16)")
+    parser.add_argument("--output_json", help="file for the results")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    return parser.parse_args()
+
+
 from component.data.token_file import read_tokens
 from component.evaluate.kv_cache import measure_cache_quantization
 from component.evaluate.table import grid
@@ -25,15 +40,7 @@ from component.storage.result import origin, write_json
 
 @exit_on_user_error
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_name_or_path", required=True)
-    parser.add_argument("--context_size", type=int, help="tokens to which a plain base is scaled")
-    parser.add_argument("--data_path", required=True, help=".bin file of token ids")
-    parser.add_argument("--seq_len", type=int, required=True, help="tokens per window")
-    parser.add_argument("--windows", type=int, default=16, help="maximum number of windows (default 16)")
-    parser.add_argument("--output_json", help="file for the results")
-    parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
-    flags = parser.parse_args()
+    flags = parse_flags()
     check_at_least(flags, 1, "windows", "context_size")
     check_at_least(flags, 2, "seq_len")
     read = {"--model_name_or_path": [flags.model_name_or_path], "--data_path": [flags.data_path]}

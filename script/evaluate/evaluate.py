@@ -18,28 +18,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import torch
-
-from component.cli import BOOLEAN, check_at_least, exit_on_user_error
-from component.data.token_file import read_index, read_tokens
-from component.distributed.world import is_first_process, joined_processes
-from component.error import UserError, first_line
-from component.evaluate.model_spec import (
-    ModelSpec,
-    add_model_flags,
-    check_model_spec,
-    describe_model,
-    files_read,
-    load_model_spec,
-    parse_model_specs,
-)
-from component.evaluate.perplexity import PROTOCOLS, Perplexity, measure_perplexity, plan_windows
-from component.evaluate.table import comparison, document_line, length_table, position_table
-from component.loading import free_memory
-from component.storage.claim import claimed
-from component.storage.result import origin, write_json
+from component.cli import BOOLEAN, check_at_least, exit_on_user_error, parsed_first
+from component.evaluate.flags import PROTOCOLS, add_model_flags
 
 
+@parsed_first
 def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_flags(parser)
@@ -54,6 +37,26 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=1, help="windows at a time (default 1)")
     parser.add_argument("--low_rank_training", **BOOLEAN, help="the original's name for --load_in_4bit")
     return parser.parse_args()
+
+
+import torch
+
+from component.data.token_file import read_index, read_tokens
+from component.distributed.world import is_first_process, joined_processes
+from component.error import UserError, first_line
+from component.evaluate.model_spec import (
+    ModelSpec,
+    check_model_spec,
+    describe_model,
+    files_read,
+    load_model_spec,
+    parse_model_specs,
+)
+from component.evaluate.perplexity import Perplexity, measure_perplexity, plan_windows
+from component.evaluate.table import comparison, document_line, length_table, position_table
+from component.loading import free_memory
+from component.storage.claim import claimed
+from component.storage.result import origin, write_json
 
 
 def check_flags(flags: argparse.Namespace) -> list[ModelSpec]:

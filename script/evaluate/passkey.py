@@ -15,25 +15,12 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import matplotlib
 
-matplotlib.use("Agg")
-import torch
-from tqdm import tqdm
-
-from component.cli import BOOLEAN, check_at_least, exit_on_user_error
-from component.error import UserError, first_line
-from component.evaluate.figure import draw
-from component.evaluate.model_spec import ModelSpec, add_model_flags, describe_model, files_read, load_model_spec
-from component.evaluate.passkey import KEYS, PromptMaker, Trial, accuracy, even_depths, run_trials
-from component.evaluate.table import grid
-from component.loading import extended_config_of, resolve_model
-from component.rope import context_length
-from component.storage.claim import claimed
-from component.storage.result import origin, write_json
-from component.tokenizer import load_tokenizer
+from component.cli import BOOLEAN, check_at_least, exit_on_user_error, parsed_first
+from component.evaluate.flags import add_model_flags
 
 
+@parsed_first
 def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_flags(parser)
@@ -47,6 +34,24 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--offload_cache", **BOOLEAN, help="KV cache in CPU memory: longer prompts, slower")
     parser.add_argument("--figure", help="PNG file for the heat map")
     return parser.parse_args()
+
+
+import matplotlib
+
+matplotlib.use("Agg")
+import torch
+from tqdm import tqdm
+
+from component.error import UserError, first_line
+from component.evaluate.figure import draw
+from component.evaluate.model_spec import ModelSpec, describe_model, files_read, load_model_spec
+from component.evaluate.passkey import KEYS, PromptMaker, Trial, accuracy, even_depths, run_trials
+from component.evaluate.table import grid
+from component.loading import extended_config_of, resolve_model
+from component.rope import context_length
+from component.storage.claim import claimed
+from component.storage.result import origin, write_json
+from component.tokenizer import load_tokenizer
 
 
 def check_flags(flags: argparse.Namespace) -> list[float]:

@@ -16,21 +16,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import torch
-import torch.nn.functional as F
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
-
-from component.cli import exit_on_user_error
-from component.error import UserError
-from component.evaluate.passkey import FILLER, INTRODUCTION, KEYS, NEEDLE, QUESTION, PromptMaker
-from component.storage.atomic import atomic_folder, check_target
-from component.storage.result import origin, write_json
-from script.shared.pretraining import build_model, train_tokenizer
-
-WARMUP_STEPS = 50
-OTHER_WEIGHT = 0.05  # loss weight of tokens that do not copy the key
+from component.cli import exit_on_user_error, parsed_first
 
 
+@parsed_first
 def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
@@ -42,6 +31,20 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
+
+
+import torch
+import torch.nn.functional as F
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+
+from component.error import UserError
+from component.evaluate.passkey import FILLER, INTRODUCTION, KEYS, NEEDLE, QUESTION, PromptMaker
+from component.storage.atomic import atomic_folder, check_target
+from component.storage.result import origin, write_json
+from script.shared.pretraining import build_model, train_tokenizer
+
+WARMUP_STEPS = 50
+OTHER_WEIGHT = 0.05  # loss weight of tokens that do not copy the key
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

@@ -14,12 +14,27 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from component.cli import exit_on_user_error, parsed_first
+
+
+@parsed_first
+def parse_flags() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="+", help="JSON files that evaluate.py wrote")
+    parser.add_argument("--names", nargs="+", help="new names of the models, in the order of the files")
+    parser.add_argument(
+        "--output", type=Path, default=Path("perplexity.png"), help="PNG file (default perplexity.png)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    return parser.parse_args()
+
+
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from component.cli import exit_on_user_error
 from component.error import UserError
 from component.evaluate.figure import draw_lengths, draw_positions, finish, longest_shared
 from component.storage.claim import claimed
@@ -96,14 +111,7 @@ def draw(models: list[dict[str, Any]], file: Path) -> None:
 
 @exit_on_user_error
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, nargs="+", help="JSON files that evaluate.py wrote")
-    parser.add_argument("--names", nargs="+", help="new names of the models, in the order of the files")
-    parser.add_argument(
-        "--output", type=Path, default=Path("perplexity.png"), help="PNG file (default perplexity.png)"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
-    flags = parser.parse_args()
+    flags = parse_flags()
     with claimed({"--output": [flags.output]}, {"results": flags.results}, overwrite=flags.overwrite):
         models = read_models(flags.results, flags.names)
         draw(models, flags.output)
