@@ -8,7 +8,16 @@
 
 import copy
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from component.cli import exit_on_user_error, parsed_first
+from component.train.argument import LongQLoRAArguments, read_command_line
+
+
+@parsed_first
+def read_flags() -> tuple[str, dict[str, Any]]:
+    return read_command_line(sys.argv[1:])
+
 
 from peft import PeftModel
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, TrainingArguments, set_seed
@@ -17,21 +26,21 @@ from component.adapter import add_adapter, check_targets_early
 from component.attention.interface import has_plain_attention, use_shift_short_attention
 from component.attention.kernel import limit_kernels
 from component.checkpoint import claimed_output_dir, prepare_output_dir
-from component.cli import exit_on_user_error
 from component.data.collator import RightPadCollator
 from component.data.dataset import load_samples
 from component.distributed.strategy import Strategy, training_strategy
 from component.error import UserError
 from component.memory.apply import liger_runs, use_memory_plan
 from component.memory.budget import available_memory, explaining_out_of_memory, limit_memory, peak_memory
-from component.memory.plan import Estimate, MemoryPlan, choose_plan, describe_estimate
+from component.memory.plan import MEMORY_OPTIONS, Estimate, MemoryPlan, choose_plan, describe_estimate
 from component.memory.workload import Workload, workload
 from component.model import compute_dtype, load_base, load_config
 from component.rope import extend_context, own_rope_type
 from component.storage.result import library_versions
 from component.tokenizer import any_pad_id, load_tokenizer
-from component.train.argument import LongQLoRAArguments, parse_arguments
 from component.train.callback import FullAttentionCallback
+from component.train.rehearsal import explained_settings, rehearse
+from component.train.settings import parse_arguments
 from component.train.summary import print_summary
 from component.train.trainer import LongQLoRATrainer
 from component.train.zero import single_process_environment
@@ -60,8 +69,9 @@ def run(args: LongQLoRAArguments, training_args: TrainingArguments) -> None:
         training_args.output_dir, training_args.resume_from_checkpoint, args.overwrite_output_dir
     )
     strategy = training_strategy(training_args.deepspeed, training_args.world_size)
-    set_seed(training_args.seed)
     limit_memory(args.memory_budget_gib)
+    rehearse(training_args)
+    set_seed(training_args.seed)
     limit_kernels(args.use_flash_attn)
 
     # everything that can be checked without weights comes before they are loaded
@@ -74,18 +84,19 @@ def run(args: LongQLoRAArguments, training_args: TrainingArguments) -> None:
 
     model = load_adapted(args, training_args, strategy, training_config(args, extended))
     fallback = apply_plan(args, training_args, strategy, model, memory)
-    trainer = LongQLoRATrainer(
-        model=model,
-        args=training_args,
-        train_dataset=train_set,
-        eval_dataset=eval_set,
-        data_collator=RightPadCollator(any_pad_id(tokenizer)),
-        callbacks=[FullAttentionCallback(args.full_attention_ratio)] if args.full_attention_ratio else None,
-        processing_class=tokenizer,
-        extended_config=extended,
-        record=args.record(extended, factor) | {"versions": library_versions()},
-        strategy=strategy,
-    )
+    with explained_settings(training_args):
+        trainer = LongQLoRATrainer(
+            model=model,
+            args=training_args,
+            train_dataset=train_set,
+            eval_dataset=eval_set,
+            data_collator=RightPadCollator(any_pad_id(tokenizer)),
+            callbacks=[FullAttentionCallback(args.full_attention_ratio)] if args.full_attention_ratio else None,
+            processing_class=tokenizer,
+            extended_config=extended,
+            record=args.record(extended, factor) | {"versions": library_versions()},
+            strategy=strategy,
+        )
     lines = data_lines | {"memory": f"no plan ({fallback})" if fallback else memory.line}
     print_summary(args, training_args, trainer, factor, lines)
     train(trainer, resume, memory, fallback)
@@ -119,7 +130,7 @@ def plan_memory(
         offload_optimizer=strategy.offloads_optimizer,
     )
     gpu_gib, host_gib = available_memory(work, args.memory_budget_gib, training_args.device)
-    options = args.memory_options
+    options = {name: getattr(args, name) for name in MEMORY_OPTIONS}
     if not uses_own_attention(args, extended):
         options["keep_attention_output"] = False
     plan, expected = choose_plan(work, gpu_gib, host_gib, **options)
@@ -194,7 +205,7 @@ def apply_plan(
 
 def train(trainer: LongQLoRATrainer, resume: str | None, memory: Memory, fallback: str | None) -> None:
     """Train, save, evaluate: an evaluation that fails loses nothing that was trained."""
-    with explaining_out_of_memory(memory.work, memory.plan):
+    with explaining_out_of_memory(memory.work, memory.plan), explained_settings(trainer.args):
         metrics = trainer.train(resume_from_checkpoint=resume).metrics | peak_memory()
     if not trainer.state.global_step:
         raise UserError("train_file: no step was trained, so nothing is saved; it has too few samples for a batch")

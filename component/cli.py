@@ -60,7 +60,7 @@ def exit_on_user_error(main: Callable[[], Main]) -> Callable[[], Main]:
     return wrapper
 
 
-def parsed_first(parse: Callable[[], argparse.Namespace]) -> Callable[[], argparse.Namespace]:
+def parsed_first(parse: Callable[[], Main]) -> Callable[[], Main]:
     """Decorate a program's `parse_flags`, which stands above its slow imports.
 
     If the program is run, and not imported, flags are parsed right there: --help and mistakes need no torch.

@@ -29,18 +29,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import torch
-import yaml
 
-from component.cli import exit_on_user_error
-from component.error import UserError, nearest
-from component.storage.result import LIBRARIES, library_versions, write_json
+from component.cli import exit_on_user_error, parsed_first
 from script.performance.peers import PEERS
-from script.performance.report import commit, failure, read_results, speed, step_flop, table
-from script.shared.card import describe_card
-from script.shared.program import in_a_process, read_training, run
-from script.shared.random_llama import SHAPES, make_model
-from script.shared.stdlib import default_library, split_library
+from script.shared.shape import SHAPES
 
 RECIPE = {
     "sft": False,
@@ -82,6 +74,36 @@ OURS = {
     "off": {"bf16": True, "memory_plan": False, "gradient_checkpointing": True, "deepspeed": ON_CARD},
 }
 KINDS = [*(f"ours_{name}" for name in OURS), *(f"ours_python_{name}" for name in OURS), *PEERS]
+
+
+@parsed_first
+def parse_flags() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder for models, data and logs; kept for reuse")
+    parser.add_argument("--tokenizer", required=True, help="folder with the LLaMA2 tokenizer")
+    parser.add_argument("--sizes", nargs="+", default=[], help=", ".join(SHAPES))
+    parser.add_argument("--lengths", nargs="+", type=int, default=[], help="tokens")
+    parser.add_argument("--kinds", nargs="+", default=[], help=", ".join(KINDS))
+    parser.add_argument("--row", action="append", default=[], help="size:length:kind or size:length:kind:steps")
+    parser.add_argument("--plan", type=Path, help="JSON or YAML list of rows")
+    parser.add_argument("--time_limit_s", type=float, help="kill the running row after this, skip the others")
+    parser.add_argument("--row_limit_s", type=float, default=1200, help="kill a row after this many seconds (1200)")
+    parser.add_argument("--output_json", type=Path, required=True, help="file for the results")
+    parser.add_argument("--resume", action="store_true", help="keep what --output_json has, measure the rest")
+    return parser.parse_args()
+
+
+import torch
+import yaml
+
+from component.error import UserError, nearest
+from component.storage.result import LIBRARIES, library_versions, write_json
+from script.performance.report import commit, failure, read_results, speed, step_flop, table
+from script.shared.card import describe_card
+from script.shared.program import in_a_process, read_training, run
+from script.shared.random_llama import make_model
+from script.shared.stdlib import default_library, split_library
+
 GPU_ONLY = {"bf16", "fp16", "memory_budget_gib", "use_flash_attn", "use_liger_kernel"}
 
 
@@ -142,22 +164,6 @@ def main() -> None:
         results["rows"] = [old for old in results["rows"] if Row(**key(old)).name != row.name] + [found]
         write_json(flags.output_json, results)
     print(table(results["rows"]))
-
-
-def parse_flags() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="folder for models, data and logs; kept for reuse")
-    parser.add_argument("--tokenizer", required=True, help="folder with the LLaMA2 tokenizer")
-    parser.add_argument("--sizes", nargs="+", default=[], help=", ".join(SHAPES))
-    parser.add_argument("--lengths", nargs="+", type=int, default=[], help="tokens")
-    parser.add_argument("--kinds", nargs="+", default=[], help=", ".join(KINDS))
-    parser.add_argument("--row", action="append", default=[], help="size:length:kind or size:length:kind:steps")
-    parser.add_argument("--plan", type=Path, help="JSON or YAML list of rows")
-    parser.add_argument("--time_limit_s", type=float, help="kill the running row after this, skip the others")
-    parser.add_argument("--row_limit_s", type=float, default=1200, help="kill a row after this many seconds (1200)")
-    parser.add_argument("--output_json", type=Path, required=True, help="file for the results")
-    parser.add_argument("--resume", action="store_true", help="keep what --output_json has, measure the rest")
-    return parser.parse_args()
 
 
 def requested_rows(flags: argparse.Namespace) -> list[Row]:

@@ -68,6 +68,8 @@ UNTESTED = {
     "script/performance/merge.py": "times merge_lora.py, which has tests, on a model of 2.7 GB",
     "script/performance/real_shape.py": "runs programs that have tests on a model of 13 GB",
     "script/shared/card.py": "measures a GPU",
+    "script/shared/shape.py": "four numbers a model",
+    "script/shared/training_flags.py": "flags of programs that others test",
     "script/shared/random_llama.py": "used by tests/script/test_benchmark.py (slow)",
 }
 READMES = {

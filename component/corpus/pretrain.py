@@ -22,7 +22,6 @@ from component.corpus.scan import Chunk, Place, Scan, ScannedChunk
 from component.corpus.token_count import MARGIN, TokenCounter
 from component.data.reader import BadRecord
 
-LONG_TEXTS = ("drop", "split")
 UNIT_CHARACTERS = 2000  # longest part of a line; without a better place, texts are split between parts
 PARAGRAPH, LINE, INSIDE = 2, 1, 0  # what ends at a unit's end
 

@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerBase
 from component.data import IGNORE_INDEX
 from component.error import UserError, first_line
 
-TEMPLATES = ("vicuna", "tokenizer")
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."

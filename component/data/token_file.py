@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from component.data import BOS, EOS
 from component.error import UserError, first_line
 from component.storage.atomic import atomic_file
 from component.tokenizer import describe_tokenizer, tokenizer_hash
 
 LEAST_TOKENS = 16  # of a file whose type is guessed: fewer may have zeros by chance
 INDEX_FORMAT = 1  # increase it with every change of the index
-BOS, EOS = ("each", "first", "none"), ("each", "none")
 
 
 @dataclass

@@ -1,8 +1,8 @@
-"""What may a user set, and is it valid?
+"""What may a user set, and where?
 
 A run is described by one flat YAML file with the keys of `LongQLoRAArguments` below and of
-`transformers.TrainingArguments`; `--key value` on the command line overrides one. All problems are reported in one
-message, before any weight is loaded.
+`transformers.TrainingArguments`; `--key value` on the command line overrides one. Nothing here imports torch, so that
+--help and a missing file answer at once; component/train/settings.py checks the values.
 """
 
 import argparse
@@ -11,14 +11,13 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 import yaml
-from transformers import PretrainedConfig, TrainingArguments
 
-from component.error import UserError, nearest
-from component.memory.plan import MEMORY_OPTIONS
-from component.train.validation import validate
-from component.train.yaml_file import parse_value, parse_yaml, read_yaml
+from component.error import UserError
+from component.train.yaml_file import parse_yaml, read_yaml
+
+if typing.TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 DEFAULT_FILE = "./train_args/llama2-7b-pretrain.yaml"
 
@@ -89,7 +88,7 @@ class LongQLoRAArguments:
             return None
         return self.group_size or max(2, int(self.group_size_ratio * self.max_seq_length) // 2 * 2)
 
-    def record(self, extended: PretrainedConfig, factor: float) -> dict[str, typing.Any]:
+    def record(self, extended: "PretrainedConfig", factor: float) -> dict[str, typing.Any]:
         """The part of `longqlora.json` that is known before training; `extended` is the config scaled by `factor`."""
         base = Path(self.model_name_or_path)
         return {
@@ -104,11 +103,6 @@ class LongQLoRAArguments:
         }
 
     @property
-    def memory_options(self) -> dict[str, typing.Any]:
-        """The memory options set by the user; the others are None."""
-        return {name: getattr(self, name) for name in MEMORY_OPTIONS}
-
-    @property
     def target_names(self) -> list[str] | None:
         if self.target_modules is None:
             return None
@@ -116,57 +110,14 @@ class LongQLoRAArguments:
         return [name.strip() for name in names if name.strip()]
 
 
-def parse_arguments(argv: list[str]) -> tuple[LongQLoRAArguments, TrainingArguments]:
-    """Command line and YAML file -> validated arguments.
+def read_command_line(argv: list[str]) -> tuple[str, dict[str, typing.Any]]:
+    """The YAML file that the command line names, and its keys and values with the overrides; nothing is checked yet.
 
     Raises:
-        UserError: one message with all problems.
+        UserError: no such file, not YAML, or an override without a key or a value.
     """
     file, overrides = _parse_command_line(argv)
-    values = {**read_yaml(file), **overrides}
-    ours, theirs = _hints(LongQLoRAArguments), _hints(TrainingArguments)
-    known = theirs | ours
-    problems: list[str] = []
-    typed: dict[str, typing.Any] = {}
-    for key, value in values.items():
-        try:
-            typed[key] = parse_value(value, known[key])
-        except KeyError:
-            problems.append(f"{key}: unknown key{nearest(str(key), known)}")
-        except ValueError as error:
-            problems.append(f"{key}: {error}")
-    for item in dataclasses.fields(LongQLoRAArguments):
-        if item.default is dataclasses.MISSING and item.name not in values:
-            problems.append(f"{item.name}: missing; {item.metadata['help']}")
-    problems += validate(typed)
-    if problems:
-        raise UserError(f"{file} has problems:\n" + "\n".join(f"  - {problem}" for problem in problems))
-    args = LongQLoRAArguments(**{key: value for key, value in typed.items() if key in ours})
-    return args, _training_arguments(file, {key: value for key, value in typed.items() if key not in ours})
-
-
-def _training_arguments(file: str, values: dict) -> TrainingArguments:
-    # the record counts trained tokens; with frozen weights, DDP has no unused parameters to search for
-    values = {"include_num_input_tokens_seen": "non_padding", "ddp_find_unused_parameters": False, **values}
-    # transformers' default of 8 rows would take eight times the memory that training rows were planned for
-    values.setdefault("per_device_eval_batch_size", 1)
-    if not torch.cuda.is_available():
-        values.setdefault("use_cpu", True)  # else DeepSpeed's processes don't find each other
-    # renamed in transformers 5.23, which warns about the old name; the original project's YAMLs use it
-    is_renamed = hasattr(TrainingArguments, "activation_checkpointing_kwargs")
-    name = "activation_checkpointing" if is_renamed else "gradient_checkpointing"
-    values = {key.replace("gradient_checkpointing", name): value for key, value in values.items()}
-    values.setdefault(f"{name}_kwargs", {"use_reentrant": False})  # needs no gradient at the embedding
-    # each process reads its own share of a stream; dispatching from one process needs batches of equal length
-    values.setdefault("accelerator_config", {"dispatch_batches": False})
-    try:
-        arguments = TrainingArguments(**values)
-    except (ValueError, TypeError, ImportError) as error:
-        raise UserError(f"{file}: {error}") from error
-    if arguments.deepspeed and arguments.hf_deepspeed_config.mismatches:  # else the Trainer raises after loading
-        contradictions = "\n  ".join(arguments.hf_deepspeed_config.mismatches)
-        raise UserError(f'deepspeed: contradicts {file}; write "auto" in the DeepSpeed file for\n  {contradictions}')
-    return arguments
+    return file, {**read_yaml(file), **overrides}
 
 
 def _parse_command_line(argv: list[str]) -> tuple[str, dict]:
@@ -195,9 +146,3 @@ def _parse_command_line(argv: list[str]) -> tuple[str, dict]:
         except yaml.YAMLError as error:
             raise UserError(f"--{key}: {value!r} is not a YAML value; quote it, e.g. '\"a: b\"'") from error
     return known.train_args_file, overrides
-
-
-def _hints(cls: type) -> dict[str, typing.Any]:
-    # transformers documents `resume_from_checkpoint: true`, but its type hint lacks bool
-    hints = {**typing.get_type_hints(cls), "resume_from_checkpoint": str | bool | None}
-    return {item.name: hints[item.name] for item in dataclasses.fields(cls) if item.init}

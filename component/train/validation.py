@@ -4,7 +4,7 @@ import torch
 from transformers.integrations import get_available_reporting_integrations
 from transformers.training_args import trainer_log_levels
 
-from component.data.chat_template import TEMPLATES
+from component.data import TEMPLATES
 from component.data.document import POLICIES
 from component.rope import ROPE_TYPES
 from component.train.zero import bad_strategy
@@ -30,6 +30,10 @@ BOUNDS = {
     "warmup_steps weight_decay max_grad_norm dataloader_num_workers": (lambda v: v >= 0, "0 or more"),
     "target_modules": (lambda v: str(v).strip(", []"), "names of linear layers, or leave the key out for all of them"),
     "log_level log_level_replica": (lambda v: v in trainer_log_levels, "one of " + ", ".join(trainer_log_levels)),
+    "metric_for_best_model": (
+        lambda v: v.removeprefix("eval_") in ("loss", "perplexity"),
+        "loss or perplexity, which evaluation computes",
+    ),
     "seed data_seed": (lambda v: 0 <= v < 2**32, "0 or more, below 2**32"),
     "report_to": (
         lambda v: {*([v] if isinstance(v, str) else v)} <= {"none", "all", *get_available_reporting_integrations()},

@@ -15,29 +15,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-
-from component.cli import exit_on_user_error
-from component.corpus.flags import (
-    add_common_flags,
-    add_source_flags,
-    check_common_flags,
-    claimed_output,
-    journal_path,
-    measure_files,
-    open_tokenizer,
-    origin,
-    resolve_sources,
-    statistics_paths,
-    write_statistics,
-)
-from component.corpus.length import describe_lengths
-from component.corpus.pretrain import LONG_TEXTS, Choice, TextMeasure, sample_texts, write_corpus
-from component.corpus.scan import Scan, SourceFile
-from component.error import UserError
-from component.storage.atomic import atomic_file
-from component.tokenizer import tokenizer_hash
+from component.cli import exit_on_user_error, parsed_first
+from component.corpus.flags import LONG_TEXTS, add_common_flags, add_source_flags, check_common_flags
 
 
+@parsed_first
 def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_source_flags(parser)
@@ -51,6 +33,24 @@ def parse_flags() -> argparse.Namespace:
     long_texts = "longer texts: drop, as in the original, or split at ends of paragraphs (drop)"
     parser.add_argument("--long_texts", choices=LONG_TEXTS, default="drop", help=long_texts)
     return parser.parse_args()
+
+
+from component.corpus.length import describe_lengths
+from component.corpus.output import (
+    claimed_output,
+    journal_path,
+    measure_files,
+    open_tokenizer,
+    origin,
+    resolve_sources,
+    statistics_paths,
+    write_statistics,
+)
+from component.corpus.pretrain import Choice, TextMeasure, sample_texts, write_corpus
+from component.corpus.scan import Scan, SourceFile
+from component.error import UserError
+from component.storage.atomic import atomic_file
+from component.tokenizer import tokenizer_hash
 
 
 def check_flags(flags: argparse.Namespace) -> None:

@@ -14,32 +14,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from transformers import PreTrainedTokenizerBase
-
-from component.cli import exit_on_user_error
-from component.corpus.flags import (
-    add_common_flags,
-    check_common_flags,
-    claimed_output,
-    journal_path,
-    measure_files,
-    open_tokenizer,
-    origin,
-    statistics_paths,
-    write_statistics,
-)
-from component.corpus.length import describe_lengths
-from component.corpus.mixture import Mixture, read_mixture
-from component.corpus.scan import Scan, SourceFile
-from component.corpus.sft import Example, ExampleMeasure, choose_examples, write_examples
-from component.data.chat_template import TEMPLATES, check_template
-from component.error import UserError
-from component.storage.atomic import atomic_file
-from component.tokenizer import tokenizer_hash
-
-REASONS = ("too_short", "too_long", "empty", "filtered")
+from component.cli import exit_on_user_error, parsed_first
+from component.corpus.flags import add_common_flags, check_common_flags
+from component.data import TEMPLATES
 
 
+@parsed_first
 def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="YAML of the sources; see sft_sources.yaml")
@@ -49,6 +29,29 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--template", choices=TEMPLATES, default="vicuna", help=template)
     parser.add_argument("--seed", type=int, default=42, help="of the sample and its order (42)")
     return parser.parse_args()
+
+
+from transformers import PreTrainedTokenizerBase
+
+from component.corpus.length import describe_lengths
+from component.corpus.mixture import Mixture, read_mixture
+from component.corpus.output import (
+    claimed_output,
+    journal_path,
+    measure_files,
+    open_tokenizer,
+    origin,
+    statistics_paths,
+    write_statistics,
+)
+from component.corpus.scan import Scan, SourceFile
+from component.corpus.sft import Example, ExampleMeasure, choose_examples, write_examples
+from component.data.chat_template import check_template
+from component.error import UserError
+from component.storage.atomic import atomic_file
+from component.tokenizer import tokenizer_hash
+
+REASONS = ("too_short", "too_long", "empty", "filtered")
 
 
 def statistics(scan: Scan, mixture: Mixture, examples: list[Example], summary: list[dict]) -> dict:

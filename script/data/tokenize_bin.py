@@ -13,22 +13,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from component.cli import exit_on_user_error
-from component.corpus.flags import (
-    add_common_flags,
-    add_source_flags,
-    check_common_flags,
-    claimed_output,
-    open_tokenizer,
-    resolve_sources,
-    versions,
-)
-from component.corpus.tokenize import documents
-from component.data.source import RecordTally
-from component.data.token_file import BOS, EOS, index_path, write_tokens
-from component.storage.result import command
+from component.cli import exit_on_user_error, parsed_first
+from component.corpus.flags import add_common_flags, add_source_flags, check_common_flags
+from component.data import BOS, EOS
 
 
+@parsed_first
 def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_source_flags(parser)
@@ -37,6 +27,13 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--eos", choices=EOS, default="each", help="documents that </s> follows (each)")
     parser.add_argument("--max_documents", type=int, help="only the first N documents")
     return parser.parse_args()
+
+
+from component.corpus.output import claimed_output, open_tokenizer, resolve_sources, versions
+from component.corpus.tokenize import documents
+from component.data.source import RecordTally
+from component.data.token_file import index_path, write_tokens
+from component.storage.result import command
 
 
 @exit_on_user_error

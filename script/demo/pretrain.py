@@ -15,28 +15,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import torch
-from transformers import LlamaForCausalLM
-
-from component.cli import exit_on_user_error
-from component.storage.atomic import atomic_folder
-from script.shared.pretraining import (
-    add_training_flags,
-    begin,
-    build_model,
-    describe,
-    mean_loss,
-    token_stream,
-    train,
-    train_tokenizer,
-)
-from script.shared.stdlib import default_library, library_name, split_library
+from component.cli import exit_on_user_error, parsed_first
+from script.shared.stdlib import default_library
+from script.shared.training_flags import add_training_flags
 
 SEQ_LENGTH = 512  # tokens: the base's context, which the demo extends
-VOCAB_SIZE = 4096
-EVAL_LENGTHS = (256, 512, 1024, 2048)  # tokens
 
 
+@parsed_first
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--library", type=Path, nargs="+", default=[default_library()], help="folders (this Python's)")
@@ -47,6 +33,25 @@ def parse_args() -> argparse.Namespace:
         if not library.is_dir():
             parser.error(f"--library {library} is not a folder")
     return args
+
+
+import torch
+from transformers import LlamaForCausalLM
+
+from component.storage.atomic import atomic_folder
+from script.shared.pretraining import (
+    begin,
+    build_model,
+    describe,
+    mean_loss,
+    token_stream,
+    train,
+    train_tokenizer,
+)
+from script.shared.stdlib import library_name, split_library
+
+VOCAB_SIZE = 4096
+EVAL_LENGTHS = (256, 512, 1024, 2048)  # tokens
 
 
 def read_libraries(libraries: list[Path]) -> tuple[list[str], list[str], list[dict]]:

@@ -7,7 +7,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 from component.storage.result import save_figure
-from script.experiment.results import BASE_CONTEXT, BY_POSITION, LEVELS, SHOWN, Rows, texts_of, values_of
+from script.experiment.results import BY_POSITION, LEVELS, SHOWN, Rows, texts_of, values_of
+from script.experiment.rows import BASE_CONTEXT
 
 # (axis label, value of the main runs, {prefix of swept runs: (main run, label, color)})
 Sweep = tuple[str, float, dict[str, tuple[str, str, str]]]

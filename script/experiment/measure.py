@@ -18,11 +18,20 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from component.cli import exit_on_user_error, parsed_first
+
+
+@parsed_first
+def parse_flags() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tasks", type=Path, help="JSON file of tasks, as above")
+    return parser.parse_args()
+
+
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from component.attention.shift_short import shift_short_attention
-from component.cli import exit_on_user_error
 from component.error import UserError
 from script.evaluate import evaluate
 from script.shared.rolled_attention import rolled_attention
@@ -52,9 +61,7 @@ def evaluating_with(name: str | None, group_size: int | None) -> Iterator[None]:
 
 @exit_on_user_error
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tasks", type=Path, help="JSON file of tasks, as above")
-    tasks: list[dict[str, Any]] = json.loads(parser.parse_args().tasks.read_text(encoding="utf-8"))
+    tasks: list[dict[str, Any]] = json.loads(parse_flags().tasks.read_text(encoding="utf-8"))
     for task in tasks:
         sys.argv = ["script/evaluate/evaluate.py", *task["words"]]
         with evaluating_with(task["attention"], task["group_size"]):

@@ -15,28 +15,33 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from component.cli import exit_on_user_error, parsed_first
+from script.experiment.rows import BASE_CONTEXT
+from script.shared.training_flags import add_training_flags
+
+
+@parsed_first
+def parse_flags() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", required=True, help="folder of script/experiment/tokenizer.py")
+    parser.add_argument("--train", type=Path, nargs="+", required=True, help='files of {"text"} records')
+    parser.add_argument("--validation", type=Path, nargs="+", required=True, help="the same, for held-out loss")
+    add_training_flags(parser, BASE_CONTEXT, batch_size=128, learning_rate=2e-3)
+    parser.add_argument("--layers", type=int, default=8, help="decoder layers (8)")
+    return parser.parse_args()
+
+
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
-from component.cli import exit_on_user_error
 from component.storage.atomic import atomic_folder
 from component.tokenizer import load_tokenizer
-from script.experiment.tokenizer import SEQ_LENGTH, texts_of
+from script.experiment.tokenizer import texts_of
 from script.shared.card import describe_card
-from script.shared.pretraining import add_training_flags, begin, build_model, describe, mean_loss, token_stream, train
-
-
-def parse_flags() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokenizer", required=True, help="folder of script/experiment/tokenizer.py")
-    parser.add_argument("--train", type=Path, nargs="+", required=True, help='files of {"text"} records')
-    parser.add_argument("--validation", type=Path, nargs="+", required=True, help="the same, for held-out loss")
-    add_training_flags(parser, SEQ_LENGTH, batch_size=128, learning_rate=2e-3)
-    parser.add_argument("--layers", type=int, default=8, help="decoder layers (8)")
-    return parser.parse_args()
+from script.shared.pretraining import begin, build_model, describe, mean_loss, token_stream, train
 
 
 def draw_curve(curve: list[dict], file: Path) -> None:
@@ -62,21 +67,21 @@ def main() -> None:
     mixed = torch.cat([stream[: 2**16] for stream in held_out.values()])
     shape = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": flags.layers}
     heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
-    model = build_model(tokenizer, SEQ_LENGTH, rms_norm_eps=1e-5, **shape, **heads).to(device)
+    model = build_model(tokenizer, BASE_CONTEXT, rms_norm_eps=1e-5, **shape, **heads).to(device)
     sizes = {"training_tokens": len(training), "parameters": model.num_parameters()}
     print(sizes, flush=True)
     with atomic_folder(flags.output) as folder:  # locked during training against a second writer
-        run = train(model, training, mixed, SEQ_LENGTH, flags)
+        run = train(model, training, mixed, BASE_CONTEXT, flags)
         matrices = sum(p.numel() for name, p in model.named_parameters() if p.dim() > 1 and "embed_tokens" not in name)
         # forward and backward: 6 FLOP per weight and token; attention: 12 per (query, key) and channel, T / 2 pairs
-        flop_per_token = 6 * matrices + 6 * flags.layers * model.config.hidden_size * SEQ_LENGTH
+        flop_per_token = 6 * matrices + 6 * flags.layers * model.config.hidden_size * BASE_CONTEXT
         run["tflops"] = round(flop_per_token * run["tokens_per_second"] / 1e12, 1)
         rate = describe_card()["matrix_tflops"]
         run["share_of_matrix_rate"] = round(run["tflops"] / rate, 3) if rate else None
         model.eval()
-        losses = {name: mean_loss(model, stream, SEQ_LENGTH) for name, stream in held_out.items()}
+        losses = {name: mean_loss(model, stream, BASE_CONTEXT) for name, stream in held_out.items()}
         print({**losses, "tflops": run["tflops"]}, flush=True)
-        record = {**describe(flags, SEQ_LENGTH), **sizes, **run, "held_out_loss": losses}
+        record = {**describe(flags, BASE_CONTEXT), **sizes, **run, "held_out_loss": losses}
         model.to(torch.float16).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         (folder / "pretrain.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

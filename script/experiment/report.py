@@ -21,8 +21,8 @@ from component.cli import exit_on_user_error
 from component.error import UserError
 from component.storage.result import write_json
 from script.experiment.figure import Sweep, draw_lengths, draw_positions, draw_sweep
-from script.experiment.results import BASE_CONTEXT, Rows, gather, texts_of, values_of
-from script.experiment.rows import ablation_runs, main_runs
+from script.experiment.results import Rows, gather, texts_of, values_of
+from script.experiment.rows import BASE_CONTEXT, ablation_runs, main_runs
 
 KINDS = {
     "full": "adapter on the 16-bit base",

@@ -5,7 +5,6 @@ from typing import Any
 
 from script.experiment.rows import all_runs
 
-BASE_CONTEXT = 1024  # tokens; the model of script/experiment/pretrain.py
 SHOWN = {  # in the figure by length: run -> (label, color, marker)
     "base": ("base", "#8a8a8a", "x"),
     "untrained-linear": ("interpolated, untrained", "#cc79a7", "v"),

@@ -9,6 +9,7 @@ import argparse
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+BASE_CONTEXT = 1024  # tokens, of the model of script/experiment/pretrain.py, which the experiments extend
 ATTENTION = "q_proj,k_proj,v_proj,o_proj"
 # LongQLoRA as in the paper, with a learning rate for a model this small
 RECIPE: dict[str, Any] = {

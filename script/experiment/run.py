@@ -23,31 +23,13 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-import torch
-import yaml
-from transformers import AutoConfig
 
-from component.cli import exit_on_user_error
-from component.error import UserError, nearest
-from component.rope import extend_context
-from component.storage.result import hardware, origin, write_json
-from script.experiment.rows import FULL, RECIPE, TOKENS_PER_STEP, Config, all_runs, main_runs
-from script.shared.program import execute, read_training
+from component.cli import exit_on_user_error, parsed_first
 
 COST_STEPS = 40
 
 
-@dataclass(frozen=True)
-class Run:
-    config: Config
-    length: int  # tokens: extended context, and of a training sample
-    seed: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.config.name}-{self.length}-{self.seed}"
-
-
+@parsed_first
 def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, required=True, help="the base of script/experiment/pretrain.py")
@@ -62,6 +44,28 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--time_limit_s", type=float, help="start no run after this many seconds")
     parser.add_argument("--cost", action="store_true", help=f"train {COST_STEPS} steps of each run, one run at a time")
     return parser.parse_args()
+
+
+import torch
+import yaml
+from transformers import AutoConfig
+
+from component.error import UserError, nearest
+from component.rope import extend_context
+from component.storage.result import hardware, origin, write_json
+from script.experiment.rows import FULL, RECIPE, TOKENS_PER_STEP, Config, all_runs, main_runs
+from script.shared.program import execute, read_training
+
+
+@dataclass(frozen=True)
+class Run:
+    config: Config
+    length: int  # tokens: extended context, and of a training sample
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.config.name}-{self.length}-{self.seed}"
 
 
 def requested_runs(flags: argparse.Namespace) -> list[Run]:

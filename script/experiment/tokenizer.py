@@ -11,20 +11,23 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from component.cli import exit_on_user_error
-from component.data.source import RecordTally, read_records
-from script.shared.pretraining import train_tokenizer
-
-SEQ_LENGTH = 1024  # tokens: the base's context, which the experiments extend
-VOCAB_SIZE = 8192
-BPE_CHARACTERS = 30_000_000  # per file
+from component.cli import exit_on_user_error, parsed_first
 
 
+@parsed_first
 def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", type=Path, nargs="+", required=True, help='files of {"text"} records')
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     return parser.parse_args()
+
+
+from component.data.source import RecordTally, read_records
+from script.experiment.rows import BASE_CONTEXT
+from script.shared.pretraining import train_tokenizer
+
+VOCAB_SIZE = 8192
+BPE_CHARACTERS = 30_000_000  # per file
 
 
 def texts_of(file: Path) -> list[str]:
@@ -44,7 +47,7 @@ def first_parts(texts: list[str]) -> list[str]:
 def main() -> None:
     flags = parse_flags()
     samples = chain.from_iterable(first_parts(texts_of(file)) for file in flags.train)
-    train_tokenizer(samples, VOCAB_SIZE, SEQ_LENGTH).save_pretrained(flags.output)
+    train_tokenizer(samples, VOCAB_SIZE, BASE_CONTEXT).save_pretrained(flags.output)
 
 
 if __name__ == "__main__":

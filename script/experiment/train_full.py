@@ -10,19 +10,23 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from component.cli import exit_on_user_error, parsed_first
+from component.train.argument import read_command_line
+
+parsed_first(lambda: read_command_line(sys.argv[1:]))
+
 import torch
 from transformers import AutoModelForCausalLM, Trainer, set_seed
 
 from component.attention.interface import use_shift_short_attention
-from component.cli import exit_on_user_error
 from component.data.collator import RightPadCollator
 from component.data.dataset import load_samples
 from component.memory.budget import peak_memory
 from component.model import load_config
 from component.rope import extend_context, own_rope_type
 from component.tokenizer import any_pad_id, load_tokenizer
-from component.train.argument import parse_arguments
 from component.train.callback import SpeedCallback
+from component.train.settings import parse_arguments
 from component.train.zero import single_process_environment
 
 

@@ -12,6 +12,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from component.cli import parsed_first
+from component.train.argument import read_command_line
+
+parsed_first(lambda: read_command_line(sys.argv[1:]))
+
 from transformers import AttentionInterface
 
 from component.attention.interface import NAME

@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from transformers import PreTrainedModel
 
 from component.cli import exit_on_user_error
-from component.data.chat_template import TEMPLATES, check_template
+from component.data import TEMPLATES
+from component.data.chat_template import check_template
 from component.error import UserError
 from component.inference.context import describe_context, truncate_prompt
 from component.inference.conversation import Conversation, is_command, run_command

@@ -18,23 +18,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
-
-from component import loss
-from component.cli import exit_on_user_error
-from component.error import UserError
-from component.evaluate import perplexity
-from component.storage.result import check_result_file, origin, write_json
-from script.shared.card import describe_card
-from script.shared.random_llama import SHAPES
+from component.cli import exit_on_user_error, parsed_first
+from script.shared.shape import SHAPES
 
 SMALL = {"135m": (576, 1536, 30, 9)}  # SmolLM2's, with 3 key/value heads and 49152 tokens
 ROWS = ["135m:16384", "7b:8192", "7b:131072"]
 
 
+@parsed_first
 def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shapes = ", ".join([*SHAPES, *SMALL])
@@ -44,6 +35,18 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=3, help="timed windows per row; the median counts (default 3)")
     parser.add_argument("--output_json", required=True, help="file for the results")
     return parser.parse_args()
+
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from component import loss
+from component.error import UserError
+from component.evaluate import perplexity
+from component.storage.result import check_result_file, origin, write_json
+from script.shared.card import describe_card
 
 
 def build(shape: str, device: torch.device) -> LlamaForCausalLM:

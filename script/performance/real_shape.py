@@ -16,13 +16,30 @@ from datetime import date
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from component.cli import parsed_first
+from script.shared.shape import SHAPES
+
+
+@parsed_first
+def parse_flags() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SHAPES, required=True, help="shape of the model")
+    parser.add_argument("--tokenizer", required=True, help="folder with the LLaMA2 tokenizer")
+    parser.add_argument("--work", type=Path, required=True, help="folder for model, data and runs")
+    parser.add_argument("--seq_len", type=int, default=8192, help="tokens per sample and window (8192)")
+    parser.add_argument("--overrides", default="--use_flash_attn false --memory_budget_gib 32", help="for train.py")
+    parser.add_argument("--output_json", type=Path, required=True, help="file for the results")
+    return parser.parse_args()
+
+
 import numpy as np
 import torch
 from transformers import AutoTokenizer
 
 from component.storage.result import library_versions
 from script.shared.program import read_training, show_and_run
-from script.shared.random_llama import SHAPES, make_model
+from script.shared.random_llama import make_model
 from script.shared.stdlib import default_library, split_library
 
 YAMLS = {"7b": "llama2-7b-pretrain", "13b": "vicuna-13b-sft", "tiny": "vicuna-13b-sft"}
@@ -46,14 +63,7 @@ def run(command: str, results: dict, name: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SHAPES, required=True, help="shape of the model")
-    parser.add_argument("--tokenizer", required=True, help="folder with the LLaMA2 tokenizer")
-    parser.add_argument("--work", type=Path, required=True, help="folder for model, data and runs")
-    parser.add_argument("--seq_len", type=int, default=8192, help="tokens per sample and window (8192)")
-    parser.add_argument("--overrides", default="--use_flash_attn false --memory_budget_gib 32", help="for train.py")
-    parser.add_argument("--output_json", type=Path, required=True, help="file for the results")
-    flags = parser.parse_args()
+    flags = parse_flags()
     work = flags.work.resolve()
     results: dict[str, dict] = {}
     make_model(flags.size, flags.tokenizer, work / "base")

@@ -5,11 +5,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-SHAPES = {  # hidden size, MLP size, layers, heads
-    "7b": (4096, 11008, 32, 32),
-    "13b": (5120, 13824, 40, 40),
-    "tiny": (64, 128, 2, 4),
-}
+from script.shared.shape import SHAPES
 
 
 def make_model(size: str, tokenizer: str, folder: Path) -> None:

@@ -30,7 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from component.checkpoint import claimed_output_dir
 from component.rope import extend_context
-from component.train.argument import parse_arguments
+from component.train.settings import parse_arguments
 from tests.conftest import ROOT, build_llama
 from tests.reference.shift_short import LOOP
 from tests.train_run import (

@@ -22,11 +22,32 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
+from component.cli import exit_on_user_error, parsed_first
+
+
+@parsed_first
+def parse_flags() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", type=Path, required=True, help="the base of script/experiment/pretrain.py")
+    parser.add_argument("--extended", type=Path, required=True, help="LongQLoRA adapter or merged model")
+    parser.add_argument("--source", type=Path, required=True, help='held-out file of {"text"} records')
+    parser.add_argument("--work", type=Path, required=True, help="folder for prompts, continuations and logs")
+    parser.add_argument("--long_tokens", type=int, nargs=2, default=[3000, 6000], help="min and max (3000 6000)")
+    parser.add_argument("--new_tokens", type=int, default=100, help="to generate and to score (100)")
+    parser.add_argument("--passages", type=int, default=16, help="long and short ones each (16)")
+    parser.add_argument("--shown", type=int, default=2, help="passages per figure (2)")
+    parser.add_argument("--temperature", type=float, default=0.7, help="of sampling, with top_p 0.9 (0.7)")
+    parser.add_argument("--seed", type=int, default=42, help="of passages and sampling (42)")
+    parser.add_argument("--output_json", required=True, help="file for all continuations and perplexities")
+    parser.add_argument("--long_figure", required=True, help="PNG file: long prompts")
+    parser.add_argument("--short_figure", required=True, help="PNG file: short prompts")
+    return parser.parse_args()
+
+
 import torch
 from matplotlib.figure import Figure
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from component.cli import exit_on_user_error
 from component.error import UserError
 from component.inference.context import fit_prompt
 from component.loading import load_model
@@ -45,29 +66,13 @@ SHOWN_CHARACTERS = 420  # of a prompt's end
 GREY, ORANGE, BLUE, GREEN = "#6b6b6b", "#c24e00", "#0072b2", "#00795b"
 
 
-def parse_flags() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", type=Path, required=True, help="the base of script/experiment/pretrain.py")
-    parser.add_argument("--extended", type=Path, required=True, help="LongQLoRA adapter or merged model")
-    parser.add_argument("--source", type=Path, required=True, help='held-out file of {"text"} records')
-    parser.add_argument("--work", type=Path, required=True, help="folder for prompts, continuations and logs")
-    parser.add_argument("--long_tokens", type=int, nargs=2, default=[3000, 6000], help="min and max (3000 6000)")
-    parser.add_argument("--new_tokens", type=int, default=100, help="to generate and to score (100)")
-    parser.add_argument("--passages", type=int, default=16, help="long and short ones each (16)")
-    parser.add_argument("--shown", type=int, default=2, help="passages per figure (2)")
-    parser.add_argument("--temperature", type=float, default=0.7, help="of sampling, with top_p 0.9 (0.7)")
-    parser.add_argument("--seed", type=int, default=42, help="of passages and sampling (42)")
-    parser.add_argument("--output_json", required=True, help="file for all continuations and perplexities")
-    parser.add_argument("--long_figure", required=True, help="PNG file: long prompts")
-    parser.add_argument("--short_figure", required=True, help="PNG file: short prompts")
-    flags = parser.parse_args()
+def check(flags: argparse.Namespace) -> None:
     if not 1 <= flags.shown <= flags.passages:
         raise UserError(f"--shown: {flags.shown}; use 1 to --passages {flags.passages}")
     if not 1 <= flags.long_tokens[0] <= flags.long_tokens[1]:
         raise UserError(f"--long_tokens: {flags.long_tokens}; give the minimum, then the maximum")
     results, folders = ("output_json", "long_figure", "short_figure"), ("base", "extended", "work")
     check_flags(flags, results=results, folders=folders)
-    return flags
 
 
 def generate(name: str, model: list[str], prompts: Path, flags: argparse.Namespace) -> list[dict[str, Any]]:
@@ -124,6 +129,7 @@ def caption(found: list[Passage], parameters: int, flags: argparse.Namespace) ->
 @exit_on_user_error
 def main() -> None:
     flags = parse_flags()
+    check(flags)
     flags.work.mkdir(parents=True, exist_ok=True)
     is_adapter = (flags.extended / "adapter_config.json").is_file()
     extended = (str(flags.base), str(flags.extended)) if is_adapter else (str(flags.extended), None)

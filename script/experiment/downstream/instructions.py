@@ -18,23 +18,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
-import yaml
-from transformers import PreTrainedTokenizerBase
-
-from component.cli import exit_on_user_error
-from component.data import IGNORE_INDEX
-from component.data.chat_template import encode_chat
-from component.data.source import RecordTally, read_records
-from component.error import UserError
-from component.model import load_config
-from component.rope import context_length
-from component.storage.result import origin, write_json
-from component.tokenizer import UNLIMITED, load_tokenizer
-from script.experiment.downstream.split import Record, documents, split
-from script.experiment.downstream.tuning import check_flags, tune
-from script.shared.program import execute
+from component.cli import exit_on_user_error, parsed_first
 
 
+@parsed_first
 def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, required=True, help="the extended model, merged by merge_lora.py")
@@ -50,13 +37,31 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--learning_rate", type=float, default=3e-4, help="(3e-4)")
     parser.add_argument("--seed", type=int, default=42, help="of split and training (42)")
     parser.add_argument("--output_json", required=True, help="file for the results")
-    flags = parser.parse_args()
+    return parser.parse_args()
+
+
+import yaml
+from transformers import PreTrainedTokenizerBase
+
+from component.data import IGNORE_INDEX
+from component.data.chat_template import encode_chat
+from component.data.source import RecordTally, read_records
+from component.error import UserError
+from component.model import load_config
+from component.rope import context_length
+from component.storage.result import origin, write_json
+from component.tokenizer import UNLIMITED, load_tokenizer
+from script.experiment.downstream.split import Record, documents, split
+from script.experiment.downstream.tuning import check_flags, tune
+from script.shared.program import execute
+
+
+def check(flags: argparse.Namespace) -> None:
     if not 0 < flags.held_out < 1:
         raise UserError(f"--held_out: {flags.held_out}; use a share between 0 and 1")
     counts = ("per_document", "max_answer_tokens", "samples_per_step")
     folders = ("base", "short_base", "source", "work")
     check_flags(flags, counts=counts, results=("output_json",), folders=folders)
-    return flags
 
 
 def fitting_samples(flags: argparse.Namespace, context: int) -> tuple[list[Record], dict[str, int]]:
@@ -129,6 +134,7 @@ def instruct(name: str, model: Path, sides: dict[str, list[Record]], flags: argp
 @exit_on_user_error
 def main() -> None:
     flags = parse_flags()
+    check(flags)
     flags.work.mkdir(parents=True, exist_ok=True)
     context = context_length(load_config(str(flags.base), "--base"))
     tokenizer = load_tokenizer(str(flags.base), UNLIMITED)

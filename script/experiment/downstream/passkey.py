@@ -22,27 +22,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-from component.checkpoint import read_record
-from component.cli import exit_on_user_error
-from component.data.chat_template import as_messages
-from component.error import UserError
-from component.evaluate.figure import colour_bar, heat_map
-from component.evaluate.passkey import KEYS, PromptMaker, draw_key, even_depths
-from component.model import load_config
-from component.rope import context_length
-from component.storage.result import origin, save_figure, write_json
-from component.tokenizer import UNLIMITED, load_tokenizer
-from script.experiment.downstream.passkey_samples import training_samples, with_plain_template
-from script.experiment.downstream.tuning import check_flags, measured, merge, tune
+from component.cli import exit_on_user_error, parsed_first
 
 LENGTHS = [256, 512, 1024, 2048, 4096, 8192]
 
 
+@parsed_first
 def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, required=True, help="the base of script/experiment/pretrain.py")
@@ -65,12 +50,32 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, help="models tuned and measured at a time (1)")
     parser.add_argument("--output_json", required=True, help="file for the results")
     parser.add_argument("--figure", required=True, help="PNG file for the heat maps")
-    flags = parser.parse_args()
+    return parser.parse_args()
+
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from component.checkpoint import read_record
+from component.data.chat_template import as_messages
+from component.error import UserError
+from component.evaluate.figure import colour_bar, heat_map
+from component.evaluate.passkey import KEYS, PromptMaker, draw_key, even_depths
+from component.model import load_config
+from component.rope import context_length
+from component.storage.result import origin, save_figure, write_json
+from component.tokenizer import UNLIMITED, load_tokenizer
+from script.experiment.downstream.passkey_samples import training_samples, with_plain_template
+from script.experiment.downstream.tuning import check_flags, measured, merge, tune
+
+
+def check(flags: argparse.Namespace) -> None:
     counts = ("steps", "tokens_per_step", "rank", "depths", "trials", "jobs")
     check_flags(flags, counts=counts, results=("output_json", "figure"), folders=("base", "work", "adapter"))
     if flags.adapter and flags.context:
         raise UserError(f"--context: {flags.context}; leave it out, the adapter {flags.adapter} has its own")
-    return flags
 
 
 def write_samples(model: Path, file: Path, longest: int, flags: argparse.Namespace) -> dict[str, int]:
@@ -138,6 +143,7 @@ def draw(results: dict[str, dict[str, Any]], file: str) -> None:
 @exit_on_user_error
 def main() -> None:
     flags = parse_flags()
+    check(flags)
     own = context_length(load_config(str(flags.base), "--base"))
     # raises now if the shortest length is too short
     PromptMaker(load_tokenizer(str(flags.base))).prompt(min(flags.lengths), 0.0, str(KEYS[-1]))

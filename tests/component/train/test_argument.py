@@ -1,305 +1,60 @@
-"""YAML and command line -> validated arguments: parsed values, defaults, overrides.
-
-Invalid values and their messages are in tests/end_to_end/test_wrong_inputs.py.
-"""
+"""What a user can set: --help, and the values of a YAML with those of the command line, before any check."""
 
 import dataclasses
-from pathlib import Path
+import subprocess
+import sys
+import time
 
 import pytest
-import yaml
-from transformers import TrainingArguments
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
-from transformers.training_args import OptimizerNames
 
 from component.error import UserError
-from component.train.argument import LongQLoRAArguments, parse_arguments
+from component.train.argument import LongQLoRAArguments, read_command_line
 from tests.conftest import ROOT
-
-MINIMAL = {
-    "output_dir": "out",
-    "model_name_or_path": "some/model",
-    "train_file": "data.jsonl",
-    "sft": False,
-    "max_seq_length": 8192,
-    "model_max_length": 8192,
-}
-
-
-@pytest.fixture(autouse=True)
-def no_gpu(monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-
-
-@pytest.fixture
-def parse(tmp_path):
-    """parse(lines, *words): the arguments of a minimal YAML followed by `lines`, with `words` on the command line."""
-
-    def run(lines: str = "", *words: str, **changes):
-        file = tmp_path / "run.yaml"
-        file.write_text(yaml.safe_dump(MINIMAL | changes) + lines + "\n")
-        return parse_arguments(["--train_args_file", str(file), *words])
-
-    return run
-
-
-def test_defaults_are_the_papers(parse):
-    args, training_args = parse()
-    assert (args.lora_rank, args.lora_alpha, args.lora_dropout) == (64, 16, 0.05)
-    assert (args.rope_type, args.group_size_ratio, args.group_tokens) == (None, 0.25, 2048)
-    assert args.use_shift_short_attention
-    assert args.load_in_4bit
-    assert not args.train_embedding
-    assert not args.train_norm
-    assert args.target_names is None, "every linear layer"
-    assert args.eval_file is None
-    assert training_args.output_dir == "out"
-
-
-DESIGN_KEYS = {
-    "sft": True,
-    "train_file": "a.jsonl",
-    "eval_file": "b.jsonl",
-    "model_name_or_path": "m",
-    "max_seq_length": 1024,
-    "model_max_length": 2048,
-    "target_modules": "q_proj,v_proj",
-    "use_flash_attn": False,
-    "train_embedding": True,
-    "train_norm": True,
-    "lora_rank": 8,
-    "lora_alpha": 32,
-    "lora_dropout": 0.1,
-}
-
-
-@pytest.mark.parametrize("key", DESIGN_KEYS)
-def test_each_documented_key_arrives(key, parse):
-    args, _ = parse(**{"max_seq_length": 1024, key: DESIGN_KEYS[key]})
-    assert getattr(args, key) == DESIGN_KEYS[key]
-
-
-# keys whose values are Python objects
-NOT_FOR_YAML = {"parallelism_config"}
-TRAINING_KEYS = [item.name for item in dataclasses.fields(TrainingArguments) if item.init]
-
-
-def test_each_key_of_training_arguments_is_known(parse):
-    """Each is set to its default."""
-    values = {}
-    for item in dataclasses.fields(TrainingArguments):
-        if item.init and item.default is not dataclasses.MISSING and item.name not in {"output_dir", *NOT_FOR_YAML}:
-            values[item.name] = getattr(item.default, "value", item.default)
-    assert len(values) > 90
-    assert {"deepspeed", "optim", "warmup_steps", "gradient_checkpointing", "report_to"} <= set(values)
-    _, training_args = parse(**values)
-    for key, value in values.items():
-        kept = getattr(training_args, key)
-        if key not in ("logging_steps", "report_to", "disable_tqdm", "dataloader_pin_memory", "debug"):  # recomputed
-            assert getattr(kept, "value", kept) == value or value is None, key
-
-
-@pytest.mark.parametrize(
-    ("line", "key", "value"),
-    [
-        ("learning_rate: 2e-4", "learning_rate", 2e-4),  # a string to YAML 1.1
-        ("learning_rate: '0.0002'", "learning_rate", 2e-4),
-        ("max_steps: 1e3", "max_steps", 1000),
-        ("max_steps: 1000.0", "max_steps", 1000),
-        ("max_steps: 1_000", "max_steps", 1000),
-        ("num_train_epochs: 3", "num_train_epochs", 3.0),
-        ("save_strategy: no", "save_strategy", SaveStrategy.NO),  # false to YAML 1.1
-        ("eval_strategy: no", "eval_strategy", IntervalStrategy.NO),
-        ("save_strategy: epoch", "save_strategy", SaveStrategy.EPOCH),
-        ("lr_scheduler_type: constant_with_warmup", "lr_scheduler_type", SchedulerType.CONSTANT_WITH_WARMUP),
-        ("optim: paged_adamw_32bit", "optim", OptimizerNames.PAGED_ADAMW),
-        ("gradient_checkpointing: yes", "gradient_checkpointing", True),
-        ("bf16: on\nuse_cpu: true", "bf16", True),
-        ("run_name: '12'", "run_name", "12"),
-        ("label_names: [labels]", "label_names", ["labels"]),
-        ("resume_from_checkpoint: auto", "resume_from_checkpoint", "auto"),
-        ("resume_from_checkpoint: true", "resume_from_checkpoint", True),
-        ("report_to: [tensorboard]", "report_to", ["tensorboard"]),
-        ("warmup_steps: 0.03", "warmup_steps", 0.03),  # a share of all steps
-    ],
-)
-def test_parsed_values_of_training_arguments(line, key, value, parse):
-    kept = getattr(parse(line)[1], key)
-    assert kept == value
-    assert type(kept) is type(value)
-
-
-@pytest.mark.parametrize(
-    ("line", "key", "value"),
-    [
-        ("lora_alpha: 16", "lora_alpha", 16.0),
-        ("lora_dropout: 5e-2", "lora_dropout", 0.05),
-        ("lora_rank: '32'", "lora_rank", 32),
-        ("group_size: 512", "group_size", 512),
-        ("use_flash_attn:", "use_flash_attn", None),
-        ("target_modules: [q_proj, v_proj]", "target_modules", ["q_proj", "v_proj"]),
-        ("eval_file: ~", "eval_file", None),
-    ],
-)
-def test_parsed_values_of_our_keys(line, key, value, parse):
-    kept = getattr(parse(line)[0], key)
-    assert kept == value
-    assert type(kept) is type(value)
-
-
-@pytest.mark.parametrize("text", ["q_proj,v_proj", "q_proj, v_proj ,", ["q_proj", "v_proj"]])
-def test_target_names(text, parse):
-    assert parse(target_modules=text)[0].target_names == ["q_proj", "v_proj"]
-
-
-@pytest.mark.parametrize(
-    ("changes", "tokens"),
-    [
-        ({}, 2048),
-        ({"max_seq_length": 4096}, 1024),
-        ({"group_size_ratio": 0.5}, 4096),
-        ({"group_size": 1000}, 1000),
-        ({"group_size": 1000, "group_size_ratio": 0.5}, 1000),
-        ({"max_seq_length": 1002}, 250),  # 250.5
-        ({"max_seq_length": 1004}, 250),  # 251 is odd, and groups are shifted by half
-        ({"max_seq_length": 6}, 2),
-        ({"group_size_ratio": 1}, 8192),
-        ({"use_shift_short_attention": False, "group_size": 1000}, None),
-    ],
-)
-def test_group_tokens(changes, tokens, parse):
-    assert parse(**changes)[0].group_tokens == tokens
-
-
-class TestOverrides:
-    def test_override_the_file(self, parse):
-        args, training_args = parse("learning_rate: 1e-3", "--learning_rate", "5e-5", "--lora_rank", "8")
-        assert (training_args.learning_rate, args.lora_rank) == (5e-5, 8)
-
-    def test_equals_sign(self, parse):
-        assert parse("", "--lora_rank=8")[0].lora_rank == 8
-
-    def test_before_the_file(self, tmp_path):
-        file = tmp_path / "run.yaml"
-        file.write_text(yaml.safe_dump(MINIMAL))
-        args, _ = parse_arguments(["--lora_rank", "8", "--train_args_file", str(file)])
-        assert args.lora_rank == 8
-
-    def test_supply_missing_keys(self, tmp_path):
-        file = tmp_path / "run.yaml"
-        file.write_text(yaml.safe_dump({key: MINIMAL[key] for key in MINIMAL if key != "train_file"}))
-        args, _ = parse_arguments(["--train_args_file", str(file), "--train_file", "other.jsonl"])
-        assert args.train_file == "other.jsonl"
-
-    @pytest.mark.parametrize(
-        ("words", "key", "value"),
-        [
-            (["--max_steps", "-1"], "max_steps", -1),  # a value, not a flag
-            (["--use_cpu", "true"], "use_cpu", True),
-            (["--gradient_checkpointing", "false"], "gradient_checkpointing", False),
-            (["--run_name", "two words"], "run_name", "two words"),
-            (["--report_to", "none"], "report_to", []),
-            (["--save_strategy", "no"], "save_strategy", SaveStrategy.NO),
-        ],
-    )
-    def test_values(self, words, key, value, parse):
-        assert getattr(parse("", *words)[1], key) == value
-
-    def test_unset_a_value(self, parse):
-        assert parse("eval_file: b.jsonl", "--eval_file=")[0].eval_file is None
-
-    def test_the_launchers_flag_is_ignored(self, parse):
-        parse("", "--local_rank=0")
-        parse("", "--local_rank", "0")
-
-    def test_without_a_value(self, parse):
-        with pytest.raises(UserError, match="--sft"):
-            parse("", "--sft")
 
 
 def test_help_lists_every_key_of_ours(capsys):
     with pytest.raises(SystemExit) as end:
-        parse_arguments(["--help"])
+        read_command_line(["--help"])
     assert end.value.code == 0
     text = capsys.readouterr().out
     for item in dataclasses.fields(LongQLoRAArguments):
         assert item.name in text
 
 
-SHIPPED = {
-    "llama2-7b-pretrain.yaml": {
-        "model_name_or_path": "NousResearch/Llama-2-7b-hf",
-        "sft": False,
-        "max_steps": 1000,
-        "learning_rate": 2e-4,
-        "output_dir": "./output/LongQLoRA-Llama2-7b-8k",
-    },
-    "vicuna-13b-sft.yaml": {
-        "model_name_or_path": "lmsys/vicuna-13b-v1.5",
-        "sft": True,
-        "max_steps": -1,
-        "learning_rate": 1e-4,
-        "output_dir": "./output/LongQLoRA-Vicuna-13b-8k",
-    },
-}
-# in both files of the original project, github.com/yangjianxin1/LongQLoRA, train_args/
-ORIGINAL = {
-    "num_train_epochs": 1.0,
-    "per_device_train_batch_size": 1,
-    "gradient_accumulation_steps": 16,
-    "max_seq_length": 8192,
-    "model_max_length": 8192,
-    "logging_steps": 50,
-    "save_steps": 100,
-    "save_total_limit": 3,
-    "lr_scheduler_type": "constant_with_warmup",
-    "warmup_steps": 20,
-    "lora_rank": 64,
-    "lora_alpha": 16,
-    "lora_dropout": 0.05,
-    "gradient_checkpointing": True,
-    "disable_tqdm": False,
-    "optim": "paged_adamw_32bit",
-    "seed": 42,
-    "report_to": ["tensorboard"],
-    "dataloader_num_workers": 0,
-    "save_strategy": "steps",
-    "weight_decay": 0.0,
-    "max_grad_norm": 0.3,
+def test_the_command_line_overrides_the_yaml(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("sft: true\nlearning_rate: 1e-4\n")
+    words = ["--train_args_file", str(file), "--learning_rate", "2e-5", "--packing=true"]
+    assert read_command_line(words) == (str(file), {"sft": True, "learning_rate": 2e-5, "packing": True})
+
+
+WRONG = {
+    "missing": (["--train_args_file", "missing.yaml"], "there is no file missing.yaml"),
+    "no YAML": (["--train_args_file", "bad.yaml"], "bad.yaml is not YAML"),
+    "twice": (["--train_args_file", "twice.yaml"], "seed is set twice"),
+    "no lines": (["--train_args_file", "list.yaml"], "holds no 'key: value' lines"),
+    "folder": (["--train_args_file", "."], "there is no file ."),
+    "not UTF-8": (["--train_args_file", "latin.yaml"], "latin.yaml is not YAML"),
+    "no value": (["--train_args_file", "good.yaml", "--seed"], "--seed: no value"),
 }
 
 
-@pytest.mark.parametrize("name", SHIPPED)
-def test_a_shipped_yaml_holds_the_originals_values(name, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    file = f"train_args/{name}"
-    # fp16 asks for a GPU, and the DeepSpeed file would start DeepSpeed
-    args, training_args = parse_arguments(["--train_args_file", file, "--fp16", "false", "--deepspeed="])
-    for key, value in (ORIGINAL | SHIPPED[name]).items():
-        kept = getattr(args, key) if hasattr(args, key) else getattr(training_args, key)
-        assert getattr(kept, "value", kept) == value, key
-    raw = yaml.safe_load(Path(file).read_text())
-    assert raw["fp16"] is True
-    assert raw["deepspeed"] == "./train_args/deepspeed/deepspeed_config_s2.json"
-
-
-def test_the_originals_own_yaml_is_accepted(tmp_path, parse):
-    """Its keys, all of them; `remove_unused_columns: false` too."""
-    lines = "\n".join(
-        f"{key}: {value if value is not True and value is not False else str(value).lower()}"
-        for key, value in {**ORIGINAL, "remove_unused_columns": False, "report_to": "tensorboard"}.items()
-        if key not in MINIMAL
-    )
-    _, training_args = parse(lines)
-    assert training_args.remove_unused_columns is False
-
-
-def test_a_yaml_of_the_originals_keys_is_read_without_a_warning(parse, recwarn):
-    args = parse("gradient_checkpointing: true")[1]
-    assert args.gradient_checkpointing
-    parse("gradient_checkpointing: false")
-    assert not [str(warning.message) for warning in recwarn if "checkpointing" in str(warning.message)]
-
-
-def test_checkpointing_recomputes_without_a_gradient_at_the_embedding(parse):
-    assert parse("gradient_checkpointing: true")[1].gradient_checkpointing_kwargs == {"use_reentrant": False}
+@pytest.mark.parametrize("name", WRONG)
+def test_k21_a_wrong_file_is_told_before_slow_imports(name, tmp_path):
+    """torch alone takes 3 s on two busy cores."""
+    (tmp_path / "bad.yaml").write_text("a: [")
+    (tmp_path / "twice.yaml").write_text("seed: 1\nseed: 2\n")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    (tmp_path / "good.yaml").write_text("seed: 1\n")
+    (tmp_path / "latin.yaml").write_bytes(b"run_name: caf\xe9\n")
+    words, message = WRONG[name]
+    command = [sys.executable, "-X", "importtime", str(ROOT / "train.py"), *words]
+    begin = time.monotonic()
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert time.monotonic() - begin < 10
+    assert done.returncode == 1
+    lines = done.stderr.splitlines()
+    assert not {"torch", "transformers"} & {line.rsplit("|", 1)[1].strip() for line in lines if line.count("|") == 2}
+    assert [line for line in lines if line.startswith("error: ") and message in line], done.stderr[-2000:]
+    with pytest.raises(UserError):  # it is the flags' own error, not one of the imports
+        read_command_line([word if word.startswith("-") else str(tmp_path / word) for word in words])

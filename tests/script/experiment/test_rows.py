@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from component.train.argument import parse_arguments
+from component.train.settings import parse_arguments
 from script.experiment.rows import RECIPE, all_runs, main_runs
 
 

@@ -1,0 +1,108 @@
+"""Are all keys known and their values valid? One message with all problems, before any weight is loaded."""
+
+import dataclasses
+import typing
+
+import torch
+from transformers import TrainingArguments
+
+from component.error import UserError, nearest
+from component.train.argument import LongQLoRAArguments, read_command_line
+from component.train.validation import validate
+from component.train.yaml_file import parse_value
+
+# Keys of transformers 4's TrainingArguments that 5 no longer has -> what to write instead.
+REMOVED = {
+    "adafactor": "write optim: adafactor",
+    "dispatch_batches": "write it inside accelerator_config",
+    "evaluation_strategy": "write eval_strategy",
+    "fsdp_min_num_params": "leave it out",
+    "fsdp_transformer_layer_cls_to_wrap": "leave it out",
+    "group_by_length": "write train_sampling_strategy: group_by_length",
+    "include_inputs_for_metrics": "leave it out",
+    "include_tokens_per_second": "leave it out; every log line has tokens per second",
+    "jit_mode_eval": "leave it out",
+    "logging_dir": "set the environment variable TENSORBOARD_LOGGING_DIR",
+    "mp_parameters": "leave it out",
+    "no_cuda": "write use_cpu",
+    "past_index": "leave it out",
+    "per_gpu_eval_batch_size": "write per_device_eval_batch_size",
+    "per_gpu_train_batch_size": "write per_device_train_batch_size",
+    "push_to_hub_model_id": "write hub_model_id",
+    "push_to_hub_organization": "write hub_model_id: ORGANIZATION/NAME",
+    "push_to_hub_token": "write hub_token",
+    "ray_scope": "leave it out",
+    "save_safetensors": "leave it out; adapters are always safetensors",
+    "sharded_ddp": "use deepspeed",
+    "split_batches": "write it inside accelerator_config",
+    "torchdynamo": "write torch_compile_backend",
+    "tpu_metrics_debug": "leave it out",
+    "tpu_num_cores": "leave it out",
+    "use_ipex": "leave it out",
+    "use_mps_device": "leave it out",
+    "warmup_ratio": "write warmup_steps: a number below 1 is a share of the steps",
+    **dict.fromkeys(["fp16_backend", "half_precision_backend", "fp16_opt_level"], "leave it out; fp16: true suffices"),
+}
+
+
+def parse_arguments(argv: list[str]) -> tuple[LongQLoRAArguments, TrainingArguments]:
+    """Command line and YAML file -> validated arguments.
+
+    Raises:
+        UserError: one message with all problems.
+    """
+    file, values = read_command_line(argv)
+    ours, theirs = _hints(LongQLoRAArguments), _hints(TrainingArguments)
+    known = theirs | ours
+    problems: list[str] = []
+    typed: dict[str, typing.Any] = {}
+    for key, value in values.items():
+        try:
+            typed[key] = parse_value(value, known[key])
+        except KeyError:
+            problems.append(f"{key}: {_unknown(str(key), known)}")
+        except ValueError as error:
+            problems.append(f"{key}: {error}")
+    for item in dataclasses.fields(LongQLoRAArguments):
+        if item.default is dataclasses.MISSING and item.name not in values:
+            problems.append(f"{item.name}: missing; {item.metadata['help']}")
+    problems += validate(typed)
+    if problems:
+        raise UserError(f"{file} has problems:\n" + "\n".join(f"  - {problem}" for problem in problems))
+    args = LongQLoRAArguments(**{key: value for key, value in typed.items() if key in ours})
+    return args, _training_arguments(file, {key: value for key, value in typed.items() if key not in ours})
+
+
+def _unknown(key: str, known: typing.Iterable[str]) -> str:
+    return f"transformers 5 removed it; {REMOVED[key]}" if key in REMOVED else f"unknown key{nearest(key, known)}"
+
+
+def _training_arguments(file: str, values: dict) -> TrainingArguments:
+    # the record counts trained tokens; with frozen weights, DDP has no unused parameters to search for
+    values = {"include_num_input_tokens_seen": "non_padding", "ddp_find_unused_parameters": False, **values}
+    # transformers' default of 8 rows would take eight times the memory that training rows were planned for
+    values.setdefault("per_device_eval_batch_size", 1)
+    if not torch.cuda.is_available():
+        values.setdefault("use_cpu", True)  # else DeepSpeed's processes don't find each other
+    # renamed in transformers 5.23, which warns about the old name; the original project's YAMLs use it
+    is_renamed = hasattr(TrainingArguments, "activation_checkpointing_kwargs")
+    name = "activation_checkpointing" if is_renamed else "gradient_checkpointing"
+    new_names = {"gradient_checkpointing": name, "gradient_checkpointing_kwargs": f"{name}_kwargs"}
+    values = {new_names.get(key, key): value for key, value in values.items()}
+    values.setdefault(f"{name}_kwargs", {"use_reentrant": False})  # needs no gradient at the embedding
+    # each process reads its own share of a stream; dispatching from one process needs batches of equal length
+    values.setdefault("accelerator_config", {"dispatch_batches": False})
+    try:
+        arguments = TrainingArguments(**values)
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(f"{file}: {error}") from error
+    if arguments.deepspeed and arguments.hf_deepspeed_config.mismatches:  # else the Trainer raises after loading
+        contradictions = "\n  ".join(arguments.hf_deepspeed_config.mismatches)
+        raise UserError(f'deepspeed: contradicts {file}; write "auto" in the DeepSpeed file for\n  {contradictions}')
+    return arguments
+
+
+def _hints(cls: type) -> dict[str, typing.Any]:
+    # transformers documents `resume_from_checkpoint: true`, but its type hint lacks bool
+    hints = {**typing.get_type_hints(cls), "resume_from_checkpoint": str | bool | None}
+    return {item.name: hints[item.name] for item in dataclasses.fields(cls) if item.init}
