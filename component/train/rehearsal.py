@@ -44,7 +44,7 @@ def rehearse(arguments: TrainingArguments) -> None:
     arguments.push_to_hub = False  # else the repository would be created already
     if arguments.optim_target_modules:  # of GaLore and APOLLO, which look for them in the model
         arguments.optim_target_modules = "all-linear"
-    with explained_settings(arguments, *_changed(arguments)):
+    with explained_settings(arguments, "output_dir"):  # if no other key is mentioned, the message has to do
         trainer = Trainer(
             OneLayer(), arguments, train_dataset=[{}], eval_dataset=[{}], compute_metrics=token_weighted_loss
         )
@@ -64,7 +64,7 @@ def rehearse(arguments: TrainingArguments) -> None:
 
 @contextlib.contextmanager
 def explained_settings(arguments: TrainingArguments, *keys: str) -> Iterator[None]:
-    """Names the keys to which a library's exception belongs: those in its message, else `keys`.
+    """Names the keys to which a library's exception belongs: those that it mentions, else `keys`.
 
     Raises:
         UserError: in place of the exception; if no key is known, the exception passes.
@@ -74,14 +74,20 @@ def explained_settings(arguments: TrainingArguments, *keys: str) -> Iterator[Non
     except UserError:
         raise
     except Exception as error:
-        words = re.findall(r"\w+", str(error))  # a key of one word may be there by chance
-        changed = _changed(arguments)
-        named = [key for key in changed if "_" in key and key in words] or [key for key in keys if key in changed]
-        named = named or keys[:1]
+        named = _mentioned(arguments, str(error)) or [key for key in keys if key in _changed(arguments)] or keys[:1]
         if not named:
             raise
         settings = ", ".join(f"{key}: {_text(getattr(arguments, key))}" for key in named)
         raise UserError(f"{settings}; {first_line(error)}") from error
+
+
+def _mentioned(arguments: TrainingArguments, message: str) -> list[str]:
+    """The keys that were set and whose name, or else value, is a word of the message."""
+    changed, words = _changed(arguments), re.findall(r"\w+", message)
+    by_name = [key for key in changed if "_" in key and key in words]  # a name of one word may be there by chance
+    values = {key: getattr(arguments, key) for key in changed}
+    words = [word.lower() for word in words]
+    return by_name or [key for key, text in values.items() if isinstance(text, str) and text.lower() in words]
 
 
 def _refuse_ignored_options(arguments: TrainingArguments, model: nn.Module) -> None:
