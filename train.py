@@ -35,7 +35,7 @@ from component.memory.budget import available_memory, explaining_out_of_memory, 
 from component.memory.plan import MEMORY_OPTIONS, Estimate, MemoryPlan, choose_plan, describe_estimate
 from component.memory.workload import Workload, workload
 from component.model import compute_dtype, load_base, load_config
-from component.rope import extend_context, own_rope_type
+from component.rope import depends_on_length, extend_context, own_rope_type
 from component.storage.result import library_versions
 from component.tokenizer import any_pad_id, load_tokenizer
 from component.train.callback import FullAttentionCallback
@@ -75,10 +75,12 @@ def run(args: LongQLoRAArguments, training_args: TrainingArguments) -> None:
     limit_kernels(args.use_flash_attn)
 
     # everything that can be checked without weights comes before they are loaded
-    extended = load_config(args.model_name_or_path)
+    base = load_config(args.model_name_or_path)
+    extended = copy.deepcopy(base)
     tokenizer = load_tokenizer(args.model_name_or_path, args.model_max_length)
     check_targets_early(extended, args.target_names)
     factor = extend_context(extended, args.model_max_length, args.rope_type or own_rope_type(extended))
+    check_batches(args, training_args, extended)
     memory = plan_memory(args, training_args, strategy, extended)
     train_set, eval_set, data_lines = load_data(args, training_args, tokenizer, extended.vocab_size)
 
@@ -98,8 +100,25 @@ def run(args: LongQLoRAArguments, training_args: TrainingArguments) -> None:
             strategy=strategy,
         )
     lines = data_lines | {"memory": f"no plan ({fallback})" if fallback else memory.line}
-    print_summary(args, training_args, trainer, factor, lines)
+    print_summary(args, training_args, trainer, base, lines)
     train(trainer, resume, memory, fallback)
+
+
+def check_batches(args: LongQLoRAArguments, training_args: TrainingArguments, extended: PretrainedConfig) -> None:
+    """Refuse batches in which the positions of one sample would be scaled by the length of another."""
+    if not depends_on_length(extended, args.max_seq_length):
+        return
+    sizes = {"per_device_train_batch_size": training_args.train_batch_size}
+    if args.eval_file:
+        sizes["per_device_eval_batch_size"] = training_args.eval_batch_size
+    found = [f"{key}: {rows}; set it to 1" for key, rows in sizes.items() if rows > 1]
+    found += ["packing: true; set it to false"] if args.packing else []
+    if found:
+        rope = extended.rope_parameters["rope_type"]
+        raise UserError(
+            f"{found[0]}: {rope} positions are scaled by the longest sample of a batch, so losses would depend on how "
+            "samples are batched"
+        )
 
 
 def uses_own_attention(args: LongQLoRAArguments, extended: PretrainedConfig) -> bool:

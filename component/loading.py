@@ -12,7 +12,14 @@ from component.adapter import check_adapter, load_adapter
 from component.checkpoint import read_record
 from component.error import UserError
 from component.model import load_base, load_config
-from component.rope import context_length, extend_context, is_trained_scaling, original_context, rope_factor
+from component.rope import (
+    context_length,
+    extend_context,
+    is_trained_scaling,
+    original_context,
+    own_rope_type,
+    rope_factor,
+)
 from component.tokenizer import load_tokenizer
 
 
@@ -132,13 +139,14 @@ def extended_config_of(
     if not context_size or context_size < 0:
         return config
     own_factor = rope_factor(config)
-    if own_factor == 1.0 and not is_fixed:
-        extend_context(config, context_size)
+    if not is_fixed and (own_factor == 1.0 or is_trained_scaling(config)):
+        extend_context(config, context_size, own_rope_type(config), field="context_size")
         return config
-    factor = math.ceil(context_size / original_context(config))
-    if factor != own_factor and not (is_trained_scaling(config) and context_size <= context_length(config)):
+    covered, needed = context_length(config), math.ceil(context_size / original_context(config))
+    if context_size > covered if is_trained_scaling(config) else needed != own_factor:
+        needs = "" if is_trained_scaling(config) else f" need factor {needed}"
         raise UserError(
-            f"context_size: {context_size} tokens need factor {factor}, but the context of {source} is "
-            f"{context_length(config)} tokens (factor {own_factor:g}); leave context_size out"
+            f"context_size: {context_size} tokens{needs}, but the context of {source} is {covered} tokens "
+            f"(factor {own_factor:g}); leave context_size out"
         )
     return config

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 from component.error import UserError, first_line
-from component.rope import original_context
+from component.rope import forget_lengths, original_context
 
 
 def load_config(model_name_or_path: str, field: str = "model_name_or_path") -> PretrainedConfig:
@@ -80,6 +80,7 @@ def load_base(
         ) from error
     _check_loading(model_name_or_path, report)
     _disable_cpu_repacking(model)
+    forget_lengths(model)
     return model
 
 

@@ -2,17 +2,33 @@
 
 Linear position interpolation (arXiv 2306.15595, section 2.2): position m enters the rotary embedding as m / factor, so
 `factor` times as many tokens fall inside the position range of pretraining. transformers 5 stores this in
-`config.rope_parameters`. transformers, vLLM and llama.cpp take `max_position_embeddings` as the length *before*
-scaling, so it stays (or becomes) the original length.
+`config.rope_parameters`. For linear and dynamic scaling, transformers, vLLM and llama.cpp take
+`max_position_embeddings` as the length *before* scaling, so it stays (or becomes) the original length; for scalings
+that a base was pretrained with (llama3, longrope) it is the length *after* scaling.
 """
 
 import math
+from dataclasses import dataclass
+from typing import Any
 
+from torch import nn
 from transformers import PretrainedConfig
 
 from component.error import UserError, nearest
 
 ROPE_TYPES = ("linear", "dynamic", "yarn")
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """How a config scales positions."""
+
+    rope_type: str
+    factor: float
+    context: int  # tokens that it supports
+
+    def __str__(self) -> str:
+        return "unscaled" if self.rope_type == "default" else f"{self.rope_type} x {self.factor:g}"
 
 
 def rope_parameters(config: PretrainedConfig) -> dict:
@@ -30,6 +46,14 @@ def rope_parameters(config: PretrainedConfig) -> dict:
     return parameters
 
 
+def scaling(config: PretrainedConfig) -> Scaling:
+    return Scaling(_rope_type(config), rope_factor(config), context_length(config))
+
+
+def _rope_type(config: PretrainedConfig) -> str:
+    return rope_parameters(config).get("rope_type") or "default"
+
+
 def original_context(config: PretrainedConfig) -> int:
     """The base's pretraining length in tokens, looking through any scaling already in the config."""
     return rope_parameters(config).get("original_max_position_embeddings") or config.max_position_embeddings
@@ -37,7 +61,10 @@ def original_context(config: PretrainedConfig) -> int:
 
 def rope_factor(config: PretrainedConfig) -> float:
     """The current scaling factor; 1.0 without scaling."""
-    return float(rope_parameters(config).get("factor") or 1.0)
+    factor = rope_parameters(config).get("factor")
+    if not factor and _rope_type(config) in ("yarn", "longrope"):  # as transformers infers it
+        factor = config.max_position_embeddings / original_context(config)
+    return float(factor or 1.0)
 
 
 def context_length(config: PretrainedConfig) -> int:
@@ -49,49 +76,129 @@ def context_length(config: PretrainedConfig) -> int:
 
 def is_trained_scaling(config: PretrainedConfig) -> bool:
     """Whether the base was pretrained with its scaling; then `max_position_embeddings` already includes it."""
-    return rope_parameters(config).get("rope_type") in ("llama3", "longrope")
+    return _rope_type(config) not in ("default", *ROPE_TYPES)
 
 
 def own_rope_type(config: PretrainedConfig) -> str:
-    """The config's rope type if it is one of ROPE_TYPES, else linear.
+    """The rope type of a config that is already scaled, else linear.
 
-    Fine-tuning an extended model further, e.g. on chats, should keep the scaling that it was trained with.
+    Training a scaled model further, e.g. on chats or to a longer context, keeps the scaling that it was trained with.
     """
-    own = rope_parameters(config).get("rope_type")
-    return own if own in ROPE_TYPES else "linear"
+    own = _rope_type(config)
+    return "linear" if own == "default" else own
 
 
-def extend_context(config: PretrainedConfig, target_tokens: int, rope_type: str = "linear") -> float:
+def depends_on_length(config: PretrainedConfig, tokens: int) -> bool:
+    """Whether all positions of a batch are scaled by its longest row, in batches of rows of up to `tokens` tokens."""
+    return _rope_type(config) in ("dynamic", "longrope") and tokens > original_context(config)
+
+
+def extend_context(
+    config: PretrainedConfig, target_tokens: int, rope_type: str = "linear", field: str = "model_max_length"
+) -> float:
     """Scale the positions of `config`, in place, so that `target_tokens` tokens fit.
 
     The factor is ceil(target / original), as in the original project, and absolute: for an already extended config it
-    is relative to the base's original length, so extending twice changes nothing. The config is unchanged if the
-    original length covers the target, or if a scaling that the base was pretrained with (llama3, longrope) does;
-    a linear one would discard that.
+    is relative to the base's original length, so extending twice changes nothing. A config is never scaled less than
+    before, and a scaling of the same type keeps its other parameters. llama3's factor is not relative to its original
+    length: what is raised is the factor that it was pretrained with. The config is unchanged if the original length
+    covers the target, or if a scaling of type `rope_type`, or one that the base was pretrained with, does.
 
     Args:
         config: of a Llama-family model.
         target_tokens: target context in tokens.
-        rope_type: `linear` (2306.15595), `dynamic` (NTK-aware, depends on the current length) or `yarn` (2309.00071).
+        rope_type: `linear` (2306.15595), `dynamic` (NTK-aware, depends on the current length) or `yarn` (2309.00071);
+            or the config's own.
+        field: key or flag of the target, for error messages.
 
     Returns:
         The resulting factor.
 
     Raises:
-        UserError: unknown `rope_type`, a target below 1, or a model without a single rotary embedding.
+        UserError: unknown `rope_type`, a target below 1, a model without a single rotary embedding, or a scaling that
+            the base was pretrained with and that cannot be extended.
     """
-    if rope_type not in ROPE_TYPES:
+    if rope_type not in ROPE_TYPES and rope_type != own_rope_type(config):
         raise UserError(f"rope_type: {rope_type!r} is none of {', '.join(ROPE_TYPES)}{nearest(rope_type, ROPE_TYPES)}")
     if target_tokens < 1:
-        raise UserError(f"model_max_length: {target_tokens} tokens; a context has at least 1")
-    parameters, original = rope_parameters(config), original_context(config)
-    if target_tokens <= (context_length(config) if is_trained_scaling(config) else original):
-        return rope_factor(config)
-    factor = float(math.ceil(target_tokens / original))
-    # partial_rotary_factor belongs to the architecture; everything else of the old scaling is dropped
-    kept = {key: parameters[key] for key in ("rope_theta", "partial_rotary_factor") if key in parameters}
+        raise UserError(f"{field}: {target_tokens} tokens; a context has at least 1")
+    own, original = scaling(config), original_context(config)
+    covered = own.context if is_trained_scaling(config) or rope_type == own.rope_type else original
+    if target_tokens <= max(covered, original):
+        return own.factor
+    if is_trained_scaling(config):
+        return _extend_trained_scaling(config, own, target_tokens, rope_type, field)
+    factor = max(float(math.ceil(target_tokens / original)), own.factor)
+    # of another type's scaling only what belongs to the architecture is kept
+    names = config.rope_parameters if rope_type == own.rope_type else ("rope_theta", "partial_rotary_factor")
+    kept: dict[str, Any] = {key: config.rope_parameters[key] for key in names if key in config.rope_parameters}
+    kept.pop("type", None)  # transformers 4's name of rope_type, kept beside it when an old config is loaded
     config.rope_parameters = {**kept, "rope_type": rope_type, "factor": factor}
     if rope_type == "yarn":
         config.rope_parameters["original_max_position_embeddings"] = original
     config.max_position_embeddings = original
     return factor
+
+
+def _extend_trained_scaling(
+    config: PretrainedConfig, own: Scaling, target_tokens: int, rope_type: str, field: str
+) -> float:
+    """Raise llama3's factor as many times as the context grows: its high frequencies stay as they were trained."""
+    if own.rope_type != "llama3":
+        raise UserError(
+            f"{field}: {target_tokens} tokens, but the model was trained with {own.rope_type} positions, which cannot "
+            f"be extended beyond its {own.context} tokens; use at most {own.context}, or another base model"
+        )
+    if rope_type != own.rope_type:
+        raise UserError(
+            f"rope_type: {rope_type} would replace the llama3 scaling that the model was trained with, and move "
+            f"positions that it knows; leave rope_type out, and llama3's own factor is raised"
+        )
+    growth = math.ceil(target_tokens / own.context)
+    config.rope_parameters = {**config.rope_parameters, "factor": own.factor * growth}
+    config.max_position_embeddings = own.context * growth
+    return own.factor * growth
+
+
+def scaling_warnings(
+    before: PretrainedConfig, after: PretrainedConfig, target_tokens: int, asked_type: str | None
+) -> list[str]:
+    """Where positions that a scaled model knows may move otherwise than asked, after `extend_context`.
+
+    Args:
+        before, after: the base's config and the extended one.
+        target_tokens: target context in tokens.
+        asked_type: the rope type that the user asked for, None if any.
+    """
+    old, new, found = scaling(before), scaling(after), []
+    if old.rope_type not in ("default", new.rope_type):
+        found.append(
+            f"{new} replaces {old}: positions that the model knows move by another factor than its context grows; "
+            "to keep its scaling, leave rope_type out"
+        )
+    if asked_type not in (None, new.rope_type):
+        found.append(f"rope_type: {asked_type} has no effect: the base covers {target_tokens} tokens, {old}")
+    length, is_explicit = before.max_position_embeddings, "original_max_position_embeddings" in before.rope_parameters
+    if old.rope_type == "linear" and old.factor > 1 and length < target_tokens and not is_explicit:
+        found.append(
+            f"the base is scaled {old} with max_position_embeddings {length}, taken as its length before scaling "
+            f"({old.context} tokens after). If {length} already counts the factor, add to its rope_parameters "
+            f'"original_max_position_embeddings": {int(length / old.factor)}'
+        )
+    return found
+
+
+def forget_lengths(model: nn.Module) -> None:
+    """Make each forward pass of a model with dynamic scaling depend on its own length only.
+
+    transformers keeps the scaling of the longest input so far, so losses would depend on earlier rows, and those of a
+    resumed run would differ.
+    """
+    for module in model.modules():
+        if getattr(module, "rope_type", None) == "dynamic" and hasattr(module, "original_inv_freq"):
+            module.register_forward_pre_hook(_forget_length)
+
+
+def _forget_length(rotary: Any, _: Any) -> None:
+    rotary.max_seq_len_cached = rotary.original_max_seq_len
+    rotary.inv_freq = rotary.original_inv_freq.to(rotary.inv_freq.device)

@@ -1,12 +1,12 @@
 """What does a run print before its first step?"""
 
 from torch import nn
-from transformers import TrainingArguments
+from transformers import PretrainedConfig, TrainingArguments
 
 from component.adapter import trainable_counts
 from component.attention.kernel import describe_kernels
 from component.model import compute_dtype
-from component.rope import original_context
+from component.rope import scaling, scaling_warnings
 from component.train.argument import LongQLoRAArguments
 from component.train.trainer import LongQLoRATrainer
 from component.train.zero import describe_optimizer
@@ -16,12 +16,12 @@ def print_summary(
     args: LongQLoRAArguments,
     training_args: TrainingArguments,
     trainer: LongQLoRATrainer,
-    factor: float,
+    base: PretrainedConfig,
     more: dict[str, str],
 ) -> None:
-    """Print the summary on the first process; `more` adds lines, name -> text."""
+    """Print the summary on the first process; `base`: the config before extension; `more`: lines, name -> text."""
     if trainer.is_world_process_zero():
-        lines = summary_lines(args, training_args, trainer, factor) | more
+        lines = summary_lines(args, training_args, trainer, base) | more
         print(f"\n{aligned(lines)}\n", flush=True)
 
 
@@ -36,6 +36,14 @@ def describe_trainable(model: nn.Module) -> str:
     return f"{sum(counts.values()):,} parameters ({parts})"
 
 
+def describe_context(args: LongQLoRAArguments, base: PretrainedConfig, extended: PretrainedConfig) -> dict[str, str]:
+    """The lines about the scaling of positions: old -> new, and what may not be as asked."""
+    old, new, target = scaling(base), scaling(extended), args.model_max_length
+    lines = {"context": f"{old.context} -> {target} tokens ({old} -> {new})"}
+    warnings = scaling_warnings(base, extended, target, args.rope_type)
+    return lines | ({"warning": "; ".join(warnings)} if warnings else {})
+
+
 def describe_attention(args: LongQLoRAArguments) -> str:
     if not args.use_shift_short_attention:
         return "full" + (" in every step; full_attention_ratio has no effect" if args.full_attention_ratio else "")
@@ -44,16 +52,14 @@ def describe_attention(args: LongQLoRAArguments) -> str:
 
 
 def summary_lines(
-    args: LongQLoRAArguments, training_args: TrainingArguments, trainer: LongQLoRATrainer, factor: float
+    args: LongQLoRAArguments, training_args: TrainingArguments, trainer: LongQLoRATrainer, base: PretrainedConfig
 ) -> dict[str, str]:
-    extended = trainer.extended_config
     dtype = compute_dtype(training_args.fp16, training_args.bf16)
     rows = training_args.train_batch_size * training_args.gradient_accumulation_steps * training_args.world_size
     optimizer = describe_optimizer(training_args.optim.value, training_args.deepspeed, training_args.max_grad_norm)
-    rope = extended.rope_parameters.get("rope_type", "default")
     return {
         "model": args.model_name_or_path,
-        "context": f"{original_context(extended)} -> {args.model_max_length} tokens ({rope} x {factor:g})",
+        **describe_context(args, base, trainer.extended_config),
         "attention": describe_attention(args),
         "kernel": describe_kernels(training_args.device, dtype),
         "base": f"{'NF4, double quantization' if args.load_in_4bit else dtype}, compute dtype {dtype}",

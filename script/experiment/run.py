@@ -133,7 +133,10 @@ def settings_of(run: Run, flags: argparse.Namespace, folder: Path) -> dict:
     """The YAML of a run."""
     paths = {"model_name_or_path": flags.base, "train_file": flags.data / "train.jsonl", "output_dir": folder}
     lengths = {"max_seq_length": run.length, "model_max_length": run.length}
-    batch = {"per_device_train_batch_size": max(1, TOKENS_PER_STEP // run.length), "seed": run.seed}
+    # dynamic positions depend on the longest row of a batch, so train.py takes them one by one
+    is_dynamic = run.config.changes.get("rope_type") == "dynamic"
+    size = "gradient_accumulation_steps" if is_dynamic else "per_device_train_batch_size"
+    batch = {"per_device_train_batch_size": 1, size: max(1, TOKENS_PER_STEP // run.length), "seed": run.seed}
     precision = {"bf16": True} if torch.cuda.is_available() else {}
     settings = RECIPE | {key: str(path) for key, path in paths.items()} | lengths | batch | precision
     settings |= run.config.changes

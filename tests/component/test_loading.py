@@ -88,6 +88,36 @@ def test_an_extended_model_has_its_own_factor(base_folder, tmp_path, rope_type):
         extended_config_of(str(tmp_path), 100)
 
 
+def test_k5_a_base_trained_with_a_scaling(own_base):
+    """llama3's own factor is raised; other scalings cannot be extended."""
+    config = load_config(str(own_base))
+    llama3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+    config.rope_parameters = {**llama3, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    config.max_position_embeddings = 128
+    config.save_pretrained(own_base)
+    for size, factor in ((100, 4.0), (128, 4.0), (129, 8.0), (300, 12.0)):
+        found = extended_config_of(str(own_base), size)
+        assert found.rope_parameters == {**config.rope_parameters, "factor": factor}
+    with pytest.raises(UserError, match=r"context_size: 129 tokens, but the context of .* is 128 tokens"):
+        extended_config_of(str(own_base), 129, is_fixed=True)
+    config.rope_parameters = {"rope_type": "proportional", "rope_theta": 1e4}
+    config.save_pretrained(own_base)
+    assert extended_config_of(str(own_base), 128).rope_parameters["rope_type"] == "proportional"
+    with pytest.raises(UserError, match=r"context_size: 129 tokens.*use at most 128"):
+        extended_config_of(str(own_base), 129)
+
+
+def test_k5_a_loaded_model_forgets_earlier_lengths(base_folder):
+    """Windows or prompts measured one after another, with dynamic scaling."""
+    config = load_config(str(base_folder))
+    extend_context(config, 256, "dynamic")
+    model = load_base(str(base_folder), config, dtype=torch.float32, load_in_4bit=False, device=CPU)
+    short, long = torch.randint(300, (1, 100)), torch.randint(300, (1, 250))
+    first = logits(model, short)
+    logits(model, long)
+    assert torch.equal(logits(model, short), first)
+
+
 @pytest.mark.parametrize("target", [64, 128])
 def test_our_adapter_keeps_its_factor(adapter_folder, base_folder, target):
     """Even one that was trained without scaling."""

@@ -26,7 +26,17 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import logging as transformers_logging
 
 from component.error import UserError
-from component.rope import context_length, extend_context, original_context, own_rope_type, rope_factor
+from component.rope import (
+    context_length,
+    depends_on_length,
+    extend_context,
+    forget_lengths,
+    original_context,
+    own_rope_type,
+    rope_factor,
+    scaling,
+    scaling_warnings,
+)
 
 LLAMA3_SCALING = {
     "rope_type": "llama3",
@@ -132,6 +142,7 @@ def test_covered_target_does_not_change_the_config(target, rope_type):
 @pytest.mark.parametrize("model", [llama2, llama31])
 def test_extending_twice_changes_nothing(model, rope_type):
     config = model()
+    rope_type = rope_type if model is llama2 else "llama3"
     factor = extend_context(config, 262144, rope_type)
     before = copy.deepcopy(config.to_dict())
     assert extend_context(config, 262144, rope_type) == factor
@@ -140,12 +151,13 @@ def test_extending_twice_changes_nothing(model, rope_type):
 
 @pytest.mark.parametrize("first", ["linear", "dynamic", "yarn"])
 @pytest.mark.parametrize("second", ["linear", "dynamic", "yarn"])
-@pytest.mark.parametrize(("target", "factor"), [(8192, 2.0), (30000, 8.0), (65536, 16.0)])
+@pytest.mark.parametrize(("target", "factor"), [(8192, 4.0), (30000, 8.0), (65536, 16.0)])
 def test_extending_an_extended_config_is_absolute(first, second, target, factor):
+    """And never scales it less than before."""
     config, fresh = llama2(), llama2()
     assert extend_context(config, 16384, first) == 4.0
     assert extend_context(config, target, second) == factor
-    extend_context(fresh, target, second)
+    extend_context(fresh, max(target, 16384), second)
     assert config.to_dict() == fresh.to_dict()  # the first scaling is fully replaced
 
 
@@ -187,17 +199,156 @@ def test_llama3_scaling_that_covers_the_target_is_kept(target):
     assert config.to_dict() == before
 
 
-@pytest.mark.parametrize("rope_type", ["linear", "dynamic", "yarn"])
-def test_llama3_scaling_is_replaced_beyond_its_length(rope_type, log):
-    config = llama31()
-    assert extend_context(config, 262144, rope_type) == 32.0
-    parameters = {"rope_type": rope_type, "rope_theta": 500000.0, "factor": 32.0}
-    if rope_type == "yarn":
-        parameters["original_max_position_embeddings"] = 8192
-    assert config.rope_parameters == parameters
-    assert config.max_position_embeddings == 8192
+@pytest.mark.parametrize(
+    ("positions", "factor", "target", "raised", "covered"),
+    [(131072, 8.0, 262144, 16.0, 262144), (131072, 32.0, 131073, 64.0, 262144), (16384, 8.0, 40000, 24.0, 49152)],
+)
+def test_k5a_llama3_is_extended_by_its_own_factor(positions, factor, target, raised, covered, log):
+    before = llama2(max_position_embeddings=positions, rope_parameters={**LLAMA3_SCALING, "factor": factor})
+    config = copy.deepcopy(before)
+    assert extend_context(config, target, own_rope_type(config)) == raised
+    assert config.rope_parameters == {**LLAMA3_SCALING, "factor": raised}
+    assert context_length(config) == config.max_position_embeddings == covered
     config.validate_rope()
     assert log == []
+    # frequencies with more than 4 turns in 8192 tokens stay, those with less than one move with the context
+    old, new = LlamaRotaryEmbedding(before).inv_freq, LlamaRotaryEmbedding(config).inv_freq
+    wavelengths = 2 * torch.pi * 500000.0 ** (torch.arange(0, 128, 2) / 128)
+    assert torch.equal(new[wavelengths < 2048], old[wavelengths < 2048])
+    slow = wavelengths > 8192
+    assert slow.sum() > 10
+    assert_close(old[slow] / new[slow], torch.full_like(old[slow], raised / factor))
+    assert scaling_warnings(before, config, target, None) == []
+
+
+@pytest.mark.parametrize("rope_type", ["linear", "dynamic", "yarn"])
+def test_k5a_llama3_is_not_replaced(rope_type):
+    config = llama31()
+    before = copy.deepcopy(config.to_dict())
+    with pytest.raises(UserError, match=rf"rope_type: {rope_type} .*leave rope_type out"):
+        extend_context(config, 262144, rope_type)
+    assert config.to_dict() == before
+
+
+@pytest.mark.parametrize(("target", "factor"), [(1024, 4.0), (2048, 4.0), (4096, 4.0), (4097, 5.0), (8192, 8.0)])
+@pytest.mark.parametrize("rope_type", ["linear", "yarn"])
+def test_k5b_a_linear_config_is_never_scaled_less(target, factor, rope_type):
+    """1024 tokens, factor 4: trained at 256 x 4, or at 1024; the config does not say."""
+    before = llama2(
+        max_position_embeddings=1024, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+    )
+    config = copy.deepcopy(before)
+    assert extend_context(config, target, rope_type) == factor
+    found = " ".join(scaling_warnings(before, config, target, None))
+    assert ('"original_max_position_embeddings": 256' in found) == (target > 1024)
+    assert ("yarn x" in found) == (target > 1024 and rope_type == "yarn")
+
+
+def test_k5b_a_linear_config_that_says_its_original_length():
+    scaled = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 256}
+    before = llama2(max_position_embeddings=1024, rope_parameters=scaled)
+    config = copy.deepcopy(before)
+    assert context_length(config) == 1024
+    assert extend_context(config, 2048) == 8.0
+    assert config.rope_parameters == {**scaled, "factor": 8.0}
+    assert extend_context(config, 2048) == 8.0
+    assert context_length(config) == 2048
+    assert scaling_warnings(before, config, 2048, None) == []
+
+
+def longrope(**more) -> Phi3Config:
+    scaled = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0] * 48,
+        "long_factor": [2.0] * 48,
+        **more,
+    }
+    return Phi3Config(max_position_embeddings=131072, original_max_position_embeddings=4096, rope_parameters=scaled)
+
+
+@pytest.mark.parametrize(
+    ("config", "factor"),
+    [
+        (longrope(), 32.0),
+        (llama2(rope_parameters={"rope_type": "proportional", "rope_theta": 1e4}), 1.0),
+        (llama2(rope_parameters={"rope_type": "proportional", "rope_theta": 1e4, "factor": 4.0}), 4.0),
+    ],
+    ids=["longrope", "proportional", "proportional x 4"],
+)
+def test_k5_other_trained_scalings_are_not_replaced(config, factor):
+    longest = config.max_position_embeddings
+    before = copy.deepcopy(config.to_dict())
+    assert extend_context(config, longest, own_rope_type(config)) == factor
+    for rope_type in ("linear", "yarn", own_rope_type(config)):
+        with pytest.raises(UserError, match=rf"model_max_length: {longest + 1} tokens.*use at most {longest}"):
+            extend_context(config, longest + 1, rope_type)
+    assert config.to_dict() == before
+
+
+def test_k5_yarn_keeps_its_other_parameters():
+    scaled = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096, "rope_theta": 1e6}
+    scaled |= {"beta_fast": 16.0, "beta_slow": 2.0, "truncate": False}
+    config = llama2(max_position_embeddings=16384, rope_parameters=dict(scaled))
+    assert extend_context(config, 16384, "yarn") == 4.0
+    assert (config.rope_parameters, config.max_position_embeddings) == (scaled, 16384)
+    assert extend_context(config, 32768, "yarn") == 8.0
+    assert config.rope_parameters == {**scaled, "factor": 8.0}
+
+
+def test_k5_yarn_without_a_factor():
+    """transformers then takes max_position_embeddings / original_max_position_embeddings."""
+    scaled = {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 4096, "rope_theta": 1e6}
+    config = llama2(max_position_embeddings=16384, rope_parameters=scaled)
+    assert (rope_factor(config), context_length(config)) == (4.0, 16384)
+    assert extend_context(config, 20000, "yarn") == 5.0
+
+
+@pytest.mark.parametrize(
+    ("asked", "target", "words"),
+    [(None, 65536, []), ("linear", 65536, ["rope_type: linear has no effect", "llama3 x 8"])],
+)
+def test_k5_a_rope_type_without_effect_is_told(asked, target, words):
+    config = llama31()
+    extend_context(config, target, asked or own_rope_type(config))
+    found = " ".join(scaling_warnings(llama31(), config, target, asked))
+    assert bool(found) == bool(words)
+    assert all(word in found for word in words)
+
+
+def test_scaling_in_words():
+    assert [str(scaling(config)) for config in (llama2(), llama31())] == ["unscaled", "llama3 x 8"]
+    assert scaling(llama31()).context == 131072
+
+
+def dynamic_logits(lengths: list[int], config: LlamaConfig) -> list[Tensor]:
+    """Logits of rows of `lengths` tokens, one forward pass each, by one model."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    forget_lengths(model)
+    with torch.no_grad():
+        return [model(torch.arange(length)[None]).logits for length in lengths]
+
+
+@pytest.mark.parametrize("length", [40, 64, 65, 100])
+def test_k5c_dynamic_scaling_forgets_earlier_rows(tiny_llama_config, length):
+    extend_context(tiny_llama_config, 256, "dynamic")
+    alone = dynamic_logits([length], tiny_llama_config)[0]
+    assert torch.equal(dynamic_logits([250, length], tiny_llama_config)[1], alone)
+    stock = LlamaForCausalLM(tiny_llama_config)
+    with torch.no_grad():
+        stock(torch.arange(250)[None])
+    changed = stock.model.rotary_emb.inv_freq
+    fresh = LlamaRotaryEmbedding(tiny_llama_config).inv_freq
+    assert not torch.equal(changed, fresh)  # the state that is forgotten
+
+
+def test_which_scalings_depend_on_length():
+    config = llama2()
+    assert not depends_on_length(config, 8192)
+    extend_context(config, 8192, "dynamic")
+    assert [depends_on_length(config, tokens) for tokens in (4096, 4097)] == [False, True]
+    assert [depends_on_length(longrope(), tokens) for tokens in (4096, 4097)] == [False, True]
 
 
 def test_llama3_without_scaling_keeps_its_theta():
@@ -214,8 +365,8 @@ def test_an_extended_model_keeps_its_rope_type(own, kept):
     assert own_rope_type(config) == kept
 
 
-def test_an_unsupported_rope_type_is_not_kept():
-    assert own_rope_type(llama31()) == "linear"
+def test_a_trained_scaling_is_the_models_own():
+    assert own_rope_type(llama31()) == "llama3"
 
 
 @pytest.mark.parametrize("max_positions", [4096, 16384])  # both occur: the length before and after scaling

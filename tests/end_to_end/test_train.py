@@ -410,8 +410,84 @@ def test_an_extended_model_keeps_its_rope_type(train, basic, base_folder, tmp_pa
     config.save_pretrained(model)
     settings = {"model_name_or_path": str(model), "max_steps": 1, "output_dir": str(tmp_path / "out")}
     printed = finish(train({**basic, **settings} | ({"rope_type": asked} if asked else {})))
-    assert f"({kept} x 3)" in printed
+    assert f"192 -> 192 tokens (yarn x 3 -> {kept} x 3)" in printed
+    assert ("linear x 3 replaces yarn x 3" in printed) == (asked == "linear")
     assert record(tmp_path / "out")["rope_type"] == kept
+
+
+@pytest.fixture(scope="module")
+def llama3_base(base_folder, tmp_path_factory) -> Path:
+    """Scaled as Llama 3: pretrained at 64 tokens, then with factor 4 at 128."""
+    folder = tmp_path_factory.mktemp("llama3") / "base"
+    shutil.copytree(base_folder, folder)
+    config = AutoConfig.from_pretrained(folder)
+    llama3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+    config.rope_parameters = {**llama3, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    config.max_position_embeddings = 128
+    config.save_pretrained(folder)
+    return folder
+
+
+def test_k5a_a_llama3_base_is_extended_by_its_own_factor(train, basic, llama3_base, tmp_path):
+    out = tmp_path / "out"
+    settings = {"model_name_or_path": str(llama3_base), "max_steps": 1, "output_dir": str(out)}
+    printed = finish(train({**basic, **settings}))
+    assert "128 -> 192 tokens (llama3 x 4 -> llama3 x 8)" in printed
+    assert "warning" not in printed
+    written = json.loads((out / "config.json").read_text())
+    assert (written["rope_parameters"]["factor"], written["max_position_embeddings"]) == (8.0, 256)
+    assert (record(out)["rope_type"], record(out)["rope_factor"]) == ("llama3", 8.0)
+    refused = train({**basic, **settings, "output_dir": str(tmp_path / "no"), "rope_type": "linear"})
+    assert refused.returncode == 1
+    assert "error: rope_type: linear would replace the llama3 scaling" in refused.stdout
+
+
+def test_k5b_a_linear_base_is_never_scaled_less(train, basic, base_folder, tmp_path):
+    model = shutil.copytree(base_folder, tmp_path / "base")
+    config = AutoConfig.from_pretrained(model)
+    config.rope_parameters = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+    config.max_position_embeddings = 96
+    config.save_pretrained(model)
+    settings = {"model_name_or_path": str(model), "max_steps": 1, "output_dir": str(tmp_path / "out")}
+    printed = finish(train({**basic, **settings}))
+    assert "384 -> 192 tokens (linear x 4 -> linear x 4)" in printed
+    assert '"original_max_position_embeddings": 24' in printed
+    assert record(tmp_path / "out")["rope_factor"] == 4.0
+
+
+def test_k5c_dynamic_positions_do_not_depend_on_earlier_rows(train, basic, base_folder, tmp_path):
+    """Losses equal those of a fresh model for each row, and a killed run's those of one that was not."""
+    texts = [TRAIN_TEXTS[3], TRAIN_TEXTS[1] * 2, TRAIN_TEXTS[3][:250]]
+    file = write_texts(tmp_path / "train.jsonl", texts)
+    values = {**basic, "rope_type": "dynamic", "per_device_train_batch_size": 1, "train_file": file}
+    values |= {"learning_rate": 1e-12, "use_shift_short_attention": False, "max_steps": 6}
+    finish(train({**values, "output_dir": str(tmp_path / "unbroken")}))
+    config = AutoConfig.from_pretrained(tmp_path / "unbroken")
+    expected, rows = set(), token_ids(base_folder, texts)
+    assert sum(64 < row.shape[1] < 150 for row in rows) == 2  # beyond the base's length, and of different lengths
+    for row in rows:
+        model = AutoModelForCausalLM.from_pretrained(base_folder, config=copy.deepcopy(config)).eval()
+        with torch.no_grad():
+            expected.add(round(float(summed_loss(model, row)) / (row.shape[1] - 1), 4))
+    assert {round(loss, 4) for loss in losses(tmp_path / "unbroken").values()} == expected
+    values |= {"output_dir": str(tmp_path / "out"), "resume_from_checkpoint": "auto"}
+    assert train(values, DieAt("step", 4)).returncode == -signal.SIGKILL
+    finish(train(values))
+    assert losses(tmp_path / "out") == losses(tmp_path / "unbroken")
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"per_device_train_batch_size": 2}, "per_device_train_batch_size: 2; set it to 1: dynamic positions"),
+        ({"packing": True}, "packing: true; set it to false: dynamic positions"),
+    ],
+)
+def test_k5_dynamic_positions_in_batches(train, basic, tmp_path, changed, words):
+    values = {**basic, "rope_type": "dynamic", "per_device_train_batch_size": 1, "output_dir": str(tmp_path / "out")}
+    refused = train({**values, **changed})
+    assert refused.returncode == 1
+    assert f"error: {words}" in refused.stdout
 
 
 # ---- what is trained
