@@ -103,6 +103,11 @@ def _base_tensors(base: str, model: PreTrainedModel) -> dict[str, TensorRef]:
     for name in tied[1:]:
         if tied[0] not in found and name in found:  # saved under the head's name only
             found[tied[0]] = found[name]
+        elif name in found and not torch.equal(found[tied[0]].read().float(), found[name].read().float()):
+            raise UserError(  # transformers would not tie them
+                f"model_name_or_path: the config of {base!r} says tie_word_embeddings: true, but {name} differs from "
+                f"{tied[0]}; set it to false in config.json"
+            )
         wanted.pop(name)
     missing = [name for name in wanted if name not in found]
     if missing:

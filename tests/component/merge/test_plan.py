@@ -45,6 +45,20 @@ def test_bases_that_do_not_fit(bases, tmp_path, spoil):
     assert all(part in str(error.value) for part in parts)
 
 
+@pytest.mark.parametrize("head", ["equal", "different"])
+def test_a_tied_base_that_holds_a_head(bases, tmp_path, head):
+    """transformers ties only equal ones, whatever the config says; the merged model has a single matrix."""
+    weights = load_file(bases(tied=True) / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + float(head == "different")
+    base = copied(bases(tied=True), tmp_path / "base", weights)
+    save_adapter(tmp_path / "adapter", bases(tied=True))
+    if head == "different":
+        with pytest.raises(UserError, match=r"tie_word_embeddings: true, but lm_head.weight differs from model.embed"):
+            merged(tmp_path / "ours", base, tmp_path / "adapter")
+    else:
+        assert "lm_head.weight" not in merged(tmp_path / "ours", base, tmp_path / "adapter")
+
+
 def test_a_quantized_base(bases, tmp_path):
     base = copied(bases(), tmp_path / "base", load_file(bases() / "model.safetensors"))
     config = json.loads((base / "config.json").read_text()) | {"quantization_config": {"quant_method": "bitsandbytes"}}
