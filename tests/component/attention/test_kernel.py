@@ -36,6 +36,13 @@ def test_kernels_without_grouped_query_support(monkeypatch, heads, kv_heads, pos
     assert set(calls) == {inputs[1].untyped_storage().data_ptr()}  # the keys themselves, not a copy
 
 
+def test_a_kernel_is_selected_if_none_is_given():
+    query, key, value = random_inputs(2, 4, 2, 23)
+    out, saved = kernel.causal_forward(query, key, value)
+    assert saved.kernel == kernel.CPU_FLASH
+    assert_close(out.transpose(1, 2), shift_short_loop(query, key, value, 64), atol=1e-5, rtol=1e-5)
+
+
 def test_describe_kernels():
     assert describe_kernels(torch.device("cpu"), torch.float32) == "SDPA: CPU flash, math"
     with sdpa_kernel(SDPBackend.MATH):

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 
@@ -49,8 +50,13 @@ def test_sdpa_without_grouped_query_support(monkeypatch, heads, kv_heads):
     def plain(query, key, value):
         return causal_sdpa(query, key, value, None, 0.0)
 
-    grouped = with_gradients(plain, inputs)
+    def ungrouped(query, key, value, **options):
+        assert query.shape[1] == key.shape[1]
+        return attend(query, key, value, **options)
+
+    grouped, attend = with_gradients(plain, inputs), F.scaled_dot_product_attention
     monkeypatch.setattr(kernel, "select_kernel", lambda *_: kernel.EFFICIENT)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", ungrouped)
     for mine, theirs in zip(with_gradients(plain, inputs), grouped, strict=True):
         assert_close(mine, theirs, atol=1e-6, rtol=1e-5)
 

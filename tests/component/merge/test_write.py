@@ -116,6 +116,8 @@ def test_tied_embeddings(bases, tmp_path, name):
     expected = logits(model)
     weights = merged(tmp_path / "ours", base, tmp_path / "adapter")
     assert ("lm_head.weight" in weights) != stays_tied
+    plan = plan_merge(str(base), str(tmp_path / "adapter"), load_config(str(base)), dtype=torch.float32)
+    assert plan.changes.keys() <= plan.tensors.keys()  # no change of a tensor that is not written
     loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(report.values())
     assert loaded.config.tie_word_embeddings == stays_tied

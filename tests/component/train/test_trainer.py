@@ -17,6 +17,11 @@ def test_tokens_have_equal_weight():
     assert found == pytest.approx({"loss": 40 / 12, "perplexity": math.exp(40 / 12)})
 
 
+def test_a_single_token():
+    found = token_weighted_loss(EvalPrediction(predictions=torch.tensor([3.0]), label_ids=torch.tensor([1])))
+    assert found == pytest.approx({"loss": 3.0, "perplexity": math.exp(3.0)})
+
+
 def test_perplexity_does_not_overflow():
     found = token_weighted_loss(EvalPrediction(predictions=torch.tensor([1e6]), label_ids=torch.tensor([10])))
     assert found["loss"] == pytest.approx(1e5)
