@@ -2,6 +2,7 @@
 #   make demo    extend a small model fourfold and plot the result (about 10 minutes on 2 CPU cores)
 #   make test    run every CPU test
 #   make lint    check style and types
+#   make mutants plant faults in copies of the core, which the tests must notice (15 minutes on 2 CPU cores)
 #   make clean   delete the virtual environment and all outputs
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ READY := $(VENV)/.ready
 # for the deepspeed launcher, and ninja, which compiles its operators
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint mutants clean
 
 demo: $(READY)
 	$(VENV)/bin/python script/demo/demo.py
@@ -22,6 +23,9 @@ lint: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+mutants: $(READY)
+	$(VENV)/bin/python -m tests.mutants
 
 $(READY): requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
