@@ -23,6 +23,7 @@ CURES = {
     errno.ENOENT: "check the path",
     errno.EISDIR: "name a file",
     errno.ENOTDIR: "check the path",
+    errno.ENAMETOOLONG: "check the path",
 }
 Main = TypeVar("Main")
 

@@ -142,6 +142,8 @@ def read_index(path: str | Path) -> TokenIndex | None:
 def _check_shape(index: TokenIndex) -> None:
     if index.dtype not in ("uint16", "uint32") or index.bos not in BOS or index.eos not in EOS:
         raise ValueError(f"dtype {index.dtype!r}, bos {index.bos!r}, eos {index.eos!r}")
+    if not all(type(number) is int for number in (index.tokens, index.documents, *index.offsets)):
+        raise TypeError("tokens, documents and offsets must be whole numbers")
     offsets = np.array(index.offsets, dtype=np.int64)
     if len(offsets) != index.documents or (len(offsets) and offsets[0] != 0):
         raise ValueError(f"{len(offsets)} offsets for {index.documents} documents, the first at {index.offsets[:1]}")

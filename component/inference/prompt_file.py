@@ -33,7 +33,7 @@ def read_prompts(path: str) -> list[tuple[str, Record]]:
 def _prompt_of(line: bytes, place: str) -> tuple[str, Record]:
     try:
         record = json.loads(line)
-    except ValueError as error:  # invalid JSON or UTF-8
+    except (ValueError, RecursionError) as error:  # invalid JSON or UTF-8, or nested too deeply
         raise UserError(f"{place}: not JSON in UTF-8 ({error}); write one object per line") from error
     keys = [key for key in PROMPT_KEYS if isinstance(record, dict) and isinstance(record.get(key), str)]
     if not keys or not record[keys[0]].strip():

@@ -36,7 +36,10 @@ BOUNDS = {
     ),
     "seed data_seed": (lambda v: 0 <= v < 2**32, "0 or more, below 2**32"),
     "report_to": (
-        lambda v: {*([v] if isinstance(v, str) else v)} <= {"none", "all", *get_available_reporting_integrations()},
+        lambda v: all(
+            name in ("none", "all", *get_available_reporting_integrations())
+            for name in ([v] if isinstance(v, str) else v)
+        ),
         "none, tensorboard, or a tracker that is installed",
     ),
 }

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from component.error import UserError, nearest
+from component.error import UserError, first_line, nearest
 
 
 def parse_value(value: typing.Any, hint: typing.Any) -> typing.Any:
@@ -50,7 +50,7 @@ def parse_value(value: typing.Any, hint: typing.Any) -> typing.Any:
 def _number(value: int | float | str, kind: type) -> int | float:
     try:
         number = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ValueError(f"{value!r} is not {_type_name(kind)}") from None
     if not math.isfinite(number) or (kind is int and not number.is_integer()):
         raise ValueError(f"{value!r} is not {_type_name(kind)}")
@@ -92,7 +92,10 @@ def parse_yaml(text: str) -> typing.Any:
     Raises:
         yaml.YAMLError: it is not YAML, or has duplicate keys.
     """
-    return yaml.load(text, Loader=_NoDuplicates)
+    try:
+        return yaml.load(text, Loader=_NoDuplicates)
+    except (RecursionError, ValueError) as error:  # nested too deeply; a number or date that is none
+        raise yaml.YAMLError(first_line(error)) from error
 
 
 def read_yaml(file: str) -> dict:

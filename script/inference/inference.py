@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from component.cli import exit_on_user_error
+from component.data.record import text_problem
 from component.error import UserError
 from component.inference.context import describe_context, free_context, truncate_prompt
 from component.inference.flags import generation_parser, load_from_flags
@@ -39,6 +40,8 @@ def parse() -> argparse.Namespace:
     flags = parser.parse_args()
     if (flags.input_jsonl is None) != (flags.output_jsonl is None):
         raise UserError("--input_jsonl and --output_jsonl belong together; give both or none")
+    if flags.prompt is not None and (problem := text_problem(flags.prompt)):  # bytes that are no UTF-8
+        raise UserError(f"--prompt {problem}")
     return flags
 
 
