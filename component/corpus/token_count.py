@@ -12,6 +12,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from component.data.text import as_text, text_ids
+
 CHARACTERS_PER_TOKEN = 8  # more than any tokenizer reaches on running text
 MARGIN = 1.02  # counts of parts add up to a little more or less than the whole's
 CACHED_WORDS, CACHED_CHARACTERS = 2**17, 64  # how many words are remembered, up to which length
@@ -52,12 +54,14 @@ class TokenCounter:
 
     def _count_whole(self, texts: list[str]) -> list[int]:
         if self.backend is None:
-            encoded = [self.tokenizer(text).input_ids for text in texts]
+            encoded = [text_ids(self.tokenizer, text, add_special_tokens=True) for text in texts]
         else:
             # the library directly: 1.5 times as fast without offsets
-            self.backend.no_truncation()
-            self.backend.no_padding()
-            encoded = [encoding.ids for encoding in self.backend.encode_batch_fast(texts)]
+            tokenizer, texts = as_text(self.tokenizer, texts)
+            backend = tokenizer.backend_tokenizer
+            backend.no_truncation()
+            backend.no_padding()
+            encoded = [encoding.ids for encoding in backend.encode_batch_fast(texts)]
         return [len(ids) + (not ids or ids[-1] != self.tokenizer.eos_token_id) for ids in encoded]
 
     def _count_words(self, text: str) -> int:

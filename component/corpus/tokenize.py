@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from component.corpus.pool import in_order
 from component.data.source import RecordTally, read_records
+from component.data.text import as_text
 
 CHUNK_CHARACTERS = 2**19  # ids are returned as Python integers: at least 8 bytes per token
 
@@ -23,7 +24,7 @@ def documents(
     max_documents: int | None = None,
     max_bad_fraction: float = 1.0,
 ) -> Iterator[list[int]]:
-    """Token ids of each text, without special tokens; empty texts are skipped.
+    """Token ids of each text, without special tokens (those written in it stay text); empty texts are skipped.
 
     Args:
         tally: counts the records.
@@ -33,7 +34,8 @@ def documents(
     """
 
     def encode(texts: list[str]) -> list[list[int]]:
-        return tokenizer(texts, add_special_tokens=False, return_attention_mask=False).input_ids
+        call, texts = as_text(tokenizer, texts)
+        return call(texts, add_special_tokens=False, return_attention_mask=False).input_ids
 
     records = (record for path in paths for _, record in tally.good(path, read_records(path, (key,))))
     texts = (record[key] for record in records if record[key].strip())

@@ -2,14 +2,17 @@
 
 `vicuna` is the original project's template: Vicuna's, with line breaks and without a beginning-of-sequence token, as
 its published adapters were trained. `tokenizer` is the model's own chat template. With either, the loss covers the
-assistant's answers and their end-of-sequence tokens, and nothing else.
+assistant's answers and their end-of-sequence tokens, and nothing else. Special tokens are written by the template
+alone: those that somebody wrote in a question, an answer or a system prompt stay text.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from component.data import IGNORE_INDEX
+from component.data.text import special_tokens, text_ids
 from component.error import UserError, first_line
 
 SYSTEM = (
@@ -47,11 +50,6 @@ def encode_chat(
     return input_ids, labels
 
 
-def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of a text by itself; a special token that somebody wrote in it, such as </s>, stays text."""
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-
-
 def encode_conversation(
     tokenizer: PreTrainedTokenizerBase, turns: Turns, system: str | None, template: str
 ) -> tuple[list[int], list[int]]:
@@ -72,11 +70,19 @@ def encode_by_tokenizer(
         UserError: there is no template, it rejects the conversation, or it rewrites earlier turns.
     """
     check_template(tokenizer)
+    special = special_tokens(tokenizer)
+    texts = [text for turn in [*turns, (system or "", None)] for text in turn if text]
+    call: Callable[..., Any] = tokenizer
+    shown: Callable[[str], str] = str
+    if special.are_in(texts):  # hidden while the template is filled in: all that are left are the template's own
+        call, shown = special.renamed(tokenizer), special.rename
+        system = None if system is None else special.hide(system)
+        turns = [(special.hide(user), answer and special.hide(answer)) for user, answer in turns]
     spans, text = [], ""
     for at, (user, assistant) in enumerate(turns):
-        prompt = whole = _render(tokenizer, as_messages([*turns[:at], (user, None)], system), opens_answer=True)
+        prompt = whole = shown(_render(tokenizer, as_messages([*turns[:at], (user, None)], system), opens_answer=True))
         if assistant is not None:
-            whole = _render(tokenizer, as_messages(turns[: at + 1], system), opens_answer=False)
+            whole = shown(_render(tokenizer, as_messages(turns[: at + 1], system), opens_answer=False))
             spans.append((len(prompt), len(whole.rstrip())))  # ChatML ends with a line break
         if not (prompt.startswith(text) and whole.startswith(prompt)):
             raise UserError(
@@ -85,7 +91,7 @@ def encode_by_tokenizer(
                 "of one turn"
             )
         text = whole
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    encoded = call(text, add_special_tokens=False, return_offsets_mapping=True)
     # tokenizers that trim offsets, like Llama 3's, report a token of blanks as an empty span at its end
     labels = [
         token if any(start <= first and start < last <= end for start, end in spans) else IGNORE_INDEX

@@ -39,7 +39,7 @@ from component.data.token_file import index_path
 from component.error import UserError
 
 FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), "outcome": Value("uint8")})
-SAMPLE_FORMAT = 4  # increase it with every change of what a record becomes
+SAMPLE_FORMAT = 5
 SHUFFLED_SAMPLES = 256  # size of a stream's shuffle buffer
 
 

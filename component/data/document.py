@@ -13,6 +13,7 @@ from component.data.chat_template import encode_conversation
 from component.data.reader import BadRecord
 from component.data.record import read_chat
 from component.data.source import RecordTally, read_usable
+from component.data.text import as_text
 from component.data.token_file import check_tokenizer, read_index, read_tokens
 from component.error import UserError
 
@@ -83,7 +84,9 @@ def encode_texts(texts: list[str], tokenizer: PreTrainedTokenizerBase, options: 
     """Pretraining texts: every token but the first is a label, the end-of-sequence token included."""
     # two tokens beyond the limit tell a longer text from one that fits, without tokenizing a whole book
     limit = {} if options.truncation_policy == "split" else {"max_length": options.max_seq_length + 2}
-    for text, ids in zip(texts, tokenizer(texts, truncation=bool(limit), **limit).input_ids, strict=True):
+    call, written = as_text(tokenizer, texts)
+    encoded = call(written, truncation=bool(limit), **limit).input_ids
+    for text, ids in zip(texts, encoded, strict=True):
         if not text.strip():
             yield [], []
             continue

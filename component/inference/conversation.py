@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from component.data.chat_template import Turns, as_messages, encode_conversation
+from component.data.text import text_ids
 from component.error import UserError, nearest
 from component.inference.kv_cache import common_prefix
 from component.inference.text_file import read_text_file
@@ -64,7 +65,7 @@ class Conversation:
         return self.tokens_of(text)
 
     def tokens_of(self, text: str) -> int:
-        return len(self.tokenizer(text, add_special_tokens=False).input_ids)
+        return len(text_ids(self.tokenizer, text))
 
     def save(self, path: str) -> None:
         """Write one line of {"messages": …}, a format that instruction tuning reads."""

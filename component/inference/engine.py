@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from component.data.text import as_text, text_ids
 from component.error import UserError
 from component.inference.context import TRUNCATIONS, describe_context, fit_prompt
 from component.inference.conversation import Conversation
@@ -59,7 +60,8 @@ class KnownTokens:
             if self.characters + len(text) > 2 * self.most_characters:  # questions that were refused are kept too
                 self.known.clear()
                 self.characters = 0
-            self.known[key] = array("I", self.tokenizer(text, **options).input_ids)
+            call, (written,) = as_text(self.tokenizer, [text])
+            self.known[key] = array("I", call(written, **options).input_ids)
             self.characters += len(text)
         return SimpleNamespace(input_ids=self.known[key].tolist())
 
@@ -124,7 +126,7 @@ class Engine:
         tokens = 0
         for start in range(0, len(text), COUNTED_CHARACTERS):
             part = text[start : start + COUNTED_CHARACTERS]
-            tokens += len(self.tokenizer(part, add_special_tokens=False).input_ids)
+            tokens += len(text_ids(self.tokenizer, part))
             if tokens > self.most_tokens:
                 raise UserError(f"{name} has more than {self.most_tokens:,} tokens, {most}; split it")
         return tokens

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from component.cli import exit_on_user_error
 from component.data.record import text_problem
+from component.data.text import text_ids
 from component.error import UserError
 from component.inference.context import describe_context, free_context, truncate_prompt
 from component.inference.flags import generation_parser, load_from_flags
@@ -52,7 +53,7 @@ def say(text: str) -> None:
 def continue_one(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, flags: argparse.Namespace
 ) -> None:
-    prompt_ids = truncate_prompt(model, tokenizer(prompt).input_ids, flags)
+    prompt_ids = truncate_prompt(model, text_ids(tokenizer, prompt, add_special_tokens=True), flags)
     say(describe_context(model, len(prompt_ids)))
     cache = PromptCache(model.config, flags.cache_implementation)
     answer = stream_generation(model, tokenizer, prompt_ids, flags, cache)
@@ -68,7 +69,8 @@ def continue_file(
 ) -> None:
     records = [record for _, record in requests]
     start = count_answered(flags.output_jsonl, records)
-    prompt_ids = [truncate_prompt(model, tokenizer(prompt).input_ids, flags) for prompt, _ in requests]
+    encoded = (text_ids(tokenizer, prompt, add_special_tokens=True) for prompt, _ in requests)
+    prompt_ids = [truncate_prompt(model, ids, flags) for ids in encoded]
     for number, ids in enumerate(prompt_ids, 1):
         free_context(model, ids, f"{flags.input_jsonl}: prompt {number}")
 

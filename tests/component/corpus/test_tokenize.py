@@ -7,7 +7,7 @@ from component.data.source import RecordTally
 from component.error import UserError
 from tests.words import word_tokenizer, write_lines
 
-A, B, C = 3, 4, 5
+UNKNOWN, A, B, C = 2, 3, 4, 5
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def test_ids_by_hand(num_proc, characters, paths, monkeypatch):
     monkeypatch.setattr("component.corpus.tokenize.CHUNK_CHARACTERS", characters)
     tally = RecordTally()
     found = list(documents(paths, word_tokenizer(), tally, key="text", num_proc=num_proc))
-    assert found == [[A, B], [C], [B, B, A], [A, 1]]
+    assert found == [[A, B], [C], [B, B, A], [A, UNKNOWN]], "</s> in a text is a word"
     assert (tally.total, tally.bad) == (6, 1)
 
 

@@ -6,6 +6,7 @@ import lzma
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -43,9 +44,17 @@ def test_a_tokenizer_that_ends_sequences_itself(write):
     assert rows(samples) == [([BOS, A, B, EOS], [-100, A, B, EOS])]
 
 
-def test_a_genuine_end_of_sequence_inside_a_text_is_learnt(write, words):
-    samples, _ = load_samples(write(*texts("a </s> b")), words, 8, sft=False)
+def test_a_genuine_end_of_sequence_inside_a_document_is_learnt(tmp_path, words):
+    np.array([BOS, A, EOS, B, EOS], np.uint16).tofile(tmp_path / "tokens.bin")
+    samples, _ = load_samples(str(tmp_path / "tokens.bin"), words, 8, sft=False)
     assert rows(samples) == [([BOS, A, EOS, B, EOS], [-100, A, EOS, B, EOS])]
+
+
+def test_special_tokens_in_a_text_are_text(write, words):
+    """K9b: a document about </s> ended there; written by somebody, it is a word, here an unknown one."""
+    samples, _ = load_samples(write(*texts("a </s> b <s>", "a b")), words, 8, sft=False)
+    unknown = words.unk_token_id
+    assert [ids for ids, _ in rows(samples)] == [[BOS, A, unknown, B, unknown, EOS], [BOS, A, B, EOS]]
 
 
 def test_other_keys_are_left_alone(write, words):
@@ -327,7 +336,7 @@ def test_no_file_of_tokens(streaming, tmp_path, words):
 def test_tokens_that_the_model_lacks(tokenizer, tmp_path, own_cache):
     """K2a: added tokens beyond the embedding were an IndexError at the first step; a longer tokenizer is harmless."""
     rows = len(tokenizer)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    tokenizer.add_tokens(["<|im_start|>"])  # not as a special token, which would stay text
     file = tmp_path / "texts.jsonl"
     lines = [{"text": "A feather."} for _ in range(199)]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -3,6 +3,8 @@
 import pytest
 
 from component.data.dataset import load_samples
+from component.data.document import SampleOptions
+from component.data.sample import CUT, fit
 from component.error import UserError
 from tests.chat_words import BOS, EOS, MANY, PROMPT, A, B, C, D, E, X, outcomes, rows, texts, word_tokenizer
 
@@ -23,9 +25,6 @@ POLICY_CASES = {
         [],
     ),
     "pieces of one token": ("a b c", 2, [[BOS, A]], [[BOS, A], [BOS, B], [BOS, C]], []),
-    "an end inside": ("a </s> b c", 4, [[BOS, A, EOS, B]], [[BOS, A, EOS, B], [BOS, C, EOS]], []),
-    "an end at the cut": ("a b </s> c", 4, [[BOS, A, B, EOS]], [[BOS, A, B, EOS], [BOS, C, EOS]], []),
-    "an end of its own": ("a b </s>", 4, [[BOS, A, B, EOS]], [[BOS, A, B, EOS]], [[BOS, A, B, EOS]]),
 }
 
 
@@ -39,6 +38,24 @@ def test_a_long_text(name, policy, write, words):
     expected = expected[["truncate", "split", "drop"].index(policy)]
     tail = [[BOS, E, EOS][:longest]]
     assert rows(samples) == [(ids, [X, *ids[1:]]) for ids in expected + tail]
+
+
+ENDS = {  # documents of a token file; in a text, </s> would be text
+    "inside": ([BOS, A, EOS, B, C, EOS], [[BOS, A, EOS, B]], [[BOS, A, EOS, B], [BOS, C, EOS]], [[]]),
+    "at the cut": ([BOS, A, B, EOS, C, EOS], [[BOS, A, B, EOS]], [[BOS, A, B, EOS], [BOS, C, EOS]], [[]]),
+    "of its own": ([BOS, A, B, EOS], *[[[BOS, A, B, EOS]]] * 3),
+}
+
+
+@pytest.mark.parametrize("policy", ["truncate", "split", "drop"])
+@pytest.mark.parametrize("name", ENDS)
+def test_a_document_with_an_end_of_sequence(name, policy, words):
+    ids, *expected = ENDS[name]
+    options = SampleOptions(max_seq_length=4, sft=False, truncation_policy=policy)
+    found = list(fit(ids, [X, *ids[1:]], options, words))
+    expected = expected[["truncate", "split", "drop"].index(policy)]
+    assert [sample["input_ids"] for sample in found] == expected
+    assert [sample["labels"] for sample in found] == [[X, *ids[1:]] if ids else [] for ids in expected]
 
 
 WITHOUT_BOS = {
@@ -134,10 +151,9 @@ def test_a_text_many_times_too_long(write, words):
     assert (report.cut, report.tokens) == (1, 4)
 
 
-def test_an_end_of_sequence_at_the_cut_hides_no_cut(write, words):
-    samples, report = load_samples(write(*texts("a b </s> d")), words, 4, sft=False)
-    assert rows(samples) == [([BOS, A, B, EOS], [-100, A, B, EOS])]
-    assert report.cut == 1
+def test_an_end_of_sequence_at_the_cut_hides_no_cut(words):
+    (sample,) = fit([BOS, A, B, EOS, D, EOS], [X, A, B, EOS, D, EOS], SampleOptions(4, sft=False), words)
+    assert sample == {"input_ids": [BOS, A, B, EOS], "labels": [X, A, B, EOS], "outcome": CUT}
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,13 @@ class TestInference:
         assert prompts_seen == [tokenizer(text).input_ids]
         assert prompts_seen[0][0] == tokenizer.bos_token_id
 
+    def test_special_tokens_in_a_prompt_are_text(self, run_program, base_folder, prompts_seen, tokenizer):
+        """K9e: </s> in a prompt ended it for the model."""
+        run_program(INFERENCE, "--model_name_or_path", base_folder, "--prompt", "What is </s>?")
+        (ids,) = prompts_seen
+        assert (ids[0], tokenizer.decode(ids[1:])) == (tokenizer.bos_token_id, "What is </s>?")
+        assert tokenizer.eos_token_id not in ids
+
     def test_a_prompt_file(self, run_program, base_folder, prompts_seen, tokenizer, tmp_path):
         (tmp_path / "book.txt").write_text("The dog.")
         run_program(INFERENCE, "--model_name_or_path", base_folder, "--prompt_file", tmp_path / "book.txt")
