@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "corpus": "data storage tokenizer",
     "memory": "adapter attention distributed loss model",
     "merge": "adapter loading loss model rope storage",
-    "inference": "checkpoint cli data loading rope",
+    "inference": "checkpoint cli data loading rope storage",
     "evaluate": "cli data distributed inference loading loss rope storage tokenizer",
     "train": "adapter attention checkpoint data distributed loss memory model rope storage",
 }

@@ -42,6 +42,8 @@ def generation_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--top_k", type=int, default=0, help="sample among so many top tokens; 0: all (default 0)")
     parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1: less repetition (default 1.0)")
     parser.add_argument("--do_sample", **BOOLEAN, help="false: greedy decoding (default true)")
+    stop = "end an answer before any of these strings"
+    parser.add_argument("--stop", nargs="+", metavar="STRING", help=stop)
     parser.add_argument("--seed", type=int, default=42, help="seed for sampling (default 42)")
     cache = "KV cache: as computed (dynamic, the default), in CPU memory (offloaded), or quantized"
     parser.add_argument("--cache_implementation", choices=CACHES, default="dynamic", help=cache)
@@ -60,6 +62,7 @@ def check_sampling(flags: argparse.Namespace) -> None:
         "top_k": (flags.top_k >= 0, "0 (all tokens) or more"),
         "repetition_penalty": (flags.repetition_penalty > 0, "a number above 0; 1 is no penalty"),
         "seed": (0 <= flags.seed < 2**32, "0 or more, below 2**32"),
+        "stop": (all(flags.stop or ["x"]), "strings of at least one character"),
         "context_size": (flags.context_size is None or flags.context_size >= 1, "at least 1 token"),
     }
     for name, (is_valid, cure) in bounds.items():
@@ -83,11 +86,7 @@ def load_from_flags(flags: argparse.Namespace) -> tuple[PreTrainedModel, PreTrai
     check_sampling(flags)
     check_attention(flags.attn_implementation)
     check_cache(flags.cache_implementation)
-    model_path, adapter = flags.model_name_or_path, flags.adapter_name_or_path
-    if model_path is None and adapter is None:
-        run = newest_run()
-        merged = merged_folder(run)
-        model_path, adapter = (str(merged), None) if _is_merged(run, merged) else (None, str(run))
+    model_path, adapter = named_model(flags)
     print(f"model: {model_path or 'the base of'} {adapter or ''}".rstrip(), file=sys.stderr, flush=True)
     logging.getLogger("transformers").setLevel(logging.ERROR)  # warns about positions beyond the base's length
     if isinstance(sys.stdin, io.TextIOWrapper):
@@ -100,6 +99,15 @@ def load_from_flags(flags: argparse.Namespace) -> tuple[PreTrainedModel, PreTrai
         plain = model.get_base_model() if isinstance(model, PeftModel) else model
         plain.set_attn_implementation(flags.attn_implementation)
     return model, tokenizer
+
+
+def named_model(flags: argparse.Namespace) -> tuple[str | None, str | None]:
+    """(model, adapter) that the flags name; by default those of the newest finished run."""
+    if flags.model_name_or_path is not None or flags.adapter_name_or_path is not None:
+        return flags.model_name_or_path, flags.adapter_name_or_path
+    run = newest_run()
+    merged = merged_folder(run)
+    return (str(merged), None) if _is_merged(run, merged) else (None, str(run))
 
 
 def _is_merged(run: Path, merged: Path) -> bool:

@@ -1,7 +1,7 @@
 """How is text generated? Streamed for inference, chat and web; greedily for evaluation."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from transformers import (
 from component.error import UserError
 from component.inference.context import free_context
 from component.inference.kv_cache import PromptCache
+from component.inference.stop import StopWriter, before_stop, has_stop, special_stops
 from component.loading import end_ids
 
 
@@ -30,11 +31,12 @@ class Stopped(KeyboardInterrupt):
 
 
 class _Writer(TextStreamer):
-    """Streams text word by word to `write`, and records the token ids."""
+    """Streams text word by word to `write`, up to a stop string, and records the token ids."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], None]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], None], stops: Sequence[str]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.write = write
+        self.write = StopWriter(write, stops)
+        self.stops = stops
         self.ids: list[int] = []
 
     def put(self, value: torch.Tensor) -> None:
@@ -43,8 +45,13 @@ class _Writer(TextStreamer):
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        if text:
-            self.write(text)
+        self.write.put(text, stream_end)
+
+    def has_stop(self) -> bool:
+        return has_stop(self.tokenizer, self.ids, self.stops)
+
+    def text(self) -> str:
+        return answer_text(self.tokenizer, self.ids, self.stops)
 
 
 class _Stop(StoppingCriteria):
@@ -83,23 +90,32 @@ def generate(
     )
     sampling |= {"do_sample": flags.do_sample, "repetition_penalty": flags.repetition_penalty}
     cache = cache or PromptCache(model.config, flags.cache_implementation)
-    writer = _Writer(tokenizer, write)
+    stops = flags.stop or ()
+    writer = _Writer(tokenizer, write, stops)
+    checks = [check for check in (should_stop, writer.has_stop if stops else None) if check]
     input_ids = torch.tensor([prompt_ids], device=model.get_input_embeddings().weight.device)
     try:
         model.generate(
             input_ids=input_ids,
             attention_mask=torch.ones_like(input_ids),
-            generation_config=_generation_config(model, tokenizer, max_new_tokens, **sampling),
+            generation_config=generation_config(model, tokenizer, max_new_tokens, stops, **sampling),
             streamer=writer,
             past_key_values=cache.start(prompt_ids),
-            stopping_criteria=StoppingCriteriaList([_Stop(should_stop)] if should_stop else []),
+            stopping_criteria=StoppingCriteriaList(map(_Stop, checks)),
         )
     except KeyboardInterrupt:
         cache.forget()  # in an interrupted forward pass, some layers have cached a token more than others
         writer.end()
-        raise Stopped(tokenizer.decode(writer.ids, skip_special_tokens=True)) from None
+        raise Stopped(writer.text()) from None
     cache.finish(prompt_ids + writer.ids)
-    return tokenizer.decode(writer.ids, skip_special_tokens=True)
+    return writer.text()
+
+
+def answer_text(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: Sequence[str]) -> str:
+    """The text of generated tokens, up to the first stop string."""
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    kept = before_stop(text, stops)
+    return text if kept is None else kept
 
 
 def stream_generation(
@@ -134,13 +150,17 @@ def check_prompt(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pro
         )
 
 
-def _generation_config(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, **options: Any
+def generation_config(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    max_new_tokens: int,
+    stops: Sequence[str] = (),
+    **options: Any,
 ) -> GenerationConfig:
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=sorted({tokenizer.eos_token_id, *end_ids(model)}),
+        eos_token_id=sorted({tokenizer.eos_token_id, *end_ids(model), *special_stops(tokenizer, stops)}),
         pad_token_id=tokenizer.eos_token_id,
         **options,
     )
@@ -159,9 +179,10 @@ def generate_greedy(
     Args:
         offload_cache: keep the KV cache of all layers but one in CPU memory.
     """
-    options = {"do_sample": False, "use_cache": True, "cache_implementation": "offloaded" if offload_cache else None}
+    cache = "offloaded" if offload_cache else None
+    options: dict[str, Any] = {"do_sample": False, "use_cache": True, "cache_implementation": cache}
     check_prompt(model, tokenizer, prompt_ids)
-    config = _generation_config(model, tokenizer, max_new_tokens, **options)
+    config = generation_config(model, tokenizer, max_new_tokens, **options)
     input_ids = torch.tensor([prompt_ids], device=model.get_input_embeddings().weight.device)
     output = model.generate(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), generation_config=config)
     return output[0, len(prompt_ids) :].tolist()

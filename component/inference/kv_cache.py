@@ -67,6 +67,11 @@ def group_values(config: PretrainedConfig, bits: int) -> int:
     )
 
 
+def has_fixed_frequencies(config: PretrainedConfig) -> bool:
+    """Whether rotary frequencies do not depend on the current length."""
+    return rope_parameters(config).get("rope_type", "default") not in ("dynamic", "longrope")
+
+
 def tensor_bytes(cache: Any) -> int:
     """Bytes of all tensors in the layers of `cache`, at any depth; each tensor counts once."""
     sizes: dict[int, int] = {}
@@ -92,8 +97,7 @@ class PromptCache:
 
     def __init__(self, config: PretrainedConfig, implementation: str = "dynamic") -> None:
         self.config, self.implementation = config, implementation
-        has_fixed_frequencies = rope_parameters(config).get("rope_type", "default") not in ("dynamic", "longrope")
-        self.is_reusable = implementation == "dynamic" and has_fixed_frequencies
+        self.is_reusable = implementation == "dynamic" and has_fixed_frequencies(config)
         self.forget()
 
     def forget(self) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from component.error import UserError
-from component.inference.text_file import read_text_file
 
 HISTORY_LINES = 1000
 
@@ -66,10 +65,8 @@ def line_editing() -> Iterator[None]:
             readline.write_history_file(file)
 
 
-def read_prompt(path: str | None) -> str | None:
-    """The text of a file, or all of standard input if it is not a terminal; None to prompt at the terminal."""
-    if path is not None:
-        return read_text_file(path, "--prompt_file")
+def read_input() -> str | None:
+    """All of standard input if it is not a terminal; None to prompt at the terminal."""
     if sys.stdin.isatty():
         return None
     with readable_input():

@@ -8,7 +8,7 @@
 
 Standard input that is not a terminal is one prompt; only the generated text goes to standard output. Each line of a
 JSONL file has a "prompt" (or "text", or "input"); the output adds its "completion". A restarted run continues after
-the last complete line.
+the last complete line, with the same settings.
 """
 
 import argparse
@@ -17,18 +17,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from component.cli import exit_on_user_error
+from component.cli import check_at_least, exit_on_user_error
 from component.data.record import text_problem
 from component.data.text import text_ids
 from component.error import UserError
+from component.inference.batch import check_batch, generate_batch
 from component.inference.context import describe_context, free_context, truncate_prompt
-from component.inference.flags import generation_parser, load_from_flags
-from component.inference.generate import Stopped, generate, stream_generation
+from component.inference.flags import generation_parser, load_from_flags, named_model
+from component.inference.generate import Stopped, stream_generation
 from component.inference.kv_cache import PromptCache
-from component.inference.prompt_file import Record, answer_all, count_answered, read_prompts
-from component.inference.terminal import line_editing, prompts, read_prompt
+from component.inference.prompt_file import Record, answer_all, count_answered, held_output, read_prompts
+from component.inference.terminal import line_editing, prompts, read_input
+from component.inference.text_file import read_text_file
 
 
 def parse() -> argparse.Namespace:
@@ -38,12 +40,24 @@ def parse() -> argparse.Namespace:
     source.add_argument("--prompt_file", help="a text file or a PDF to continue")
     source.add_argument("--input_jsonl", help="many prompts, one JSON object per line")
     parser.add_argument("--output_jsonl", help="file for their completions")
+    batch = "prompts of --input_jsonl to answer at once (default 1)"
+    parser.add_argument("--batch_size", type=int, default=1, help=batch)
     flags = parser.parse_args()
     if (flags.input_jsonl is None) != (flags.output_jsonl is None):
         raise UserError("--input_jsonl and --output_jsonl belong together; give both or none")
     if flags.prompt is not None and (problem := text_problem(flags.prompt)):  # bytes that are no UTF-8
         raise UserError(f"--prompt {problem}")
+    check_at_least(flags, 1, "batch_size")
+    if flags.batch_size > 1 and flags.input_jsonl is None:
+        raise UserError(f"--batch_size: {flags.batch_size}, but there is no --input_jsonl; give both or none")
     return flags
+
+
+# whatever an answer depends on, besides the model
+ANSWER_SETTINGS = (
+    *("load_in_4bit", "context_size", "attn_implementation", "cache_implementation", "truncate", "max_new_tokens"),
+    *("do_sample", "temperature", "top_p", "top_k", "repetition_penalty", "seed", "stop"),
+)
 
 
 def say(text: str) -> None:
@@ -57,16 +71,28 @@ def continue_one(
     say(describe_context(model, len(prompt_ids)))
     cache = PromptCache(model.config, flags.cache_implementation)
     answer = stream_generation(model, tokenizer, prompt_ids, flags, cache)
-    used = len(prompt_ids) + len(tokenizer(answer, add_special_tokens=False).input_ids)
+    used = len(prompt_ids) + len(text_ids(tokenizer, answer))
     say(describe_context(model, used, cache))
 
 
-def continue_file(
+def continue_file(flags: argparse.Namespace) -> None:
+    requests = read_prompts(flags.input_jsonl)
+    names = dict(zip(("model_name_or_path", "adapter_name_or_path"), named_model(flags), strict=True))
+    read = {"--input_jsonl": [flags.input_jsonl], **{f"--{name}": [path] for name, path in names.items()}}
+    settings = {name: getattr(flags, name) for name in ANSWER_SETTINGS}
+    # a folder is the same one from wherever its name is given
+    names = {name: str(Path(path).resolve()) if path and Path(path).exists() else path for name, path in names.items()}
+    with held_output(flags.output_jsonl, read, names | settings):
+        answer_file(*load_from_flags(flags), requests, flags)
+
+
+def answer_file(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     requests: list[tuple[str, Record]],
     flags: argparse.Namespace,
 ) -> None:
+    check_batch(model, flags)
     records = [record for _, record in requests]
     start = count_answered(flags.output_jsonl, records)
     encoded = (text_ids(tokenizer, prompt, add_special_tokens=True) for prompt, _ in requests)
@@ -74,24 +100,28 @@ def continue_file(
     for number, ids in enumerate(prompt_ids, 1):
         free_context(model, ids, f"{flags.input_jsonl}: prompt {number}")
 
-    def answer(number: int) -> Record:
-        set_seed(flags.seed + number)  # a resumed run samples what an uninterrupted one would
-        text = generate(model, tokenizer, prompt_ids[number], flags, lambda piece: None)
-        tokens = len(tokenizer(text, add_special_tokens=False).input_ids)
-        return {"completion": text, "prompt_tokens": len(prompt_ids[number]), "completion_tokens": tokens}
+    def answer(numbers: range) -> list[Record]:
+        batch = [prompt_ids[number] for number in numbers]
+        seeds = [flags.seed + number for number in numbers]  # the same however often the run is resumed
+        texts = generate_batch(model, tokenizer, batch, seeds, flags)
+        return [
+            {"completion": text, "prompt_tokens": len(ids), "completion_tokens": len(text_ids(tokenizer, text))}
+            for ids, text in zip(batch, texts, strict=True)
+        ]
 
-    answer_all(flags.output_jsonl, records, start, answer)
+    answer_all(flags.output_jsonl, records, start, answer, flags.batch_size)
 
 
 @exit_on_user_error
 def main() -> None:
     flags = parse()
-    requests = read_prompts(flags.input_jsonl) if flags.input_jsonl else []
-    model, tokenizer = load_from_flags(flags)
     if flags.input_jsonl:
-        continue_file(model, tokenizer, requests, flags)
+        continue_file(flags)
         return
-    text = flags.prompt if flags.prompt is not None else read_prompt(flags.prompt_file)
+    text = flags.prompt if flags.prompt_file is None else read_text_file(flags.prompt_file, "--prompt_file")
+    model, tokenizer = load_from_flags(flags)
+    if text is None:
+        text = read_input()
     if text is not None:
         if text.strip():
             continue_one(model, tokenizer, text, flags)

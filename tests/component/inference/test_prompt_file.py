@@ -1,11 +1,16 @@
 """Which prompts of a file remain to be answered?"""
 
 import json
+import os
+import subprocess
+import sys
+from typing import ClassVar
 
 import pytest
 
 from component.error import UserError
-from component.inference.prompt_file import answer_all, count_answered, read_prompts
+from component.inference.prompt_file import answer_all, count_answered, held_output, read_prompts, settings_path
+from tests.conftest import ROOT
 from tests.words import read_lines, write_lines
 
 ASKED = [{"prompt": "a", "id": 1}, {"prompt": "b", "id": 2}, {"prompt": "ç", "id": 3}]
@@ -31,6 +36,9 @@ class TestReading:
             (b'{"prompt": 3}', "in.jsonl:2: no prompt"),
             (b"[]", "in.jsonl:2: no prompt"),
             (b'{"prompt": "\\ud800"}', "in.jsonl:2: not valid Unicode"),
+            (b'{"prompt": "a", "completion": "b"}', 'in.jsonl:2: "completion" would be overwritten by that'),  # K9g
+            (b'{"text": "a", "prompt_tokens": 1}', 'in.jsonl:2: "prompt_tokens" would be overwritten by that'),
+            (b"[" * 100_000, "in.jsonl:2: not JSON"),
         ],
     )
     def test_bad_lines(self, line, message, tmp_path):
@@ -44,8 +52,8 @@ class TestReading:
 
 
 class TestAnswering:
-    def answer(self, number: int) -> dict:
-        return {"completion": f"answer {number}"}
+    def answer(self, numbers: range) -> list[dict]:
+        return [{"completion": f"answer {number}"} for number in numbers]
 
     def test_from_nothing(self, tmp_path):
         out = tmp_path / "out.jsonl"
@@ -95,7 +103,117 @@ class TestAnswering:
         with pytest.raises(UserError, match=r"out.jsonl:3 is not an answer"):
             count_answered(str(out), ASKED[:2])
 
-    @pytest.mark.parametrize("name", ["no/such/out.jsonl", "."])
-    def test_nowhere_to_write(self, name, tmp_path):
-        with pytest.raises(UserError, match=r"--output_jsonl: .*name a"):
-            count_answered(str(tmp_path / name), ASKED)
+    @pytest.mark.parametrize("batch_size", [2, 3, 8])
+    def test_in_batches(self, batch_size, tmp_path):
+        one, many = tmp_path / "one.jsonl", tmp_path / "many.jsonl"
+        answer_all(str(one), ASKED, 0, self.answer)
+        answer_all(str(many), ASKED, 0, self.answer, batch_size)
+        assert many.read_bytes() == one.read_bytes()
+
+    def test_what_is_no_number_in_json(self, tmp_path):
+        """NaN does not equal itself, and true equals 1."""
+        asked = [{"prompt": "a", "score": float("nan")}, {"prompt": "b", "is_new": True}]
+        out = tmp_path / "out.jsonl"
+        answer_all(str(out), asked, 0, self.answer)
+        assert count_answered(str(out), asked) == 2
+        with pytest.raises(UserError, match=r"out.jsonl:2 is not an answer to prompt 2"):
+            count_answered(str(out), [asked[0], {"prompt": "b", "is_new": 1}])
+
+
+class TestSettings:
+    SETTINGS: ClassVar = {"model_name_or_path": "m", "temperature": 0.35, "stop": None, "seed": 42}
+
+    def held(self, out, **changes):
+        return held_output(str(out), {"--input_jsonl": [out.parent / "in.jsonl"]}, self.SETTINGS | changes)
+
+    @pytest.fixture
+    def out(self, tmp_path):
+        with self.held(tmp_path / "out.jsonl"):
+            (tmp_path / "out.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+        return tmp_path / "out.jsonl"
+
+    def test_are_kept_beside_the_answers(self, out):
+        assert json.loads(settings_path(str(out)).read_text()) == {"answers": self.SETTINGS}
+        assert sorted(file.name for file in out.parent.iterdir()) == ["out.jsonl", "out.jsonl.settings.json"]
+        with self.held(out):
+            pass
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"temperature": 0.9}, "were made with --temperature 0.35, not 0.9; use the same settings to go on"),
+            ({"stop": ["x"]}, r'were made with --stop null, not \["x"\]; '),
+            ({"model_name_or_path": "n"}, 'were made with --model_name_or_path "m", not "n"; '),
+            ({"seed": 1, "new": 2}, "were made with --seed 42, --new null, not 1, 2; "),
+        ],
+    )
+    def test_others_are_refused(self, changes, message, out):
+        """K9f: answers of two settings were mixed."""
+        before = out.read_bytes(), settings_path(str(out)).read_bytes()
+        with (
+            pytest.raises(UserError, match=f"--output_jsonl: the answers in .*out.jsonl {message}"),
+            self.held(out, **changes),
+        ):
+            raise AssertionError("never begun")
+        assert before == (out.read_bytes(), settings_path(str(out)).read_bytes())
+
+    def test_before_the_first_answer_they_may_change(self, out):
+        out.write_bytes(b"")
+        with self.held(out, seed=1):
+            assert json.loads(settings_path(str(out)).read_text())["answers"]["seed"] == 1
+        out.unlink()
+        with self.held(out, seed=2):
+            pass
+
+    def test_answers_without_them_are_continued_with_a_warning(self, out, capsys):
+        settings_path(str(out)).unlink()
+        with self.held(out):
+            assert "out.jsonl.settings.json beside it: whether its answers had the same" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("content", ["{}", "[1]", "x", '{"answers": 3}', "[" * 100_000])
+    def test_a_file_of_others_in_their_place_is_kept(self, content, tmp_path):
+        """K7: nothing of somebody else is overwritten."""
+        settings_path(str(tmp_path / "out.jsonl")).write_text(content)
+        with (
+            pytest.raises(UserError, match=r"out.jsonl.settings.json exists; name another"),
+            self.held(tmp_path / "out.jsonl"),
+        ):
+            raise AssertionError("never begun")
+        assert settings_path(str(tmp_path / "out.jsonl")).read_text() == content
+
+    @pytest.mark.parametrize("link", ["in.jsonl", "./x/../in.jsonl", "hard.jsonl", "soft.jsonl"])
+    def test_the_input_is_not_the_output(self, link, tmp_path):
+        """K7: the prompts were overwritten by their answers, under another name of the same file."""
+        (tmp_path / "x").mkdir()
+        (tmp_path / "in.jsonl").write_text("{}\n")
+        os.link(tmp_path / "in.jsonl", tmp_path / "hard.jsonl")
+        (tmp_path / "soft.jsonl").symlink_to(tmp_path / "in.jsonl")
+        read = {"--input_jsonl": [tmp_path / "in.jsonl"]}
+        message = "--output_jsonl: .* would be overwritten, but --input_jsonl reads it"
+        with pytest.raises(UserError, match=message), held_output(str(tmp_path / link), read, {}):
+            raise AssertionError("never begun")
+
+    def test_a_folder(self, tmp_path):
+        with pytest.raises(UserError, match=r"--output_jsonl: .* is a folder; name a file"), self.held(tmp_path):
+            raise AssertionError("never begun")
+
+    def test_two_programs(self, out):
+        """K8: with one output, answers of both were interleaved."""
+        code = (
+            "import sys; from component.inference.prompt_file import held_output\n"
+            "with held_output(sys.argv[1], {}, {}): print('held', flush=True); sys.stdin.read()"
+        )
+        out.unlink()
+        other = subprocess.Popen(
+            [sys.executable, "-c", code, str(out)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        try:
+            assert other.stdout.readline() == b"held\n"
+            message = "--output_jsonl: another process is writing .*out.jsonl; wait for it to end"
+            with pytest.raises(UserError, match=message), self.held(out):
+                raise AssertionError("never begun")
+        finally:
+            other.kill()
+            other.communicate()
+        with self.held(out):
+            pass  # the lock of a killed process is gone with it

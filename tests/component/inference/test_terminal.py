@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from component.error import UserError
-from component.inference.terminal import history_file, line_editing, prompts, read_prompt
+from component.inference.terminal import history_file, line_editing, prompts, read_input
 
 
 @pytest.fixture
@@ -39,21 +39,17 @@ def test_a_line_that_cannot_be_decoded(typed):
         list(prompts(""))
 
 
-def test_one_prompt(typed, tmp_path):
+def test_one_prompt(typed):
     typed(b"One?\n\nTwo?")
-    assert read_prompt(None) == "One?\n\nTwo?"
-    (tmp_path / "p.txt").write_text("Three?")
-    assert read_prompt(str(tmp_path / "p.txt")) == "Three?"
+    assert read_input() == "One?\n\nTwo?"
     typed(b"\xff")
     with pytest.raises(UserError, match="standard input"):
-        read_prompt(None)
-    with pytest.raises(UserError, match="--prompt_file"):
-        read_prompt(str(tmp_path / "none.txt"))
+        read_input()
 
 
 def test_at_a_terminal_nothing_is_read(monkeypatch):
     monkeypatch.setattr(sys, "stdin", type("Terminal", (), {"isatty": lambda self: True})())
-    assert read_prompt(None) is None
+    assert read_input() is None
 
 
 def test_a_pipe_leaves_no_history(typed, tmp_path, monkeypatch):

@@ -108,11 +108,56 @@ class TestManyPrompts:
         refused(outcome, "in.jsonl: prompt 2 has", "context is 64", "--truncate")
         assert not (tmp_path / "out.jsonl").exists()
 
+    def test_a_batch_gives_the_same_file(self, infer, asked, tmp_path):
+        for name, words in (("greedy", SHORT), ("sampled", ("--max_new_tokens", 8, "--temperature", 2))):
+            files = [tmp_path / f"{name}-{size}.jsonl" for size in (1, 2)]
+            for size, file in enumerate(files, 1):
+                outcome = infer("--input_jsonl", asked, "--output_jsonl", file, "--batch_size", size, *words)
+                assert outcome.status == 0, outcome.err
+            assert files[0].read_bytes() == files[1].read_bytes()
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            (("--max_new_tokens", 5), "were made with --max_new_tokens 4, not 5; use the same settings"),
+            (("--do_sample", "true"), "were made with --do_sample false, not true"),
+            (("--stop", "x"), '--stop null, not ["x"]'),
+        ],
+    )
+    def test_a_run_with_other_settings_does_not_go_on(self, changes, message, infer, asked, tmp_path):
+        """K9f: refused before the model is loaded."""
+        words = ("--input_jsonl", asked, "--output_jsonl", tmp_path / "out.jsonl", *SHORT)
+        infer(*words)
+        before = (tmp_path / "out.jsonl").read_bytes()
+        outcome = infer(*words, *changes)
+        refused(outcome, "--output_jsonl", message)
+        assert "model:" not in outcome.err
+        assert (tmp_path / "out.jsonl").read_bytes() == before
+        assert infer(*words, "--batch_size", 3).status == 0, "what changes no answer may change"
+
+    @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+    def test_no_file_of_the_model_is_overwritten(self, name, infer, asked, base_folder):
+        """K7."""
+        before = (base_folder / name).read_bytes()
+        outcome = infer("--input_jsonl", asked, "--output_jsonl", base_folder / name)
+        refused(outcome, "--output_jsonl", "would be overwritten, but --model_name_or_path reads it")
+        assert (base_folder / name).read_bytes() == before
+
+    def test_a_batch_of_one_prompt(self, infer):
+        refused(infer("--prompt", "a", "--batch_size", 2), "--batch_size: 2, but there is no --input_jsonl")
+        refused(infer("--prompt", "a", "--batch_size", 0), "--batch_size: 0; use at least 1")
+
     def test_input_without_output(self, infer, asked):
         refused(infer("--input_jsonl", asked), "--input_jsonl and --output_jsonl belong together")
 
 
 class TestInference:
+    def test_a_missing_prompt_file_is_found_before_loading(self, run_program, base_folder):
+        """K21."""
+        outcome = run_program(INFERENCE, "--model_name_or_path", base_folder, "--prompt_file", "no/such.txt")
+        refused(outcome, "--prompt_file: there is no file no/such.txt")
+        assert "model:" not in outcome.err
+
     def test_all_of_standard_input_is_one_prompt(self, run_program, base_folder, prompts_seen, tokenizer):
         text = "The dog.\n\nAnd the «fox»"
         outcome = run_program(INFERENCE, "--model_name_or_path", base_folder, stdin=text.encode())

@@ -1,0 +1,138 @@
+"""How are several prompts answered at once? Left-padded; each answer is the one that its prompt gets alone.
+
+Whatever would make an answer depend on its neighbors is kept apart by row: random numbers, the repetition penalty, the
+room left in the context, the end.
+"""
+
+import argparse
+
+import torch
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.generation import (
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from component.error import UserError
+from component.inference.context import free_context
+from component.inference.generate import answer_text, check_prompt, generation_config
+from component.inference.kv_cache import has_fixed_frequencies, new_cache
+from component.inference.stop import has_stop
+
+
+def check_batch(model: PreTrainedModel, flags: argparse.Namespace) -> None:
+    """Refuse a batch in which answers would depend on their neighbors.
+
+    Raises:
+        UserError: quantized keys and values share scales, or rotary frequencies follow the longest row.
+    """
+    if flags.batch_size == 1:
+        return
+    if flags.cache_implementation not in ("dynamic", "offloaded"):
+        reason = f"--cache_implementation {flags.cache_implementation} quantizes rows"
+    elif not has_fixed_frequencies(model.config):
+        reason = "the model's rotary frequencies depend on the length of rows"
+    else:
+        return
+    raise UserError(f"--batch_size: {flags.batch_size}, but {reason} together; use --batch_size 1")
+
+
+def generate_batch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    seeds: list[int],
+    flags: argparse.Namespace,
+) -> list[str]:
+    """The answer to each prompt.
+
+    Args:
+        prompts: token ids; none fills the context.
+        seeds: of each answer, if it is sampled.
+    """
+    longest = max(map(len, prompts))
+    pads = [longest - len(prompt) for prompt in prompts]
+    for prompt in prompts:
+        check_prompt(model, tokenizer, prompt)
+    room = [min(flags.max_new_tokens, free_context(model, prompt)) for prompt in prompts]
+    device = model.get_input_embeddings().weight.device
+    filler = tokenizer.eos_token_id  # any id: padding is masked
+    input_ids = torch.tensor([[filler] * pad + ids for pad, ids in zip(pads, prompts, strict=True)], device=device)
+    mask = torch.tensor([[0] * pad + [1] * len(ids) for pad, ids in zip(pads, prompts, strict=True)], device=device)
+    stops = flags.stop or ()
+    ends = _Ends(tokenizer, longest, room, stops)
+    config = generation_config(model, tokenizer, max(room), stops, do_sample=False)  # _Rows samples
+    output = model.generate(
+        input_ids=input_ids,
+        attention_mask=mask,
+        generation_config=config,
+        past_key_values=new_cache(model.config, flags.cache_implementation),
+        logits_processor=LogitsProcessorList([_Rows(pads, seeds, flags)]),
+        stopping_criteria=StoppingCriteriaList([ends]),
+    )
+    end_ids = torch.tensor(config.eos_token_id)
+    return [
+        answer_text(tokenizer, _until_end(row[longest : longest + most].cpu(), end_ids), stops)
+        for row, most in zip(output, room, strict=True)
+    ]
+
+
+def _until_end(ids: torch.Tensor, end_ids: torch.Tensor) -> list[int]:
+    """The generated ids up to the first that ends a text, without the padding after it."""
+    found = torch.isin(ids, end_ids).nonzero()
+    return ids[: int(found[0]) + 1].tolist() if len(found) else ids.tolist()
+
+
+class _Rows(LogitsProcessor):
+    """Processes the logits (B, V) of each row as if it were alone, and draws by the Gumbel-max trick.
+
+    The largest of logits plus Gumbel noise is a sample from their softmax (Maddison et al., arXiv 1411.0030), so that
+    each row has random numbers of its own.
+    """
+
+    def __init__(self, pads: list[int], seeds: list[int], flags: argparse.Namespace) -> None:
+        self.pads = pads
+        self.steps: list[LogitsProcessor] = []
+        if flags.repetition_penalty != 1:
+            self.steps.append(RepetitionPenaltyLogitsProcessor(flags.repetition_penalty))
+        self.random = [torch.Generator().manual_seed(seed) for seed in seeds] if flags.do_sample else []
+        if flags.do_sample:
+            self.steps.append(TemperatureLogitsWarper(flags.temperature))
+            self.steps += [TopKLogitsWarper(flags.top_k)] if flags.top_k else []
+            self.steps += [TopPLogitsWarper(flags.top_p)] if flags.top_p < 1 else []
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        rows = []
+        for row, pad in enumerate(self.pads):
+            ids, logits = input_ids[row : row + 1, pad:], scores[row : row + 1]
+            for step in self.steps:
+                logits = step(ids, logits)  # type: ignore[arg-type]
+            if self.random:
+                uniform = torch.rand(logits.shape, generator=self.random[row], dtype=torch.float64)
+                logits = logits + (-torch.log(-torch.log(uniform))).to(logits)
+            rows.append(logits)
+        return torch.cat(rows)  # type: ignore[return-value]
+
+
+class _Ends(StoppingCriteria):
+    """Ends a row at its stop string, or at the end of its room; generate() itself at an end-of-sequence token."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: int, room: list[int], stops: tuple | list) -> None:
+        self.tokenizer, self.prompt, self.room, self.stops = tokenizer, prompt, room, stops
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **_: object) -> torch.BoolTensor:
+        answers = input_ids[:, self.prompt :]
+        ended = [
+            answers.shape[1] >= room or has_stop(self.tokenizer, answer, self.stops)
+            for answer, room in zip(answers.tolist(), self.room, strict=True)
+        ]
+        return torch.tensor(ended, device=input_ids.device)  # type: ignore[return-value]
