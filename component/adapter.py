@@ -20,6 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from component.error import UserError, first_line, nearest
 from component.model import without_weights
+from component.storage.hub import check_source
 from component.storage.tensor_reader import TensorRef, read_weights
 
 Weight = TypeVar("Weight", torch.Tensor, TensorRef)
@@ -116,8 +117,9 @@ def quiet_peft() -> Iterator[None]:
 
 def check_adapter(source: str, field: str) -> None:
     """Raise a `UserError` if `source` is neither a folder nor looks like a hub id."""
-    if not Path(source).is_dir() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
-        raise UserError(f"{field}: there is no adapter folder {source}; name a folder or a hub id")
+    if Path(source).is_file():
+        raise UserError(f"{field}: {source} is a file; name the adapter's folder or a hub id")
+    check_source(source, field, "adapter folder")
 
 
 def load_adapter(model: PreTrainedModel, source: str) -> PeftModel:

@@ -11,6 +11,7 @@ import select
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 from component.error import LONGEST_MESSAGE, UserError, printable
@@ -38,6 +39,7 @@ def exit_on_user_error(main: Callable[[], Main]) -> Callable[[], Main]:
     def wrapper() -> Main:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")  # ASCII terminals, undecodable names
+        sys.argv[1:] = map(with_home, sys.argv[1:])
         try:
             try:
                 return main()
@@ -69,6 +71,12 @@ def parsed_first(parse: Callable[[], Main]) -> Callable[[], Main]:
     if parse.__module__ == "__main__":
         exit_on_user_error(parse)()
     return parse
+
+
+def with_home(word: str) -> str:
+    """`~/x`, `--flag=~/x` and `NAME=~/x:~/y` with the home folder; the shell replaces only the first of them."""
+    is_text = any(character.isspace() for character in word)
+    return word if is_text else re.sub(r"(^|[=:])~(?=/|$)", lambda found: f"{found[1]}{Path.home()}", word)
 
 
 def _is_output_closed() -> bool:

@@ -20,6 +20,7 @@ from component.rope import (
     own_rope_type,
     rope_factor,
 )
+from component.storage.hub import check_source
 from component.tokenizer import load_tokenizer
 
 
@@ -81,6 +82,7 @@ def resolve_model(
         raise UserError(
             f"{field}: missing, and {adapter_name_or_path} does not record which base model it was trained on; name it"
         )
+    check_source(base, field)
     return (base, adapter_name_or_path, True) if record and adapter_name_or_path else (base, base, False)
 
 

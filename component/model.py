@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 
 from component.error import UserError, first_line
 from component.rope import forget_lengths, original_context
+from component.storage.hub import check_source
 
 
 def load_config(model_name_or_path: str, field: str = "model_name_or_path") -> PretrainedConfig:
@@ -21,6 +22,7 @@ def load_config(model_name_or_path: str, field: str = "model_name_or_path") -> P
     Raises:
         UserError: no readable config, or a model whose attention cannot be replaced.
     """
+    check_source(model_name_or_path, field)
     try:
         config = AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from component.error import UserError, first_line
+from component.storage.hub import check_source
 from component.storage.tensor_reader import fetch
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
@@ -32,6 +33,7 @@ def load_tokenizer(
     options = {"padding_side": "right", "truncation_side": "right", "trust_remote_code": False}
     if model_max_length is not None:
         options["model_max_length"] = model_max_length
+    check_source(model_name_or_path, field, "folder")
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, **options)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:

@@ -17,6 +17,7 @@ from pathlib import Path
 from unittest import mock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before importing transformers: tests must not download
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "0"  # tests look for "Loading weights"
 
 import pytest
 import torch

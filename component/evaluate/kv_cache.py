@@ -52,7 +52,7 @@ def measure_cache_quantization(
         raise UserError(f"--seq_len: {len(tokens)} tokens hold no window of {seq_len}; use from 2 to {len(tokens)}")
     sums = {name: torch.zeros(3, dtype=torch.float64) for name in caches}
     cache_bytes: dict[str, int] = {}
-    for start in tqdm(range(0, count * seq_len, seq_len), unit="window"):
+    for start in tqdm(range(0, count * seq_len, seq_len), unit="window", disable=None):
         ids = torch.from_numpy(tokens[start : start + seq_len].astype(np.int64)).to(model.device)
         exact, _ = second_half(model, ids, "dynamic")
         for name, total in sums.items():

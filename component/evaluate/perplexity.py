@@ -179,7 +179,8 @@ def _window_losses(
     batches = own_share([range(at, min(at + batch_size, len(windows))) for at in range(0, len(windows), batch_size)])
     length = windows[0].end - windows[0].start
     total = sum(map(len, batches))
-    with tqdm(total=total, desc=f"seq_len {length}", unit="window", disable=not is_first_process()) as bar:
+    disable = None if is_first_process() else True  # None: without a terminal
+    with tqdm(total=total, desc=f"seq_len {length}", unit="window", disable=disable) as bar:
         for batch in batches:
             spans = [windows[number] for number in batch]
             rows = np.stack([tokens[window.start : window.end] for window in spans]).astype(np.int64)

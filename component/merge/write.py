@@ -58,7 +58,7 @@ def write_merged(folder: Path, plan: MergePlan, *, max_shard_bytes: int = 5 * 10
             plan.tensors[following[name]].expect()
         return merged_tensor(plan, name, next(scratches))
 
-    with tqdm(total=plan.size, desc="merging", unit="B", unit_scale=True) as bar:
+    with tqdm(total=plan.size, desc="merging", unit="B", unit_scale=True, disable=None) as bar:
         write_model(folder, plan.layout, produce, max_shard_bytes=max_shard_bytes, progress=bar.update)
 
 

@@ -31,8 +31,10 @@ def parse_value(value: typing.Any, hint: typing.Any) -> typing.Any:
         raise ValueError(f"{value!r} is not {_type_name(hint)}")
     if hint is typing.Any or (hint is type(None) and value is None):
         return value
-    if hint in (bool, str) and isinstance(value, hint):
+    if hint is bool and isinstance(value, bool):
         return value
+    if hint is str and isinstance(value, str):
+        return str(Path(value).expanduser()) if value.startswith("~/") else value
     if hint in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         return _number(value, hint)
     if isinstance(hint, enum.EnumMeta):

@@ -73,7 +73,7 @@ def measure(model, tokenizer, depths: list[float], flags: argparse.Namespace) ->
     trials = []
     options = {"trials": flags.trials, "seed": flags.seed, "offload_cache": flags.offload_cache}
     running = run_trials(model, tokenizer, lengths=flags.lengths, depths=depths, **options)
-    with tqdm(total=len(flags.lengths) * len(depths) * flags.trials, unit="prompt") as bar:
+    with tqdm(total=len(flags.lengths) * len(depths) * flags.trials, unit="prompt", disable=None) as bar:
         try:
             for trial in running:
                 trials.append(trial)

@@ -109,3 +109,23 @@ def test_k14_a_closed_pipe_ends_quietly(lines):
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, cwd=ROOT)
     os.close(writer)
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("~/m", "/h/m"),
+        ("--base_model=~/m", "--base_model=/h/m"),
+        ("x=~/m:~/a@128", "x=/h/m:/h/a@128"),
+        ("~", "/h"),
+        ("a~/b", "a~/b"),
+        ("~other/b", "~other/b"),
+        ("what is ~/b = ~/c?", "what is ~/b = ~/c?"),
+    ],
+)
+def test_k21_home_in_every_flag(word, expected, monkeypatch):
+    monkeypatch.setenv("HOME", "/h")
+    monkeypatch.setattr(sys, "argv", ["p.py", word])
+    seen: list[str] = []
+    exit_on_user_error(lambda: seen.extend(sys.argv[1:]))()
+    assert seen == [expected]

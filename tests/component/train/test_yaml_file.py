@@ -90,3 +90,9 @@ def test_invalid_files(text, words, tmp_path):
     assert words in str(refusal.value)
     assert str(tmp_path / "a.yaml") in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+def test_k21_home_in_every_key(monkeypatch):
+    monkeypatch.setenv("HOME", "/h")
+    assert parse_value("~/data/train.jsonl", str | None) == "/h/data/train.jsonl"
+    assert parse_value("a ~/b", str) == "a ~/b"
