@@ -7,59 +7,66 @@ import contextlib
 import copy
 import dataclasses
 import enum
+import math
 import re
 from collections.abc import Iterator
 
 import torch
 from huggingface_hub import HfApi
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.trainer_optimizer import is_optimizer_factory
 
 from component.error import UserError, first_line
-from component.train.trainer import token_weighted_loss
 
-STEPS = 100  # of the rehearsed schedule, so that warmup, plateau and decay are all computed
-
-
-class OneLayer(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(2, 2)
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        return self.layer(inputs)
+STEPS = 1000  # of the rehearsed schedule, where epochs decide how many there will be
+POINTS = 100  # at which it is computed
 
 
 def rehearse(arguments: TrainingArguments) -> None:
-    """Build the Trainer, its optimizer and its schedule for one layer, and step through them.
+    """Build the optimizer and its schedule for one layer, and step through them.
 
     Raises:
         UserError: one of them rejects its settings, or the hub to which results are to be pushed can't be reached.
     """
-    random_state = torch.random.get_rng_state()
     if arguments.push_to_hub:
         with explained_settings(arguments, "push_to_hub"):
             HfApi().whoami(arguments.hub_token)
     arguments = copy.copy(arguments)
-    arguments.push_to_hub = False  # else the repository would be created already
     if arguments.optim_target_modules:  # of GaLore and APOLLO, which look for them in the model
         arguments.optim_target_modules = "all-linear"
-    with explained_settings(arguments, "output_dir"):  # if no other key is mentioned, the message has to do
-        trainer = Trainer(
-            OneLayer(), arguments, train_dataset=[{}], eval_dataset=[{}], compute_metrics=token_weighted_loss
+    with explained_settings(arguments, "optim", "optim_args"):
+        layer = nn.Sequential(nn.Linear(2, 2, device=arguments.device))
+        optimizer = _optimizer(arguments, layer)
+    total = arguments.max_steps if arguments.max_steps > 0 else STEPS
+    with explained_settings(arguments, "lr_scheduler_type", "lr_scheduler_kwargs"):
+        schedule = get_scheduler(
+            arguments.lr_scheduler_type,
+            optimizer,
+            arguments.get_warmup_steps(total),
+            total,
+            arguments.lr_scheduler_kwargs,
         )
     with explained_settings(arguments, "optim", "optim_args"):
-        optimizer = trainer.create_optimizer()
-        _refuse_ignored_options(arguments, trainer.model)
-    with explained_settings(arguments, "lr_scheduler_type", "lr_scheduler_kwargs"):
-        schedule = trainer.create_scheduler(STEPS, optimizer)
-    with explained_settings(arguments, "optim", "optim_args"):
-        trainer.model(torch.ones(1, 2, device=arguments.device)).sum().backward()
+        layer(torch.ones(1, 2, device=arguments.device)).sum().backward()
         optimizer.step()
     with explained_settings(arguments, "lr_scheduler_type", "lr_scheduler_kwargs"):
-        for _ in range(STEPS if isinstance(schedule, torch.optim.lr_scheduler.LambdaLR) else 0):
-            schedule.step()
-    torch.random.set_rng_state(random_state)
+        for step in range(0, total, math.ceil(total / POINTS)):  # of warmup, plateau and decay
+            for rate in getattr(schedule, "lr_lambdas", ()):
+                rate(step)
+
+
+def _optimizer(arguments: TrainingArguments, model: nn.Module) -> torch.optim.Optimizer:
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    without = copy.copy(arguments)
+    without.optim_args = None
+    if arguments.optim_args and (kind, options) == Trainer.get_optimizer_cls_and_kwargs(without, model):
+        optim = arguments.optim.value
+        raise UserError(f"optim_args: {arguments.optim_args} has no effect on optim: {optim}; leave it out")
+    if is_optimizer_factory(kind):
+        return kind()(model, **options)
+    of = options.pop("params", None) or options.pop("model", None) or options.pop("optimizer_dict", None)
+    return kind(of or model.parameters(), **options)
 
 
 @contextlib.contextmanager
@@ -88,15 +95,6 @@ def _mentioned(arguments: TrainingArguments, message: str) -> list[str]:
     values = {key: getattr(arguments, key) for key in changed}
     words = [word.lower() for word in words]
     return by_name or [key for key, text in values.items() if isinstance(text, str) and text.lower() in words]
-
-
-def _refuse_ignored_options(arguments: TrainingArguments, model: nn.Module) -> None:
-    without = copy.copy(arguments)
-    without.optim_args = None
-    of = Trainer.get_optimizer_cls_and_kwargs
-    if arguments.optim_args and of(arguments, model) == of(without, model):
-        optimizer = arguments.optim.value
-        raise UserError(f"optim_args: {arguments.optim_args} has no effect on optim: {optimizer}; leave it out")
 
 
 def _changed(arguments: TrainingArguments) -> list[str]:

@@ -9,6 +9,8 @@ from component.data.document import POLICIES
 from component.rope import ROPE_TYPES
 from component.train.zero import bad_strategy
 
+SAMPLING = ("random", "sequential", "group_by_length", "batch_rebalance")  # transformers reads any other as random
+CHECKPOINT_OPTIONS = ("use_reentrant", "preserve_rng_state", "determinism_check", "debug")
 # keys -> (predicate of a valid value, cure)
 BOUNDS = {
     "max_seq_length model_max_length": (lambda v: v >= 2, "at least 2 tokens"),
@@ -30,6 +32,14 @@ BOUNDS = {
     "warmup_steps weight_decay max_grad_norm dataloader_num_workers": (lambda v: v >= 0, "0 or more"),
     "target_modules": (lambda v: str(v).strip(", []"), "names of linear layers, or leave the key out for all of them"),
     "log_level log_level_replica": (lambda v: v in trainer_log_levels, "one of " + ", ".join(trainer_log_levels)),
+    "train_sampling_strategy": (lambda v: v in SAMPLING, "one of " + ", ".join(SAMPLING)),
+    "do_predict": (lambda v: not v, "script/inference/inference.py instead"),
+    "liger_kernel_config": (lambda v: not v, "use_liger_kernel, which turns all of Liger's kernels on or off"),
+    "gradient_checkpointing_kwargs activation_checkpointing_kwargs": (
+        lambda v: set(v) <= set(CHECKPOINT_OPTIONS),
+        "options of torch.utils.checkpoint: " + ", ".join(CHECKPOINT_OPTIONS),
+    ),
+    "batch_eval_metrics": (lambda v: not v, "false: perplexity is computed over the whole evaluation set"),
     "metric_for_best_model": (
         lambda v: v.removeprefix("eval_") in ("loss", "perplexity"),
         "loss or perplexity, which evaluation computes",
@@ -59,6 +69,9 @@ def validate(values: dict) -> list[str]:
         problems.append(f"max_seq_length: {longest} tokens exceed model_max_length, {target}; {cure}")
     if not values.get("output_dir"):
         problems.append("output_dir: missing; the folder where checkpoints and the adapter are saved")
+    is_best = values.get("save_strategy") == "best" or values.get("load_best_model_at_end")
+    if is_best and values.get("eval_strategy", "no") == "no":
+        problems.append("save_strategy: best, load_best_model_at_end: nothing is evaluated; set eval_strategy")
     if values.get("eval_strategy", "no") != "no" and not values.get("eval_file"):
         problems.append(f"eval_strategy: {values['eval_strategy']}, but there is no eval_file; add one")
     if values.get("sft") and values.get("truncation_policy") == "split":

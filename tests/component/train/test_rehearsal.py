@@ -1,7 +1,6 @@
 """Will the Trainer accept its settings? What it would say after loading is said before, with the key."""
 
 import pytest
-import torch
 from transformers import TrainingArguments
 
 from component.error import UserError
@@ -20,6 +19,7 @@ ACCEPTED = [
     {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-5}},
     {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 10}},
     {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 5},
+    {"label_smoothing_factor": 0.1},
     {"save_strategy": "best", "metric_for_best_model": "loss"},
 ]
 
@@ -27,10 +27,9 @@ ACCEPTED = [
 @pytest.mark.parametrize("settings", ACCEPTED, ids=str)
 def test_settings_that_work_change_nothing(tmp_path, settings):
     given = arguments(tmp_path, **settings)
-    before, state = given.to_dict(), torch.random.get_rng_state()
+    before = given.to_dict()
     rehearse(given)
     assert given.to_dict() == before
-    assert torch.equal(torch.random.get_rng_state(), state)
 
 
 REFUSED = {
@@ -59,7 +58,6 @@ REFUSED = {
         {"optim": "adamw_torch", "optim_args": "betas=0.5"},
         "^optim_args: betas=0.5 has no effect on optim: adamw_torch; leave it out",
     ),
-    "batch_eval_metrics": ({"batch_eval_metrics": True}, "^batch_eval_metrics: True; "),
 }
 
 

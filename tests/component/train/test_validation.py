@@ -33,6 +33,12 @@ def test_valid_values():
     ("key", "right", "wrong"),
     [
         ("max_seq_length", [2, 8192], [1, 0, -1]),
+        ("train_sampling_strategy", ["random", "group_by_length"], ["by_length", ""]),
+        ("batch_eval_metrics", [False], [True]),
+        ("do_predict", [False], [True]),
+        ("liger_kernel_config", [{}], [{"rope": True}]),
+        ("gradient_checkpointing_kwargs", [{}, {"use_reentrant": True}], [{"foo": True}]),
+        ("metric_for_best_model", ["loss", "eval_loss", "perplexity"], ["rouge", "accuracy"]),
         ("group_size", [2, 2048], [0, 1, 2047, -2]),
         ("group_size_ratio", [0.001, 1], [0, 1.01, -0.25]),
         ("full_attention_ratio", [0, 0.1, 1], [-0.1, 1.1]),
