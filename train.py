@@ -133,6 +133,7 @@ def plan_memory(
     args: LongQLoRAArguments, training_args: TrainingArguments, strategy: Strategy, extended: PretrainedConfig
 ) -> Memory:
     """The fastest memory plan that fits this machine, computed from the config alone."""
+    eval_rows = training_args.eval_batch_size if args.eval_file else 0
     work = workload(
         extended,
         target_names=args.target_names,
@@ -147,6 +148,9 @@ def plan_memory(
         optimizer=training_args.optim.value,
         zero=strategy.zero_stage is not None,
         offload_optimizer=strategy.offloads_optimizer,
+        processes=strategy.processes,
+        eval_rows=eval_rows,
+        eval_tokens=eval_rows * args.max_seq_length,
     )
     gpu_gib, host_gib = available_memory(work, args.memory_budget_gib, training_args.device)
     options = {name: getattr(args, name) for name in MEMORY_OPTIONS}

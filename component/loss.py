@@ -135,6 +135,11 @@ def _inner(module: nn.Module) -> nn.Module:
     return module.modules_to_save[module.active_adapters[0]] if hasattr(module, "modules_to_save") else module
 
 
+def eval_chunk(chunk: int, rows: int) -> int:
+    """Tokens of each of `rows` rows whose logits exist at the same time, so that all rows have about `chunk`."""
+    return max(1, chunk // rows)
+
+
 @torch.no_grad()
 def next_token_losses(
     model: PreTrainedModel, input_ids: Tensor, chunk: int = TOKENS_PER_CHUNK, **inputs: Tensor

@@ -90,8 +90,13 @@ def finish(run: subprocess.CompletedProcess) -> str:
 
 def losses(folder: Path) -> dict[int, float]:
     """Training loss by step."""
+    return logged(folder, "loss")
+
+
+def logged(folder: Path, name: str) -> dict[int, float]:
+    """A logged number of training by step."""
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
+    return {entry["step"]: entry[name] for entry in history if name in entry}
 
 
 def record(folder: Path) -> dict:

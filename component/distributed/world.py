@@ -45,6 +45,12 @@ def process_count() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def local_process_count() -> int:
+    """Processes of this run on this machine: torchrun's variable, DeepSpeed's, or all."""
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE")
+    return next((int(os.environ[name]) for name in names if name in os.environ), 1)
+
+
 def is_first_process() -> bool:
     """Whether this is the process that prints and writes."""
     return not dist.is_initialized() or dist.get_rank() == 0
@@ -62,3 +68,8 @@ def gathered(values: list[Any]) -> list[Any]:
     lists: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(lists, values)
     return [value for part in lists for value in part]
+
+
+def smallest(*values: float) -> list[float]:
+    """Of each of `values` the smallest of all processes', on every process."""
+    return [min(column) for column in zip(*gathered([values]), strict=True)]

@@ -5,12 +5,13 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import psutil
 import torch
 
+from component.distributed.world import local_process_count, smallest
 from component.error import UserError, first_line
+from component.memory.host import free_host_bytes
 from component.memory.plan import MemoryPlan, estimate, next_memory_option
-from component.memory.workload import Workload, paged_bytes
+from component.memory.workload import Workload, host_optimizer_bytes, paged_bytes
 
 CONTEXT_GIB = 0.6  # CUDA context; `mem_get_info` does not count it as free
 LIBRARIES_GIB = 1.2  # NCCL buffers, cuDNN and Triton kernels: outside PyTorch's allocator
@@ -19,16 +20,19 @@ HOST_SHARE = 0.8  # of free CPU memory: pinned memory cannot be swapped out
 
 
 def available_memory(work: Workload, budget_gib: float | None, device: torch.device) -> tuple[float, float]:
-    """GiB of GPU memory and of pinned CPU memory that a plan may use; both infinite without a GPU.
+    """GiB of GPU memory and of pinned CPU memory that a plan may use in each process; both infinite without a GPU.
 
-    `budget_gib` caps PyTorch's allocator only; what lies outside it must fit on the GPU as well.
+    `budget_gib` caps PyTorch's allocator only; what lies outside it must fit on the GPU as well. The processes of a
+    machine share its CPU memory, which also holds the optimizer states if those are offloaded. All processes get the
+    same numbers, those of the one with the least, so that they choose the same plan.
     """
     if device.type != "cuda":
         return math.inf, math.inf
     outside = LIBRARIES_GIB + paged_bytes(work) / 2**30
     gpu = torch.cuda.mem_get_info(device)[0] / 2**30 - outside
-    host = psutil.virtual_memory().available / 2**30
-    return USABLE * min(gpu, budget_gib or math.inf), HOST_SHARE * host
+    host = (HOST_SHARE * free_host_bytes() / local_process_count() - host_optimizer_bytes(work)) / 2**30
+    gpu, host = smallest(USABLE * min(gpu, budget_gib or math.inf), max(0.0, host))
+    return gpu, host
 
 
 @contextmanager

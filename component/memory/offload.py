@@ -37,6 +37,8 @@ class ActivationOffloader:
     def clear(self) -> None:
         """Drop all entries but keep the buffers, after a forward pass without a backward pass."""
         self._release_outgoing()
+        for entry in self._entries:
+            entry.arrived()  # else a copy under way would write to memory that is in use again
         self._entries.clear()
 
     def put(self, tensors: list[Tensor]) -> Callable[[], list[Tensor]]:
@@ -65,7 +67,7 @@ class ActivationOffloader:
             self._fetch(entry)
             if self._entries and self.fetches_ahead:
                 self._fetch(self._entries[-1])
-            return entry.arrived()
+            return entry.arrived() or []
 
         return fetch
 
@@ -120,8 +122,8 @@ class _Entry:
         self.tensors: list[Tensor] | None = None
         self.copied: torch.cuda.Event | None = None
 
-    def arrived(self) -> list[Tensor]:
-        assert self.tensors is not None
+    def arrived(self) -> list[Tensor] | None:
+        """The fetched tensors, for use on the current stream; None if they were not fetched."""
         if self.copied is not None:
             torch.cuda.current_stream(self.device).wait_event(self.copied)
         return self.tensors

@@ -13,6 +13,7 @@ from itertools import product
 from typing import Any
 
 from component.attention.shift_short import HEAD_TOKENS
+from component.loss import eval_chunk
 from component.memory.workload import GIB, Sizes, Workload, sizes, step_bytes
 
 IDLE_GIB = 0.15  # held by PyTorch's allocator beyond tensors
@@ -67,10 +68,11 @@ class Estimate:
     host_gib: float  # pinned CPU memory for offloaded activations
     cost: float  # relative time of a step, only for comparing plans
     moment: str  # of the peak
+    evaluation_gib: float = 0.0  # peak of an evaluation, which no memory option changes but loss_chunk_tokens
 
     @property
     def metrics(self) -> dict[str, float]:
-        return {"estimated_gib": round(self.peak_gib, 2)}
+        return {"estimated_gib": round(max(self.peak_gib, self.evaluation_gib), 2)}
 
 
 def estimate(work: Workload, plan: MemoryPlan) -> Estimate:
@@ -99,9 +101,20 @@ def estimate(work: Workload, plan: MemoryPlan) -> Estimate:
         moments["the MLP backward at level nothing"] = graph + 2 * size.hidden + tile
         moments["the attention backward at level nothing"] = graph + attention_backward
     moment = max(moments, key=moments.__getitem__)
-    peak = (size.fixed + moments[moment]) / GIB + IDLE_GIB + (ENGINE_GIB if work.zero else 0)
+    always = size.fixed / GIB + IDLE_GIB + (ENGINE_GIB if work.zero else 0)
     host = (size.hidden + output) * nothing if plan.offload_activations else 0
-    return Estimate(peak, host / GIB, _cost(work, plan, size, counts), moment)
+    evaluation = always + _evaluation(work, plan) / GIB if work.eval_tokens else 0.0
+    return Estimate(always + moments[moment] / GIB, host / GIB, _cost(work, plan, size, counts), moment, evaluation)
+
+
+def _evaluation(work: Workload, plan: MemoryPlan) -> float:
+    """Bytes of an evaluation batch: Hugging Face's MLP, whose output LoRA's is added to, or one chunk of the loss."""
+    n, value = work.eval_tokens, work.value_bytes
+    weight = work.hidden * work.mlp * value if work.in_4bit else 0
+    layer = 5 * n * work.mlp * value + weight  # act(gate), up, LoRA's part, that scaled, their sum
+    chunk = eval_chunk(plan.loss_chunk_tokens, work.eval_rows) * work.eval_rows
+    logits = min(chunk, n) * work.vocabulary * (value + 8)  # in both dtypes, and their softmax
+    return 2 * n * work.hidden * value + max(layer, logits)
 
 
 def _mlp_backward(work: Workload, plan: MemoryPlan, size: Sizes, is_kept: bool) -> float:
@@ -203,6 +216,9 @@ def describe_estimate(work: Workload, plan: MemoryPlan, expected: Estimate, budg
         line += f", {expected.host_gib:.1f} GiB of pinned CPU memory"
     if expected.peak_gib > budget_gib:
         line += f". It may not fit; to save memory: {next_memory_option(work, plan)}"
+    if expected.evaluation_gib > max(budget_gib, expected.peak_gib):
+        cure = "per_device_eval_batch_size: 1" if work.eval_rows > 1 else "shorter samples in eval_file"
+        line += f". Evaluation may not fit: {expected.evaluation_gib:.1f} GiB; to save memory: {cure}"
     return line
 
 

@@ -42,6 +42,9 @@ class Workload:
     zero: bool = True  # DeepSpeed ZeRO-2: half-precision trainable parameters with fp32 master weights
     offload_optimizer: bool = False
     head: int = 0  # parameters of lm_head, if it is trained in full
+    processes: int = 1  # data-parallel ones
+    eval_rows: int = 0  # of an evaluation batch; 0: no evaluation
+    eval_tokens: int = 0  # of an evaluation batch
 
 
 def workload(
@@ -110,7 +113,7 @@ def fixed_bytes(work: Workload) -> float:
     weights = work.weights * (NF4_BYTES if work.in_4bit else work.value_bytes)
     per_trained = 2.0 if work.zero else 4.0
     if not work.zero:
-        per_trained += 4  # gradients
+        per_trained += 4 if work.processes == 1 else 4 + 4  # gradients, and DDP's buckets
     elif not work.offload_optimizer:
         per_trained += 4 + 2  # fp32 master weights, half-precision gradients
     if not work.offload_optimizer:
@@ -122,6 +125,11 @@ def fixed_bytes(work: Workload) -> float:
 def paged_bytes(work: Workload) -> float:
     """Paged optimizer states: on the GPU while they fit, but outside PyTorch's allocator."""
     return 8.0 * work.trained if "paged" in work.optimizer and not work.offload_optimizer else 0.0
+
+
+def host_optimizer_bytes(work: Workload) -> float:
+    """CPU memory of one process's share of offloaded optimizer states: fp32 weights, gradients and two moments."""
+    return 16.0 * work.trained / work.processes if work.offload_optimizer else 0.0
 
 
 def step_bytes(work: Workload) -> float:

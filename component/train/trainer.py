@@ -5,7 +5,7 @@ Evaluation uses full attention and weights all tokens equally, independent of ba
 """
 
 import math
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from component.checkpoint import remove_old_checkpoints, write_adapter, write_re
 from component.data import IGNORE_INDEX
 from component.distributed.strategy import Strategy
 from component.error import UserError, first_line
-from component.loss import next_token_losses
+from component.loss import TOKENS_PER_CHUNK, eval_chunk, next_token_losses
 from component.train.callback import SpeedCallback
 from component.train.zero import GradientCallback
 
@@ -30,14 +30,21 @@ class LongQLoRATrainer(Trainer):
         strategy: how training is distributed.
     """
 
+    eval_dtype: torch.dtype | None = None  # of autocast in evaluation, if a key asks for another than in training
+
     def __init__(self, *args, extended_config: PretrainedConfig, record: dict, strategy: Strategy, **kwargs):
+        self.strategy = strategy
         super().__init__(*args, compute_metrics=token_weighted_loss, **kwargs)
         self.extended_config = extended_config
         self.record = record
-        self.strategy = strategy
         self.speed = SpeedCallback()
         self.add_callback(self.speed)
         self.add_callback(GradientCallback)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.strategy == Strategy():  # a launched single process would be wrapped in DDP, and pay for its buckets
+            self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # not in a callback: by then the Trainer's history and other callbacks have copied the logs
@@ -91,6 +98,12 @@ class LongQLoRATrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        # the Trainer would cast the weights themselves, and cannot cast 4-bit ones; `prediction_step` uses autocast
+        names = ("fp16_full_eval", "bf16_full_eval")
+        asked = {name: getattr(self.args, name) for name in names}
+        self.args.fp16_full_eval = self.args.bf16_full_eval = False
+        dtypes = dict(zip(names, (torch.float16, torch.bfloat16), strict=True))
+        self.eval_dtype = next((dtypes[name] for name in names if asked[name]), None)
         try:
             return super().evaluate(*args, **kwargs)
         except torch.OutOfMemoryError as error:
@@ -100,18 +113,27 @@ class LongQLoRATrainer(Trainer):
                 f"eval_file: the GPU is out of memory at per_device_eval_batch_size {rows} ({first_line(error)}); "
                 f"{cure}. What was saved before is in {self.args.output_dir}"
             ) from error
+        finally:
+            self.args.fp16_full_eval, self.args.bf16_full_eval = asked.values()
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """(None, summed loss per row, labels per row), for `token_weighted_loss`."""
         inputs = self._prepare_inputs(inputs)
         has_label = inputs["shift_labels"][:, :-1] != IGNORE_INDEX
-        with self.accelerator.autocast():  # the wrapped model would enable it itself
+        base = self.accelerator.unwrap_model(model)
+        chunk = eval_chunk(getattr(base.get_base_model(), "loss_chunk", TOKENS_PER_CHUNK), len(has_label))
+        wanted = None if self.eval_dtype is None else torch.autocast(self.args.device.type, self.eval_dtype)
+        with wanted or self.accelerator.autocast():  # the wrapped model would enable it itself
             # no mask, which would be (B, 1, T, T): padding is on the right, where no real token attends
-            losses = next_token_losses(self.accelerator.unwrap_model(model), inputs["input_ids"])
+            losses = next_token_losses(base, inputs["input_ids"], chunk)
         return None, (losses * has_label).sum(1), has_label.sum(1)
 
 
 def token_weighted_loss(prediction: EvalPrediction) -> dict[str, float]:
     """`loss` in nats per token over all rows, and its `perplexity`."""
-    loss = float(prediction.predictions.sum() / max(prediction.label_ids.sum(), 1))
+    # arrays, or lists of arrays with eval_do_concat_batches: false
+    total, count = (
+        sum(float(part.sum()) for part in parts) for parts in (prediction.predictions, prediction.label_ids)
+    )
+    loss = total / max(count, 1)
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}  # exp overflows a float beyond 709

@@ -41,6 +41,7 @@ from tests.train_run import (
     executable,
     finish,
     launched,
+    logged,
     losses,
     record,
     stock_model,
@@ -274,6 +275,59 @@ def test_an_evaluation_that_fails_loses_nothing(train, basic, files, plain_run, 
     assert names(tmp_path / "out") >= ADAPTER_FILES
     found, expected = (load_file(out / "adapter_model.safetensors") for out in (tmp_path / "out", plain_run))
     assert all(weight.equal(found[name]) for name, weight in expected.items())
+
+
+EVERY_STEP = {"eval_strategy": "steps", "eval_steps": 1}
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"bf16_full_eval": True},
+        {"fp16_full_eval": True, **EVERY_STEP},
+        {"bf16_full_eval": True, "eval_on_start": True, **EVERY_STEP},
+        {"per_device_eval_batch_size": 3, "eval_accumulation_steps": 1, **EVERY_STEP},
+        {"prediction_loss_only": True, **EVERY_STEP},
+        {"eval_do_concat_batches": False, **EVERY_STEP, "eval_delay": 1},
+        {"bf16_full_eval": True, "load_best_model_at_end": True, "metric_for_best_model": "loss", **EVERY_STEP},
+        {"load_in_4bit": True, "bf16_full_eval": True, **EVERY_STEP},
+    ],
+    ids=lambda keys: " ".join(keys) or "none",
+)
+def test_k4d_evaluation_changes_no_weight(train, basic, files, tmp_path, keys):
+    """Saved weights equal, to the bit and in dtype, those of the same run without evaluation."""
+    base = {name: keys[name] for name in ("load_in_4bit",) if name in keys}
+    alone, evaluated = tmp_path / "alone", tmp_path / "evaluated"
+    values = {**basic, **base, "train_embedding": True, "train_norm": True, "max_steps": 2}
+    finish(train({**values, "output_dir": str(alone)}))
+    finish(train({**values, "eval_file": files["eval_file"], **keys, "output_dir": str(evaluated)}))
+    measured = json.loads((evaluated / "eval_results.json").read_text())
+    assert 0 < measured["eval_loss"] < 20
+    for folder in ("", "checkpoint-1", "checkpoint-2"):
+        found, expected = (load_file(out / folder / "adapter_model.safetensors") for out in (evaluated, alone))
+        if not folder and "load_best_model_at_end" in keys:
+            best = json.loads((evaluated / "trainer_state.json").read_text())["best_global_step"]
+            expected = load_file(alone / f"checkpoint-{best}" / "adapter_model.safetensors")
+        assert found.keys() == expected.keys()
+        assert len(found) > 10
+        for name, weight in expected.items():
+            assert found[name].dtype == weight.dtype
+            assert torch.equal(found[name], weight), name
+
+
+def wrapping_in_ddp_is_an_error() -> None:
+    from torch.nn.parallel import DistributedDataParallel
+
+    def refuse(self, *args, **kwargs):
+        raise AssertionError("wrapped in DDP")
+
+    DistributedDataParallel.__init__ = refuse
+
+
+def test_k11_one_process_has_no_ddp(train, basic, tmp_path):
+    """Whose buckets are another copy of all gradients."""
+    finish(train({**basic, "max_steps": 1, "output_dir": str(tmp_path / "out")}, wrapping_in_ddp_is_an_error))
 
 
 def test_evaluation_during_training_changes_nothing(train, basic, files, plain_run, base_folder, tmp_path):
@@ -885,6 +939,7 @@ def test_launchers_agree(train, basic, files, plain_run, base_folder, tmp_path, 
         launcher = [executable(launcher[0]), *launcher[1:]]
     out = launched(launcher, {**values, "output_dir": str(tmp_path / "out")}, train)
     assert losses(out) == pytest.approx(losses(plain_run), abs=1e-5)
+    assert logged(out, "grad_norm") == pytest.approx(logged(plain_run, "grad_norm"), rel=1e-4)  # Adam hides scales
     measured, expected = (json.loads((folder / "eval_results.json").read_text()) for folder in (out, plain_run))
     assert measured["eval_loss"] == pytest.approx(expected["eval_loss"], abs=1e-4)
     assert measured["eval_loss"] == pytest.approx(reference_eval_loss(out, base_folder), abs=1e-5)

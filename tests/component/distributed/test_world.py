@@ -4,7 +4,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from component.distributed.world import gathered, is_first_process, joined_processes, own_share, process_count
+from component.distributed.world import (
+    gathered,
+    is_first_process,
+    joined_processes,
+    local_process_count,
+    own_share,
+    process_count,
+    smallest,
+)
 from component.error import UserError
 
 
@@ -34,3 +42,26 @@ def test_more_processes_than_gpus(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     with pytest.raises(UserError, match=r"--nproc_per_node: more processes than this machine's 2 GPUs"):
         joined_processes().__enter__()
+
+
+@pytest.mark.parametrize(
+    ("environment", "count"),
+    [
+        ({}, 1),
+        ({"WORLD_SIZE": "2"}, 2),
+        ({"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}, 8),  # torchrun
+        ({"WORLD_SIZE": "16", "LOCAL_SIZE": "4"}, 4),  # deepspeed
+    ],
+)
+def test_processes_of_this_machine(monkeypatch, environment, count):
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert local_process_count() == count
+
+
+def test_smallest(monkeypatch):
+    assert smallest(3.0, 4.0) == [3.0, 4.0]
+    monkeypatch.setattr("component.distributed.world.gathered", lambda own: [*own, (1.0, 9.0), (5.0, 2.0)])
+    assert smallest(3.0, 4.0) == [1.0, 2.0]

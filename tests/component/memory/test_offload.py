@@ -5,6 +5,7 @@ import gc
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from component.memory.offload import ActivationOffloader
 
@@ -163,3 +164,95 @@ def test_a_copy_is_another_offloader():
     assert other is same
     assert other is not offloader
     assert (other.fetches_ahead, other.nbytes, other._entries) == (False, 0, [])
+
+
+# ---- streams, recorded on a CPU
+
+
+class OnGpu(torch.Tensor):
+    """A CPU tensor that says that it is on a GPU."""
+
+    is_cuda = True
+    device = torch.device("cuda", 0)
+
+
+class FakeStreams(TorchFunctionMode):
+    """Logs what each CUDA stream waits for, and on which stream copies run."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.log: list[str] = []
+        self.current, self.events = "compute", 0
+        compute, side = FakeStream(self, "compute"), FakeStream(self, "side")
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: compute)
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device=None: side)
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+        monkeypatch.setattr("component.memory.offload._pin", lambda buffer, is_needed: buffer)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.empty_like:
+            return torch.empty(args[0].shape, dtype=args[0].dtype)
+        if function is torch.Tensor.copy_:
+            self.log.append(f"copy on {self.current}")
+        return function(*args, **kwargs)
+
+
+class FakeStream:
+    def __init__(self, streams: FakeStreams, name: str):
+        self.streams, self.name = streams, name
+
+    def wait_stream(self, other: "FakeStream") -> None:
+        self.streams.log.append(f"{self.name} waits for {other.name}")
+
+    def wait_event(self, event: int) -> None:
+        self.streams.log.append(f"{self.name} waits for event {event}")
+
+    def synchronize(self) -> None:
+        self.streams.log.append(f"wait until {self.name} is done")
+
+    def record_event(self) -> int:
+        self.streams.events += 1
+        self.streams.log.append(f"event {self.streams.events} on {self.name}")
+        return self.streams.events
+
+    def __enter__(self) -> None:
+        self.streams.current = self.name
+
+    def __exit__(self, *_) -> None:
+        self.streams.current = "compute"
+
+
+def copied(event: int) -> list[str]:
+    """A copy on the side stream, of what the compute stream has produced or freed by now."""
+    return ["side waits for compute", "copy on side", f"event {event} on side"]
+
+
+def test_copies_wait_for_their_tensors_and_are_waited_for(monkeypatch):
+    with FakeStreams(monkeypatch) as streams:
+        offloader = ActivationOffloader()
+        first, second = (torch.randn(4).as_subclass(OnGpu) for _ in range(2))
+        fetches = [offloader.put([first]), offloader.put([second])]
+        # the first tensor may be reused, and the second's buffer replaced by a larger one, only after the first copy
+        assert streams.log == [*copied(1), "compute waits for event 1", "wait until side is done", *copied(2)]
+        streams.log.clear()
+        found = fetches[1]()
+        assert streams.log == ["compute waits for event 2", *copied(3), *copied(4), "compute waits for event 3"]
+        assert torch.equal(found[0], second.as_subclass(torch.Tensor))
+        streams.log.clear()
+        assert torch.equal(fetches[0]()[0], first.as_subclass(torch.Tensor))
+        assert streams.log == ["compute waits for event 4"]
+
+
+def test_k11_clearing_waits_for_copies_under_way(monkeypatch):
+    """The second entry's copy to CPU memory, or the first's prefetch from there."""
+    with FakeStreams(monkeypatch) as streams:
+        for is_fetched in (False, True):
+            offloader, base = ActivationOffloader(), streams.events
+            fetches = [offloader.put([torch.randn(4).as_subclass(OnGpu)]) for _ in range(2)]
+            if is_fetched:
+                fetches[1]()
+            streams.log.clear()
+            offloader.clear()
+            assert streams.log == [f"compute waits for event {base + (4 if is_fetched else 2)}"]
+            assert offloader._entries == []

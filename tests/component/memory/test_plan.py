@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from component.loss import eval_chunk
 from component.memory.plan import (
     MEMORY_OPTIONS,
     Estimate,
@@ -15,7 +16,7 @@ from component.memory.plan import (
     minimum_memory_plan,
     next_memory_option,
 )
-from component.memory.workload import GIB, Workload
+from component.memory.workload import GIB, Workload, fixed_bytes
 from tests.reference.llama2_7b import HIDDEN, LINEAR, LLAMA2_7B, LORA, MLP, VOCABULARY
 from tests.reference.plain_path import plan_of
 
@@ -129,6 +130,55 @@ def test_differences_between_estimates():
     chunks = [peak(wide, plan_of(loss_chunk_tokens=tokens)) for tokens in (4096, 2048)]
     logits = 2048 * 50 * VOCABULARY * (2 + 2 + 4 + 4)  # logits and their gradient, in both dtypes
     assert (chunks[0] - chunks[1]) * GIB == pytest.approx(logits, rel=0.03)
+
+
+@pytest.mark.parametrize("vocabulary", [VOCABULARY, 50 * VOCABULARY], ids=["backward", "loss"])
+@pytest.mark.parametrize("offload", [False, True])
+def test_log_sums_of_kept_attention_outputs(vocabulary, offload):
+    """fp32, one for each of 32 heads and 131072 tokens in every layer; they stay on the GPU."""
+    wide = dataclasses.replace(SMALL, vocabulary=vocabulary, tokens=131072)
+    options = {
+        "offload_activations": offload,
+        "fetch_ahead": False,
+        "mlp_tile_tokens": 1024,
+        "loss_chunk_tokens": 1024,
+    }
+    kept, recomputed = (estimate(wide, plan_of(**options, keep_attention_output=keep)) for keep in (True, False))
+    assert kept.moment == recomputed.moment
+    outputs = 1 if offload else 6
+    if kept.moment != "the loss":  # the output of the layer in the backward pass is counted with its graph
+        outputs -= 1
+    expected = outputs * 131072 * HIDDEN * 2 + 6 * 131072 * 32 * 4
+    assert (kept.peak_gib - recomputed.peak_gib) * GIB == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(("rows", "tokens"), [(1, 8192), (8, 8192), (1, 16)])
+def test_k4b_evaluation_is_estimated(rows, tokens):
+    found = dataclasses.replace(SMALL, eval_rows=rows, eval_tokens=rows * tokens)
+    plan = plan_of(loss_chunk_tokens=1024)
+    expected = estimate(found, plan)
+    assert estimate(SMALL, plan) == dataclasses.replace(expected, evaluation_gib=0.0)
+    n = rows * tokens
+    mlp = 5 * n * MLP * 2 + HIDDEN * MLP * 2  # five tensors of the MLP's size, and one dequantized weight
+    logits = min(1024, n) * VOCABULARY * (2 + 4 + 4)
+    everything = fixed_bytes(SMALL) + 2 * n * HIDDEN * 2 + max(mlp, logits)
+    assert expected.evaluation_gib * GIB == pytest.approx(everything + (0.15 + 0.3) * GIB)
+    assert expected.metrics["estimated_gib"] == round(max(expected.peak_gib, expected.evaluation_gib), 2)
+
+
+def test_k4b_an_evaluation_that_may_not_fit_is_told():
+    expected = Estimate(peak_gib=20.0, host_gib=0.0, cost=1.0, moment="the loss", evaluation_gib=30.0)
+    plan, work = plan_of(), dataclasses.replace(SMALL, eval_rows=8, eval_tokens=8 * 8192)
+    line = "Evaluation may not fit: 30.0 GiB; to save memory: "
+    assert f"{line}per_device_eval_batch_size: 1" in describe_estimate(work, plan, expected, 24.0)
+    one = dataclasses.replace(work, eval_rows=1)
+    assert f"{line}shorter samples in eval_file" in describe_estimate(one, plan, expected, 24.0)
+    assert line not in describe_estimate(work, plan, expected, 31.0)
+
+
+def test_k4b_the_loss_chunk_of_evaluation():
+    """1024 tokens of all rows together."""
+    assert [eval_chunk(1024, rows) for rows in (1, 8, 3, 4096)] == [1024, 128, 341, 1]
 
 
 # ---- the choice

@@ -41,6 +41,14 @@ def test_fixed_bytes(zero, offload, optimizer, per_trained):
     assert step_bytes(work) == (4 * 32 * 4_997_120 if zero and not offload else 0)
 
 
+@pytest.mark.parametrize(("processes", "zero", "more"), [(1, False, 0), (2, False, 4), (2, True, 0)])
+def test_k11_ddp_has_buckets(processes, zero, more):
+    """One fp32 copy of each gradient."""
+    alone = dataclasses.replace(LLAMA2_7B, zero=zero)
+    several = dataclasses.replace(alone, processes=processes)
+    assert fixed_bytes(several) - fixed_bytes(alone) == more * 32 * LORA
+
+
 def test_nf4_bytes_equal_bitsandbytes():
     import bitsandbytes as bnb
 
