@@ -186,7 +186,8 @@ class FusedLoRALayer(nn.Module):
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         # also under no_grad: the first pass of a recomputed layer must draw the same dropout mask as the second
-        trains = self.training and not self.disable_adapters and not self.merged
+        is_plain = not self.disable_adapters and not self.merged and len(self.active_adapters) == 1
+        trains = self.training and is_plain
         if not trains or args or kwargs:
             return super().forward(x, *args, **kwargs)
         return _LoRALinearFunction.apply(to_autocast_dtype(x), self.projection, *self.projection.parameters)

@@ -170,6 +170,21 @@ def test_half_precision(dtype, tolerance):
         assert_close([tensor.float() for tensor in found], expected, tolerance)
 
 
+def test_the_heads_gradient_is_summed_in_fp32():
+    """256 + 63 x 1 over 64 chunks of one token: in bf16 each 256 + 1 is 256."""
+    hidden = torch.ones(64, 1, dtype=torch.bfloat16, requires_grad=True)
+    with torch.no_grad():
+        hidden[0] = 256.0
+    head = nn.Linear(1, 2, bias=True, dtype=torch.bfloat16)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)  # so that the gradient of each logit is -1/2 for the label, 1/2 for the other
+    total = next_token_loss(hidden[None], torch.zeros(1, 64, dtype=torch.long), head, 1, 1)
+    weight, bias = torch.autograd.grad(total, [head.weight, head.bias])
+    expected = torch.tensor([[-0.5], [0.5]]) * (256 + 63)
+    assert torch.equal(weight, expected.bfloat16())
+    assert torch.equal(bias, torch.tensor([-32.0, 32.0], dtype=torch.bfloat16))
+
+
 def test_a_scaled_loss_does_not_underflow():
     """fp16's smallest number is 6e-8: dividing by 8192 labels too early would lose most of the gradient."""
     hidden, labels, head = problem(2, 40, dtype=torch.float16, ignored=0)

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from component.memory import linear
-from component.memory.linear import FusedLoRALayer, LoRALinear, fuse_lora
+from component.memory.linear import FusedLoRALayer, LoRALinear, _accumulate, as_returned, fuse_lora
 from component.model import _disable_cpu_repacking
 
 INPUTS, OUTPUTS, RANK, ALPHA = 64, 112, 5, 8
@@ -176,6 +176,16 @@ def test_backward_accumulates():
     assert projection.backward(grad, x, low, None, {}, need_x=False) is None
 
 
+def test_sums_over_many_tiles_are_in_fp32():
+    """256 + 63 x 1: in bf16 each 256 + 1 is 256."""
+    parameter, sums = nn.Parameter(torch.zeros(1, 1, dtype=torch.bfloat16)), {}
+    for value in [256.0] + 63 * [1.0]:
+        ones = torch.ones(1, 1, dtype=torch.bfloat16)
+        _accumulate(sums, parameter, ones, value * ones, 1.0)
+    assert (sums[parameter].dtype, float(sums[parameter])) == (torch.float32, 319.0)
+    assert [gradient.dtype for gradient in as_returned(sums, [parameter])] == [torch.bfloat16]
+
+
 # ---- dropout
 
 
@@ -273,6 +283,29 @@ def test_supported_layers():
     assert LoRALinear.supports(frozen)
     assert not LoRALinear.supports(nn.Linear(3, 4))
     assert not LoRALinear.supports(nn.Conv1d(3, 4, 1).requires_grad_(False))
+
+
+def test_a_second_active_adapter_is_not_ignored():
+    model = get_peft_model(Base(True), LoraConfig(target_modules=["proj"], r=RANK, lora_alpha=ALPHA))
+    model.add_adapter("second", LoraConfig(target_modules=["proj"], r=RANK, lora_alpha=ALPHA))
+    layer = model.base_model.model.proj.train()
+    for name in ("default", "second"):
+        nn.init.normal_(layer.lora_B[name].weight, std=0.2)
+    assert LoRALinear.supports(layer)
+    x = torch.randn(TOKENS, INPUTS)
+    first = layer(x)
+    layer.set_adapter(["default", "second"])
+    expected = layer(x)
+    assert not torch.allclose(first, expected, atol=1e-2)
+    assert not LoRALinear.supports(layer)
+    fuse_lora(model)
+    torch.testing.assert_close(layer(x), expected)
+    # and one that becomes active only after the layers were fused
+    layer.set_adapter("default")
+    fuse_lora(model)
+    assert isinstance(layer, FusedLoRALayer)
+    layer.set_adapter(["default", "second"])
+    torch.testing.assert_close(layer(x), expected)
 
 
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}], ids=str)

@@ -3,11 +3,13 @@
 import json
 import math
 import os
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
 
-from component.train.zero import any_overflow, describe_optimizer, single_process_environment
+from component.train.zero import GradientCallback, any_overflow, describe_optimizer, single_process_environment
 
 TRAIN_ARGS = "train_args/deepspeed"
 
@@ -24,6 +26,35 @@ def test_any_overflow(dtype, value):
         assert any_overflow(groups).tolist() == [True]
         tensor[place] = kept
     assert any_overflow({0: None}).tolist() == [False]
+
+
+class Zero:
+    """DeepSpeed's optimizer as `GradientCallback` sees it, on one of two processes; the other's gradient is 4."""
+
+    averaged_gradients: ClassVar[dict] = {0: [torch.tensor([1.0, 2.0]), torch.tensor([2.0])]}
+
+    def has_overflow_partitioned_grads_serial(self) -> torch.Tensor:
+        return torch.tensor([False])
+
+    def get_grad_norm_direct(self, gradients, params, norm_type=2):
+        assert len(gradients) == len(params)
+        return (sum(gradient.float().norm() ** 2 for gradient in gradients) + 4.0**2) ** 0.5
+
+
+def test_the_batched_norm_and_overflow_check():
+    """Norms are those of all processes: sqrt(3^2 + 4^2)."""
+    zero = Zero()
+    assert float(zero.get_grad_norm_direct(zero.averaged_gradients[0], ["a", "b"])) == pytest.approx(5.0)
+    GradientCallback().on_train_begin(None, None, None, optimizer=SimpleNamespace(optimizer=zero))
+    assert "get_grad_norm_direct" in vars(zero)
+    for dtype in (torch.float32, torch.float16):  # summed in fp32: 300^2 overflows in fp16
+        gradients = [gradient.to(dtype) for gradient in zero.averaged_gradients[0]]
+        assert float(zero.get_grad_norm_direct(gradients, ["a", "b"])) == pytest.approx(5.0)
+    large = [torch.full((2,), 300.0, dtype=torch.float16)]
+    assert float(zero.get_grad_norm_direct(large, ["a"])) == pytest.approx((2 * 300.0**2 + 16) ** 0.5)
+    assert zero.has_overflow_partitioned_grads_serial().tolist() == [False]
+    zero.averaged_gradients = {0: [torch.tensor([1.0, math.inf])]}  # DeepSpeed replaces them at each step
+    assert zero.has_overflow_partitioned_grads_serial().tolist() == [True]
 
 
 @pytest.fixture
