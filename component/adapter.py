@@ -5,6 +5,7 @@ full fine-tuning takes LoRA on *all* linear layers. Embeddings and norms can be 
 `modules_to_save`), as in LongLoRA (2309.12307, section 3.3).
 """
 
+import hashlib
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,17 +14,21 @@ from typing import TypeVar
 
 import torch
 from huggingface_hub import hf_hub_download
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import set_peft_model_state_dict
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from component.error import UserError, first_line, nearest
+from component.adapter_config import check_patterns, read_adapter_config
+from component.error import UserError, nearest
 from component.model import without_weights
-from component.storage.hub import check_source
-from component.storage.tensor_reader import TensorRef, read_weights
+from component.storage.foreign import read_object, reading
+from component.storage.hub import check_links, check_source, fetch
+from component.storage.tensor_reader import TensorRef, is_finite, read_weights
 
 Weight = TypeVar("Weight", torch.Tensor, TensorRef)
+ADAPTER_CONFIG = "adapter_config.json"
+WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 LEGACY_EXTRAS = "trainable_params.bin"  # LongLoRA's trained embeddings and norms
 
 
@@ -132,38 +137,60 @@ def load_adapter(model: PreTrainedModel, source: str) -> PeftModel:
         UserError: no adapter, damaged files, or weights that do not fit the model.
     """
     config, file, extras = find_adapter(source)
-    weights = read_weights(file)
+    weights = _finite_weights(file)
     if extras is not None:
         own = dict(model.named_parameters(remove_duplicate=False))
-        for name, value in match_extras(model, read_weights(extras), extras).items():
+        for name, value in match_extras(model, _finite_weights(extras), extras).items():
             own[name].data.copy_(value)
     return fit_adapter(model, config, weights, source).eval()
 
 
-def find_adapter(source: str) -> tuple[PeftConfig, Path, Path | None]:
+def _finite_weights(file: Path) -> dict[str, torch.Tensor]:
+    weights = read_weights(file)
+    for name, value in weights.items():
+        if not is_finite(value):
+            raise UserError(f"{file}: {name} holds infinite or NaN values; use another checkpoint, or train it again")
+    return weights
+
+
+def find_adapter(source: str) -> tuple[LoraConfig, Path, Path | None]:
     """An adapter's config, weight file, and LongLoRA's `trainable_params.bin` or None.
 
     Raises:
         UserError: `source` is not an adapter.
     """
-    try:
-        config = PeftConfig.from_pretrained(source)
-    except (ValueError, OSError, TypeError, KeyError) as error:
-        reason = first_line(error)
-        raise UserError(
-            f"{source} is not an adapter: its adapter_config.json cannot be read ({reason}); "
-            "name a folder written by training"
-        ) from error
+    cure = "name a folder written by training"
+    with reading(f"{source} is not an adapter", cure):
+        check_links(source)
+        found = _fetch(source, ADAPTER_CONFIG)
+        if found is None:
+            raise ValueError(f"it has no {ADAPTER_CONFIG}")
+        config = read_adapter_config(found)
     config.inference_mode = True
-    names = ("adapter_model.safetensors", "adapter_model.bin")
-    file, extras = _fetch(source, *names), _fetch(source, LEGACY_EXTRAS)
+    file, extras = _fetch(source, *WEIGHT_FILES), _fetch(source, LEGACY_EXTRAS)
     if file is None:
-        raise UserError(f"{source} is not an adapter: no {' or '.join(names)}; name a folder written by training")
+        raise UserError(f"{source} is not an adapter: no {' or '.join(WEIGHT_FILES)}; {cure}")
     return config, file, extras
 
 
+def named_base(source: str) -> str | None:
+    """The base model that an adapter's adapter_config.json names."""
+    file = _fetch(source, ADAPTER_CONFIG)
+    base = read_object(file).get("base_model_name_or_path") if file else None
+    return base if isinstance(base, str) and base else None
+
+
+def adapter_hash(source: str) -> str | None:
+    """sha256 of an adapter's weight file, in hexadecimal: folders are moved and renamed."""
+    file = _fetch(source, *WEIGHT_FILES)
+    if file is None:
+        return None
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def fit_adapter(
-    model: PreTrainedModel, config: PeftConfig, weights: dict[str, torch.Tensor], source: str
+    model: PreTrainedModel, config: LoraConfig, weights: dict[str, torch.Tensor], source: str
 ) -> PeftModel:
     """`model` with the adapter given by `config` and `weights`; on the meta device if `model` is.
 
@@ -173,15 +200,11 @@ def fit_adapter(
     cure = "use the base model that it was trained on"
     is_empty = model.device.type == "meta"
     config.base_model_name_or_path = None  # set by PEFT; it warns if the same folder has another name
-    try:
+    check_patterns(config, [name for name, _ in model.named_modules()], source)
+    with reading(f"{source} does not fit this base model", cure):  # shapes, and modules that are missing
         with quiet_peft():
             adapted = get_peft_model(model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=is_empty)
         result = set_peft_model_state_dict(adapted, weights, low_cpu_mem_usage=is_empty)
-    except (RuntimeError, ValueError) as error:  # mismatched shapes (many lines); missing target modules
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{source} does not fit this base model ({reason}); {cure}") from error
-    except KeyError as error:  # PEFT looks up each of `modules_to_save` directly
-        raise UserError(f"{source} does not fit this base model: {error.args[0]} is missing; {cure}") from error
     missing = [key for key in result.missing_keys if ".lora_" in key or ".modules_to_save." in key]
     unexpected = list(result.unexpected_keys)
     if missing or unexpected:
@@ -195,8 +218,9 @@ def _fetch(source: str, *names: str) -> Path | None:
     """The first of the files `names` that a folder or hub repository has, or None."""
     for name in names:
         if Path(source).is_dir():
-            if (Path(source) / name).is_file():
-                return Path(source) / name
+            found = fetch(source, name)
+            if found:
+                return found
             continue
         try:
             return Path(hf_hub_download(source, name))

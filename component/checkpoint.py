@@ -20,8 +20,10 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from component.error import UserError
 from component.storage.atomic import atomic_file, open_to_readers
 from component.storage.claim import locked, make_writable
+from component.storage.foreign import read_object, reading
 
 RECORD_FILE = "longqlora.json"
+RECORDED = {"files": dict, "base_model": str, "rope_type": str, "rope_factor": int | float}  # in every record
 OUTPUT_ROOT = Path(__file__).resolve().parents[1] / "output"  # of the shipped YAMLs
 
 
@@ -82,13 +84,12 @@ def read_record(folder: str | Path) -> dict | None:
     path = Path(folder) / RECORD_FILE
     if not path.is_file():
         return None
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        files = dict(record["files"])
-        record["base_model"], record["rope_type"], record["rope_factor"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); use another checkpoint") from error
-    for name, size in files.items():
+    with reading(f"{path} is damaged", "use another checkpoint"):
+        record = read_object(path)
+        for key, kind in RECORDED.items():
+            if not isinstance(record[key], kind):
+                raise ValueError(f"{key} is {str(record[key])[:100]!r}")
+    for name, size in record["files"].items():
         file = Path(folder) / name
         actual = file.stat().st_size if file.is_file() else None
         if actual != size:

@@ -1,15 +1,18 @@
 """How is a model loaded for inference? A plain or merged model, or a base with an adapter, at its extended context."""
 
+import functools
 import gc
 import math
 import os
-from typing import Any
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from component.adapter import check_adapter, load_adapter
-from component.checkpoint import read_record
+from component.adapter import ADAPTER_CONFIG, adapter_hash, check_adapter, load_adapter, named_base
+from component.checkpoint import RECORD_FILE, read_json, read_record
 from component.error import UserError
 from component.model import load_base, load_config
 from component.rope import (
@@ -21,6 +24,7 @@ from component.rope import (
     rope_factor,
 )
 from component.storage.hub import check_source
+from component.storage.tensor_reader import MODEL_FILES
 from component.tokenizer import load_tokenizer
 
 
@@ -63,27 +67,96 @@ def inference_dtype(device: torch.device) -> torch.dtype:
     return torch.float16 if device.type == "cuda" else torch.float32
 
 
+class ModelSource(NamedTuple):
+    """Where a model comes from."""
+
+    base: str
+    source: str  # of config and tokenizer
+    is_ours: bool  # the source is a LongQLoRA adapter folder
+    adapter: str | None
+
+
 def resolve_model(
     model_name_or_path: str | None,
     adapter_name_or_path: str | None,
     field: str = "model_name_or_path",
     adapter_field: str = "adapter_name_or_path",
-) -> tuple[str, str, bool]:
-    """Returns (base, source of config and tokenizer, whether that source is a LongQLoRA adapter folder).
+) -> ModelSource:
+    """Which base and adapter two flags mean; an adapter alone, by either flag, names its base.
 
     Raises:
-        UserError: no such adapter, or a base model that is neither given nor recorded.
+        UserError: no such adapter or base, a base that is neither given nor recorded, or one that already contains the
+            adapter.
     """
-    if adapter_name_or_path:
-        check_adapter(adapter_name_or_path, adapter_field)
-    record = read_record(adapter_name_or_path) if adapter_name_or_path else None
-    base = model_name_or_path or (record["base_model"] if record else None)
+    model, adapter = model_name_or_path, adapter_name_or_path
+    if model and not adapter and _is_adapter(model, field, adapter_field):
+        _say(f"{field}: {model} is an adapter; it is used with the base that it names")
+        model, adapter, adapter_field = None, model, field
+    if not adapter:
+        if not model:
+            raise UserError(f"{field}: missing; name a model, or an adapter with {adapter_field}")
+        check_source(model, field)
+        return ModelSource(model, model, False, None)
+    check_adapter(adapter, adapter_field)
+    record = read_record(adapter)
+    named = record["base_model"] if record else named_base(adapter)
+    base = model or named
     if not base:
+        raise UserError(f"{field}: missing, and {adapter} does not say which base model it was trained on; name it")
+    if model:
+        _check_pair(model, adapter, named, field)
+        check_source(model, field)
+    else:
+        check_source(base, field, f"base model of {adapter}")
+        if not record:
+            _say(f"{field}: {base}, as {adapter}'s adapter_config.json says")
+    return ModelSource(base, adapter if record else base, record is not None, adapter)
+
+
+def _is_adapter(source: str, field: str, adapter_field: str) -> bool:
+    """Whether a folder holds an adapter and no model."""
+    folder = Path(source)
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return False
+    if any((folder / name).is_file() for name in MODEL_FILES):
         raise UserError(
-            f"{field}: missing, and {adapter_name_or_path} does not record which base model it was trained on; name it"
+            f"{field}: {source} holds both a model and an adapter; to use both, name it as {adapter_field} "
+            f"too, else move {ADAPTER_CONFIG} out of it"
         )
-    check_source(base, field)
-    return (base, adapter_name_or_path, True) if record and adapter_name_or_path else (base, base, False)
+    return True
+
+
+def _check_pair(model: str, adapter: str, named: str | None, field: str) -> None:
+    """Refuse a model that was merged from this adapter, which would be added twice; warn of another base.
+
+    Args:
+        named: the base that the adapter names.
+
+    Raises:
+        UserError: the model's record says that it was merged from the adapter.
+    """
+    record = read_json(Path(model) / RECORD_FILE)
+    origin, recorded = record.get("merged_from"), record.get("merged_sha256")
+    if isinstance(origin, str):
+        is_same = recorded == adapter_hash(adapter) if recorded else _is_same_place(origin, adapter)
+        if is_same:
+            raise UserError(
+                f"{field}: {model} was merged from {adapter}, so the adapter would be added twice; leave the adapter "
+                f"out, or name its base, {record.get('base_model')}"
+            )
+    if named and not _is_same_place(named, model) and Path(named).name != Path(model).name:
+        _say(f"warning: {adapter} was trained on {named}, not on {model}; on another base its output may be useless")
+
+
+def _is_same_place(one: str, other: str) -> bool:
+    return one == other or Path(one).resolve() == Path(other).resolve()
+
+
+@functools.cache
+def _say(text: str) -> None:
+    """Print a line on stderr, once, and by one process only."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(text, file=sys.stderr, flush=True)
 
 
 def load_for_inference(
@@ -91,7 +164,7 @@ def load_for_inference(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model that `load_model` loads, and its tokenizer."""
     model = load_model(model_name_or_path, adapter_name_or_path, **options)
-    return model, load_tokenizer(resolve_model(model_name_or_path, adapter_name_or_path)[1])
+    return model, load_tokenizer(resolve_model(model_name_or_path, adapter_name_or_path).source)
 
 
 def load_model(
@@ -102,6 +175,7 @@ def load_model(
     load_in_4bit: bool = False,
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
+    attention: str | None = None,
     field: str = "model_name_or_path",
     adapter_field: str = "adapter_name_or_path",
 ) -> PreTrainedModel:
@@ -111,19 +185,21 @@ def load_model(
         model_name_or_path: None for the base that the adapter's record names.
         context_size: tokens to which a plain base is scaled, as in training. LongQLoRA's adapters and extended models
             record their own; a contradiction is an error.
+        attention: implementation in transformers; None for its default.
         field, adapter_field: flags to name in error messages.
 
     Raises:
         UserError: a model that cannot be loaded, an adapter that does not fit, or contradictory context sizes.
     """
-    base, source, is_ours = resolve_model(model_name_or_path, adapter_name_or_path, field, adapter_field)
+    base, source, is_ours, adapter = resolve_model(model_name_or_path, adapter_name_or_path, field, adapter_field)
     config = extended_config_of(source, context_size, is_fixed=is_ours, field=field)
+    config._attn_implementation = attention
     device = device or default_device()
     dtype = dtype or inference_dtype(device)
     model = load_base(base, config, dtype=dtype, load_in_4bit=load_in_4bit, device=device).eval()
     # of the model's own settings only the tokens that end a text count; transformers would use the others as defaults
     model.generation_config = GenerationConfig(eos_token_id=end_ids(model))
-    return load_adapter(model, adapter_name_or_path) if adapter_name_or_path else model
+    return load_adapter(model, adapter) if adapter else model
 
 
 def extended_config_of(

@@ -5,31 +5,35 @@ used: it casts norms and embeddings, and with them the residual stream, to fp32.
 """
 
 import copy
-from pickle import UnpicklingError
+import math
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from component.error import UserError, first_line
+from component.config import raw_config, read_config, read_generation_config
+from component.error import UserError, nearest
 from component.rope import forget_lengths, original_context
-from component.storage.hub import check_source
+from component.storage.foreign import reading
+from component.storage.hub import check_links, check_source
+from component.storage.tensor_reader import is_finite, model_tensors
 
 
 def load_config(model_name_or_path: str, field: str = "model_name_or_path") -> PretrainedConfig:
-    """The config of a base model.
+    """The config of a base model, without what it says about kernels, code and quantization.
 
     Raises:
-        UserError: no readable config, or a model whose attention cannot be replaced.
+        UserError: no config of a model that can be built, or a model whose attention cannot be replaced.
     """
     check_source(model_name_or_path, field)
+    cure = "name a folder with the config.json of a model, or a hub id"
     try:
-        config = AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{field}: {model_name_or_path!r} is not a readable model folder or hub id ({first_line(error)}); "
-            "name a folder with config.json, or a hub id"
-        ) from error
+        with reading(f"{field}: {model_name_or_path!r} has no usable config", cure):
+            config = read_config(model_name_or_path)
+    except UserError as error:
+        raise error if str(error).startswith(f"{field}:") else UserError(f"{field}: {error}") from error
     model_class = AutoModelForCausalLM._model_mapping.get(type(config), None)
     if not getattr(model_class, "_supports_attention_backend", False):
         raise UserError(
@@ -40,7 +44,62 @@ def load_config(model_name_or_path: str, field: str = "model_name_or_path") -> P
         original_context(config)
     except UserError as error:  # no single rotary embedding
         raise UserError(f"{field}: {model_name_or_path!r}: {error}") from error
+    with reading(f"{field}: {model_name_or_path!r} has no usable config", cure):
+        _check_buildable(config)
     return config
+
+
+def _check_buildable(config: PretrainedConfig) -> None:
+    """Build one layer of the model, without memory for weights, so that no value fails later.
+
+    Raises:
+        ValueError: an unknown activation or rope type, or rotary parameters out of range.
+    """
+    activation = getattr(config, "hidden_act", None)
+    if activation is not None and activation not in ACT2FN:
+        raise ValueError(f"hidden_act: {activation!r} is no activation of transformers{nearest(activation, ACT2FN)}")
+    if not 0 <= getattr(config, "rms_norm_eps", 0) < 1:
+        raise ValueError(f"rms_norm_eps: {config.rms_norm_eps!r} is not from 0 to 1")
+    _check_rope(config.rope_parameters)
+    probe = copy.deepcopy(config)
+    layers = config.num_hidden_layers
+    for key, value in vars(config).items():
+        if isinstance(value, list) and len(value) == layers:
+            setattr(probe, key, value[:1])  # one entry per layer
+    probe.num_hidden_layers = 1
+    without_weights(probe)
+
+
+def _check_rope(parameters: dict[str, Any]) -> None:
+    known = ("default", *ROPE_INIT_FUNCTIONS)
+    if parameters.get("rope_type") not in known:
+        raise ValueError(f"rope_type: {parameters.get('rope_type')!r} is none of {', '.join(known)}")
+    for key in ("rope_theta", "factor", "original_max_position_embeddings"):
+        value = parameters.get(key)
+        if value is not None and (isinstance(value, bool) or not 0 < value <= 2**53 or not math.isfinite(value)):
+            raise ValueError(f"{key}: {value!r} is no number above 0")
+
+
+def stored_quantization(model_name_or_path: str, field: str = "model_name_or_path") -> dict[str, Any] | None:
+    """How the weights of a model are quantized, by its own config.json; None for 16 or 32 bits.
+
+    Raises:
+        UserError: by another method than bitsandbytes' 4 bits; other methods load code that was made for them.
+    """
+    with reading(f"{field}: {model_name_or_path!r} has no usable config", "download it again"):
+        stored = raw_config(model_name_or_path).get("quantization_config") or None
+        if stored is not None and not isinstance(stored, dict):
+            raise ValueError(f"quantization_config: {str(stored)[:100]!r} is no object")
+    if stored is None:
+        return None
+    method = stored.get("quant_method", "bitsandbytes" if "load_in_4bit" in stored else None)
+    if method == "bitsandbytes" and stored.get("load_in_4bit") is True:
+        return stored
+    bits = " to 8 bits" if method == "bitsandbytes" else ""
+    raise UserError(
+        f"{field}: the weights of {model_name_or_path!r} are quantized by {method!r}{bits}, which is not supported; "
+        "name the 16-bit model, or one quantized to 4 bits by bitsandbytes"
+    )
 
 
 def load_base(
@@ -60,30 +119,54 @@ def load_base(
     Raises:
         UserError: weights that are missing or do not fit the config.
     """
-    options = {"quantization_config": _nf4(dtype, is_partitioned=device is None)} if load_in_4bit else {}
+    check_links(model_name_or_path)
+    stored = stored_quantization(model_name_or_path)
+    model_tensors(model_name_or_path)  # damaged files, and files outside of the folder
+    options: dict[str, Any] = {}
+    if stored or load_in_4bit:
+        options["quantization_config"] = _nf4(dtype, is_partitioned=device is None)
     if device is not None:
         options["device_map"] = {"": device}
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+    config = copy.deepcopy(config)
+    if stored:
+        config.quantization_config = stored | {"bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")}
+        options.pop("quantization_config")
+    # not through AutoModelForCausalLM, which would add an adapter that lies in the same folder
+    model_class = AutoModelForCausalLM._model_mapping[type(config)]
+    generation = read_generation_config(model_name_or_path)
+    problem = f"model_name_or_path: the weights of {model_name_or_path!r} do not load"
+    with reading(problem, "download them again"):
+        model, report = model_class.from_pretrained(
             model_name_or_path,
-            config=copy.deepcopy(config),
+            config=config,
             dtype=dtype,
             trust_remote_code=False,
             output_loading_info=True,
+            generation_config=generation,
             ignore_mismatched_sizes=True,  # reported below
             **options,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
-        if "out of memory" in str(error):
-            raise
-        reason = " ".join(first_line(error).split())[:300]
-        raise UserError(
-            f"model_name_or_path: the weights of {model_name_or_path!r} do not load ({reason}); download them again"
-        ) from error
     _check_loading(model_name_or_path, report)
     _disable_cpu_repacking(model)
     forget_lengths(model)
+    check_finite(model, model_name_or_path)
     return model
+
+
+def check_finite(model: PreTrainedModel, source: str) -> None:
+    """Refuse weights that are infinite or NaN: every output would be NaN.
+
+    Raises:
+        UserError: there is one.
+    """
+    for name, parameter in model.named_parameters():
+        state = getattr(parameter, "quant_state", None)  # NF4: the scales of its blocks
+        values = parameter.data if state is None else (state.absmax if state.offset is None else state.offset)
+        if not is_finite(values):
+            raise UserError(
+                f"{source}: {name} holds infinite or NaN values in {str(model.dtype).removeprefix('torch.')}; if "
+                "the file has them too, download or train it again, else load it in bfloat16 or float32"
+            )
 
 
 def _check_loading(model_name_or_path: str, report: dict) -> None:

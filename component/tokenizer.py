@@ -4,15 +4,17 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from component.error import UserError, first_line
-from component.storage.hub import check_source
-from component.storage.tensor_reader import fetch
+from component.error import UserError
+from component.storage.foreign import read_object, reading
+from component.storage.hub import check_links, check_source, fetch
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+CODE_KEYS = ("auto_map", "custom_generate", "processor_class", "auto_class")  # of tokenizer_config.json
 UNLIMITED = 10**9  # model_max_length in tokens, for counting texts longer than any model: no warning about them
 
 
@@ -30,22 +32,37 @@ def load_tokenizer(
     Raises:
         UserError: no tokenizer there, or one without an end-of-sequence token.
     """
-    options = {"padding_side": "right", "truncation_side": "right", "trust_remote_code": False}
+    options: dict[str, Any] = {"padding_side": "right", "truncation_side": "right", "trust_remote_code": False}
     if model_max_length is not None:
         options["model_max_length"] = model_max_length
     check_source(model_name_or_path, field, "folder")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, **options)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise UserError(
-            f"{field}: {model_name_or_path!r} holds no usable tokenizer ({first_line(error)}); {cure}"
-        ) from error
+    with reading(f"{field}: {model_name_or_path!r} holds no usable tokenizer", cure):
+        check_links(model_name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, **options, **_own_files(model_name_or_path))
+        for key in CODE_KEYS:  # else saved beside adapters and merged models
+            tokenizer.init_kwargs.pop(key, None)
+        if not isinstance(tokenizer.chat_template, str | dict | None):
+            raise ValueError(f"chat_template: {str(tokenizer.chat_template)[:100]!r} is no template")
+        tokenizer.decode(tokenizer("a").input_ids)
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"{field}: the tokenizer of {model_name_or_path!r} has no end-of-sequence token; "
             "give it one (eos_token in tokenizer_config.json)"
         )
     return tokenizer
+
+
+def _own_files(model_name_or_path: str) -> dict[str, str | None]:
+    """The folder's own file in place of each path that tokenizer_config.json names: it may be anywhere on the disk."""
+    file = fetch(model_name_or_path, "tokenizer_config.json")
+    values = read_object(file) if file else {}
+    for name in values.get("fast_tokenizer_files") or ():
+        fetch(model_name_or_path, name)  # refuses one outside of the folder
+    own = {}
+    for key in (key for key, value in values.items() if key.endswith("_file") and isinstance(value, str)):
+        found = fetch(model_name_or_path, PurePath(values[key]).name)
+        own[key] = str(found) if found else None
+    return own
 
 
 def any_pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -45,6 +45,7 @@ import numpy as np
 import torch
 from transformers import PretrainedConfig
 
+from component.adapter import adapter_hash
 from component.checkpoint import check_replaceable, merged_folder, newest_run, read_record, write_record
 from component.data.token_file import read_tokens
 from component.error import UserError
@@ -104,7 +105,7 @@ def main() -> None:
     flags = parse_flags()
     adapter = Path(flags.adapter_name_or_path) if flags.adapter_name_or_path else newest_run()
     target = Path(flags.save_path) if flags.save_path else merged_folder(adapter)
-    base, source, is_ours = resolve_model(flags.model_name_or_path, str(adapter))
+    base, source, is_ours, _ = resolve_model(flags.model_name_or_path, str(adapter))
     check_flags(flags, target, base, adapter)
     max_shard_bytes = shard_bytes(flags.max_shard_size)
     config, tokenizer = extended_config_of(source, flags.context_size, is_fixed=is_ours), load_tokenizer(source)
@@ -137,7 +138,9 @@ def main() -> None:
                 models = {f"adapter on {kind}": load for kind, load in load_adapted.items()}
                 models |= {f"merged into {kind}": partial(load_model, str(merged[kind])) for kind in kinds}
                 print(comparison(measure_all(models, tokens, seq_len)), flush=True)
-        merged_from = {"merged_from": str(adapter.resolve()), "base_weights": flags.base, "dtype": flags.dtype}
+        place = str(adapter.resolve() if adapter.is_dir() else adapter)
+        merged_from = {"merged_from": place, "merged_sha256": adapter_hash(str(adapter))}
+        merged_from |= {"base_weights": flags.base, "dtype": flags.dtype}
         write_record(folder, {**(record or foreign_record(base, config)), **merged_from})
     print(f"{target}: merged model, {plan.parameters:,} parameters in {flags.dtype}")
 

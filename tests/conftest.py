@@ -11,6 +11,7 @@ import io
 import logging
 import os
 import runpy
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,6 +136,12 @@ def base_folder(tmp_path_factory, llama_config, trained_bpe):
     build_llama(copy.deepcopy(llama_config)).save_pretrained(folder)
     PreTrainedTokenizerFast(tokenizer_object=trained_bpe, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def own_base(base_folder, tmp_path) -> Path:
+    """A copy of the base, to modify."""
+    return Path(shutil.copytree(base_folder, tmp_path / "base"))
 
 
 @pytest.fixture(scope="session")

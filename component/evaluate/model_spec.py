@@ -4,18 +4,21 @@ A `ModelSpec` is written `NAME=MODEL[:ADAPTER][@TOKENS]`: a model, its adapter, 
 is scaled. MODEL may also be an adapter folder, which records its base.
 """
 
+import contextlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
 from transformers import PreTrainedModel
 
 from component.data.token_file import check_tokenizer, index_path, read_index
 from component.error import UserError
 from component.loading import extended_config_of, load_model, resolve_model
 from component.rope import context_length, rope_factor
+from component.storage.foreign import reading
 from component.tokenizer import tokenizer_in
 
 
@@ -62,13 +65,34 @@ def parse_model_specs(texts: list[str]) -> list[ModelSpec]:
     return specs
 
 
+def local_tokens(source: str, field: str = "--data_path") -> str:
+    """The file of token ids that a path or a hub id means; with the id's file, its index is downloaded too.
+
+    Raises:
+        UserError: there is none.
+    """
+    owner, _, rest = source.partition("/")
+    dataset, _, name = rest.partition("/")
+    if Path(source).is_file():
+        return source
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", f"{owner}/{dataset}") or not name or Path(owner).is_dir():
+        raise UserError(
+            f"{field}: there is no file {source}; name a .bin file of token ids, or owner/dataset/FILE.bin on the hub"
+        )
+    with reading(f"{field}: there is no file {source}, nor can it be downloaded", "name a .bin file of token ids"):
+        found = hf_hub_download(f"{owner}/{dataset}", name, repo_type="dataset")
+    with contextlib.suppress(Exception):  # most files have no index
+        hf_hub_download(f"{owner}/{dataset}", index_path(name).as_posix(), repo_type="dataset")
+    return found
+
+
 def check_model_spec(spec: ModelSpec, data_path: str) -> str:
     """Refuse, before any weight is loaded, a missing model, or a file of another tokenizer's tokens.
 
     Returns:
         Whether the model's tokenizer is the file's, in words; recorded in the result.
     """
-    _, source, is_ours = resolve_model(spec.base_model, spec.peft_model, spec.field, spec.adapter_field)
+    _, source, is_ours, _ = resolve_model(spec.base_model, spec.peft_model, spec.field, spec.adapter_field)
     extended_config_of(source, spec.context_size, is_fixed=is_ours, field=spec.field)
     index = read_index(data_path)
     if index is None:
@@ -86,8 +110,8 @@ def files_read(specs: list[ModelSpec], data_path: str | None = None) -> dict[str
     if data_path:
         found["--data_path"] = [data_path, index_path(data_path)]
     for spec in specs:
-        base = resolve_model(spec.base_model, spec.peft_model, spec.field, spec.adapter_field)[0]
-        for field, path in ((spec.field, base), (spec.adapter_field, spec.peft_model)):
+        found_at = resolve_model(spec.base_model, spec.peft_model, spec.field, spec.adapter_field)
+        for field, path in ((spec.field, found_at.base), (spec.adapter_field, found_at.adapter)):
             found.setdefault(f"--{field.removeprefix('--')}", []).append(path)
     return found
 
@@ -108,7 +132,7 @@ def describe_model(model: PreTrainedModel, load_in_4bit: bool) -> dict[str, Any]
     """What a result records about its model."""
     dtype = str(model.dtype).removeprefix("torch.")
     return {
-        "weights": "nf4" if load_in_4bit else dtype,
+        "weights": "nf4" if load_in_4bit or hasattr(model.config, "quantization_config") else dtype,
         "dtype": dtype,
         "attention": f"full ({model.config._attn_implementation})",
         "rope_type": model.config.rope_parameters["rope_type"],

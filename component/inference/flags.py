@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from component.checkpoint import RECORD_FILE, merged_folder, newest_run
@@ -92,13 +91,13 @@ def load_from_flags(flags: argparse.Namespace) -> tuple[PreTrainedModel, PreTrai
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="strict")  # under LANG=C, invalid bytes would reach the tokenizer
     set_seed(flags.seed)
-    model, tokenizer = load_for_inference(
-        model_path, adapter, context_size=flags.context_size, load_in_4bit=flags.load_in_4bit
+    return load_for_inference(
+        model_path,
+        adapter,
+        context_size=flags.context_size,
+        load_in_4bit=flags.load_in_4bit,
+        attention=flags.attn_implementation,
     )
-    if flags.attn_implementation:
-        plain = model.get_base_model() if isinstance(model, PeftModel) else model
-        plain.set_attn_implementation(flags.attn_implementation)
-    return model, tokenizer
 
 
 def named_model(flags: argparse.Namespace) -> tuple[str | None, str | None]:

@@ -10,14 +10,16 @@ import sys
 from dataclasses import dataclass, field
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import LoraConfig, PeftModel
 from peft.tuners import lora
+from peft.tuners.lora.variants import DoraEmbeddingVariant, DoraLinearVariant
 from torch import nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from component.adapter import find_adapter, fit_adapter, match_extras
+from component.config import read_generation_config
 from component.error import UserError
-from component.model import without_weights
+from component.model import stored_quantization, without_weights
 from component.storage.tensor_reader import TensorRef, model_tensors, tensors_in
 
 
@@ -28,6 +30,7 @@ class TensorUpdate:
     trained: TensorRef | None = None  # replaces it
     lora_a: TensorRef | None = None  # (rank, in)
     lora_b: TensorRef | None = None  # (out, rank)
+    magnitude: TensorRef | None = None  # DoRA's, of each row (out,) of W + scaling B A; of an embedding (dimension,)
     scaling: float = 0.0
     is_embedding: bool = False  # its weight is (in, out)
 
@@ -74,8 +77,11 @@ def plan_merge(
     Raises:
         UserError: damaged, missing or unknown weights, weights of another shape, or an adapter that is not plain LoRA.
     """
-    if getattr(config, "quantization_config", None):
-        raise UserError(f"model_name_or_path: {base!r} is quantized and cannot be merged into; name the 16-bit model")
+    if stored_quantization(base):
+        raise UserError(
+            f"model_name_or_path: the weights of {base!r} are quantized to 4 bits, and a merge writes 16 or 32 bits; "
+            "name the 16-bit model that they were made from with --model_name_or_path"
+        )
     model = without_weights(config)
     merged = model.config
     merged.dtype, merged.use_cache, merged.architectures = dtype, True, [type(model).__name__]
@@ -144,12 +150,10 @@ def _linear_weights(model: PreTrainedModel) -> set[str]:
     return {f"{path}.weight" for path, layer in layers if layer is not head}
 
 
-def _check_kind(config: PeftConfig, adapter: str) -> None:
+def _check_kind(config: LoraConfig, adapter: str) -> None:
     """Refuse adapters that are not W + scaling B A, or whose initialization changed the base."""
     file, cure = f"{adapter}: adapter_config.json", "merge it with PEFT itself"
-    if not isinstance(config, LoraConfig):
-        raise UserError(f"{file}: peft_type is {config.peft_type!s}, which is not LoRA; {cure}")
-    for name in ("use_dora", "lora_bias", "layer_replication", "target_parameters", "trainable_token_indices"):
+    for name in ("lora_bias", "layer_replication", "target_parameters", "trainable_token_indices"):
         if getattr(config, name, None):
             raise UserError(f"{file}: {name} is {getattr(config, name)!r}, which is not supported here; {cure}")
     init = config.init_lora_weights
@@ -164,14 +168,18 @@ def _updates(
     changes: dict[str, TensorUpdate] = {}
     for key, stored in weights.items():
         path, _, part = key.removeprefix("base_model.model.").rpartition(".lora_")
-        match = re.fullmatch(r"(embedding_)?([AB])(\.weight)?", part)
+        match = re.fullmatch(r"(embedding_)?([AB])(\.weight)?|magnitude_vector(\.weight)?", part)
         if path and match:
             layer = adapted.base_model.model.get_submodule(path)
-            if type(layer) not in (lora.Linear, lora.Embedding) or layer.lora_variant:
+            variants = {type(variant) for variant in layer.lora_variant.values()}
+            if type(layer) not in (lora.Linear, lora.Embedding) or variants - {
+                DoraLinearVariant,
+                DoraEmbeddingVariant,
+            }:
                 raise UserError(f"{adapter}: {key} is of a LoRA variant not supported here; merge it with PEFT itself")
             change = changes.setdefault(f"{path}.weight", TensorUpdate())
-            change.scaling, change.is_embedding = layer.scaling["default"], bool(match[1])
-            setattr(change, f"lora_{match[2].lower()}", stored)
+            change.scaling, change.is_embedding = layer.scaling["default"], isinstance(layer, lora.Embedding)
+            setattr(change, f"lora_{match[2].lower()}" if match[2] else "magnitude", stored)
             continue
         name = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
         if name not in known:
@@ -198,11 +206,8 @@ def _is_one_copy(ours: TensorUpdate, theirs: TensorUpdate) -> bool:
 
 
 def _generation_config(base: str, model: PreTrainedModel) -> GenerationConfig | None:
-    """The base's, in a form that transformers saves."""
-    try:
-        config = GenerationConfig.from_pretrained(base)
-    except OSError:  # no such file
-        config = model.generation_config
+    """The base's sampling values and special tokens, in a form that transformers saves."""
+    config = read_generation_config(base) or model.generation_config
     if config is not None and not config.do_sample:
         # LLaMA2 ships sampling values with do_sample off, which transformers refuses to save
         config.temperature = config.top_p = config.top_k = None

@@ -1,7 +1,7 @@
 """How is an adapter merged into its base? One tensor at a time, so memory does not grow with the model.
 
-y = (W + scaling B A) x in place of W x + scaling B A x: each W is read, changed in fp32, rounded once to the dtype of
-the result and written. component/merge/plan.py plans the change of each W.
+y = (W + scaling B A) x in place of W x + scaling B A x, with DoRA's trained length of each row: each W is read,
+changed in fp32, rounded once to the dtype of the result and written. component/merge/plan.py plans the changes.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from component.error import UserError
 from component.merge.plan import MergePlan, TensorUpdate
+from component.storage.tensor_reader import is_finite
 from component.storage.tensor_writer import write_model
 
 ROWS = 512  # summed at a time
@@ -91,12 +92,21 @@ def merged_tensor(plan: MergePlan, name: str, scratch: Scratch) -> torch.Tensor:
     if change.lora_a is not None and change.lora_b is not None:
         weight = _add_lora(weight, change, plan.dtype, scratch)
     weight = weight.to(plan.dtype)
-    if not all(bound.isfinite() for bound in weight.aminmax()):
-        raise UserError(
-            f"{name} is infinite or NaN in {str(plan.dtype).removeprefix('torch.')}; use --dtype bfloat16 or float32; "
-            "if that does not help, the adapter is damaged"
-        )
+    if not is_finite(weight):
+        raise UserError(_not_finite(name, plan, change))
     return weight
+
+
+def _not_finite(name: str, plan: MergePlan, change: TensorUpdate) -> str:
+    """Which file holds what is infinite or NaN, if one does."""
+    parts = (change.trained or plan.tensors[name], change.lora_a, change.lora_b, change.magnitude)
+    for stored in parts:
+        if stored is not None and not is_finite(stored.read()):
+            return f"{stored.file}: {stored.name} holds infinite or NaN values; download or train it again"
+    return (
+        f"{name} is infinite or NaN in {str(plan.dtype).removeprefix('torch.')}; use --dtype bfloat16 or float32; "
+        "if that does not help, the adapter is damaged"
+    )
 
 
 def _add_lora(weight: torch.Tensor, change: TensorUpdate, dtype: torch.dtype, scratch: Scratch) -> torch.Tensor:
@@ -110,11 +120,27 @@ def _add_lora(weight: torch.Tensor, change: TensorUpdate, dtype: torch.dtype, sc
     total = total.t() if change.is_embedding else total
     # in place if the dtypes have the same size
     result = weight.view(dtype) if weight.dtype.itemsize == dtype.itemsize else torch.empty(weight.shape, dtype=dtype)
-    for rows in torch.arange(weight.shape[0]).split(ROWS):
-        part = slice(int(rows[0]), int(rows[-1]) + 1)
+    for start in range(0, weight.shape[0], ROWS):
+        part = slice(start, start + ROWS)
         total[part] += weight[part].float()
-        result[part] = total[part]
+        if change.magnitude is None:
+            result[part] = total[part]
+    if change.magnitude is not None:
+        result.copy_(total.mul_(_dora_factor(total, change.magnitude.read().float(), change.is_embedding)))
     return result
+
+
+def _dora_factor(total: torch.Tensor, magnitude: torch.Tensor, is_embedding: bool) -> torch.Tensor:
+    """What each row of W + scaling B A is multiplied by to get its trained length (DoRA, arXiv 2402.09353, eq. 5).
+
+    Args:
+        total: (out, in); of an embedding (tokens, dimension), where PEFT takes the length of each column.
+
+    Returns:
+        (out, 1), or (1, dimension).
+    """
+    axis = 0 if is_embedding else 1
+    return magnitude.reshape(-1).div(torch.linalg.vector_norm(total, dim=axis)).unsqueeze(axis)
 
 
 def nf4_round_trip(weight: torch.Tensor) -> torch.Tensor:

@@ -11,12 +11,15 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from pickle import UnpicklingError
 
 import torch
-from transformers.utils import cached_file
 
-from component.error import UserError, first_line
+from component.error import UserError
+from component.storage.foreign import read_object, reading
+from component.storage.hub import fetch
+
+MAX_HEADER_BYTES = 100 * 10**6  # as in the safetensors format
 
 NAMES = {  # in the safetensors format
     "F64": torch.float64,
@@ -81,6 +84,14 @@ class TensorRef:
         return values.view(self.dtype).reshape(self.shape)
 
 
+def is_finite(values: torch.Tensor) -> bool:
+    """Whether no value is infinite or NaN; several times faster than `isfinite().all()`."""
+    if not values.is_floating_point() or not values.numel():
+        return True
+    values = values.float() if values.dtype.itemsize == 1 else values
+    return all(bool(bound.isfinite()) for bound in values.aminmax())
+
+
 def tensors_in(file: Path) -> dict[str, TensorRef]:
     """The tensors of a .safetensors or .bin file; no code in it runs.
 
@@ -91,28 +102,32 @@ def tensors_in(file: Path) -> dict[str, TensorRef]:
         return {
             name: TensorRef(file, name, tensor.dtype, tuple(tensor.shape)) for name, tensor in _unpickled(file).items()
         }
-    try:
+    with reading(*_damaged(file)):
         return dict(_read_header(file))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, MemoryError) as error:
-        reason = first_line(error)
-        raise UserError(
-            f"{file} is damaged or holds more than weights ({reason}); download or train it again"
-        ) from error
+
+
+def _damaged(file: Path) -> tuple[str, str]:
+    return f"{file} is damaged or holds more than weights", "download or train it again"
 
 
 def _read_header(file: Path) -> Iterator[tuple[str, TensorRef]]:
-    end = file.stat().st_size
+    size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        if length > end - 8:
+        if length > min(size - 8, MAX_HEADER_BYTES):
             raise ValueError("its header is truncated")
         header = json.loads(stream.read(length))
     header.pop("__metadata__", None)
-    for name, entry in header.items():
+    place = 0  # tensors follow each other without gaps
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         first, last = entry["data_offsets"]
-        stored = TensorRef(file, name, NAMES[entry["dtype"]], tuple(entry["shape"]), 8 + length + first)
-        if first < 0 or last - first != stored.size or 8 + length + last > end:
-            raise ValueError(f"{name} lies outside of the file")
+        shape = tuple(entry["shape"])
+        if any(type(number) is not int or number < 0 for number in (*shape, first, last)):
+            raise ValueError(f"{name} has the shape {list(shape)} at bytes {first} to {last}")
+        stored = TensorRef(file, name, NAMES[entry["dtype"]], shape, 8 + length + first)
+        if first != place or last - first != stored.size or 8 + length + last > size:
+            raise ValueError(f"{name} lies outside of the file, or where another tensor is")
+        place = last
         yield name, stored
 
 
@@ -126,48 +141,51 @@ def read_weights(file: Path) -> dict[str, torch.Tensor]:
 def _unpickled(file: Path) -> dict[str, torch.Tensor]:
     """The tensors of a .bin file, memory-mapped; weights-only unpickling runs no code."""
     load = functools.partial(torch.load, file, map_location="cpu", weights_only=True)
-    try:
+    with reading(*_damaged(file)):
         try:
             weights = load(mmap=True)
         except RuntimeError as error:
             if "mmap" not in str(error):
                 raise
             weights = load()  # the format of PyTorch before 1.6
-    except Exception as error:  # zip and pickle raise many types
-        is_pickle = "weights_only" in str(error)  # torch advises to unpickle it anyway
-        reason = "it would run code" if is_pickle else first_line(error)
-        raise UserError(
-            f"{file} is damaged or holds more than weights ({reason}); download or train it again"
-        ) from error
+        except UnpicklingError as error:
+            if "weights_only" not in str(error):
+                raise
+            raise ValueError("it would run code") from error  # torch advises to unpickle it anyway
     if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         raise UserError(f"{file} holds something other than named weights; use the file that training wrote")
+    if any(not isinstance(name, str) or value.layout != torch.strided for name, value in weights.items()):
+        raise UserError(f"{file} holds weights without a name, or sparse ones; use the file that training wrote")
     return weights
 
 
-def model_tensors(model_name_or_path: str) -> dict[str, TensorRef]:
+def model_tensors(model_name_or_path: str, field: str = "model_name_or_path") -> dict[str, TensorRef]:
     """The tensors of a model folder or hub id, in the order of the files.
 
     Raises:
         UserError: no weights, or damaged ones.
     """
-    source = f"model_name_or_path: the weights of {model_name_or_path!r} do not load"
+    source = f"{field}: the weights of {model_name_or_path!r} do not load"
     for name in MODEL_FILES:
         file = fetch(model_name_or_path, name)
         if file is None:
             continue
         try:
-            if file.suffix != ".json":
-                return tensors_in(file)
-            return _sharded(model_name_or_path, file)
+            return _sharded(model_name_or_path, file) if file.suffix == ".json" else tensors_in(file)
         except UserError as error:
             raise UserError(f"{source} ({error})") from error
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{source} ({name}: {first_line(error)}); download them again") from error
+    if fetch(model_name_or_path, "adapter_config.json"):
+        raise UserError(
+            f"{field}: {model_name_or_path!r} is an adapter, not a model; merge it with script/merge_lora.py, or name "
+            "its base"
+        )
     raise UserError(f"{source}: it has none of {', '.join(MODEL_FILES)}; name a folder with weights")
 
 
 def _sharded(model_name_or_path: str, index: Path) -> dict[str, TensorRef]:
-    places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    places = read_object(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
+        raise UserError(f"{index}: weight_map does not name a file for each weight; download it again")
     found: dict[str, TensorRef] = {}
     for shard in sorted(set(places.values())):
         file = fetch(model_name_or_path, shard)
@@ -178,16 +196,3 @@ def _sharded(model_name_or_path: str, index: Path) -> dict[str, TensorRef]:
     if absent:
         raise UserError(f"{places[absent[0]]} lacks {absent[0]}; download it again")
     return found
-
-
-def fetch(model_name_or_path: str, name: str) -> Path | None:
-    """A file of a model folder or hub id; None if it has no such file."""
-    options: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False}
-    try:
-        file = cached_file(model_name_or_path, name, **options)
-    except OSError as error:
-        raise UserError(
-            f"model_name_or_path: {name} of {model_name_or_path!r} can't be read ({first_line(error)}); "
-            "name a folder with weights"
-        ) from error
-    return Path(file) if file else None

@@ -100,7 +100,7 @@ def main() -> None:
 
 
 def run(spec: ModelSpec, depths: list[float], flags: argparse.Namespace) -> None:
-    _, source, is_ours = resolve_model(flags.base_model, flags.peft_model, "base_model", "peft_model")
+    _, source, is_ours, _ = resolve_model(flags.base_model, flags.peft_model, "base_model", "peft_model")
     extended_config_of(source, flags.context_size, is_fixed=is_ours, field="base_model")
     tokenizer = load_tokenizer(source, field="base_model")
     PromptMaker(tokenizer).prompt(flags.lengths[0], 0.0, str(KEYS[-1]))  # refuses too short a length before loading

@@ -2,19 +2,19 @@
 
 import json
 import os
-import shutil
 from pathlib import Path
 
 import bitsandbytes
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from component.adapter import add_adapter
+from component.adapter import adapter_hash, add_adapter
 from component.checkpoint import write_adapter, write_record
 from component.error import UserError
-from component.loading import extended_config_of, load_for_inference, recorded_template
+from component.loading import extended_config_of, load_for_inference, recorded_template, resolve_model
 from component.model import load_base, load_config
 from component.rope import extend_context
 
@@ -29,12 +29,6 @@ def logits(model, ids):
 @pytest.fixture
 def ids(llama_config):
     return torch.randint(llama_config.vocab_size, (1, 100))
-
-
-@pytest.fixture
-def own_base(base_folder, tmp_path) -> Path:
-    """A copy of the base, to be damaged."""
-    return Path(shutil.copytree(base_folder, tmp_path / "base"))
 
 
 @pytest.fixture
@@ -152,10 +146,18 @@ def test_a_moved_base_can_be_named(adapter_folder, own_base, ids):
     assert_close(logits(model, ids), logits(trained, ids), atol=1e-5, rtol=1e-5)
 
 
-def test_another_projects_adapter_needs_its_base_and_context(adapter_folder, base_folder, ids):
-    folder, trained = adapter_folder(128)
+def make_foreign(folder: Path, **changes) -> str:
+    """Leave only PEFT's own files in an adapter folder."""
     for name in ("longqlora.json", "config.json", "tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return str(folder)
+
+
+def test_another_projects_adapter_needs_its_base_and_context(adapter_folder, base_folder, ids):
+    folder, trained = adapter_folder(128)
+    make_foreign(folder, base_model_name_or_path=None)
     with pytest.raises(UserError, match=r"model_name_or_path: missing.*which base model"):
         load_for_inference(None, str(folder), device=CPU)
     model, _ = load_for_inference(str(base_folder), str(folder), context_size=128, device=CPU)
@@ -192,3 +194,102 @@ def test_the_template_of_a_model(recorded, expected, base_folder, tmp_path):
     record = {"base_model": "b", "rope_type": "linear", "rope_factor": 2.0, "template": recorded, "files": {}}
     (tmp_path / "longqlora.json").write_text(json.dumps(record))
     assert recorded_template(AutoTokenizer.from_pretrained(tmp_path)) == expected
+
+
+# ---- which base, which adapter
+
+
+def test_k21_the_base_that_an_adapter_config_names(adapter_folder, base_folder, ids, capsys):
+    folder, trained = adapter_folder(128)
+    make_foreign(folder, base_model_name_or_path=str(base_folder))
+    model, _ = load_for_inference(None, str(folder), context_size=128, device=CPU)
+    assert_close(logits(model, ids), logits(trained, ids), atol=1e-5, rtol=1e-5)
+    said = capsys.readouterr().err
+    assert said.count(f"model_name_or_path: {base_folder}, as {folder}'s adapter_config.json says\n") == 1
+
+
+def test_k21_the_named_base_is_not_there(adapter_folder, tmp_path):
+    folder, _ = adapter_folder(128)
+    make_foreign(folder, base_model_name_or_path="/nowhere/base")
+    with pytest.raises(UserError, match=f"model_name_or_path: there is no base model of {folder} '/nowhere/base'"):
+        resolve_model(None, str(folder))
+
+
+def test_k21_an_adapter_as_model(adapter_folder, base_folder, ids, capsys):
+    folder, trained = adapter_folder(128)
+    model, _ = load_for_inference(str(folder), device=CPU)
+    assert_close(logits(model, ids), logits(trained, ids), atol=1e-5, rtol=1e-5)
+    assert f"model_name_or_path: {folder} is an adapter; it is used with the base" in capsys.readouterr().err
+    assert resolve_model(str(folder), None) == (str(base_folder), str(folder), True, str(folder))
+
+
+def test_k21_an_adapter_as_base_of_training(adapter_folder):
+    folder, _ = adapter_folder(128)
+    with pytest.raises(UserError, match=r"is an adapter, not a model; merge it with script/merge_lora\.py, or name"):
+        load_base(str(folder), load_config(str(folder)), dtype=torch.float32, load_in_4bit=False, device=CPU)
+    make_foreign(folder)
+    with pytest.raises(UserError, match="it is an adapter, not a model"):
+        load_config(str(folder))
+
+
+def test_k21_a_model_with_an_adapter_in_its_folder(adapter_folder, own_base):
+    """Loaded by name, transformers would add it in silence."""
+    folder, _ = adapter_folder(128)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (own_base / name).write_bytes((folder / name).read_bytes())
+    with pytest.raises(UserError, match="holds both a model and an adapter"):
+        resolve_model(str(own_base), None)
+    assert resolve_model(str(own_base), str(own_base)).adapter == str(own_base)
+
+
+@pytest.mark.parametrize("record", ["hash", "moved", "path"])
+def test_k22_the_adapter_of_a_merged_base_is_not_added_again(adapter_folder, own_base, base_folder, record):
+    folder, _ = adapter_folder(128)
+    origin = {"merged_from": str(folder), "base_model": str(base_folder)}
+    if record != "path":  # records of earlier versions have none
+        origin["merged_sha256"] = adapter_hash(str(folder))
+    (own_base / "longqlora.json").write_text(json.dumps(origin))
+    if record == "moved":
+        folder = folder.rename(folder.parent / "elsewhere")
+    with pytest.raises(UserError) as error:
+        load_for_inference(str(own_base), str(folder), device=CPU)
+    assert str(error.value) == (
+        f"model_name_or_path: {own_base} was merged from {folder}, so the adapter would be added twice; leave the "
+        f"adapter out, or name its base, {base_folder}"
+    )
+    assert resolve_model(str(base_folder), str(folder)).base == str(base_folder)
+
+
+@pytest.mark.parametrize(("name", "warns"), [("other", True), ("base", False)])
+def test_k22_a_warning_about_another_base(adapter_folder, own_base, name, warns, capsys, tmp_path):
+    """Where a base was only moved, its folder keeps its name."""
+    folder, _ = adapter_folder(128)
+    make_foreign(folder, base_model_name_or_path="/public/model/base")
+    moved = own_base.rename(tmp_path / name)
+    resolve_model(str(moved), str(folder))
+    warning = f"warning: {folder} was trained on /public/model/base, not on {moved}"
+    assert (warning in capsys.readouterr().err) == warns
+
+
+def test_k12_an_adapter_of_a_4bit_base_on_the_16bit_base(adapter_folder, base_folder, ids):
+    """Earlier versions wrote the base's quantization_config into the adapter's config.json."""
+    folder, trained = adapter_folder(128)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    record = json.loads((folder / "longqlora.json").read_text())
+    record["files"]["config.json"] = (folder / "config.json").stat().st_size
+    (folder / "longqlora.json").write_text(json.dumps(record))
+    model, _ = load_for_inference(str(base_folder), str(folder), device=CPU)
+    assert_close(logits(model, ids), logits(trained, ids), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_k15_adapter_weights_that_are_not_finite(adapter_folder, base_folder, value):
+    folder, _ = adapter_folder(128)
+    weights = load_file(folder / "adapter_model.safetensors")
+    name = next(name for name in weights if "v_proj.lora_B" in name)
+    weights[name][0, 0] = value
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=f"{folder}/adapter_model.safetensors: {name} holds infinite or NaN values"):
+        load_for_inference(str(base_folder), str(folder), device=CPU)

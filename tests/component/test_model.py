@@ -31,12 +31,6 @@ def ids(llama_config):
     return torch.randint(llama_config.vocab_size, (1, 100))
 
 
-@pytest.fixture
-def own_base(base_folder, tmp_path) -> Path:
-    """A copy of the base, to modify."""
-    return Path(shutil.copytree(base_folder, tmp_path / "base"))
-
-
 def change_config(folder: Path, **changes) -> Path:
     config = json.loads((folder / "config.json").read_text())
     config.update(changes)
@@ -190,3 +184,106 @@ def test_compute_dtype():
     assert compute_dtype(fp16=True, bf16=False) == torch.float16
     assert compute_dtype(fp16=False, bf16=True) == torch.bfloat16
     assert compute_dtype(fp16=False, bf16=False) == torch.float32
+
+
+# ---- what somebody else wrote
+
+
+def index_of(folder: Path, shard: str) -> None:
+    names = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(folder / "part.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, shard)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("how", ["..", "absolute", "link", "link to a folder"])
+def test_k16_weights_outside_of_the_folder(own_base, tmp_path, how):
+    shutil.copy(own_base / "model.safetensors", tmp_path / "other.safetensors")
+    (own_base / "link.safetensors").symlink_to(tmp_path / "other.safetensors")
+    (own_base / "sub").symlink_to(tmp_path)
+    names = {"..": "../other.safetensors", "absolute": str(tmp_path / "other.safetensors")}
+    index_of(own_base, names.get(how) or {"link": "link.safetensors"}.get(how, "sub/other.safetensors"))
+    if how != "link":
+        (own_base / "link.safetensors").unlink()
+    with pytest.raises(UserError, match="leads out of it" if how in names else "outside of the folder"):
+        load_base(
+            str(own_base), load_config_without_links(own_base), dtype=torch.float32, load_in_4bit=False, device=CPU
+        )
+
+
+def load_config_without_links(folder: Path):
+    link, target = folder / "link.safetensors", None
+    if link.is_symlink():
+        target = link.readlink()
+        link.unlink()
+    config = load_config(str(folder))
+    if target:
+        link.symlink_to(target)
+    return config
+
+
+def test_weights_in_a_folder_inside(own_base):
+    (own_base / "sub").mkdir()
+    index_of(own_base, "sub/part.safetensors")
+    (own_base / "part.safetensors").rename(own_base / "sub" / "part.safetensors")
+    load_base(str(own_base), load_config(str(own_base)), dtype=torch.float32, load_in_4bit=False, device=CPU)
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000 + "]" * 100_000, "[]", '{"weight_map": [1]}', '{"weight_map": {"a": 5}}']
+)
+def test_k15_an_index(own_base, text):
+    (own_base / "model.safetensors").rename(own_base / "part.safetensors")
+    (own_base / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(UserError, match=r"model_name_or_path: the weights of .* do not load \(.*index.json"):
+        load_base(str(own_base), load_config(str(own_base)), dtype=torch.float32, load_in_4bit=False, device=CPU)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("in_4bit", [False, True])
+def test_k15_weights_that_are_not_finite(own_base, value, in_4bit):
+    weights = load_file(own_base / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 5] = value
+    save_file(weights, own_base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds infinite or NaN values"):
+        load_base(str(own_base), load_config(str(own_base)), dtype=torch.float32, load_in_4bit=in_4bit, device=CPU)
+
+
+def test_k15_weights_that_fp16_cannot_hold(own_base):
+    weights = load_file(own_base / "model.safetensors")
+    weights["model.norm.weight"][0] = 1e5
+    save_file(weights, own_base / "model.safetensors", metadata={"format": "pt"})
+    options = {"load_in_4bit": False, "device": CPU}
+    load_base(str(own_base), load_config(str(own_base)), dtype=torch.bfloat16, **options)
+    with pytest.raises(UserError, match=r"model\.norm\.weight holds infinite or NaN values in float16; .* bfloat16"):
+        load_base(str(own_base), load_config(str(own_base)), dtype=torch.float16, **options)
+
+
+# ---- quantized bases
+
+
+@pytest.mark.parametrize(
+    ("stored", "method"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "'gptq'"),
+        ({"quant_method": "awq"}, "'awq'"),
+        ({"quant_method": "fp8"}, "'fp8'"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "'bitsandbytes' to 8 bits"),
+        ({"quant_method": ["x"]}, r"\['x'\]"),
+    ],
+)
+def test_k12_other_methods(own_base, stored, method):
+    change_config(own_base, quantization_config=stored)
+    with pytest.raises(UserError, match=f"are quantized by {method}, which is not supported; name the 16-bit model"):
+        load_base(str(own_base), load_config(str(own_base)), dtype=torch.float32, load_in_4bit=False, device=CPU)
+
+
+def test_k12_a_4bit_folder_loads_and_its_config_is_the_16bit_models(wide_base, tmp_path, ids):
+    options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    stock = AutoModelForCausalLM.from_pretrained(wide_base, dtype=torch.float32, quantization_config=options)
+    stock.save_pretrained(tmp_path)
+    config = load_config(str(tmp_path))
+    assert not hasattr(config, "quantization_config")
+    for in_4bit in (False, True):
+        ours = load_base(str(tmp_path), config, dtype=torch.float32, load_in_4bit=in_4bit, device=CPU).eval()
+        assert_close(logits(ours, ids), logits(stock.train(), ids), atol=1e-5, rtol=0)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +20,6 @@ from component.evaluate.model_spec import (
     check_model_spec,
 )
 from component.tokenizer import any_pad_id, load_tokenizer, save_tokenizer, tokenizer_hash, tokenizer_in
-
-
-@pytest.fixture
-def own_base(base_folder, tmp_path) -> Path:
-    """A copy of the base, to be damaged."""
-    return Path(shutil.copytree(base_folder, tmp_path / "base"))
 
 
 def test_tokenizer_keeps_its_vocabulary(base_folder):
@@ -154,3 +147,62 @@ class TestTokenizer:
         np.array([5, 6, 7], dtype=np.uint16).tofile(tmp_path / "t.bin")
         told = check_model_spec(ModelSpec(None, str(base_folder), None, None), str(tmp_path / "t.bin"))
         assert told == "not checked: there is no index t.bin.json that says which one made the file"
+
+
+# ---- what somebody else wrote
+
+
+def change(folder: Path, **values) -> None:
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def test_k16_no_code_is_carried_along(own_base, tmp_path):
+    change(own_base, auto_map={"AutoTokenizer": ["evil.Tokenizer", None]}, custom_generate="someone/code")
+    save_tokenizer(tmp_path / "saved", load_tokenizer(str(own_base)), [str(own_base)])
+    saved = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
+    assert not {"auto_map", "custom_generate"} & saved.keys()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json", "chat_template.jinja"])
+def test_k16_a_link_out_of_the_folder(own_base, tmp_path, name):
+    """Its contents would be copied into every adapter and merged model."""
+    (tmp_path / "secret").write_text("{}")
+    (own_base / name).unlink(missing_ok=True)
+    (own_base / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match=f"{own_base}/{name} is a link to {tmp_path}/secret, outside of the folder"):
+        load_tokenizer(str(own_base))
+
+
+@pytest.mark.parametrize("key", ["vocab_file", "tokenizer_file", "merges_file"])
+def test_k16_files_that_a_config_names(own_base, base_folder, tmp_path, key):
+    """Old configs name paths of the machine that wrote them; the folder's own files are read."""
+    (tmp_path / "tokenizer.json").write_text("{}")
+    change(own_base, **{key: str(tmp_path / "tokenizer.json")})
+    ours, plain = load_tokenizer(str(own_base)), load_tokenizer(str(base_folder))
+    assert ours("The quick").input_ids == plain("The quick").input_ids
+
+
+def test_k16_versions_of_a_tokenizer_elsewhere(own_base):
+    change(own_base, fast_tokenizer_files=["../../tokenizer.4.0.json"])
+    with pytest.raises(UserError, match="which leads out of it"):
+        load_tokenizer(str(own_base))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("eos_token", 5), ("chat_template", 5), ("model_max_length", "x"), ("added_tokens_decoder", 5), ("auto_map", 5),
+     ("tokenizer_class", 5), ("init_inputs", 5)],
+)  # fmt: skip
+def test_k15_values_of_another_kind(own_base, key, value):
+    change(own_base, **{key: value})
+    with pytest.raises(UserError, match=f"model_name_or_path: '{own_base}' holds no usable tokenizer"):
+        load_tokenizer(str(own_base))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize("text", ["[" * 100_000 + "]" * 100_000, "[]", "5"])
+def test_k15_files_of_any_content(own_base, name, text):
+    (own_base / name).write_text(text)
+    with pytest.raises(UserError, match=name if name == "tokenizer_config.json" else "holds no usable tokenizer"):
+        load_tokenizer(str(own_base))

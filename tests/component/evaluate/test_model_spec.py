@@ -8,6 +8,7 @@ from component.evaluate.model_spec import (
     check_model_spec,
     describe_model,
     load_model_spec,
+    local_tokens,
     parse_model_spec,
     parse_model_specs,
 )
@@ -73,3 +74,31 @@ def test_what_a_result_records_about_its_model(base_folder):
         "context_tokens": 128,
     }
     assert describe_model(model, load_in_4bit=True)["weights"] == "nf4"
+
+
+def test_k22_a_file_of_tokens_on_the_hub(tmp_path, monkeypatch):
+    asked = []
+
+    def download(repository: str, name: str, repo_type: str) -> str:
+        asked.append((repository, name, repo_type))
+        return str(tmp_path / name)
+
+    monkeypatch.setattr("component.evaluate.model_spec.hf_hub_download", download)
+    found = local_tokens("YeungNLP/LongQLoRA-Dataset/PG19-validation.bin")
+    assert found == str(tmp_path / "PG19-validation.bin")
+    names = ("PG19-validation.bin", "PG19-validation.bin.json")
+    assert asked == [("YeungNLP/LongQLoRA-Dataset", name, "dataset") for name in names]
+
+
+@pytest.mark.parametrize("source", ["none.bin", "/no/file.bin", "./a/b/c.bin", "owner/dataset", "data/x/none.bin"])
+def test_k21_a_mistyped_file_is_not_asked_of_the_hub(source, tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("component.evaluate.model_spec.hf_hub_download", None)
+    with pytest.raises(UserError, match=f"--data_path: there is no file {source}; name a .bin file of token ids, or"):
+        local_tokens(source)
+
+
+def test_a_local_file_of_tokens(tmp_path):
+    (tmp_path / "a.bin").write_bytes(b"12")
+    assert local_tokens(str(tmp_path / "a.bin")) == str(tmp_path / "a.bin")

@@ -59,12 +59,46 @@ def test_a_tied_base_that_holds_a_head(bases, tmp_path, head):
         assert "lm_head.weight" not in merged(tmp_path / "ours", base, tmp_path / "adapter")
 
 
-def test_a_quantized_base(bases, tmp_path):
+@pytest.mark.parametrize(
+    ("stored", "problem"),
+    [({"quant_method": "bitsandbytes", "load_in_4bit": True}, "are quantized to 4 bits, and a merge writes 16 or 32"),
+     ({"quant_method": "gptq"}, "are quantized by 'gptq', which is not supported")],
+)  # fmt: skip
+def test_k12_a_quantized_base(bases, tmp_path, stored, problem):
     base = copied(bases(), tmp_path / "base", load_file(bases() / "model.safetensors"))
-    config = json.loads((base / "config.json").read_text()) | {"quantization_config": {"quant_method": "bitsandbytes"}}
+    config = json.loads((base / "config.json").read_text()) | {"quantization_config": stored}
     (base / "config.json").write_text(json.dumps(config))
     save_adapter(tmp_path / "adapter", bases())
-    with pytest.raises(UserError, match="16-bit model"):
+    with pytest.raises(UserError, match=f"{problem}.*; name the 16-bit model"):
+        merged(tmp_path / "ours", base, tmp_path / "adapter")
+
+
+def test_k16_what_a_merged_model_gets_from_its_base(bases, tmp_path):
+    """Sampling values and special tokens; nothing that names code."""
+    base = copied(bases(), tmp_path / "base", load_file(bases() / "model.safetensors"))
+    evil = {"auto_map": {"AutoConfig": "evil.Config"}, "custom_generate": "someone/code"}
+    for name, more in (("config.json", {"attn_implementation": "someone/kernel"}), ("generation_config.json", {})):
+        text = json.loads((bases() / name).read_text()) | evil | more
+        (base / name).write_text(json.dumps(text | ({"do_sample": True, "top_p": 0.5} if not more else {})))
+    save_adapter(tmp_path / "adapter", bases())
+    merged(tmp_path / "ours", base, tmp_path / "adapter")
+    generation = json.loads((tmp_path / "ours" / "generation_config.json").read_text())
+    assert (generation["do_sample"], generation["top_p"]) == (True, 0.5)
+    saved = "".join((tmp_path / "ours" / name).read_text() for name in ("config.json", "generation_config.json"))
+    assert "evil" not in saved
+    assert "someone" not in saved
+
+
+@pytest.mark.parametrize("part", ["base", "adapter"])
+def test_k15_which_file_is_not_finite(bases, tmp_path, part):
+    base = copied(bases(), tmp_path / "base", load_file(bases() / "model.safetensors"))
+    save_adapter(tmp_path / "adapter", bases())
+    file = base / "model.safetensors" if part == "base" else tmp_path / "adapter" / "adapter_model.safetensors"
+    weights = load_file(file)
+    name = next(name for name in weights if "layers.1.self_attn.q_proj" in name)
+    weights[name][1, 2] = float("nan")
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=f"{file}: {name} holds infinite or NaN values; download or train it again"):
         merged(tmp_path / "ours", base, tmp_path / "adapter")
 
 
@@ -73,7 +107,7 @@ def test_a_quantized_base(bases, tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "part"),
-    [({"use_dora": True}, "use_dora"), ({"lora_bias": True}, "lora_bias"),
+    [({"lora_bias": True}, "lora_bias"),
      ({"trainable_token_indices": [1, 2]}, "trainable_token_indices")],
 )  # fmt: skip
 def test_other_adapter_types_are_refused(bases, tmp_path, options, part):

@@ -64,6 +64,43 @@ def test_equal_to_pefts_merge_to_the_last_bit(bases, tmp_path, name):
     assert any(not torch.equal(ours[key], before[key]) for key in before)
 
 
+DORA = {
+    "dora": {},
+    "rslora-patterns": {"use_rslora": True, **PATTERNS},
+    "head": {"target_modules": ["q_proj", "lm_head"]},
+    "embedding": {"target_modules": ["embed_tokens", "v_proj"]},
+    "a-whole-layer": {"target_modules": ["q_proj"], "modules_to_save": ["o_proj"]},
+}
+
+
+@pytest.mark.parametrize("name", DORA)
+def test_dora_equals_pefts_merge(bases, tmp_path, name):
+    base = bases()
+    model = save_adapter(tmp_path / "adapter", base, use_dora=True, **DORA[name])
+    ours, theirs = merged(tmp_path / "ours", base, tmp_path / "adapter"), by_peft(base, tmp_path / "adapter")
+    assert ours.keys() == theirs.keys()
+    for key, value in theirs.items():
+        assert_close(ours[key], value, atol=1e-6, rtol=2e-6, msg=key)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32)
+    assert_close(logits(plain), logits(model), atol=1e-4, rtol=1e-4)
+    assert (logits(plain) - logits(AutoModelForCausalLM.from_pretrained(base))).abs().mean() > 0.05
+
+
+def test_dora_by_hand(bases, tmp_path):
+    """Rows of W + 4 B A (alpha / rank), scaled to the trained lengths."""
+    base = bases()
+    save_adapter(tmp_path / "adapter", base, use_dora=True, target_modules=["q_proj"])
+    name = "model.layers.1.self_attn.q_proj"
+    lora = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    a, b, length = (
+        lora[f"base_model.model.{name}.lora_{part}"] for part in ("A.weight", "B.weight", "magnitude_vector")
+    )
+    rows = load_file(base / "model.safetensors")[f"{name}.weight"].double() + 4 * b.double() @ a.double()
+    expected = length.double()[:, None] * rows / rows.square().sum(1, keepdim=True).sqrt()
+    ours = merged(tmp_path / "ours", base, tmp_path / "adapter")[f"{name}.weight"]
+    assert_close(ours.double(), expected, atol=1e-6, rtol=1e-6)
+
+
 @pytest.mark.parametrize("options", [{}, {"bias": "all"}, {"bias": "lora_only"}], ids=["none", "all", "lora_only"])
 def test_biases(bases, tmp_path, options):
     base = bases(config_class=Qwen2Config)

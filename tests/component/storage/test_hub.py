@@ -4,7 +4,7 @@ import pytest
 
 from component.error import UserError
 from component.model import load_config
-from component.storage.hub import check_source
+from component.storage.hub import check_links, check_source, fetch
 from component.tokenizer import load_tokenizer
 
 
@@ -62,3 +62,64 @@ def test_a_hub_id_beside_a_folder_of_its_owner(tmp_path, monkeypatch):
     (tmp_path / "hub" / "models--owner--name" / "refs" / "main").write_text("abc")
     monkeypatch.setattr("huggingface_hub.file_download.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     check_source("owner/name", "--flag")
+
+
+# ---- files of a folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "secret.json").write_text("{}")
+    (tmp_path / "model" / "sub").mkdir(parents=True)
+    (tmp_path / "model" / "sub" / "a.json").write_text("{}")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret.json", "sub/../../secret.json", "/etc/hostname", "..\\secret.json", "", 5]
+)
+def test_k16_names_that_lead_out_of_the_folder(folder, name):
+    with pytest.raises(UserError, match=f"{folder} names .* which leads out of it"):
+        fetch(str(folder), name)
+
+
+def test_k16_links_that_lead_out_of_the_folder(folder, tmp_path):
+    (folder / "tokenizer.model").symlink_to(tmp_path / "secret.json")
+    (folder / "out").symlink_to(tmp_path)
+    for name in ("tokenizer.model", "out/secret.json"):
+        with pytest.raises(UserError, match=f"{folder}/{name} is a link to {tmp_path}/secret.json, outside"):
+            fetch(str(folder), name)
+    with pytest.raises(UserError, match=r"tokenizer\.model is a link"):
+        check_links(str(folder))
+
+
+def test_k16_a_linked_folder_of_chat_templates(folder, tmp_path):
+    (folder / "additional_chat_templates").symlink_to(tmp_path)
+    with pytest.raises(UserError, match="additional_chat_templates is a link"):
+        check_links(str(folder))
+
+
+def test_links_inside_of_the_folder_and_to_it(folder, tmp_path):
+    (folder / "b.json").symlink_to("sub/a.json")
+    (folder / "train.jsonl").symlink_to(tmp_path / "secret.json")  # no file of a model
+    (tmp_path / "link").symlink_to(folder)
+    check_links(str(tmp_path / "link"))
+    assert fetch(str(tmp_path / "link"), "b.json") == tmp_path / "link" / "b.json"
+    assert fetch(str(folder), "sub/a.json") == folder / "sub" / "a.json"
+    assert fetch(str(folder), "none.json") is None
+    assert fetch(str(folder), "sub") is None
+
+
+def test_k16_links_of_the_hubs_cache(tmp_path):
+    """A snapshot's files are links into `blobs` beside it, and work; any other link does not."""
+    snapshot, blobs = tmp_path / "models--o--n" / "snapshots" / "abc", tmp_path / "models--o--n" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "123").write_text("{}")
+    (tmp_path / "secret.json").write_text("{}")
+    (snapshot / "config.json").symlink_to("../../blobs/123")
+    check_links(str(snapshot))
+    assert fetch(str(snapshot), "config.json") == snapshot / "config.json"
+    (snapshot / "tokenizer.json").symlink_to(tmp_path / "secret.json")
+    with pytest.raises(UserError, match=r"tokenizer\.json is a link"):
+        check_links(str(snapshot))

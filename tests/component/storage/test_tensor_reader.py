@@ -78,6 +78,38 @@ def test_damaged_safetensors(tmp_path, data):
         tensors_in(tmp_path / "file.safetensors")
 
 
+def two_tensors(first: dict, second: dict) -> bytes:
+    text = json.dumps({"a": {"dtype": "F32", **first}, "b": {"dtype": "F32", **second}}).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(24)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"shape": [3], "data_offsets": [0, 12]}, {"shape": [3], "data_offsets": [8, 20]}),
+        ({"shape": [6], "data_offsets": [0, 24]}, {"shape": [6], "data_offsets": [0, 24]}),
+        ({"shape": [2], "data_offsets": [0, 8]}, {"shape": [2], "data_offsets": [16, 24]}),
+        ({"shape": [-3, -1], "data_offsets": [0, 12]}, {"shape": [3], "data_offsets": [12, 24]}),
+        ({"shape": [3], "data_offsets": [0, 12]}, {"shape": [4], "data_offsets": [12, 28]}),
+        ({"shape": [3.0], "data_offsets": [0, 12]}, {"shape": [3], "data_offsets": [12, 24]}),
+        ({"shape": [True, 3], "data_offsets": [0, 12]}, {"shape": [3], "data_offsets": [12, 24]}),
+        ({"shape": 3, "data_offsets": [0, 12]}, {"shape": [3], "data_offsets": [12, 24]}),
+    ],
+    ids=["overlap", "the same bytes", "a gap", "negative", "beyond the end", "floats", "booleans", "no list"],
+)
+def test_k15_places_of_tensors(tmp_path, first, second):
+    (tmp_path / "file.safetensors").write_bytes(two_tensors(first, second))
+    with pytest.raises(UserError, match=r"file\.safetensors is damaged"):
+        tensors_in(tmp_path / "file.safetensors")
+
+
+@pytest.mark.parametrize("weights", [{5: torch.ones(2)}, {"a": torch.ones(2).to_sparse()}, [torch.ones(2)]])
+def test_k15_a_pickle_of_other_things(tmp_path, weights):
+    torch.save(weights, tmp_path / "file.bin")
+    with pytest.raises(UserError, match=r"file\.bin holds"):
+        tensors_in(tmp_path / "file.bin")
+
+
 def test_a_file_that_shrinks_while_it_is_read(tmp_path):
     save_file({"weight": torch.ones(1000)}, tmp_path / "file.safetensors")
     stored = tensors_in(tmp_path / "file.safetensors")["weight"]
