@@ -21,7 +21,7 @@ def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", required=True)
     parser.add_argument("--context_size", type=int, help="tokens to which a plain base is scaled")
-    parser.add_argument("--data_path", required=True, help=".bin file of token ids")
+    parser.add_argument("--data_path", required=True, help=".bin file of token ids, or its hub id")
     parser.add_argument("--seq_len", type=int, required=True, help="tokens per window")
     parser.add_argument("--windows", type=int, default=16, help="maximum number of windows (default 16)")
     parser.add_argument("--output_json", help="file for the results")
@@ -31,6 +31,7 @@ def parse_flags() -> argparse.Namespace:
 
 from component.data.token_file import read_tokens
 from component.evaluate.kv_cache import measure_cache_quantization
+from component.evaluate.model_spec import local_tokens
 from component.evaluate.table import grid
 from component.inference.kv_cache import CACHES, check_cache
 from component.loading import load_model
@@ -43,6 +44,7 @@ def main() -> None:
     flags = parse_flags()
     check_at_least(flags, 1, "windows", "context_size")
     check_at_least(flags, 2, "seq_len")
+    flags.data_path = local_tokens(flags.data_path)
     read = {"--model_name_or_path": [flags.model_name_or_path], "--data_path": [flags.data_path]}
     with claimed({"--output_json": [flags.output_json]}, read, overwrite=flags.overwrite):
         compare(flags)

@@ -28,7 +28,7 @@ def parse_flags() -> argparse.Namespace:
     add_model_flags(parser)
     several = "several models instead: NAME=MODEL or NAME=MODEL:ADAPTER, with @TOKENS to scale a plain base"
     parser.add_argument("--compare", nargs="+", metavar="NAME=MODEL", help=several)
-    data = ".bin file of token ids: uint16, or uint32 for vocabularies above 65535"
+    data = ".bin file of token ids (uint16, or uint32 for vocabularies above 65535), or its hub id"
     parser.add_argument("--data_path", required=True, help=data)
     parser.add_argument("--seq_len", type=int, nargs="+", default=[8192], help="tokens per window (default 8192)")
     parser.add_argument("--sliding_window", type=int, help="stride in tokens (default: seq_len)")
@@ -50,6 +50,7 @@ from component.evaluate.model_spec import (
     describe_model,
     files_read,
     load_model_spec,
+    local_tokens,
     parse_model_specs,
 )
 from component.evaluate.perplexity import Perplexity, measure_perplexity, plan_windows
@@ -71,8 +72,7 @@ def check_flags(flags: argparse.Namespace) -> list[ModelSpec]:
     check_at_least(flags, 2, "seq_len")
     check_at_least(flags, 1, "sliding_window", "batch_size", "context_size")
     check_at_least(flags, 0, "position_buckets")
-    if not Path(flags.data_path).is_file():
-        raise UserError(f"--data_path: there is no file {flags.data_path}; name a .bin file of token ids")
+    flags.data_path = local_tokens(flags.data_path)
     if flags.compare:
         return parse_model_specs(flags.compare)
     return [ModelSpec(None, flags.base_model, flags.peft_model, flags.context_size)]
