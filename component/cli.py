@@ -5,11 +5,13 @@ import contextlib
 import errno
 import functools
 import io
+import logging
 import os
 import re
 import select
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +29,39 @@ CURES = {
     errno.ENAMETOOLONG: "check the path",
 }
 Main = TypeVar("Main")
+
+
+class _Quiet(io.StringIO):
+    """Standard error under --quiet: discards what is written; `errors` is where errors still go."""
+
+    def __init__(self, errors: Any) -> None:
+        super().__init__()
+        self.errors_to = errors
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+
+class _QuietAction(argparse.Action):
+    def __call__(self, parser: Any, namespace: argparse.Namespace, *_: Any) -> None:
+        setattr(namespace, self.dest, True)
+        logging.disable(logging.WARNING)  # libraries' handlers have kept the real standard error
+        warnings.simplefilter("ignore")
+        sys.stderr = _Quiet(sys.stderr)
+
+
+# for add_argument: notices, warnings and progress bars, all on standard error, are discarded from there on
+QUIET: dict[str, Any] = {
+    "action": _QuietAction,
+    "nargs": 0,
+    "default": False,
+    "help": "print results and errors alone",
+}
+
+
+def show(text: str) -> None:
+    """Print on standard error, also under --quiet."""
+    print(text, file=getattr(sys.stderr, "errors_to", sys.stderr), flush=True)
 
 
 def exit_on_user_error(main: Callable[[], Main]) -> Callable[[], Main]:
@@ -47,7 +82,7 @@ def exit_on_user_error(main: Callable[[], Main]) -> Callable[[], Main]:
                 sys.stdout.flush()  # at exit it would be too late to handle a closed pipe
         except UserError as error:
             if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # one message, not one per GPU
-                print(f"error: {error}", file=sys.stderr, flush=True)
+                show(f"error: {error}")
             sys.exit(1)
         except KeyboardInterrupt:
             sys.exit(128 + signal.SIGINT)
@@ -57,8 +92,12 @@ def exit_on_user_error(main: Callable[[], Main]) -> Callable[[], Main]:
             message = _disk_problem(error)
             if message is None:
                 raise
-            print(f"error: {message}", file=sys.stderr, flush=True)
+            show(f"error: {message}")
             sys.exit(1)
+        finally:
+            if isinstance(sys.stderr, _Quiet):  # a traceback is shown
+                sys.stderr = sys.stderr.errors_to
+                logging.disable(logging.NOTSET)
 
     return wrapper
 

@@ -12,10 +12,13 @@ from component.data.text import text_ids
 from component.error import UserError, nearest
 from component.inference.kv_cache import common_prefix
 from component.inference.text_file import read_text_file
+from component.storage.atomic import atomic_file
+from component.storage.claim import claimed
 
 COMMANDS = {
     "/file PATH": "put a text file or a PDF in front of the next question",
     "/clear": "forget the conversation and its documents",
+    "/system TEXT": "set the system prompt; without TEXT, back to that of the chat template",
     "/save FILE": "write the conversation as one JSON line for instruction tuning",
     "/help": "list the commands",
     "/exit": "quit, as Ctrl-D does; Ctrl-C stops an answer",
@@ -71,13 +74,23 @@ class Conversation:
         """Write one line of {"messages": …}, a format that instruction tuning reads."""
         if not self.turns:
             raise UserError("/save: the conversation is empty; ask something first")
+        file = Path(path).expanduser()
+        line = json.dumps({"messages": as_messages(self.turns, self.system)}, ensure_ascii=False) + "\n"
+        with claimed({"/save": [file]}, {}), atomic_file(file) as writing:
+            writing.write_text(line, encoding="utf-8")
+
+    def set_system(self, text: str | None) -> None:
+        """Set the system prompt; None or blank for that of the template.
+
+        Raises:
+            UserError: the template takes none; the previous one stays.
+        """
+        before, self.system = self.system, (text or "").strip() or None
         try:
-            with Path(path).expanduser().open("x", encoding="utf-8") as file:
-                file.write(json.dumps({"messages": as_messages(self.turns, self.system)}, ensure_ascii=False) + "\n")
-        except FileExistsError as error:
-            raise UserError(f"/save: {path} exists; name another file") from error
-        except OSError as error:
-            raise UserError(f"/save: {path} cannot be written ({error.strerror}); name another file") from error
+            self._encode([("a", None)])
+        except UserError:
+            self.system = before
+            raise
 
     def _with_documents(self, question: str) -> str:
         return "\n\n".join([*self.documents, question])
@@ -95,15 +108,26 @@ def run_command(line: str, conversation: Conversation) -> str:
     """Run a command; returns the message for the user.
 
     Raises:
-        UserError: an unknown command, or a file that cannot be read or written.
+        UserError: an unknown command, or a file that cannot be read or written: the conversation goes on.
     """
+    name, operand = _parts(line)
+    try:
+        return _run(name, operand, conversation)
+    except OSError as error:  # a full disk, a name that is too long
+        raise UserError(f"{name}: {operand}: {error.strerror}; name another file") from error
+
+
+def _parts(line: str) -> tuple[str, str]:
     name, _, operand = line.strip().partition(" ")
-    operand = operand.strip()
+    return name, operand.strip()
+
+
+def _run(name: str, operand: str, conversation: Conversation) -> str:
     if name == "/clear":
         conversation.clear()
         return "conversation cleared"
     if name == "/help":
-        return "\n".join(f"{command:<12} {meaning}" for command, meaning in COMMANDS.items())
+        return "\n".join(f"{command:<13} {meaning}" for command, meaning in COMMANDS.items())
     if name in ("/file", "/save") and not operand:
         raise UserError(f"{name}: no file given; use {name} PATH")
     if name == "/file":
@@ -112,5 +136,8 @@ def run_command(line: str, conversation: Conversation) -> str:
     if name == "/save":
         conversation.save(operand)
         return f"saved as {operand}"
+    if name == "/system":
+        conversation.set_system(operand)
+        return "system prompt set" if conversation.system else "system prompt: that of the chat template"
     known = [command.split()[0] for command in COMMANDS]
     raise UserError(f"{name} is not a command{nearest(name, known)}; /help lists them")

@@ -18,10 +18,9 @@ from component.data.text import as_text, text_ids
 from component.error import UserError
 from component.inference.context import TRUNCATIONS, describe_context, fit_prompt
 from component.inference.conversation import Conversation
-from component.inference.flags import check_sampling
+from component.inference.flags import check_sampling, new_conversation
 from component.inference.generate import generate
 from component.inference.kv_cache import PromptCache
-from component.loading import recorded_template
 from component.rope import context_length
 
 MOST_WAITING = 16  # answers under way or waited for
@@ -109,7 +108,7 @@ class Engine:
 
     def conversation(self) -> Conversation:
         tokenizer: Any = KnownTokens(self.tokenizer, self.most_characters)
-        return Conversation(tokenizer, recorded_template(self.tokenizer))
+        return new_conversation(tokenizer, self.flags)
 
     def usage(self, conversation: Conversation) -> str:
         return describe_context(self.model, conversation.used_tokens(), self.cache)

@@ -11,11 +11,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from component.checkpoint import RECORD_FILE, merged_folder, newest_run
-from component.cli import BOOLEAN
+from component.cli import BOOLEAN, QUIET
+from component.data.chat_template import TEMPLATES, check_template
 from component.error import UserError
 from component.inference.context import TRUNCATIONS
+from component.inference.conversation import Conversation
 from component.inference.kv_cache import CACHES, check_cache
-from component.loading import load_for_inference
+from component.loading import load_for_inference, recorded_template
 
 ATTENTIONS = {  # attention implementation -> package that it needs
     "sdpa": None,
@@ -49,8 +51,32 @@ def generation_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--attn_implementation", choices=ATTENTIONS, help="attention implementation (default sdpa)")
     truncate = "part to remove from a prompt longer than the context (default: such prompts are refused)"
     parser.add_argument("--truncate", choices=TRUNCATIONS, help=truncate)
-    parser.set_defaults(do_sample=True)
+    parser.add_argument("--quiet", **QUIET)
+    parser.set_defaults(do_sample=True, template=None, system=None)
     return parser
+
+
+def chat_parser(description: str | None) -> argparse.ArgumentParser:
+    parser = generation_parser(description)
+    template = "chat template (default: that of training, else the model's own)"
+    parser.add_argument("--template", choices=TEMPLATES, help=template)
+    parser.add_argument("--system", help="system prompt (default: that of the chat template)")
+    return parser
+
+
+def new_conversation(tokenizer: PreTrainedTokenizerBase, flags: argparse.Namespace) -> Conversation:
+    """An empty conversation in the template and with the system prompt that the flags name.
+
+    Raises:
+        UserError: the tokenizer has no such template, or its template takes no system prompt.
+    """
+    template = flags.template or recorded_template(tokenizer)
+    if template == "tokenizer":
+        check_template(tokenizer)
+    conversation = Conversation(tokenizer, template)
+    if flags.system is not None:
+        conversation.set_system(flags.system)
+    return conversation
 
 
 def check_sampling(flags: argparse.Namespace) -> None:

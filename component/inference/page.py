@@ -108,14 +108,18 @@ class Page:
             return
         shown = [*state.chat, {"role": "user", "content": question}]
         try:
-            state.conversation.system = system_prompt(settings.pop("system", None))
+            if "system" in settings:
+                state.conversation.system = system_prompt(settings.pop("system"))
             for answer in self.engine.answer(state.conversation, question, settings, stop.is_set):
                 doing = "waiting for the answers of others …" if answer.is_waiting else "reading …"
                 note = answer.notice or ("" if answer.text else doing)
                 yield [*shown, {"role": "assistant", "content": answer.text}], state, bar, note
             ending = " · ".join(part for part in (answer.notice, "stopped" if stop.is_set() else "") if part)
             usage = self.engine.usage(state.conversation)
-            state.chat = [*shown, {"role": "assistant", "content": answer.text or "(nothing)"}]
+            if answer.text.strip():  # else neither question nor answer are part of the conversation
+                state.chat = [*shown, {"role": "assistant", "content": answer.text}]
+            else:
+                ending = ending or "no answer"
             yield state.chat, state, self._meter(state), f"{usage}{' · ' if ending else ''}{ending}"
         except (UserError, RuntimeError) as error:  # RuntimeError: out of memory; a shorter question may fit
             yield state.chat, state, bar, f"{REFUSAL}{first_line(error)}"

@@ -74,14 +74,25 @@ def _settings(gradio: Any, flags: Any, context: int) -> dict[str, Any]:
     """The generation settings, keyed by flag name."""
     with gradio.Accordion("Settings", open=True):
         longest = min(flags.max_new_tokens, context)
+
+        def slider(name: str, least: float, most: float, label: str) -> Any:
+            value = getattr(flags, name)
+            return gradio.Slider(min(least, value), max(most, value), value, step=0.01, label=label)
+
         return {
-            "max_new_tokens": gradio.Slider(1, min(4096, context), longest, step=1, label="Maximum new tokens"),
+            "max_new_tokens": gradio.Slider(
+                1, max(min(4096, context), longest), longest, step=1, label="Maximum new tokens"
+            ),
             "do_sample": gradio.Checkbox(flags.do_sample, label="Sample (off: greedy decoding)"),
-            "temperature": gradio.Slider(0.05, 2, flags.temperature, step=0.05, label="Temperature"),
-            "top_p": gradio.Slider(0.05, 1, flags.top_p, step=0.05, label="Top-p"),
-            "repetition_penalty": gradio.Slider(1, 2, flags.repetition_penalty, step=0.05, label="Repetition penalty"),
+            "temperature": slider("temperature", 0.05, 2, "Temperature"),
+            "top_p": slider("top_p", 0.05, 1, "Top-p"),
+            "repetition_penalty": slider("repetition_penalty", 1, 2, "Repetition penalty"),
             "system": gradio.Textbox(
-                label="System prompt", placeholder="empty: that of the chat template", max_lines=6, elem_id="system"
+                flags.system or "",
+                label="System prompt",
+                placeholder="empty: that of the chat template",
+                max_lines=6,
+                elem_id="system",
             ),
             "truncate": gradio.Radio(
                 [REFUSE, *TRUNCATIONS],

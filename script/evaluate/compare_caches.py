@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from component.cli import check_at_least, exit_on_user_error, parsed_first
+from component.cli import QUIET, check_at_least, exit_on_user_error, parsed_first
 
 
 @parsed_first
@@ -26,6 +26,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=16, help="maximum number of windows (default 16)")
     parser.add_argument("--output_json", help="file for the results")
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    parser.add_argument("--quiet", **QUIET)
     return parser.parse_args()
 
 

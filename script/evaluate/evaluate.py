@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from component.cli import BOOLEAN, check_at_least, exit_on_user_error, parsed_first
+from component.cli import BOOLEAN, QUIET, check_at_least, exit_on_user_error, parsed_first
 from component.evaluate.flags import PROTOCOLS, add_model_flags
 
 
@@ -36,6 +36,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--position_buckets", type=int, default=16, help="buckets by position; 0: none (default 16)")
     parser.add_argument("--batch_size", type=int, default=1, help="windows at a time (default 1)")
     parser.add_argument("--low_rank_training", **BOOLEAN, help="the original's name for --load_in_4bit")
+    parser.add_argument("--quiet", **QUIET)
     return parser.parse_args()
 
 

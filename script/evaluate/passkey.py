@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from component.cli import BOOLEAN, check_at_least, exit_on_user_error, parsed_first
+from component.cli import BOOLEAN, QUIET, check_at_least, exit_on_user_error, parsed_first
 from component.evaluate.flags import add_model_flags
 
 
@@ -33,6 +33,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=42, help="seed of the keys (default 42)")
     parser.add_argument("--offload_cache", **BOOLEAN, help="KV cache in CPU memory: longer prompts, slower")
     parser.add_argument("--figure", help="PNG file for the heat map")
+    parser.add_argument("--quiet", **QUIET)
     return parser.parse_args()
 
 

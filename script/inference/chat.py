@@ -4,8 +4,9 @@
     python script/inference/chat.py --model_name_or_path MODEL
     printf 'first question\\nsecond question\\n' | python script/inference/chat.py
 
-One question per line. /file PATH puts a text or a PDF in front of the next question, /save FILE writes the
-conversation, /clear forgets it, /help lists the commands. Ctrl-C stops an answer; /exit or the end of input quits.
+One question per line. /file PATH puts a text or a PDF in front of the next question, /system TEXT sets the system
+prompt, /save FILE writes the conversation, /clear forgets it, /help lists the commands. Ctrl-C stops an answer;
+/exit or the end of input quits.
 """
 
 import argparse
@@ -16,17 +17,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from transformers import PreTrainedModel
 
-from component.cli import exit_on_user_error
-from component.data import TEMPLATES
-from component.data.chat_template import check_template
+from component.cli import exit_on_user_error, show
 from component.error import UserError
 from component.inference.context import describe_context, truncate_prompt
 from component.inference.conversation import Conversation, is_command, run_command
-from component.inference.flags import generation_parser, load_from_flags
+from component.inference.flags import chat_parser, load_from_flags, new_conversation
 from component.inference.generate import Stopped, stream_generation
 from component.inference.kv_cache import PromptCache
 from component.inference.terminal import line_editing, prompts
-from component.loading import recorded_template
 
 
 def say(text: str) -> None:
@@ -38,7 +36,7 @@ def take_turn(
 ) -> None:
     """Run a command, or answer a question."""
     if is_command(line):
-        say(run_command(line, conversation))
+        show(run_command(line, conversation))
         return
     prompt_ids = truncate_prompt(model, conversation.prompt_ids(line), flags, conversation.opening_tokens())
     print("ASSISTANT: ", end="", flush=True)
@@ -49,23 +47,19 @@ def take_turn(
         say("(stopped)")
         if not sys.stdin.isatty():
             raise
+    if not answer.strip():  # no turn: a later answer would learn from it to say nothing
+        say("(no answer; the question is forgotten, its documents are kept)")
+        return
     conversation.add(line, answer)
     say(describe_context(model, conversation.used_tokens(), cache))
 
 
 @exit_on_user_error
 def main() -> None:
-    parser = generation_parser(__doc__)
-    parser.add_argument(
-        "--template", choices=TEMPLATES, help="chat template (default: that of training, else its own)"
-    )
-    flags = parser.parse_args()
+    flags = chat_parser(__doc__).parse_args()
     model, tokenizer = load_from_flags(flags)
-    template = flags.template or recorded_template(tokenizer)
-    if template == "tokenizer":
-        check_template(tokenizer)
-    say(f"chat template: {template}")
-    conversation = Conversation(tokenizer, template)
+    conversation = new_conversation(tokenizer, flags)
+    say(f"chat template: {conversation.template}")
     cache = PromptCache(model.config, flags.cache_implementation)
     is_terminal = sys.stdin.isatty()
     if is_terminal:
@@ -77,7 +71,7 @@ def main() -> None:
             except UserError as error:
                 if not is_terminal:
                     raise
-                say(f"error: {error}")
+                show(f"error: {error}")
 
 
 if __name__ == "__main__":

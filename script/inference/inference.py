@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from component.cli import check_at_least, exit_on_user_error
+from component.cli import check_at_least, exit_on_user_error, show
 from component.data.record import text_problem
 from component.data.text import text_ids
 from component.error import UserError
@@ -133,7 +133,7 @@ def main() -> None:
             except Stopped:
                 say("(stopped)")
             except UserError as error:
-                say(f"error: {error}")
+                show(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from component.cli import exit_on_user_error
 from component.error import UserError
-from component.inference.engine import Engine
-from component.inference.flags import generation_parser, load_from_flags
+from component.inference.engine import BOUNDS, Engine, checked_types
+from component.inference.flags import chat_parser, load_from_flags
 from component.inference.web import import_gradio, serve
 
 
@@ -34,7 +34,7 @@ def user_and_password(text: str | None) -> tuple[str, str] | None:
 
 @exit_on_user_error
 def main() -> None:
-    parser = generation_parser(__doc__)
+    parser = chat_parser(__doc__)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
     parser.add_argument("--port", type=int, default=7860, help="port to listen on (default 7860)")
     parser.add_argument("--auth", metavar="USER:PASSWORD", help="what visitors must enter (default: nothing)")
@@ -44,8 +44,10 @@ def main() -> None:
     if not 1 <= flags.port <= 65535:
         raise UserError(f"--port: {flags.port}; use a number from 1 to 65535")
     auth = user_and_password(flags.auth)
+    checked_types({name: getattr(flags, name) for name in BOUNDS})  # else every question would be refused
     import_gradio()
     engine = Engine(*load_from_flags(flags), flags)
+    print(f"chat template: {engine.conversation().template}", file=sys.stderr, flush=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the folder below goes then too
     with tempfile.TemporaryDirectory(prefix="longqlora-web-", ignore_cleanup_errors=True) as uploads:
         os.environ["GRADIO_TEMP_DIR"] = uploads

@@ -1,14 +1,17 @@
 """How do all programs handle flags, user errors, the disk, closed pipes and Ctrl-C?"""
 
+import argparse
 import errno
+import logging
 import os
 import signal
 import subprocess
 import sys
+import warnings
 
 import pytest
 
-from component.cli import boolean, exit_on_user_error
+from component.cli import QUIET, boolean, exit_on_user_error, show
 from component.error import UserError
 from component.storage.atomic import atomic_file
 from tests.conftest import ROOT
@@ -84,6 +87,7 @@ def test_k14_a_full_disk_is_told_with_its_file(tmp_path, capsys):
 
 PROGRAM = """
 import sys
+import warnings
 from component.cli import exit_on_user_error
 @exit_on_user_error
 def main():
@@ -129,3 +133,26 @@ def test_k21_home_in_every_flag(word, expected, monkeypatch):
     seen: list[str] = []
     exit_on_user_error(lambda: seen.extend(sys.argv[1:]))()
     assert seen == [expected]
+
+
+def test_quiet_leaves_results_and_errors(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["program", "--quiet"])
+
+    @exit_on_user_error
+    def main() -> None:
+        parser = argparse.ArgumentParser()
+        parser.add_argument("--quiet", **QUIET)
+        assert parser.parse_args().quiet is True
+        print("a notice", file=sys.stderr)
+        logging.getLogger("transformers").warning("a warning")
+        warnings.warn("a warning", stacklevel=1)
+        print("a result")
+        show("a reply")
+        raise UserError("wrong")
+
+    stream = sys.stderr
+    with pytest.raises(SystemExit):
+        main()
+    assert tuple(capsys.readouterr()) == ("a result\n", "a reply\nerror: wrong\n")
+    assert sys.stderr is stream
+    assert logging.root.manager.disable == logging.NOTSET

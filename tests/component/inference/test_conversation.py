@@ -8,6 +8,7 @@ from component.data.chat_template import encode_chat
 from component.data.record import read_chat
 from component.error import UserError
 from component.inference.conversation import Conversation, is_command, run_command
+from component.storage.claim import locked
 
 
 @pytest.fixture
@@ -75,8 +76,15 @@ class TestCommands:
         assert read_chat(json.loads(line)) == ([("Größe?", "Ja."), ("Two?", "No.")], None)
 
     def test_help_names_every_command(self, conversation):
-        text = run_command("/help", conversation)
-        assert [line.split()[0] for line in text.splitlines()] == ["/file", "/clear", "/save", "/help", "/exit"]
+        commands = [line.split()[0] for line in run_command("/help", conversation).splitlines()]
+        assert commands == [
+            "/file",
+            "/clear",
+            "/system",
+            "/save",
+            "/help",
+            "/exit",
+        ]
 
     @pytest.mark.parametrize(
         ("line", "message"),
@@ -100,5 +108,45 @@ class TestCommands:
         with pytest.raises(UserError, match=r"book.txt exists; name another"):
             run_command(f"/save {book}", conversation)
         assert book.read_text() == "The dog sleeps."
-        with pytest.raises(UserError, match="cannot be written"):
+        with pytest.raises(UserError, match=r"/save: .*chat.json can't be written"):
             run_command(f"/save {book}/chat.json", conversation)
+        assert [file.name for file in book.parent.iterdir()] == ["book.txt"], "no lock or temporary file is left"
+
+    @pytest.mark.parametrize("command", ["/save", "/file"])
+    def test_what_the_system_refuses_does_not_end_the_chat(self, command, conversation, tmp_path):
+        conversation.add("One?", "Yes.")
+        with pytest.raises(UserError, match=rf"{command}: .*File name too long; name another file"):
+            run_command(f"{command} {tmp_path}/{'x' * 300}", conversation)
+
+    def test_two_chats_do_not_save_to_one_file(self, conversation, tmp_path):
+        """K8."""
+        conversation.add("One?", "Yes.")
+        with locked(tmp_path / "chat.jsonl", "/save"), pytest.raises(UserError, match="another process is writing"):
+            run_command(f"/save {tmp_path / 'chat.jsonl'}", conversation)
+
+
+class TestSystem:
+    def test_is_set_and_saved(self, conversation, tokenizer, tmp_path):
+        assert run_command("/system  Be brief. ", conversation) == "system prompt set"
+        assert conversation.prompt_ids("One?") == encode_chat(tokenizer, [("One?", None)], "Be brief.")[0]
+        conversation.add("One?", "Yes.")
+        run_command("/clear", conversation)
+        conversation.add("Two?", "No.")
+        run_command(f"/save {tmp_path / 'chat.jsonl'}", conversation)
+        assert read_chat(json.loads((tmp_path / "chat.jsonl").read_text())) == ([("Two?", "No.")], "Be brief.")
+
+    def test_back_to_the_templates(self, conversation, tokenizer):
+        run_command("/system Be brief.", conversation)
+        assert run_command("/system", conversation) == "system prompt: that of the chat template"
+        assert conversation.prompt_ids("One?") == encode_chat(tokenizer, [("One?", None)])[0]
+
+    def test_a_template_without_one(self, tokenizer):
+        tokenizer.chat_template = (
+            "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}"
+            "{% endif %}{{ m.content }}{% endfor %}"
+        )
+        conversation = Conversation(tokenizer, "tokenizer")
+        with pytest.raises(UserError, match=r"rejects a conversation \(System role not supported\)"):
+            run_command("/system Be brief.", conversation)
+        assert conversation.system is None
+        assert conversation.prompt_ids("One?") == tokenizer("One?", add_special_tokens=False).input_ids

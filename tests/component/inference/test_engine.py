@@ -10,7 +10,7 @@ import torch
 from component.data.chat_template import encode_chat
 from component.error import UserError
 from component.inference.engine import Engine
-from component.inference.flags import generation_parser
+from component.inference.flags import chat_parser, generation_parser
 from component.rope import extend_context
 from tests.conftest import build_llama
 from tests.reference.greedy import stock
@@ -44,6 +44,14 @@ def test_the_second_turn_knows_the_first(engine, tokenizer):
     expected = stock(engine.model, conversation.prompt_ids("Two?"), max_new_tokens=12)
     *_, last = engine.answer(conversation, "Two?", GREEDY, never)
     assert last.text == tokenizer.decode(expected, skip_special_tokens=True)
+
+
+def test_template_and_system_prompt_of_the_program(engine, tokenizer):
+    assert engine.conversation().template == "vicuna"
+    engine.tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    engine.flags = chat_parser("").parse_args(["--template", "tokenizer", "--system", "Be brief."])
+    asked = engine.conversation().prompt_ids("One?")
+    assert asked == tokenizer("Be brief. One? ", add_special_tokens=False).input_ids
 
 
 def test_stopped(engine):

@@ -103,6 +103,47 @@ class TestPipe:
         assert f", {cache} cache 0." in outcome.err
 
 
+class TestFlags:
+    WORDS = ("--context_size", 512, *SHORT)
+
+    def test_system_prompt(self, run_program, base_folder, prompts_seen, tokenizer):
+        words = ("--model_name_or_path", base_folder, *self.WORDS, "--system", "Be brief.")
+        assert run_program(CHAT, *words, stdin=b"One?\n").status == 0
+        assert prompts_seen == [encode_chat(tokenizer, [("One?", None)], "Be brief.")[0]]
+
+    def test_an_empty_answer_is_no_turn(
+        self, run_program, base_folder, prompts_seen, tokenizer, tmp_path, monkeypatch
+    ):
+        """K21: the model saw its own silence as an example. The document stays in front of the next question."""
+        answers = iter(["", "  \n", "Yes."])
+
+        def answer(model, tokenizer, prompt_ids, flags, cache):
+            prompts_seen.append(prompt_ids)
+            return next(answers)
+
+        monkeypatch.setattr("component.inference.generate.stream_generation", answer)
+        (tmp_path / "book.txt").write_text("A fox.")
+        stdin = f"/file {tmp_path / 'book.txt'}\nOne?\nTwo?\nThree?\n/save {tmp_path / 'chat.jsonl'}\n".encode()
+        outcome = run_program(CHAT, "--model_name_or_path", base_folder, *self.WORDS, stdin=stdin)
+        assert outcome.status == 0, outcome.err
+        asked = [
+            encode_chat(tokenizer, [(f"A fox.\n\n{question}", None)])[0] for question in ("One?", "Two?", "Three?")
+        ]
+        assert prompts_seen == asked
+        assert outcome.err.count("(no answer; the question is forgotten") == 2
+        assert len(json.loads((tmp_path / "chat.jsonl").read_text())["messages"]) == 2
+
+    def test_quiet(self, run_program, base_folder):
+        words = ("--model_name_or_path", base_folder, *self.WORDS, "--quiet")
+        outcome = run_program(CHAT, *words, stdin=b"One?\n")
+        assert (outcome.status, outcome.err.strip()) == (0, "")
+        assert outcome.out.startswith("ASSISTANT: ")
+        outcome = run_program(CHAT, *words, stdin=b"/help\n/clera\n")
+        assert outcome.status == 1
+        assert outcome.err.startswith("/file PATH")
+        assert outcome.err.splitlines()[-1].startswith("error: /clera is not a command")
+
+
 class TestChat:
     def run(self, run_program, base_folder, stdin: bytes):
         return run_program(CHAT, "--model_name_or_path", base_folder, "--context_size", 512, stdin=stdin)

@@ -152,6 +152,17 @@ class TestManyPrompts:
 
 
 class TestInference:
+    def test_quiet(self, infer, tmp_path):
+        outcome = infer("--prompt", "The dog", *SHORT, "--quiet")
+        assert (outcome.status, outcome.err) == (0, "")
+        assert outcome.out.strip()
+        asked = write_lines(tmp_path / "in.jsonl", {"prompt": "The dog"})
+        words = ("--quiet", "--input_jsonl", asked, "--output_jsonl")
+        outcome = infer(*words, tmp_path / "out.jsonl", *SHORT)
+        assert (outcome.status, outcome.err) == (0, "")
+        outcome = infer(*words, tmp_path)
+        assert outcome.err.splitlines() == [f"error: --output_jsonl: {tmp_path} is a folder; name a file"]
+
     def test_a_missing_prompt_file_is_found_before_loading(self, run_program, base_folder):
         """K21."""
         outcome = run_program(INFERENCE, "--model_name_or_path", base_folder, "--prompt_file", "no/such.txt")
