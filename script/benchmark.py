@@ -97,6 +97,7 @@ import torch
 import yaml
 
 from component.error import UserError, nearest
+from component.storage.claim import held_result
 from component.storage.result import LIBRARIES, library_versions, write_json
 from script.performance.report import commit, failure, read_results, speed, step_flop, table
 from script.shared.card import describe_card
@@ -143,6 +144,11 @@ class Row:
 def main() -> None:
     flags, start = parse_flags(), time.monotonic()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # lets `run` kill its children
+    with held_result(flags.output_json):
+        measure_rows(flags, start)
+
+
+def measure_rows(flags: argparse.Namespace, start: float) -> None:
     rows, work = requested_rows(flags), flags.work.resolve()
     old, card = read_results(flags.output_json, flags.resume), in_a_process(describe_card)
     if old.get("hardware", card["hardware"]) != card["hardware"]:
@@ -150,7 +156,6 @@ def main() -> None:
     command = shlex.join(["python", "script/benchmark.py", *sys.argv[1:]])
     versions = library_versions((*LIBRARIES, "unsloth", "liger-kernel"))
     results = {"command": command, "date": str(date.today()), **card, "versions": versions, "rows": old["rows"]}
-    flags.output_json.parent.mkdir(parents=True, exist_ok=True)
     for row in (row for row in rows if not is_done(row, results["rows"])):
         if flags.time_limit_s is not None and time.monotonic() - start > flags.time_limit_s:
             print(f"--time_limit_s {flags.time_limit_s:g} reached: skipping {row.name} and all later rows")

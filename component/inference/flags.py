@@ -12,7 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from component.checkpoint import RECORD_FILE, merged_folder, newest_run
 from component.cli import BOOLEAN, QUIET
-from component.data.chat_template import TEMPLATES, check_template
+from component.data import TEMPLATES
+from component.data.chat_template import check_template
 from component.error import UserError
 from component.inference.context import TRUNCATIONS
 from component.inference.conversation import Conversation

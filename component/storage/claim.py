@@ -7,6 +7,7 @@ so two programs never write one output, and the lock of a killed program is gone
 
 import contextlib
 import fcntl
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -38,6 +39,23 @@ def claimed(
         for field, path in outputs:
             stack.enter_context(locked(path, field))
         yield
+
+
+def held_result(path: str | Path) -> contextlib.AbstractContextManager[None]:
+    """Hold the file of a measurement for this program; only a measurement, this or an earlier one, is replaced.
+
+    Raises:
+        UserError: the file holds something else, can't be written, or is being written by another process.
+    """
+    return claimed({"--output_json": [path]}, {}, resumed=[Path(path)] if _is_measurement(Path(path)) else [])
+
+
+def _is_measurement(file: Path) -> bool:
+    try:
+        record = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(record, dict) and {"versions", "hardware", "date"} <= record.keys()
 
 
 def check_outputs(

@@ -45,7 +45,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from component import loss
 from component.error import UserError
 from component.evaluate import perplexity
-from component.storage.result import check_result_file, origin, write_json
+from component.storage.claim import held_result
+from component.storage.result import origin, write_json
 from script.shared.card import describe_card
 
 
@@ -124,15 +125,15 @@ def measure(row: str, windows: int, device: torch.device) -> dict[str, Any]:
 @exit_on_user_error
 def main() -> None:
     flags = parse_flags()
-    check_result_file(flags.output_json, "--output_json")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows = []
-    for row in flags.rows:
-        rows.append(measure(row, flags.windows, device))
-        print(rows[-1], flush=True)
-        write_json(flags.output_json, {"rows": rows, **describe_card(), **origin()})
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    with held_result(flags.output_json):
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        rows = []
+        for row in flags.rows:
+            rows.append(measure(row, flags.windows, device))
+            print(rows[-1], flush=True)
+            write_json(flags.output_json, {"rows": rows, **describe_card(), **origin()})
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

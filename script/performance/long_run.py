@@ -6,7 +6,6 @@ Trains the demo's model twice in parallel, with every memory option and with non
 """
 
 import argparse
-import json
 import shlex
 import subprocess
 import sys
@@ -21,7 +20,9 @@ sys.path.insert(0, str(ROOT))
 import psutil
 import torch
 
-from component.storage.result import library_versions
+from component.cli import exit_on_user_error
+from component.storage.claim import held_result
+from component.storage.result import library_versions, write_json
 from script.shared.program import read_training
 
 MEMORY_OPTIONS = (
@@ -47,12 +48,18 @@ def host_gib(process: psutil.Process) -> float:
         return 0.0
 
 
+@exit_on_user_error
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for data and runs")
     parser.add_argument("--steps", type=int, default=1000, help="of each run (1000)")
     parser.add_argument("--output_json", type=Path, required=True, help="file for the results")
     flags = parser.parse_args()
+    with held_result(flags.output_json):
+        measure(flags)
+
+
+def measure(flags: argparse.Namespace) -> None:
     work = flags.work.resolve()
     subprocess.run([sys.executable, "script/demo/data.py", "--output", f"{work}/data"], cwd=ROOT, check=True)
     commands = {name: command(name, work, flags.steps) for name in ("levers", "plain")}
@@ -86,7 +93,7 @@ def main() -> None:
     for name in commands:
         reserved, held = result[name]["reserved_gib"], result[name]["host_gib"]
         print(f"{name}: GPU {reserved[1]} -> {reserved[-1]} GiB, host {held[len(held) // 3]} -> {held[-1]} GiB")
-    flags.output_json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(flags.output_json, result)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from component.cli import exit_on_user_error
+from component.storage.claim import held_result
 from script.shared.program import in_a_process, run
 
 SHAPE = {  # 1.7 B parameters: LLaMA's proportions, LLaMA2's vocabulary
@@ -99,6 +101,7 @@ def differences(ours: Path, theirs: Path) -> dict[str, float]:
     return {"largest": largest, "mean": total / count, "share_unequal": unequal / count}
 
 
+@exit_on_user_error
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for models, on a disk with 12 GB free")
@@ -106,6 +109,11 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=2, help="runs of each; the fastest counts (2)")
     parser.add_argument("--output_json", type=Path, required=True, help="file for the results")
     flags = parser.parse_args()
+    with held_result(flags.output_json):
+        measure(flags)
+
+
+def measure(flags: argparse.Namespace) -> None:
     flags.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=flags.work) as name:
         work = Path(name)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from component.cli import parsed_first
+from component.cli import exit_on_user_error, parsed_first
 from script.shared.shape import SHAPES
 
 
@@ -37,7 +37,8 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from component.storage.result import library_versions
+from component.storage.claim import held_result
+from component.storage.result import library_versions, write_json
 from script.shared.program import read_training, show_and_run
 from script.shared.random_llama import make_model
 from script.shared.stdlib import default_library, split_library
@@ -62,8 +63,14 @@ def run(command: str, results: dict, name: str) -> None:
     results[name] = {"command": command, "seconds": round(show_and_run(command), 1)}
 
 
+@exit_on_user_error
 def main() -> None:
     flags = parse_flags()
+    with held_result(flags.output_json):
+        measure(flags)
+
+
+def measure(flags: argparse.Namespace) -> None:
     work = flags.work.resolve()
     results: dict[str, dict] = {}
     make_model(flags.size, flags.tokenizer, work / "base")
@@ -88,7 +95,7 @@ def main() -> None:
     results["evaluate"]["result"] = json.loads((work / "evaluation.json").read_text(encoding="utf-8"))
     hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
     origin = {"size": flags.size, "hardware": hardware, "date": str(date.today()), "versions": library_versions()}
-    flags.output_json.write_text(json.dumps({**origin, **results}, indent=2) + "\n", encoding="utf-8")
+    write_json(flags.output_json, {**origin, **results})
 
 
 if __name__ == "__main__":

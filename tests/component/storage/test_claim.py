@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from component.error import UserError
-from component.storage.claim import claimed, identity
+from component.storage.claim import claimed, held_result, identity
 from tests.conftest import ROOT
 
 
@@ -110,3 +110,28 @@ def test_another_process_and_its_death(files):
     with claimed({"--mine": [target]}, {}):
         target.write_text("mine")
     assert target.read_text() == "mine"
+
+
+class TestMeasurements:
+    MEASURED = '{"versions": {}, "hardware": "H100", "date": "2026-11-25", "rows": []}'
+
+    def test_an_earlier_one_may_be_replaced(self, tmp_path):
+        (tmp_path / "r.json").write_text(self.MEASURED)
+        for name in ("r.json", "new/r.json"):
+            with held_result(tmp_path / name):
+                assert (tmp_path / name).parent.is_dir()
+
+    @pytest.mark.parametrize("content", ["", "{}", "[1]", '{"model_type": "llama"}', "{" * 100_000])
+    def test_what_others_wrote_is_kept(self, content, tmp_path):
+        """K7: --output_json of a measurement over a config.json."""
+        (tmp_path / "config.json").write_text(content)
+        message = r"--output_json: .*config.json exists; name another file"
+        with pytest.raises(UserError, match=message), held_result(tmp_path / "config.json"):
+            raise AssertionError("never begun")
+        assert (tmp_path / "config.json").read_text() == content
+
+    def test_two_programs(self, tmp_path):
+        """K8."""
+        file, message = tmp_path / "r.json", "another process is writing"
+        with held_result(file), pytest.raises(UserError, match=message), held_result(file):
+            raise AssertionError("never begun")
