@@ -29,7 +29,8 @@ from component.data.record import CHAT_FIELDS, REFUSED_MESSAGE
 from component.data.sample import generate_stream
 from component.data.token_file import index_path, write_tokens
 from component.inference.prompt_file import read_prompts
-from component.train.argument import LongQLoRAArguments, parse_arguments
+from component.train.argument import LongQLoRAArguments
+from component.train.settings import parse_arguments
 from tests.conftest import ROOT, TEXTS
 from tests.fuzzing import damaged, damaged_bytes, damaged_json, damaged_words, examples, odd_values, survives
 
