@@ -9,8 +9,6 @@ from component.error import UserError
 from component.inference.kv_cache import PromptCache
 from component.rope import context_length
 
-TRUNCATIONS = ("middle", "left")
-
 
 def fit_prompt(
     prompt_ids: list[int], context: int, max_new_tokens: int, truncate: str | None, opening: int = 0

@@ -16,11 +16,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from component.data.text import as_text, text_ids
 from component.error import UserError
-from component.inference.context import TRUNCATIONS, describe_context, fit_prompt
+from component.inference.context import describe_context, fit_prompt
 from component.inference.conversation import Conversation
-from component.inference.flags import check_sampling, new_conversation
+from component.inference.flags import TRUNCATIONS, check_sampling
 from component.inference.generate import generate
 from component.inference.kv_cache import PromptCache
+from component.inference.load import new_conversation
 from component.rope import context_length
 
 MOST_WAITING = 16  # answers under way or waited for

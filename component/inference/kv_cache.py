@@ -15,7 +15,6 @@ from component.error import UserError
 from component.rope import rope_parameters
 
 INTEGER_BITS = {"int8": 8, "int4": 4, "int2": 2}
-CACHES = ("dynamic", "offloaded", "fp8", *INTEGER_BITS)
 HQQ = "hqq==0.2.8.post1"  # optimum-quanto would need two minutes of C++ compilation, and has no int8
 RECENT_TOKENS = 128  # integer caches keep up to this many unquantized, and quantize them together
 
@@ -36,7 +35,7 @@ def check_cache(implementation: str) -> None:
 
 
 def new_cache(config: PretrainedConfig, implementation: str) -> Any:
-    """An empty cache of one of the `CACHES`.
+    """An empty cache of one of `component.inference.flags.CACHES`.
 
     Raises:
         UserError: heads that cannot be divided into quantization groups.

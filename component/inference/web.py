@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from component.error import UserError
-from component.inference.context import TRUNCATIONS
 from component.inference.engine import Engine
+from component.inference.flags import TRUNCATIONS
 from component.inference.origin import RequestCheck, own_names
 from component.inference.page import REFUSAL, Page
 

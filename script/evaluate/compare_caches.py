@@ -34,7 +34,8 @@ from component.data.token_file import read_tokens
 from component.evaluate.kv_cache import measure_cache_quantization
 from component.evaluate.model_spec import local_tokens
 from component.evaluate.table import grid
-from component.inference.kv_cache import CACHES, check_cache
+from component.inference.flags import CACHES
+from component.inference.kv_cache import check_cache
 from component.loading import load_model
 from component.storage.claim import claimed
 from component.storage.result import origin, write_json

@@ -15,15 +15,23 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from component.cli import exit_on_user_error, parsed_first, show
+from component.inference.flags import chat_parser
+
+
+@parsed_first
+def parse_flags() -> argparse.Namespace:
+    return chat_parser(__doc__).parse_args()
+
+
 from transformers import PreTrainedModel
 
-from component.cli import exit_on_user_error, show
 from component.error import UserError
 from component.inference.context import describe_context, truncate_prompt
 from component.inference.conversation import Conversation, is_command, run_command
-from component.inference.flags import chat_parser, load_from_flags, new_conversation
 from component.inference.generate import Stopped, stream_generation
 from component.inference.kv_cache import PromptCache
+from component.inference.load import load_from_flags, new_conversation
 from component.inference.terminal import line_editing, prompts
 
 
@@ -56,7 +64,7 @@ def take_turn(
 
 @exit_on_user_error
 def main() -> None:
-    flags = chat_parser(__doc__).parse_args()
+    flags = parse_flags()
     model, tokenizer = load_from_flags(flags)
     conversation = new_conversation(tokenizer, flags)
     say(f"chat template: {conversation.template}")

@@ -17,23 +17,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from component.cli import check_at_least, exit_on_user_error, show
-from component.data.record import text_problem
-from component.data.text import text_ids
-from component.error import UserError
-from component.inference.batch import check_batch, generate_batch
-from component.inference.context import describe_context, free_context, truncate_prompt
-from component.inference.flags import generation_parser, load_from_flags, named_model
-from component.inference.generate import Stopped, stream_generation
-from component.inference.kv_cache import PromptCache
-from component.inference.prompt_file import Record, answer_all, count_answered, held_output, read_prompts
-from component.inference.terminal import line_editing, prompts, read_input
-from component.inference.text_file import read_text_file
+from component.cli import check_at_least, exit_on_user_error, parsed_first, show
+from component.inference.flags import generation_parser
 
 
-def parse() -> argparse.Namespace:
+@parsed_first
+def parse_flags() -> argparse.Namespace:
     parser = generation_parser(__doc__)
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", help="the text to continue")
@@ -42,7 +31,31 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output_jsonl", help="file for their completions")
     batch = "prompts of --input_jsonl to answer at once (default 1)"
     parser.add_argument("--batch_size", type=int, default=1, help=batch)
-    flags = parser.parse_args()
+    return parser.parse_args()
+
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from component.data.record import text_problem
+from component.data.text import text_ids
+from component.error import UserError
+from component.inference.batch import check_batch, generate_batch
+from component.inference.context import describe_context, free_context, truncate_prompt
+from component.inference.generate import Stopped, stream_generation
+from component.inference.kv_cache import PromptCache
+from component.inference.load import load_from_flags, named_model
+from component.inference.prompt_file import Record, answer_all, count_answered, held_output, read_prompts
+from component.inference.terminal import line_editing, prompts, read_input
+from component.inference.text_file import read_text_file
+
+# whatever an answer depends on, besides the model
+ANSWER_SETTINGS = (
+    *("load_in_4bit", "context_size", "attn_implementation", "cache_implementation", "truncate", "max_new_tokens"),
+    *("do_sample", "temperature", "top_p", "top_k", "repetition_penalty", "seed", "stop"),
+)
+
+
+def check_flags(flags: argparse.Namespace) -> None:
     if (flags.input_jsonl is None) != (flags.output_jsonl is None):
         raise UserError("--input_jsonl and --output_jsonl belong together; give both or none")
     if flags.prompt is not None and (problem := text_problem(flags.prompt)):  # bytes that are no UTF-8
@@ -50,14 +63,6 @@ def parse() -> argparse.Namespace:
     check_at_least(flags, 1, "batch_size")
     if flags.batch_size > 1 and flags.input_jsonl is None:
         raise UserError(f"--batch_size: {flags.batch_size}, but there is no --input_jsonl; give both or none")
-    return flags
-
-
-# whatever an answer depends on, besides the model
-ANSWER_SETTINGS = (
-    *("load_in_4bit", "context_size", "attn_implementation", "cache_implementation", "truncate", "max_new_tokens"),
-    *("do_sample", "temperature", "top_p", "top_k", "repetition_penalty", "seed", "stop"),
-)
 
 
 def say(text: str) -> None:
@@ -114,7 +119,8 @@ def answer_file(
 
 @exit_on_user_error
 def main() -> None:
-    flags = parse()
+    flags = parse_flags()
+    check_flags(flags)
     if flags.input_jsonl:
         continue_file(flags)
         return

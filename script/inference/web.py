@@ -7,6 +7,7 @@
 Without --auth, anyone who reaches the address may ask. Ctrl-C ends the server and deletes what was uploaded.
 """
 
+import argparse
 import os
 import signal
 import sys
@@ -16,10 +17,24 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from component.cli import exit_on_user_error
+from component.cli import exit_on_user_error, parsed_first
+from component.inference.flags import chat_parser
+
+
+@parsed_first
+def parse_flags() -> argparse.Namespace:
+    parser = chat_parser(__doc__)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
+    parser.add_argument("--port", type=int, default=7860, help="port to listen on (default 7860)")
+    parser.add_argument("--auth", metavar="USER:PASSWORD", help="what visitors must enter (default: nothing)")
+    hosts = "names by which visitors reach the server, besides localhost, IP addresses, --host and this machine's name"
+    parser.add_argument("--allowed_hosts", nargs="+", default=[], metavar="NAME", help=hosts)
+    return parser.parse_args()
+
+
 from component.error import UserError
 from component.inference.engine import BOUNDS, Engine, checked_types
-from component.inference.flags import chat_parser, load_from_flags
+from component.inference.load import load_from_flags
 from component.inference.web import import_gradio, serve
 
 
@@ -34,13 +49,7 @@ def user_and_password(text: str | None) -> tuple[str, str] | None:
 
 @exit_on_user_error
 def main() -> None:
-    parser = chat_parser(__doc__)
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
-    parser.add_argument("--port", type=int, default=7860, help="port to listen on (default 7860)")
-    parser.add_argument("--auth", metavar="USER:PASSWORD", help="what visitors must enter (default: nothing)")
-    hosts = "names by which visitors reach the server, besides localhost, IP addresses, --host and this machine's name"
-    parser.add_argument("--allowed_hosts", nargs="+", default=[], metavar="NAME", help=hosts)
-    flags = parser.parse_args()
+    flags = parse_flags()
     if not 1 <= flags.port <= 65535:
         raise UserError(f"--port: {flags.port}; use a number from 1 to 65535")
     auth = user_and_password(flags.auth)

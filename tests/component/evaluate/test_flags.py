@@ -10,6 +10,7 @@ from tests.conftest import ROOT
 
 PROGRAMS = [f"evaluate/{name}.py" for name in ("evaluate", "passkey", "passkey_model", "plot_perplexity")]
 PROGRAMS += ["evaluate/compare_caches.py", "merge_lora.py", "estimate_memory.py", "benchmark.py"]
+PROGRAMS += [f"inference/{name}.py" for name in ("inference", "chat", "web")]
 PROGRAMS += [f"data/{name}.py" for name in ("build_pretrain", "build_sft", "tokenize_bin")]
 
 

@@ -1,76 +1,37 @@
-"""Which flags do inference and chat take, and which model do they name?"""
-
-import os
-import shutil
-from pathlib import Path
+"""The flags of inference, chat and web: defaults, and values that are refused."""
 
 import pytest
 
 from component.error import UserError
-from component.inference.flags import check_attention, load_from_flags
+from component.inference.flags import chat_parser, check_sampling, generation_parser
 from tests.generation_flags import flags
 
-INFERENCE, CHAT = "script/inference/inference.py", "script/inference/chat.py"
+
+def test_defaults():
+    given = generation_parser("").parse_args([])
+    check_sampling(given)
+    assert (given.max_new_tokens, given.temperature, given.top_p, given.top_k) == (500, 0.35, 0.9, 0)
+    assert (given.do_sample, given.repetition_penalty, given.seed, given.stop) == (True, 1.0, 42, None)
+    assert (given.template, given.system) == (None, None)  # programs without a chat need no case of their own
 
 
-class TestAttention:
-    def test_an_implementation_by_name(self, base_folder):
-        model, _ = load_from_flags(flags("--model_name_or_path", str(base_folder), "--attn_implementation", "eager"))
-        assert model.config._attn_implementation == "eager"
-
-    def test_under_an_adapter(self, adapter_folder):
-        words = ("--adapter_name_or_path", str(adapter_folder), "--attn_implementation", "eager")
-        assert load_from_flags(flags(*words))[0].get_base_model().config._attn_implementation == "eager"
-
-    @pytest.mark.parametrize(("has_gpu", "missing"), [(False, "no CUDA GPU"), (True, "no package flash_attn")])
-    def test_one_that_is_not_available(self, has_gpu, missing, monkeypatch):
-        monkeypatch.setattr("torch.cuda.is_available", lambda: has_gpu)
-        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-        with pytest.raises(UserError, match=f"--attn_implementation: flash_attention_2, but there is {missing} here"):
-            check_attention("flash_attention_2")
+def test_a_chat_has_a_template_and_a_system_prompt():
+    given = chat_parser("").parse_args(["--template", "tokenizer", "--system", "Be brief."])
+    assert (given.template, given.system) == ("tokenizer", "Be brief.")
 
 
-class TestWhichModel:
-    """Without flags: the newest finished run under output/, its merged model if there is one."""
-
-    @pytest.fixture
-    def output(self, tmp_path, adapter_folder, monkeypatch):
-        root = tmp_path / "output"
-        for age, name in enumerate(["newest", "older"]):
-            record = Path(shutil.copytree(adapter_folder, root / name)) / "longqlora.json"
-            os.utime(record, (1e9 - age, 1e9 - age))
-        unfinished = Path(shutil.copytree(adapter_folder, root / "unfinished"))
-        (unfinished / "longqlora.json").unlink()
-        monkeypatch.setattr("component.checkpoint.newest_run.__defaults__", (root,))
-        return root
-
-    @pytest.mark.parametrize("program", [INFERENCE, CHAT])
-    def test_the_newest_runs_adapter(self, program, output, run_program, prompts_seen):
-        outcome = run_program(program, stdin=b"The dog\n")
-        assert outcome.status == 0
-        assert str(output / "newest") in outcome.err
-        assert len(prompts_seen) == 1
-
-    def test_its_merged_model(self, output, base_folder, run_program, prompts_seen):
-        shutil.copytree(base_folder, output / "newest-merged")
-        outcome = run_program(INFERENCE, stdin=b"The dog")
-        assert str(output / "newest-merged") in outcome.err
-
-    def test_not_the_merged_model_of_an_earlier_run(self, output, base_folder, run_program, prompts_seen):
-        merged = Path(shutil.copytree(base_folder, output / "newest-merged"))
-        shutil.copy(output / "newest" / "longqlora.json", merged / "longqlora.json")
-        os.utime(merged / "longqlora.json", (9e8, 9e8))  # older than the run, which was trained again
-        outcome = run_program(INFERENCE, stdin=b"The dog")
-        assert str(output / "newest") in outcome.err
-        assert "newest-merged" not in outcome.err.split("\n")[0]
-
-
-def test_defaults_are_the_originals():
-    original = {"temperature": 0.35, "top_p": 0.9, "repetition_penalty": 1.0, "max_new_tokens": 500}
-    original |= {"do_sample": True, "load_in_4bit": False}
-    assert {name: vars(flags())[name] for name in original} == original
-
-
-@pytest.mark.parametrize(("values", "expected"), [([], True), (["True"], True), (["false"], False)])
-def test_booleans_stand_alone_or_with_a_value(values, expected):
-    assert flags("--load_in_4bit", *values).load_in_4bit is expected
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--max_new_tokens", "0"], "--max_new_tokens: 0; use at least 1"),
+        (["--temperature", "0"], "--temperature: 0.0; use a number above 0, or --do_sample false"),
+        (["--top_p", "1.1"], "--top_p: 1.1; use a number in"),
+        (["--top_k", "-1"], "--top_k: -1; use 0"),
+        (["--repetition_penalty", "0"], "--repetition_penalty: 0.0; use a number above 0"),
+        (["--seed", "-1"], "--seed: -1; use 0 or more"),
+        (["--temperature", "nan"], "--temperature: nan; use"),
+    ],
+)
+def test_values_out_of_bounds(words, message):
+    with pytest.raises(UserError, match=message):
+        check_sampling(flags(*words))

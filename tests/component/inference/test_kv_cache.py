@@ -5,8 +5,8 @@ import torch
 from transformers import DynamicCache
 
 from component.error import UserError
+from component.inference.flags import CACHES
 from component.inference.kv_cache import (
-    CACHES,
     PromptCache,
     check_cache,
     common_prefix,
