@@ -84,8 +84,9 @@ def read_record(folder: str | Path) -> dict | None:
     path = Path(folder) / RECORD_FILE
     if not path.is_file():
         return None
-    with reading(f"{path} is damaged", "use another checkpoint"):
-        record = read_object(path)
+    cure = "use another checkpoint"
+    record = read_object(path, "is damaged", cure)
+    with reading(f"{path} is damaged", cure):
         for key, kind in RECORDED.items():
             if not isinstance(record[key], kind):
                 raise ValueError(f"{key} is {str(record[key])[:100]!r}")

@@ -41,13 +41,15 @@ def _reason(error: BaseException) -> str:
     )
 
 
-def read_object(file: Path) -> dict[str, Any]:
+def read_object(
+    file: Path, problem: str = "is not valid JSON", cure: str = "download or create it again"
+) -> dict[str, Any]:
     """The object in a JSON file, with finite numbers only.
 
     Raises:
         UserError: anything else.
     """
-    with reading(f"{file} is not valid JSON", "download or create it again"):
+    with reading(f"{file} {problem}", cure):
         if file.stat().st_size > MAX_JSON_BYTES:
             raise ValueError(f"it has {file.stat().st_size:,} bytes, more than {MAX_JSON_BYTES:,}")
         text = file.read_text(encoding="utf-8")

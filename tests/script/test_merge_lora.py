@@ -1,6 +1,7 @@
 """merge_lora.py: the merged model equals the adapter on its base, and loads without any LongQLoRA code."""
 
 import copy
+import hashlib
 import json
 import os
 import random
@@ -213,7 +214,17 @@ def test_the_record_names_base_and_adapter(cases):
     assert record["base_model"] == str(case.base)
     assert record["rope_factor"] == 4.0
     assert record["merged_from"] == str(case.adapter)
+    weights = (case.adapter / "adapter_model.safetensors").read_bytes()
+    assert record["merged_sha256"] == hashlib.sha256(weights).hexdigest()
     assert record["files"].keys() == FILES - {"longqlora.json"}
+
+
+def test_k22_an_adapter_is_not_merged_twice(cases, tmp_path, capsys):
+    moved = shutil.copytree(cases["lora"].adapter, tmp_path / "moved")
+    words = ["--model_name_or_path", cases["lora"].merged, "--adapter_name_or_path", moved]
+    assert merge(*words, "--save_path", tmp_path / "twice") == 1
+    assert f"was merged from {moved}, so the adapter would be added twice" in capsys.readouterr().err
+    assert not (tmp_path / "twice").exists()
 
 
 def test_the_tokenizer_is_the_adapters(cases):
@@ -341,13 +352,15 @@ def test_a_moved_base(run, cases, tmp_path):
         assert_close(ours[key], value, atol=0, rtol=0)
 
 
-def test_another_projects_adapter(run, cases, tmp_path):
-    """Only PEFT's two files: base and context must be given, as they were in the code of the original's merge."""
+def test_another_projects_adapter(run, cases, tmp_path, capsys):
+    """Only PEFT's two files: they name the base, but the context must be given, as in the original's merge."""
     for file in run.iterdir():
         if not file.name.startswith("adapter_"):
             file.unlink()
-    assert merge("--adapter_name_or_path", run) == 1
     base = cases["all"].base
+    assert merge("--adapter_name_or_path", run, "--save_path", tmp_path / "short", "--check", "no") == 0
+    assert f"{base}, as {run}'s adapter_config.json says" in capsys.readouterr().err
+    assert AutoConfig.from_pretrained(tmp_path / "short").rope_parameters["rope_type"] == "default"
     flags = ["--adapter_name_or_path", run, "--model_name_or_path", base, "--context_size", EXTENDED]
     assert merge(*flags, "--dtype", "float32") == 0
     merged = run.parent / "run-merged"
