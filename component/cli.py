@@ -74,9 +74,9 @@ def exit_on_user_error(main: Callable[[], Main]) -> Callable[[], Main]:
     def wrapper() -> Main:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")  # ASCII terminals, undecodable names
-        sys.argv[1:] = map(with_home, sys.argv[1:])
         try:
             try:
+                sys.argv[1:] = map(with_home, map(_readable, sys.argv[1:]))
                 return main()
             finally:
                 sys.stdout.flush()  # at exit it would be too late to handle a closed pipe
@@ -110,6 +110,14 @@ def parsed_first(parse: Callable[[], Main]) -> Callable[[], Main]:
     if parse.__module__ == "__main__":
         exit_on_user_error(parse)()
     return parse
+
+
+def _readable(word: str) -> str:
+    try:
+        word.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{word!r} is not UTF-8; rename the file, or set LANG to its encoding") from error
+    return word
 
 
 def with_home(word: str) -> str:

@@ -47,16 +47,14 @@ from component.memory.workload import GIB, Workload, paged_bytes, workload
 from component.model import load_config
 from component.storage.claim import claimed
 from component.storage.result import write_json
-from component.train.validation import BOUNDS
+from component.train.validation import out_of_bounds
 
 STEP = 1024  # resolution, in tokens, of the longest sample
 
 
 def read_workload(flags: argparse.Namespace) -> Workload:
-    for keys, (is_valid, cure) in BOUNDS.items():
-        for key in keys.split():
-            if getattr(flags, key, None) is not None and not is_valid(getattr(flags, key)):
-                raise UserError(f"--{key}: {getattr(flags, key)!r}; use {cure}")
+    if problems := out_of_bounds(vars(flags)):
+        raise UserError("; ".join(f"--{problem}" for problem in problems))
     if not flags.host_gib >= 0:  # NaN too
         raise UserError(f"--host_gib: {flags.host_gib:g}; use 0 or more")
     config = load_config(flags.model_name_or_path)

@@ -94,7 +94,7 @@ def _training_arguments(file: str, values: dict) -> TrainingArguments:
     values.setdefault("accelerator_config", {"dispatch_batches": False})
     try:
         arguments = TrainingArguments(**values)
-    except (ValueError, TypeError, ImportError) as error:
+    except (ValueError, TypeError, ImportError, OSError) as error:  # OSError: accelerator_config may be a path
         raise UserError(f"{file}: {error}") from error
     if arguments.deepspeed and arguments.hf_deepspeed_config.mismatches:  # else the Trainer raises after loading
         contradictions = "\n  ".join(arguments.hf_deepspeed_config.mismatches)

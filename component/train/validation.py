@@ -10,6 +10,7 @@ from component.rope import ROPE_TYPES
 from component.train.zero import bad_strategy
 
 SAMPLING = ("random", "sequential", "group_by_length", "batch_rebalance")  # transformers reads any other as random
+LARGEST = 2**53
 CHECKPOINT_OPTIONS = ("use_reentrant", "preserve_rng_state", "determinism_check", "debug")
 # keys -> (predicate of a valid value, cure)
 BOUNDS = {
@@ -55,14 +56,22 @@ BOUNDS = {
 }
 
 
-def validate(values: dict) -> list[str]:
-    """One message for each invalid value, or combination of values, of the right type."""
+def out_of_bounds(values: dict) -> list[str]:
+    """One message for each value, of the right type, that is impossible by itself."""
     problems = [
         f"{key}: {values[key]!r}; use {cure}"
         for keys, (is_valid, cure) in BOUNDS.items()
         for key in keys.split()
         if values.get(key) is not None and not is_valid(values[key])
     ]
+    # torch's sizes have 64 bits, and estimates multiply them as floats
+    too_large = [key for key, value in values.items() if isinstance(value, int) and abs(value) > LARGEST]
+    return problems + [f"{key}: {str(values[key])[:20]}...; use a number below 2**53" for key in too_large]
+
+
+def validate(values: dict) -> list[str]:
+    """One message for each invalid value, or combination of values, of the right type."""
+    problems = out_of_bounds(values)
     longest, target = values.get("max_seq_length"), values.get("model_max_length")
     if longest and target and longest > target:
         cure = "raise model_max_length or shorten the samples"

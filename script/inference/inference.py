@@ -36,7 +36,6 @@ def parse_flags() -> argparse.Namespace:
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from component.data.record import text_problem
 from component.data.text import text_ids
 from component.error import UserError
 from component.inference.batch import check_batch, generate_batch
@@ -58,8 +57,6 @@ ANSWER_SETTINGS = (
 def check_flags(flags: argparse.Namespace) -> None:
     if (flags.input_jsonl is None) != (flags.output_jsonl is None):
         raise UserError("--input_jsonl and --output_jsonl belong together; give both or none")
-    if flags.prompt is not None and (problem := text_problem(flags.prompt)):  # bytes that are no UTF-8
-        raise UserError(f"--prompt {problem}")
     check_at_least(flags, 1, "batch_size")
     if flags.batch_size > 1 and flags.input_jsonl is None:
         raise UserError(f"--batch_size: {flags.batch_size}, but there is no --input_jsonl; give both or none")

@@ -135,6 +135,17 @@ def test_k21_home_in_every_flag(word, expected, monkeypatch):
     assert seen == [expected]
 
 
+def test_k14_a_word_that_is_not_utf_8(capsys, monkeypatch):
+    """A file name in Latin-1: no title, record or message could hold it."""
+    monkeypatch.setattr(sys, "argv", ["p.py", "--save_path", "caf\udce9"])
+    with pytest.raises(SystemExit) as end:
+        exit_on_user_error(lambda: None)()
+    assert end.value.code == 1
+    assert (
+        capsys.readouterr().err == "error: 'caf\\udce9' is not UTF-8; rename the file, or set LANG to its encoding\n"
+    )
+
+
 def test_quiet_leaves_results_and_errors(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["program", "--quiet"])
 

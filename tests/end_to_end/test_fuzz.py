@@ -30,6 +30,7 @@ from component.data.sample import generate_stream
 from component.data.token_file import index_path, write_tokens
 from component.inference.prompt_file import read_prompts
 from component.train.argument import LongQLoRAArguments
+from component.train.rehearsal import rehearse
 from component.train.settings import parse_arguments
 from tests.conftest import ROOT, TEXTS
 from tests.fuzzing import damaged, damaged_bytes, damaged_json, damaged_words, examples, odd_values, survives
@@ -77,10 +78,10 @@ def workplace(tmp_path, monkeypatch) -> Path:
 
 
 def parsed(words: list[str]) -> None:
-    """`parse_arguments`, leaving no trace in this process."""
+    """The checks of train.py before it reads other files, leaving no trace in this process."""
     with mock.patch.dict(os.environ, {"RANK": "0"}):
         try:
-            parse_arguments(words)
+            rehearse(parse_arguments(words)[1])
         finally:
             unset_hf_deepspeed_config()
             AcceleratorState._reset_state(reset_partial_state=True)
@@ -100,7 +101,7 @@ def yaml_files(draw: st.DrawFn) -> bytes:
     return yaml.safe_dump(values).encode()
 
 
-@examples(150)
+@examples(250)
 @given(content=yaml_files())
 def test_fuzz_yaml(content, workplace):
     file = workplace / "inputs" / "run.yaml"
@@ -108,7 +109,7 @@ def test_fuzz_yaml(content, workplace):
     survives(lambda: parsed(["--train_args_file", str(file)]), workplace / "inputs")
 
 
-@examples(60)
+@examples(100)
 @given(words=damaged_words(["--learning_rate", "1e-4", "--lora_rank", "8"], tuple(f"--{key}" for key in YAML_KEYS)))
 def test_fuzz_overrides(words, workplace):
     file = workplace / "inputs" / "run.yaml"
@@ -124,7 +125,7 @@ def streamed(file: Path, tokenizer, sft: bool, packing: bool) -> None:
     list(generate_stream([str(file)], tokenizer, dataclasses.asdict(options), packing))
 
 
-@examples(120)
+@examples(250)
 @given(
     data=st.data(), sft=st.booleans(), packing=st.booleans(), name=st.sampled_from(["a.jsonl", "a.json", "a.jsonl.gz"])
 )
@@ -155,7 +156,7 @@ def test_fuzz_damaged_files(data, sft, name, tokenizer, workplace):
     survives(lambda: streamed(file, tokenizer, sft, False), workplace / "inputs")
 
 
-@examples(80)
+@examples(150)
 @given(data=st.data(), policy=st.sampled_from(["split", "truncate", "drop"]))
 def test_fuzz_token_files(data, policy, tokenizer, workplace):
     file = workplace / "inputs" / "tokens.bin"
@@ -229,7 +230,7 @@ def test_fuzz_flags(program, run_program, places, workplace):
         sys.stderr.reconfigure(errors="backslashreplace")  # as Python's own is, unlike pytest's
         return run_program(program, *words, *one_process).status
 
-    @examples(15)
+    @examples(25)
     @given(words=damaged_words(words, own_flags(program)))
     def check(words):
         survives(lambda: run(words), workplace / "inputs")

@@ -200,15 +200,16 @@ def test_who_recomputes(run, checkpointed, monkeypatch):
 # ---- under the deepspeed launcher
 
 
-def deepspeed(values: dict, folder: Path, config: str, **changes) -> tuple[Path, str]:
+def deepspeed(values: dict, folder: Path, config: str, processes: int = 1, **changes) -> tuple[Path, str]:
     number = len(list(folder.glob("*.yaml")))
     out, file = folder / f"out-{number}", folder / f"run-{number}.yaml"
     options = {"deepspeed": f"./train_args/deepspeed/{config}.json", "output_dir": str(out), **changes}
     file.write_text(yaml.safe_dump({**values, **options}))
-    launcher = str(Path(sys.executable).parent / "deepspeed")
+    programs = Path(sys.executable).parent  # on CPU the deepspeed launcher starts one process
+    launcher = [programs / "deepspeed"] if processes == 1 else [programs / "torchrun", f"--nproc_per_node={processes}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [launcher, "train.py", "--train_args_file", str(file)],
+        [*launcher, "train.py", "--train_args_file", str(file)],
         cwd=ROOT, env={**environment, "HF_DATASETS_CACHE": str(folder / "cache")},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=550,
     )  # fmt: skip
@@ -234,6 +235,27 @@ def test_zero_3_falls_back(basic, tmp_path):
     theirs, _ = deepspeed(values, tmp_path, "deepspeed_config_s2_no_offload", **OFF)
     assert "no plan (ZeRO-3 gathers each weight through its module's own forward)" in printed
     assert_same_run(ours, theirs)
+
+
+@pytest.mark.slow
+def test_k10_a_4_bit_base_under_zero_3(basic, tmp_path):
+    """Two processes, each with half of the NF4 bytes, train as one process without DeepSpeed does."""
+    rows = Path(basic["train_file"]).read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(rows[:8]), encoding="utf-8"
+    )  # two steps an epoch, none of them smaller
+    values = {**basic, "train_file": str(tmp_path / "rows.jsonl"), "load_in_4bit": True, "max_steps": 4}
+    values["eval_strategy"] = "no"
+    both, printed = deepspeed(values, tmp_path, "deepspeed_config_s3", processes=2, gradient_accumulation_steps=1)
+    assert "NF4" in printed
+    alone, _ = deepspeed(values, tmp_path, "deepspeed_config_s2_no_offload", **OFF)
+    assert curve(both) == pytest.approx(curve(alone), abs=1e-5)
+    assert curve(both, "grad_norm") == pytest.approx(curve(alone, "grad_norm"), rel=1e-4)
+    found, wanted = (load_file(folder / "adapter_model.safetensors") for folder in (both, alone))
+    assert found.keys() == wanted.keys()
+    for name, weight in wanted.items():
+        assert weight.any()
+        torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=1e-5)
 
 
 def test_workload_under_zero_3(base, monkeypatch):

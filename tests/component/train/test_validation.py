@@ -127,3 +127,9 @@ def test_all_problems_are_reported():
     assert torch.cuda.is_available() is False
     problems = validate({**RIGHT, "output_dir": "", "lora_rank": 0, "learning_rate": 2, "fp16": True})
     assert [problem.split(":")[0] for problem in problems] == ["lora_rank", "learning_rate", "output_dir", "fp16"]
+
+
+def test_k21_numbers_beyond_any_size():
+    problems = validate(RIGHT | {"max_seq_length": 10**400, "model_max_length": 10**400, "lora_rank": 2**53})
+    cure = f"1{'0' * 19}...; use a number below 2**53"
+    assert problems == [f"max_seq_length: {cure}", f"model_max_length: {cure}"]
