@@ -31,14 +31,15 @@ def reading(problem: str, cure: str) -> Iterator[None]:
 
 def _reason(error: BaseException) -> str:
     """A library's message on one line, without advice to run the folder's code."""
-    text = " ".join(str(error).split())[:300]
+    text = " ".join(str(error).split())
     if "trust_remote_code" in text:
         return "it requires trust_remote_code, which is not supported"
+    if "weights_only" in text:
+        return "its pickle holds more than tensors, which could run code"
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
-    return (
-        text if text and isinstance(error, (OSError, ValueError, RuntimeError)) else f"{type(error).__name__}: {text}"
-    )
+    is_plain = text and isinstance(error, (OSError, ValueError, RuntimeError))
+    return (text if is_plain else f"{type(error).__name__}: {text}")[:300]
 
 
 def read_object(

@@ -64,10 +64,10 @@ def rewrite_record(folder: Path) -> None:
 
 def read_all(folder: Path) -> None:
     """What merging does before it writes, from base, adapter and record."""
-    base, source, is_ours = resolve_model(None, str(folder / "adapter"))
-    config = extended_config_of(source, None, is_fixed=is_ours)
-    load_tokenizer(base)
-    plan_merge(base, str(folder / "adapter"), config, dtype=torch.float16)
+    found = resolve_model(None, str(folder / "adapter"))
+    config = extended_config_of(found.source, None, is_fixed=found.is_ours)
+    load_tokenizer(found.base)
+    plan_merge(found.base, str(folder / "adapter"), config, dtype=torch.float16)
 
 
 @pytest.mark.parametrize("name", JSON_FILES)
