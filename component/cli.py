@@ -28,6 +28,7 @@ CURES = {
     errno.ENOTDIR: "check the path",
     errno.ENAMETOOLONG: "check the path",
 }
+LARGEST = 2**53  # a float has every integer up to here
 Main = TypeVar("Main")
 
 
@@ -146,6 +147,20 @@ def _disk_problem(error: Exception) -> str | None:
         return None
     file = getattr(error, "filename", None) or "a file can't be written"
     return printable(f"{file}: {os.strerror(number)}; {CURES[number]}", LONGEST_MESSAGE)
+
+
+def new_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser of flags whose --help shows `description` as it is written, and whose integers have bounds."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.register("type", int, _integer)
+    return parser
+
+
+def _integer(text: str) -> int:
+    """An integer that floats and the sizes of arrays can hold."""
+    if abs(number := int(text)) > LARGEST:
+        raise argparse.ArgumentTypeError(f"{text[:20]}... is beyond 2**53")
+    return number
 
 
 def boolean(text: str) -> bool:

@@ -30,7 +30,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from component.cli import exit_on_user_error, parsed_first
+from component.cli import exit_on_user_error, new_parser, parsed_first
 from script.performance.peers import PEERS
 from script.shared.shape import SHAPES
 
@@ -78,7 +78,7 @@ KINDS = [*(f"ours_{name}" for name in OURS), *(f"ours_python_{name}" for name in
 
 @parsed_first
 def parse_flags() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder for models, data and logs; kept for reuse")
     parser.add_argument("--tokenizer", required=True, help="folder with the LLaMA2 tokenizer")
     parser.add_argument("--sizes", nargs="+", default=[], help=", ".join(SHAPES))

@@ -12,12 +12,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from component.cli import exit_on_user_error, parsed_first
+from component.cli import exit_on_user_error, new_parser, parsed_first
 
 
 @parsed_first
 def parse_flags() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--model_name_or_path", required=True, help="folder with a config.json, or a hub id")
     parser.add_argument("--max_seq_length", type=int, required=True, help="tokens per sample")
     parser.add_argument("--memory_budget_gib", type=float, default=32, help="GPU memory for tensors (default 32)")

@@ -16,13 +16,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from component.cli import exit_on_user_error, parsed_first
+from component.cli import exit_on_user_error, new_parser, parsed_first
 from component.merge import BASES, CHECKS
 
 
 @parsed_first
 def parse_flags() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--model_name_or_path", help="base model (default: the one that the adapter records)")
     parser.add_argument("--adapter_name_or_path", help="adapter folder (default: the newest finished run)")
     parser.add_argument("--save_path", help="folder to write (default: the adapter's, with -merged added)")

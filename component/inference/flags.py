@@ -2,7 +2,7 @@
 
 import argparse
 
-from component.cli import BOOLEAN, QUIET
+from component.cli import BOOLEAN, QUIET, new_parser
 from component.data import TEMPLATES
 from component.error import UserError
 
@@ -17,7 +17,7 @@ ATTENTIONS = {  # attention implementation -> package that it needs
 
 
 def generation_parser(description: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(description)
     newest = "the newest finished run under output/"
     merged = f"plain or merged model, or the adapter's base (default: merged model of {newest})"
     parser.add_argument("--model_name_or_path", help=merged)

@@ -29,7 +29,7 @@ def shard_bytes(text: str) -> int:
     match = re.fullmatch(r"([0-9.]+)\s*([A-Za-z]*)", text.strip())
     try:
         size = int(float(match[1]) * UNITS[match[2].upper()]) if match else 0
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, OverflowError):
         size = 0
     if size < 1:
         raise UserError(f"--max_shard_size: {text!r} is not a file size; use one like 5GB or 500MB")

@@ -14,14 +14,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from component.cli import exit_on_user_error, parsed_first
+from component.cli import exit_on_user_error, new_parser, parsed_first
 from component.corpus.flags import add_common_flags, check_common_flags
 from component.data import TEMPLATES
 
 
 @parsed_first
 def parse_flags() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--config", type=Path, required=True, help="YAML of the sources; see sft_sources.yaml")
     add_common_flags(parser)
     parser.add_argument("--max_tokens", type=int, default=8192, help="longest example, chat template included (8192)")

@@ -13,14 +13,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from component.cli import exit_on_user_error, parsed_first
+from component.cli import exit_on_user_error, new_parser, parsed_first
 from component.corpus.flags import add_common_flags, add_source_flags, check_common_flags
 from component.data import BOS, EOS
 
 
 @parsed_first
 def parse_flags() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     add_source_flags(parser)
     add_common_flags(parser)
     parser.add_argument("--bos", choices=BOS, default="each", help="documents that <s> precedes (each)")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from component.cli import exit_on_user_error, parsed_first
+from component.cli import exit_on_user_error, new_parser, parsed_first
 from script.shared.stdlib import default_library
 from script.shared.training_flags import add_training_flags
 
@@ -24,7 +24,7 @@ SEQ_LENGTH = 512  # tokens: the base's context, which the demo extends
 
 @parsed_first
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--library", type=Path, nargs="+", default=[default_library()], help="folders (this Python's)")
     add_training_flags(parser, SEQ_LENGTH, batch_size=256, learning_rate=3e-3)
     parser.add_argument("--num_attention_heads", type=int, default=8, help="query heads; half as many KV heads (8)")

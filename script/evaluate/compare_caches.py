@@ -13,12 +13,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from component.cli import QUIET, check_at_least, exit_on_user_error, parsed_first
+from component.cli import QUIET, check_at_least, exit_on_user_error, new_parser, parsed_first
 
 
 @parsed_first
 def parse_flags() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--model_name_or_path", required=True)
     parser.add_argument("--context_size", type=int, help="tokens to which a plain base is scaled")
     parser.add_argument("--data_path", required=True, help=".bin file of token ids, or its hub id")

@@ -18,13 +18,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from component.cli import BOOLEAN, QUIET, check_at_least, exit_on_user_error, parsed_first
+from component.cli import BOOLEAN, QUIET, check_at_least, exit_on_user_error, new_parser, parsed_first
 from component.evaluate.flags import PROTOCOLS, add_model_flags
 
 
 @parsed_first
 def parse_flags() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     add_model_flags(parser)
     several = "several models instead: NAME=MODEL or NAME=MODEL:ADAPTER, with @TOKENS to scale a plain base"
     parser.add_argument("--compare", nargs="+", metavar="NAME=MODEL", help=several)

@@ -16,13 +16,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from component.cli import BOOLEAN, QUIET, check_at_least, exit_on_user_error, parsed_first
+from component.cli import BOOLEAN, QUIET, check_at_least, exit_on_user_error, new_parser, parsed_first
 from component.evaluate.flags import add_model_flags
 
 
 @parsed_first
 def parse_flags() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     add_model_flags(parser)
     parser.add_argument(
         "--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192], help="prompt lengths in tokens"

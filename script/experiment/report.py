@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import matplotlib
 
 matplotlib.use("Agg")
-from component.cli import exit_on_user_error
+from component.cli import exit_on_user_error, new_parser
 from component.error import UserError
 from component.storage.result import write_json
 from script.experiment.figure import Sweep, draw_lengths, draw_positions, draw_sweep
@@ -45,7 +45,7 @@ SWEEPS: dict[str, Sweep] = {
 
 
 def parse_flags() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--work", type=Path, required=True, help="work folder of run.py, with results/ and cost/")
     parser.add_argument("--output", type=Path, required=True, help="folder for JSON, tables and figures")
     return parser.parse_args()

@@ -24,14 +24,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from component.cli import exit_on_user_error, parsed_first
+from component.cli import exit_on_user_error, new_parser, parsed_first
 
 COST_STEPS = 40
 
 
 @parsed_first
 def parse_flags() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--base", type=Path, required=True, help="the base of script/experiment/pretrain.py")
     parser.add_argument("--data", type=Path, required=True, help="folder with train.jsonl and .bin files, see above")
     parser.add_argument("--work", type=Path, required=True, help="folder for runs and results")

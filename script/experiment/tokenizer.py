@@ -11,12 +11,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from component.cli import exit_on_user_error, parsed_first
+from component.cli import exit_on_user_error, new_parser, parsed_first
 
 
 @parsed_first
 def parse_flags() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--train", type=Path, nargs="+", required=True, help='files of {"text"} records')
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     return parser.parse_args()

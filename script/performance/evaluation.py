@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from component.cli import exit_on_user_error, parsed_first
+from component.cli import exit_on_user_error, new_parser, parsed_first
 from script.shared.shape import SHAPES
 
 SMALL = {"135m": (576, 1536, 30, 9)}  # SmolLM2's, with 3 key/value heads and 49152 tokens
@@ -27,7 +27,7 @@ ROWS = ["135m:16384", "7b:8192", "7b:131072"]
 
 @parsed_first
 def parse_flags() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     shapes = ", ".join([*SHAPES, *SMALL])
     parser.add_argument(
         "--rows", nargs="+", default=ROWS, help=f"SHAPE:TOKENS, of {shapes} (default {' '.join(ROWS)})"

@@ -20,7 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from component.cli import exit_on_user_error
+from component.cli import exit_on_user_error, new_parser
 from component.storage.claim import held_result
 from script.shared.program import in_a_process, run
 
@@ -103,7 +103,7 @@ def differences(ours: Path, theirs: Path) -> dict[str, float]:
 
 @exit_on_user_error
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder for models, on a disk with 12 GB free")
     parser.add_argument("--rank", type=int, default=64, help="of the adapter (64)")
     parser.add_argument("--repeat", type=int, default=2, help="runs of each; the fastest counts (2)")

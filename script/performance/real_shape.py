@@ -17,13 +17,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from component.cli import exit_on_user_error, parsed_first
+from component.cli import exit_on_user_error, new_parser, parsed_first
 from script.shared.shape import SHAPES
 
 
 @parsed_first
 def parse_flags() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--size", choices=SHAPES, required=True, help="shape of the model")
     parser.add_argument("--tokenizer", required=True, help="folder with the LLaMA2 tokenizer")
     parser.add_argument("--work", type=Path, required=True, help="folder for model, data and runs")

@@ -11,7 +11,7 @@ import warnings
 
 import pytest
 
-from component.cli import QUIET, boolean, exit_on_user_error, show
+from component.cli import QUIET, boolean, exit_on_user_error, new_parser, show
 from component.error import UserError
 from component.storage.atomic import atomic_file
 from tests.conftest import ROOT
@@ -167,3 +167,14 @@ def test_quiet_leaves_results_and_errors(capsys, monkeypatch):
     assert tuple(capsys.readouterr()) == ("a result\n", "a reply\nerror: wrong\n")
     assert sys.stderr is stream
     assert logging.root.manager.disable == logging.NOTSET
+
+
+def test_k21_an_integer_beyond_any_size(capsys):
+    parser = new_parser("")
+    parser.add_argument("--windows", type=int, nargs="+")
+    assert parser.parse_args(["--windows", "9007199254740992", "-1"]).windows == [2**53, -1]
+    for word in ("9007199254740993", "-" + "9" * 400):
+        with pytest.raises(SystemExit) as end:
+            parser.parse_args([f"--windows={word}"])
+        assert end.value.code == 2
+        assert "argument --windows: " in capsys.readouterr().err

@@ -18,12 +18,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
-from component.cli import exit_on_user_error, parsed_first
+from component.cli import exit_on_user_error, new_parser, parsed_first
 
 
 @parsed_first
 def parse_flags() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--base", type=Path, required=True, help="the extended model, merged by merge_lora.py")
     parser.add_argument("--short_base", type=Path, help="the model before extension, for a control")
     parser.add_argument("--source", type=Path, required=True, help='a file of {"input", "output"} records')

@@ -22,14 +22,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
-from component.cli import exit_on_user_error, parsed_first
+from component.cli import exit_on_user_error, new_parser, parsed_first
 
 LENGTHS = [256, 512, 1024, 2048, 4096, 8192]
 
 
 @parsed_first
 def parse_flags() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--base", type=Path, required=True, help="the base of script/experiment/pretrain.py")
     parser.add_argument("--adapter", type=Path, help="LongQLoRA adapter (default: none, the base is extended)")
     parser.add_argument("--context", type=int, help="tokens to extend to without --adapter (8192)")
