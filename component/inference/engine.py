@@ -3,9 +3,10 @@
 import argparse
 import queue
 import threading
+import time
 from array import array
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -34,6 +35,7 @@ BOUNDS = {  # of requests; logits divided by less are infinite, and on a GPU sam
     "top_p": (0.01, 1),
     "repetition_penalty": (0.1, 10),
 }
+UPDATE_SECONDS = 0.1  # between updates of an answer, for each of which a browser renders the whole chat
 HEARTBEAT_SECONDS = 0.5  # without a new piece, the same answer is yielded again: who left is noticed
 
 
@@ -190,6 +192,7 @@ class Engine:
         if not self.places.acquire(blocking=False):
             raise UserError(f"busy: {MOST_WAITING} questions wait for their answers; ask again in a minute")
         threading.Thread(target=work, daemon=True).start()
+        next_update = 0.0  # the first piece is yielded at once
         try:
             while True:
                 try:
@@ -197,11 +200,20 @@ class Engine:
                 except queue.Empty:
                     yield "" if has_turn.is_set() else None
                     continue
+                text = ""
+                with suppress(queue.Empty):
+                    while isinstance(piece, str):
+                        text += piece
+                        if (left := next_update - time.monotonic()) <= 0:
+                            break
+                        piece = pieces.get(timeout=left)
+                if text:
+                    yield text
+                    next_update = time.monotonic() + UPDATE_SECONDS
                 if piece is None:
                     return
                 if isinstance(piece, BaseException):
                     raise piece
-                yield piece
         finally:
             is_closed.set()
 

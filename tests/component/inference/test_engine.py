@@ -63,6 +63,25 @@ def test_stopped(engine):
     assert conversation.turns == [("One?", answer.text)], "a stopped answer is part of the conversation"
 
 
+def test_updates_are_few_and_complete(engine, monkeypatch):
+    """A browser that must render the chat at each of 100 tokens a second no longer reacts to its buttons."""
+    words = [f"{number} " for number in range(100)]
+
+    def write_all(model, tokenizer, prompt_ids, flags, write, **options):
+        for word in words:
+            write(word)
+            time.sleep(0.005)
+
+    monkeypatch.setattr("component.inference.engine.generate", write_all)
+    monkeypatch.setattr("component.inference.engine.UPDATE_SECONDS", 0.1)
+    start = time.monotonic()
+    answers = [answer.text for answer in engine.answer(engine.conversation(), "One?", GREEDY, never)]
+    at_most = (time.monotonic() - start) / 0.1 + 3  # the empty one, the first piece, the last
+    assert answers[1].startswith("0 ")
+    assert answers[-1] == "".join(words)
+    assert 4 < len(answers) <= at_most
+
+
 def test_interleaved_answers_equal_separate_ones(engine):
     settings = {**GREEDY, "repetition_penalty": 1.5}
     alone, both = (
