@@ -27,7 +27,8 @@ _ALIAS = 'write "input" (or "instruction") and "output"'
 # fields that change what other tools train on, and what to do about them
 REFUSED_TEXT = {
     **dict.fromkeys(("input_ids", "labels", "attention_mask", "position_ids", "loss_mask", "tokens"), _TOKENS),
-    **dict.fromkeys(("weight", "weights", "loss_weight", "train", "mask", "loss"), _WEIGHT),
+    **dict.fromkeys(("weight", "weights", "loss_weight", "train", "training", "mask", "loss"), _WEIGHT),
+    **dict.fromkeys(("train_detail", "training_detail"), _WEIGHT),
     **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), _MEDIA),
 }
 REFUSED_CHAT = {
@@ -35,7 +36,11 @@ REFUSED_CHAT = {
     **dict.fromkeys(("chosen", "rejected", "kto_tag", "margin"), _PREFERENCE),
     **dict.fromkeys(("tools", "functions", "function_call", "tool_calls", "tool_choice"), _TOOLS),
     **dict.fromkeys(("prompt", "completion", "response", "question", "answer", "answers", "query", "target"), _ALIAS),
-    **dict.fromkeys(("context", "passage", "document", "knowledge"), 'put it into "input" with the question'),
+    **dict.fromkeys(
+        ("context", "passage", "document", "documents", "knowledge"), 'put it into "input" with the question'
+    ),
+    **dict.fromkeys(("system_message", "system_instruction", "sys_prompt"), 'write "system"'),
+    **dict.fromkeys(("conversation", "dialogue", "dialog"), 'write "conversations"'),
     **dict.fromkeys(("prefix", "suffix", "examples", "demonstrations", "few_shot"), 'put it into "input"'),
     **dict.fromkeys(("thinking", "reasoning", "reasoning_content", "rationale"), 'put it into "output", or remove it'),
 }
@@ -54,7 +59,7 @@ def read_chat(record: dict[str, Any]) -> tuple[Turns, str | None]:
     Raises:
         ValueError: what is wrong with the record, or which of its fields would be ignored.
     """
-    _refuse(record, REFUSED_CHAT)
+    _refuse(record, REFUSED_CHAT, CHAT_FIELDS)
     system = _system(record)
     if not holds_messages(record):
         turns: Turns = [*_history(record), (_question(record), _text(record, "output"))]
@@ -86,7 +91,7 @@ def chat_problem(record: dict[str, Any]) -> str | None:
 def text_fields_problem(record: dict[str, Any]) -> str | None:
     """Which field of a pretraining record would be ignored though it changes training, or None."""
     try:
-        _refuse(record, REFUSED_TEXT)
+        _refuse(record, REFUSED_TEXT, TEXT_FIELDS)
     except ValueError as error:
         return str(error)
     return None
@@ -128,7 +133,7 @@ def parse_messages(record: dict[str, Any]) -> tuple[list[tuple[str, str]], str |
             need = f'"role" (or "from") {", ".join(ROLES)}, and "content" (or "value")'
             raise ValueError(f'"{name}": message {place} needs {need}') from error
         try:
-            _refuse(message, REFUSED_MESSAGE)
+            _refuse(message, REFUSED_MESSAGE, MESSAGE_FIELDS)
         except ValueError as error:
             raise ValueError(f'"{name}": message {place}: {error}') from error
         said.append((role, content))
@@ -192,13 +197,17 @@ def _text(record: dict[str, Any], key: str) -> str:
     return record[key]
 
 
-def _refuse(record: dict[str, Any], refused: dict[str, str]) -> None:
-    for key in record:
-        value = record[key]
+def _refuse(record: dict[str, Any], refused: dict[str, str], known: set[str]) -> None:
+    """Refuse fields that change training, in any case of letters; a known name in other letters is not read."""
+    for key, value in record.items():
+        if _is_empty(value) or key in known:
+            continue
+        name = str(key).strip().lower()
         # a weight of 1, and train: true, change nothing
-        is_neutral = refused.get(key) == _WEIGHT and value in (1, True)
-        if key in refused and not _is_empty(value) and not is_neutral:
-            raise ValueError(f'"{key}" would be ignored: {refused[key]}')
+        is_neutral = refused.get(name) == _WEIGHT and value in (1, True)
+        cure = f'write "{name}"' if name in known else refused.get(name)
+        if cure and not is_neutral:
+            raise ValueError(f'"{key}" would be ignored: {cure}')
 
 
 def _is_empty(value: Any) -> bool:

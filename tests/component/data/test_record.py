@@ -76,6 +76,13 @@ def test_understood(record, turns, system):
         ({"instruction": "I", "output": "A", "input": 5}, '"input" is 5, not a text'),
         ({"prompt": "Q", "completion": "A"}, '"prompt" would be ignored: write "input"'),
         ({"text": "Q"}, 'no "input" (its keys: text)'),
+        # K1: other names and other letters of fields that change training
+        ({"Instruction": "I", "input": "Q", "output": "A"}, '"Instruction" would be ignored: write "instruction"'),
+        ({"System": "S", "input": "Q", "output": "A"}, '"System" would be ignored: write "system"'),
+        ({"Chosen": "C", "input": "Q", "output": "A"}, '"Chosen" would be ignored: preference data'),
+        ({"system_message": "S", "input": "Q", "output": "A"}, '"system_message" would be ignored: write "system"'),
+        ({"documents": ["D"], "input": "Q", "output": "A"}, '"documents" would be ignored: put it into "input"'),
+        ({"messages": [USER, {**BOT, "training": False}]}, 'message 2: "training" would be ignored'),
     ],
 )
 def test_refused(record, problem):
