@@ -72,6 +72,8 @@ def check_outputs(
         seen[found] = field
         if path.is_dir():
             raise UserError(f"{field}: {path} is a folder; name a file")
+        if path.exists() and not path.is_file():  # a finished file is renamed into place: it would replace /dev/null
+            raise UserError(f"{field}: {path} is a device or a pipe, which can't be replaced; name a file")
         if path.exists() and not overwrite and found not in resumed:
             or_flag = "" if overwrite is None else ", or replace it with --overwrite"
             raise UserError(f"{field}: {path} exists; name another file{or_flag}")
@@ -92,7 +94,10 @@ def make_writable(folder: Path, field: str, target: Path) -> None:
 def locked(target: Path, field: str) -> Iterator[None]:
     """Hold `target`, a file or folder, for this process alone, by a lock file beside it that is removed again."""
     lock = target.absolute().parent / f".{target.name}.lock"
-    handle = os.open(lock, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
+    try:
+        handle = os.open(lock, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise UserError(f"{field}: {target} can't be written ({error.strerror}); name another place") from error
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from component.error import UserError
-from component.storage.claim import claimed, held_result, identity
+from component.storage.claim import check_outputs, claimed, held_result, identity
 from tests.conftest import ROOT
 
 
@@ -135,3 +135,19 @@ class TestMeasurements:
         file, message = tmp_path / "r.json", "another process is writing"
         with held_result(file), pytest.raises(UserError, match=message), held_result(file):
             raise AssertionError("never begun")
+
+
+def test_devices_and_pipes_are_not_replaced(tmp_path):
+    """K7: what is renamed into place would replace /dev/null, for all programs of the machine."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/null")):
+        with pytest.raises(UserError, match=f"--output: {path} is a device or a pipe"):
+            check_outputs([("--output", path)], {}, overwrite=True)
+
+
+def test_where_no_lock_can_be_made(tmp_path):
+    """K14: the message names the output that was asked for, not the lock."""
+    target = tmp_path / ("a" * 254)
+    told = f"--output: {target} can't be written .File name too long.; name another"
+    with pytest.raises(UserError, match=told), claimed({"--output": [target]}, {}):
+        raise AssertionError
