@@ -166,7 +166,7 @@ def claimed_output_dir(output_dir: str) -> Iterator[None]:
     Raises:
         UserError: another run is writing to it.
     """
-    folder = Path(output_dir).absolute()
+    folder = Path(output_dir).resolve()  # a link to the folder of another run is that run's folder
     if int(os.environ.get("RANK", "0")) != 0:
         yield
         return
@@ -215,9 +215,12 @@ def prepare_output_dir(output_dir: str, resume: str | None, overwrite: bool) -> 
     # `auto` starts from scratch if all checkpoints are incomplete: the run was killed before it completed one
     is_in_use = is_finished or (bool(checkpoints(folder)) and str(resume).lower() != "auto")
     if start is None and is_in_use:
+        is_auto = str(resume).lower() == "auto"
+        resuming = "" if is_auto else "resume_from_checkpoint: auto to resume, "
         raise UserError(
-            f"output_dir: {output_dir} holds {'a finished' if is_finished else 'an unfinished'} run; set "
-            "resume_from_checkpoint: auto to resume, overwrite_output_dir: true to replace it, or another output_dir"
+            f"output_dir: {output_dir} holds {'a finished' if is_finished else 'an unfinished'} run"
+            f"{' without a complete checkpoint to resume from' if is_auto else ''}; set {resuming}"
+            "overwrite_output_dir: true to replace it, or another output_dir"
         )
     return start
 

@@ -384,3 +384,22 @@ def test_shipped_files_train_to_the_output_root():
 
 def test_merged_folder():
     assert merged_folder(Path("output/run")) == Path("output/run-merged")
+
+
+def test_one_run_through_a_link(tmp_path):
+    """K6: two names of one folder are one run; both would train into it."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    with (
+        checkpoint.claimed_output_dir(str(tmp_path / "run")),
+        pytest.raises(UserError, match="another process is writing"),
+        checkpoint.claimed_output_dir(str(tmp_path / "link")),
+    ):
+        raise AssertionError
+
+
+def test_a_finished_run_without_checkpoints_is_not_told_to_resume(tmp_path):
+    """K21: `auto` is not the cure if it is what was asked for."""
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="without a complete checkpoint to resume from; set overwrite_output_dir"):
+        checkpoint.prepare_output_dir(str(tmp_path), "auto", overwrite=False)
