@@ -105,7 +105,10 @@ class LongQLoRATrainer(Trainer):
         dtypes = dict(zip(names, (torch.float16, torch.bfloat16), strict=True))
         self.eval_dtype = next((dtypes[name] for name in names if asked[name]), None)
         try:
-            return super().evaluate(*args, **kwargs)
+            # a DataLoader draws its seed from the global generator, which dropout draws from too: without the fork,
+            # weights would depend on whether and when they are evaluated
+            with torch.random.fork_rng(devices=[]):
+                return super().evaluate(*args, **kwargs)
         except torch.OutOfMemoryError as error:
             rows = self.args.per_device_eval_batch_size
             cure = "set per_device_eval_batch_size: 1" if rows > 1 else "shorten the samples of eval_file"

@@ -292,12 +292,13 @@ EVERY_STEP = {"eval_strategy": "steps", "eval_steps": 1}
         {"eval_do_concat_batches": False, **EVERY_STEP, "eval_delay": 1},
         {"bf16_full_eval": True, "load_best_model_at_end": True, "metric_for_best_model": "loss", **EVERY_STEP},
         {"load_in_4bit": True, "bf16_full_eval": True, **EVERY_STEP},
+        {"lora_dropout": 0.1, "eval_on_start": True, **EVERY_STEP},
     ],
     ids=lambda keys: " ".join(keys) or "none",
 )
 def test_k4d_evaluation_changes_no_weight(train, basic, files, tmp_path, keys):
     """Saved weights equal, to the bit and in dtype, those of the same run without evaluation."""
-    base = {name: keys[name] for name in ("load_in_4bit",) if name in keys}
+    base = {name: keys[name] for name in ("load_in_4bit", "lora_dropout") if name in keys}
     alone, evaluated = tmp_path / "alone", tmp_path / "evaluated"
     values = {**basic, **base, "train_embedding": True, "train_norm": True, "max_steps": 2}
     finish(train({**values, "output_dir": str(alone)}))

@@ -51,6 +51,7 @@ def test_valid_values():
         ("learning_rate", [2e-4], [0, 1, -1e-4]),
         ("max_steps", [-1, 1, 1000], [0, -2]),
         ("warmup_steps", [0, 20], [-1]),
+        ("eval_accumulation_steps", [1, 4], [0, -1]),
         ("keep_layers", [0, 32], [-1]),
         ("loss_chunk_tokens", [1], [0]),
         ("seed", [0, 2**32 - 1], [-1, 2**32]),
