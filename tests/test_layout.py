@@ -56,15 +56,10 @@ AMONG_PROGRAMS = {
 LINES, FUNCTION_LINES, MAIN_LINES = 300, 60, 40  # limits of a module, a function, and main() in train.py
 # Modules without their own test file, and why.
 UNTESTED = {
-    **dict.fromkeys(["script/demo/data.py", "script/demo/demo.py", "script/demo/pretrain.py"], "make demo"),
-    "script/experiment/downstream/tuning.py": "starts other programs for minutes; they have tests",
+    "script/demo/pretrain.py": "make demo",
     "script/experiment/figure.py": "plots the numbers of results.py; reviewed by eye",
     "script/experiment/pretrain.py": "script/shared/pretraining.py has tests; the rest is its flags",
-    "script/experiment/report.py": "formats what results.py collects",
-    "script/experiment/run.py": "starts train.py and evaluate.py for hours; they have tests",
-    "script/experiment/tokenizer.py": "script/shared/pretraining.py has tests; the rest is its flags",
     "script/experiment/train_rolled.py": "script/shared/rolled_attention.py has tests; the rest is train.py",
-    "script/experiment/train_full.py": "the unchanged Trainer of transformers, for comparison",
     "script/performance/evaluation.py": "times perplexity.py, which has tests, on models of 14 GB",
     "script/performance/long_run.py": "trains for a thousand steps",
     "script/performance/merge.py": "times merge_lora.py, which has tests, on a model of 2.7 GB",

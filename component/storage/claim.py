@@ -50,6 +50,33 @@ def held_result(path: str | Path) -> contextlib.AbstractContextManager[None]:
     return claimed({"--output_json": [path]}, {}, resumed=[Path(path)] if _is_measurement(Path(path)) else [])
 
 
+@contextlib.contextmanager
+def work_folder(folder: Path, program: str, read: Paths, field: str = "--work") -> Iterator[None]:
+    """Hold a folder in which `program` may replace and delete files; a hidden file marks it as the program's own.
+
+    Args:
+        read: files and folders that must lie elsewhere.
+
+    Raises:
+        UserError: it holds files of somebody else, or an input, or another process uses it.
+    """
+    for reader, paths in read.items():
+        for path in paths:
+            if path and Path(path).resolve().is_relative_to(folder.resolve()):
+                raise UserError(f"{field}: {folder} holds {path}, which {reader} reads; name another folder")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{field}: {folder} is a file; name a folder")
+    mark = folder / f".{program}"
+    if folder.is_dir() and not mark.exists() and any(folder.iterdir()):
+        raise UserError(
+            f"{field}: {folder} holds files that {program} did not write; move them away, or name another folder"
+        )
+    make_writable(folder, field, folder)
+    with locked(folder, field):
+        mark.touch()
+        yield
+
+
 def _is_measurement(file: Path) -> bool:
     try:
         record = json.loads(file.read_bytes())

@@ -21,14 +21,6 @@ from component.storage.atomic import atomic_file
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed", "accelerate")
 
 
-def check_result_file(path: str | None, field: str) -> None:
-    """Refuse a file that can't be written, before anything is measured."""
-    if path and not Path(path).absolute().parent.is_dir():
-        raise UserError(f"{field}: there is no folder for {path}; create it, or name another")
-    if path and Path(path).is_dir():
-        raise UserError(f"{field}: {path} is a folder; name a file")
-
-
 def origin() -> dict[str, Any]:
     """The command, hardware, versions and date of a result."""
     return {"command": command(), "hardware": hardware(), "date": str(date.today()), "versions": library_versions()}

@@ -13,9 +13,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from component.cli import exit_on_user_error, parsed_first
+
+
+@parsed_first
+def parse_flags() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder for train.jsonl, heldout.bin, prompt.txt")
+    parser.add_argument("--seed", type=int, default=42, help="(42)")
+    return parser.parse_args()
+
+
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from component.storage.claim import claimed
 from script.shared.stdlib import default_library, library_name, split_library
 
 BASE = Path(__file__).resolve().parent / "base"
@@ -54,21 +66,25 @@ def held_out_tokens(files: dict[str, str], tokenizer: PreTrainedTokenizerBase, s
     return np.array(tokens[:HELD_OUT_TOKENS], dtype=np.uint16)
 
 
+@exit_on_user_error
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder for train.jsonl, heldout.bin, prompt.txt")
-    parser.add_argument("--seed", type=int, default=42, help="(42)")
-    flags = parser.parse_args()
+    flags = parse_flags()
+    files = [flags.output / name for name in ("train.jsonl", "heldout.bin", "prompt.txt")]
+    with claimed({"--output": files}, {}):
+        write(files, flags.seed)
+
+
+def write(files: list[Path], seed: int) -> None:
+    samples, tokens_file, prompt = files
     library = default_library()
     training, held_out = split_library(library)
-    flags.output.mkdir(parents=True, exist_ok=True)
-    lines = training_lines(training, flags.seed)
-    (flags.output / "train.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    lines = training_lines(training, seed)
+    samples.write_text("\n".join(lines) + "\n", encoding="utf-8")
     tokenizer = AutoTokenizer.from_pretrained(BASE, model_max_length=10**9)
-    tokens = held_out_tokens(held_out, tokenizer, flags.seed)
-    tokens.tofile(flags.output / "heldout.bin")
+    tokens = held_out_tokens(held_out, tokenizer, seed)
+    tokens.tofile(tokens_file)
     prompt_ids = tokenizer(max(held_out.values(), key=len), add_special_tokens=False).input_ids[:PROMPT_TOKENS]
-    (flags.output / "prompt.txt").write_text(tokenizer.decode(prompt_ids).rpartition("\n")[0] + "\n", encoding="utf-8")
+    prompt.write_text(tokenizer.decode(prompt_ids).rpartition("\n")[0] + "\n", encoding="utf-8")
     print(f"{library_name(library)}: {len(lines)} training texts, {len(tokens):,} tokens of held-out files")
 
 

@@ -18,15 +18,28 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from component.cli import exit_on_user_error, parsed_first
+
+
+@parsed_first
+def parse_flags() -> argparse.Namespace:
+    return argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
+
+
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from component.error import UserError
+from component.storage.claim import work_folder
 from component.storage.result import library_versions
 from script.shared.program import show_and_run
 
 BASE, DATA, RUN, MERGED = "script/demo/base", "output/demo-data", "output/demo", "output/demo-merged"
+RESULTS = f"{RUN}-results"
 LENGTHS = ["256", "512", "1024", "2048"]
 TRAINED_LENGTH = 512
 
@@ -38,7 +51,7 @@ def run(title: str, command: str) -> None:
 
 def evaluate(title: str, name: str, options: str) -> dict[int, float]:
     """Perplexity by window length on the held-out files."""
-    results = f"{RUN}-results/{name}.json"
+    results = f"{RESULTS}/{name}.json"
     arguments = f"{options} --data_path {DATA}/heldout.bin --seq_len {' '.join(LENGTHS)} --output_json {results}"
     run(title, f"python script/evaluate/evaluate.py {arguments}")
     rows = json.loads((ROOT / results).read_text(encoding="utf-8"))["results"]
@@ -69,12 +82,33 @@ def table(rows: dict[str, dict[int, float]]) -> str:
     return "\n".join([head, *lines])
 
 
+def remove_earlier(root: Path = ROOT) -> None:
+    """Delete what an earlier demo left; inside of `work_folder`, whose mark tells it from what others wrote."""
+    for folder in (DATA, RUN, MERGED):
+        shutil.rmtree(root / folder, ignore_errors=True)
+    for file in (root / RESULTS).glob("*.json"):
+        file.unlink()
+
+
+def check_folders(root: Path = ROOT) -> None:
+    """Refuse folders that are not an earlier demo's."""
+    for name in (DATA, RUN, MERGED):
+        if (root / name).exists() and not (root / RESULTS).exists():
+            raise UserError(f"{name}: exists, but no demo wrote it, and this one would replace it; rename it")
+
+
+@exit_on_user_error
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    parse_flags()
+    check_folders()
+    with work_folder(ROOT / RESULTS, "demo.py", {}, "make demo"):
+        remove_earlier()
+        extend()
+
+
+def extend() -> None:
+    """The demo's steps."""
     start = time.monotonic()
-    for folder in (DATA, RUN, MERGED, f"{RUN}-results"):
-        shutil.rmtree(ROOT / folder, ignore_errors=True)
-    (ROOT / f"{RUN}-results").mkdir(parents=True)
     run("data from this Python's standard library", f"python script/demo/data.py --output {DATA}")
     rows = {"base": evaluate("the base, positions unchanged", "base", f"--base_model {BASE}")}
     interpolated = f"--base_model {BASE} --context_size 2048"

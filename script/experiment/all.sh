@@ -8,7 +8,14 @@
 set -euo pipefail
 texts=$(realpath "$1") work=$(realpath -m "$2") figures=$(realpath -m "$3") jobs=${4:-12}
 cd "$(dirname "$0")/../.."
+
+# results of somebody else in FIGURES are kept; a killed run that is resumed replaces its own
+mine=$work/figures.path
+if [ "$(cat "$mine" 2>/dev/null)" != "$figures" ] && ls "$figures" 2>/dev/null | grep -qE '^(experiment|longdemo|shortdemo)'; then
+    echo "error: FIGURES: $figures holds the results of another run; name another folder" && exit 1
+fi
 mkdir -p "$work/data" "$work/held-out" "$figures"
+echo "$figures" >"$mine"
 
 base=$work/base tokenizer=$work/tokenizer
 [ -d "$tokenizer" ] || python3 script/experiment/tokenizer.py --output "$tokenizer" \
@@ -46,18 +53,19 @@ rows --jobs "$jobs" --seeds 1 --rows $first || failed+=" first-rows"
 long=$work/runs/yarn-last-8192-0
 passkey() {
     part passkey python3 script/experiment/downstream/passkey.py --base "$base" --adapter "$long" --work "$work/passkey" \
-        --jobs 2 --output_json "$figures/experiment_passkey.json" --figure "$figures/experiment_passkey.png"
+        --jobs 2 --output_json "$figures/experiment_passkey.json" --figure "$figures/experiment_passkey.png" \
+        --overwrite
 }
 instructions() { # uses the extended model merged by passkey
     part instructions python3 script/experiment/downstream/instructions.py --base "$work/passkey/extended" --short_base "$base" \
         --source "$texts/sft_long_leval.jsonl.xz" --work "$work/instructions" \
-        --output_json "$figures/experiment_instructions.json"
+        --output_json "$figures/experiment_instructions.json" --overwrite
 }
 examples() {
     part examples python3 script/experiment/downstream/examples.py --base "$base" --extended "$long" \
         --source "$texts/books-validation.jsonl.xz" --work "$work/examples" \
         --output_json "$figures/experiment_examples.json" \
-        --long_figure "$figures/longdemo.png" --short_figure "$figures/shortdemo.png"
+        --long_figure "$figures/longdemo.png" --short_figure "$figures/shortdemo.png" --overwrite
 }
 (
     passkey || failed+=" passkey"
@@ -66,7 +74,7 @@ examples() {
 ) & long_uses=$!
 examples & examples=$!
 rows --jobs "$jobs" --rows all || failed+=" rows"
-python3 script/experiment/report.py --work "$work" --output "$figures" || failed+=" report"
+python3 script/experiment/report.py --work "$work" --output "$figures" --overwrite || failed+=" report"
 wait "$long_uses" || failed+=" passkey-or-instructions"
 wait "$examples" || failed+=" examples"
 [ -z "$failed" ] || { echo "failed:$failed" && exit 1; }

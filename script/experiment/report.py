@@ -14,11 +14,25 @@ from collections.abc import Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from component.cli import exit_on_user_error, parsed_first
+
+
+@parsed_first
+def parse_flags() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="work folder of run.py, with results/ and cost/")
+    parser.add_argument("--output", type=Path, required=True, help="folder for JSON, tables and figures")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    return parser.parse_args()
+
+
 import matplotlib
 
 matplotlib.use("Agg")
-from component.cli import exit_on_user_error, new_parser
 from component.error import UserError
+from component.storage.atomic import atomic_file
+from component.storage.claim import claimed
 from component.storage.result import write_json
 from script.experiment.figure import Sweep, draw_lengths, draw_positions, draw_sweep
 from script.experiment.results import Rows, gather, texts_of, values_of
@@ -42,13 +56,6 @@ SWEEPS: dict[str, Sweep] = {
     "steps": ("steps", 400, {"steps-": S2, "yarn-last-steps-": YAMLS}),
     "groups": ("group size / sample length", 0.25, {"groups-": S2}),
 }
-
-
-def parse_flags() -> argparse.Namespace:
-    parser = new_parser(__doc__)
-    parser.add_argument("--work", type=Path, required=True, help="work folder of run.py, with results/ and cost/")
-    parser.add_argument("--output", type=Path, required=True, help="folder for JSON, tables and figures")
-    return parser.parse_args()
 
 
 def cell(values: list[float]) -> str:
@@ -100,39 +107,53 @@ def by_kind(rows: Rows, name: str, length: int) -> str:
     return markdown(head, lines)
 
 
-@exit_on_user_error
-def main() -> None:
-    flags = parse_flags()
-    read = {kind: [json.loads(f.read_text()) for f in sorted((flags.work / kind).glob("*.json"))] for kind in KEPT}
-    if not read["results"]:
-        raise UserError(f"--work: {flags.work}/results holds no results; run script/experiment/run.py first")
-    rows, sliding = gather(read["results"], read["cost"], "longlora"), gather(read["results"], [], "sliding")
-    lengths = sorted({length for _, length in rows if length > BASE_CONTEXT})
+def tables(rows: Rows, sliding: Rows, lengths: list[int]) -> str:
+    """All tables in Markdown."""
     main_names, others = [run.name for run in main_runs()], [run.name for run in ablation_runs()]
-    tables = [compact(rows, main_names, length) for length in lengths]
-    tables += [compact(rows, ["longqlora", *others], length) for length in (lengths[0], BASE_CONTEXT)]
-    tables += [by_kind(rows, name, lengths[0]) for name in ("longqlora", "rolled")]
-    tables += [by_window(rows, main_names, length, text) for length in lengths for text in texts_of(rows)]
-    tables += [
-        by_window(sliding, main_names, n, text, ", sliding windows") for n in lengths for text in texts_of(rows)
-    ]
-    flags.output.mkdir(parents=True, exist_ok=True)
-    (flags.output / "experiment.md").write_text("\n\n".join(filter(None, tables)) + "\n", encoding="utf-8")
-    for length in lengths:
-        draw_lengths(rows, length, flags.output / f"experiment_lengths_{length}.png")
-    draw_positions(rows, lengths[0], flags.output / "experiment_positions.png")
-    for name, sweep in SWEEPS.items():
-        draw_sweep(rows, sweep, lengths[0], flags.output / f"experiment_{name}.png")
+    found = [compact(rows, main_names, length) for length in lengths]
+    found += [compact(rows, ["longqlora", *others], length) for length in (lengths[0], BASE_CONTEXT)]
+    found += [by_kind(rows, name, lengths[0]) for name in ("longqlora", "rolled")]
+    found += [by_window(rows, main_names, length, text) for length in lengths for text in texts_of(rows)]
+    found += [by_window(sliding, main_names, n, text, ", sliding windows") for n in lengths for text in texts_of(rows)]
+    return "\n\n".join(filter(None, found)) + "\n"
+
+
+def record(read: dict[str, list[dict]], rows: Rows, sliding: Rows) -> dict:
+    """All numbers of all runs, and where they come from."""
     origins = {(one["date"], one["hardware"], json.dumps(one["versions"])) for one in read["results"]}
     dates, cards, versions = (sorted(set(column)) for column in zip(*origins, strict=True))
-    record = {"commands": sorted({one["command"] for one in read["results"] + read["cost"]}), "dates": dates}
-    record |= {"hardware": cards, "versions": [json.loads(one) for one in versions]}
     shown = [
         {"row": name, "length": length, **row, "sliding": sliding[name, length]["perplexity"].get("full")}
         for (name, length), row in rows.items()
     ]
-    write_json(flags.output / "experiment.json", record | {"rows": shown})
-    print((flags.output / "experiment.md").read_text(encoding="utf-8"))
+    commands = sorted({one["command"] for one in read["results"] + read["cost"]})
+    versions = [json.loads(one) for one in versions]
+    return {"commands": commands, "dates": dates, "hardware": cards, "versions": versions, "rows": shown}
+
+
+@exit_on_user_error
+def main() -> None:
+    flags = parse_flags()
+    files = {kind: sorted((flags.work / kind).glob("*.json")) for kind in KEPT}
+    if not files["results"]:
+        raise UserError(f"--work: {flags.work}/results holds no results; run script/experiment/run.py first")
+    read = {kind: [json.loads(file.read_text(encoding="utf-8")) for file in files[kind]] for kind in KEPT}
+    rows, sliding = gather(read["results"], read["cost"], "longlora"), gather(read["results"], [], "sliding")
+    lengths = sorted({length for _, length in rows if length > BASE_CONTEXT})
+    names = [*(f"lengths_{length}" for length in lengths), "positions", *SWEEPS]
+    figures = {name: flags.output / f"experiment_{name}.png" for name in names}
+    table, numbers = flags.output / "experiment.md", flags.output / "experiment.json"
+    written = {"--output": [table, numbers, *figures.values()]}
+    with claimed(written, {"--work": [*files["results"], *files["cost"]]}, overwrite=flags.overwrite):
+        with atomic_file(table) as writing:
+            writing.write_text(tables(rows, sliding, lengths), encoding="utf-8")
+        for length in lengths:
+            draw_lengths(rows, length, figures[f"lengths_{length}"])
+        draw_positions(rows, lengths[0], figures["positions"])
+        for name, sweep in SWEEPS.items():
+            draw_sweep(rows, sweep, lengths[0], figures[name])
+        write_json(numbers, record(read, rows, sliding))
+    print(table.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -52,6 +52,7 @@ from transformers import AutoConfig
 
 from component.error import UserError, nearest
 from component.rope import extend_context
+from component.storage.claim import work_folder
 from component.storage.result import hardware, origin, write_json
 from script.experiment.rows import FULL, RECIPE, TOKENS_PER_STEP, Config, all_runs, main_runs
 from script.shared.program import execute, read_training
@@ -86,7 +87,7 @@ def do(run: Run, flags: argparse.Namespace) -> dict:
     """Train, evaluate and write the result of one run."""
     start, folder = time.monotonic(), flags.work / ("cost-runs" if flags.cost else "runs") / run.name
     folder.parent.mkdir(parents=True, exist_ok=True)
-    result: dict[str, Any] = {"row": run.config.name, "says": run.config.label}
+    result: dict[str, Any] = {"row": run.config.name, "label": run.config.label}
     result |= {"length": run.length, "seed": run.seed}
     if run.config.program is None:
         model = save_scaled(flags.base, folder, run) if run.config.rope_type else flags.base
@@ -195,6 +196,13 @@ def main() -> None:
     flags, start = parse_flags(), time.monotonic()
     for name in ("base", "data", "work"):  # programs run from the repository root
         setattr(flags, name, getattr(flags, name).resolve())
+    read = {"--base": [flags.base], "--data": [flags.data]}
+    with work_folder(flags.work / ("cost-runs" if flags.cost else "runs"), "run.py", read):
+        do_all(flags, start)
+
+
+def do_all(flags: argparse.Namespace, start: float) -> None:
+    """Do the requested runs that have no result yet; `start` is the time from which --time_limit_s counts."""
     results = flags.work / ("cost" if flags.cost else "results")
     results.mkdir(parents=True, exist_ok=True)
     waiting = [run for run in requested_runs(flags) if not (results / f"{run.name}.json").is_file()]

@@ -23,6 +23,7 @@ def parse_flags() -> argparse.Namespace:
 
 
 from component.data.source import RecordTally, read_records
+from component.storage.atomic import atomic_folder, check_target
 from script.experiment.rows import BASE_CONTEXT
 from script.shared.pretraining import train_tokenizer
 
@@ -46,8 +47,10 @@ def first_parts(texts: list[str]) -> list[str]:
 @exit_on_user_error
 def main() -> None:
     flags = parse_flags()
+    check_target(flags.output, "--output")
     samples = chain.from_iterable(first_parts(texts_of(file)) for file in flags.train)
-    train_tokenizer(samples, VOCAB_SIZE, BASE_CONTEXT).save_pretrained(flags.output)
+    with atomic_folder(flags.output) as folder:
+        train_tokenizer(samples, VOCAB_SIZE, BASE_CONTEXT).save_pretrained(folder)
 
 
 if __name__ == "__main__":

@@ -20,11 +20,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # no heavy imports above: Unsloth patches transformers and must be imported first
 
+from component.cli import exit_on_user_error
+from component.storage.claim import claimed
+
 PEERS = ("unsloth", "hf", "hf_liger", "original")
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LORA = {"r": 64, "lora_alpha": 16, "lora_dropout": 0.0, "bias": "none", "target_modules": LINEAR}
 
 
+@exit_on_user_error
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=PEERS)
@@ -34,6 +38,11 @@ def main() -> None:
     parser.add_argument("--memory_budget_gib", type=float, help="cap PyTorch's GPU memory at this")
     parser.add_argument("--output_json", type=Path, required=True, help="file for the result")
     flags = parser.parse_args()
+    with claimed({"--output_json": [flags.output_json]}, {"--model": [flags.model], "--data": [flags.data]}):
+        measure(flags)
+
+
+def measure(flags: argparse.Namespace) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # it helps all of them
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
@@ -43,6 +52,7 @@ def main() -> None:
     from transformers import AutoTokenizer
 
     from component.memory.budget import limit_memory
+    from component.storage.result import write_json
 
     limit_memory(flags.memory_budget_gib)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -53,7 +63,7 @@ def main() -> None:
     rows = [json.loads(line)["text"] for line in flags.data.read_text(encoding="utf-8").splitlines()]
     batches = [tokenizer(row, return_tensors="pt").input_ids[:, : flags.length] for row in rows]
     result = train(model, batches, dtype, device)
-    flags.output_json.write_text(json.dumps(result) + "\n", encoding="utf-8")
+    write_json(flags.output_json, result)
 
 
 def load_unsloth(path: str, kind: str, length: int, dtype, device: str):

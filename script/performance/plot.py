@@ -1,6 +1,6 @@
 """How do memory and speed grow with sequence length? Plots the results of script/benchmark.py.
 
-    python script/performance/plot.py figure/benchmark.json --size 7b --output figure/memory.png
+    python script/performance/plot.py figure/benchmark.json --size 7b --output figure/memory.png --overwrite
 
 Rows that ran out of memory are crosses at the top of the left panel; rows with their own memory budget are annotated;
 rows with other overrides are left out.
@@ -8,12 +8,31 @@ rows with other overrides are left out.
 
 import argparse
 import json
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from component.cli import exit_on_user_error, parsed_first
+
+
+@parsed_first
+def parse_flags() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("benchmark", type=Path, help="JSON of script/benchmark.py")
+    parser.add_argument("--size", default="7b", help="of the model: 7b or 13b (7b)")
+    parser.add_argument("--output", type=Path, default=Path("figure/memory.png"), help="PNG file (figure/memory.png)")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    return parser.parse_args()
+
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+from component.storage.claim import claimed
+from component.storage.result import save_figure
 
 # kind: (label, colour, marker); blue against orange is safe for color-blind readers
 KINDS = {
@@ -26,12 +45,14 @@ KINDS = {
 BUDGET_GIB = 32
 
 
+@exit_on_user_error
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("benchmark", type=Path, help="JSON of script/benchmark.py")
-    parser.add_argument("--size", default="7b", help="of the model: 7b or 13b (7b)")
-    parser.add_argument("--output", type=Path, default=Path("figure/memory.png"), help="PNG file (figure/memory.png)")
-    flags = parser.parse_args()
+    flags = parse_flags()
+    with claimed({"--output": [flags.output]}, {"benchmark": [flags.benchmark]}, overwrite=flags.overwrite):
+        plot(flags)
+
+
+def plot(flags: argparse.Namespace) -> None:
     results = json.loads(flags.benchmark.read_text(encoding="utf-8"))
     rows = [
         row
@@ -77,8 +98,7 @@ def draw(rows_of: dict[str, list[dict]], title: str, file: Path) -> None:
     handles, labels = speed.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     figure.suptitle(title, fontsize=11)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=130)
+    save_figure(figure, file)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--output_json", required=True, help="file for all continuations and perplexities")
     parser.add_argument("--long_figure", required=True, help="PNG file: long prompts")
     parser.add_argument("--short_figure", required=True, help="PNG file: short prompts")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
     return parser.parse_args()
 
 
@@ -58,7 +59,7 @@ from component.storage.result import origin, save_figure, write_json
 from component.tokenizer import UNLIMITED, load_tokenizer
 from script.experiment.downstream.passages import Passage, passages
 from script.experiment.downstream.transcript import Block, draw
-from script.experiment.downstream.tuning import check_flags
+from script.experiment.downstream.tuning import check_flags, held
 from script.shared.program import execute
 
 SHORT_TOKENS = (180, 240)
@@ -71,8 +72,7 @@ def check(flags: argparse.Namespace) -> None:
         raise UserError(f"--shown: {flags.shown}; use 1 to --passages {flags.passages}")
     if not 1 <= flags.long_tokens[0] <= flags.long_tokens[1]:
         raise UserError(f"--long_tokens: {flags.long_tokens}; give the minimum, then the maximum")
-    results, folders = ("output_json", "long_figure", "short_figure"), ("base", "extended", "work")
-    check_flags(flags, results=results, folders=folders)
+    check_flags(flags, folders=("base", "extended", "work"))
 
 
 def generate(name: str, model: list[str], prompts: Path, flags: argparse.Namespace) -> list[dict[str, Any]]:
@@ -130,7 +130,11 @@ def caption(found: list[Passage], parameters: int, flags: argparse.Namespace) ->
 def main() -> None:
     flags = parse_flags()
     check(flags)
-    flags.work.mkdir(parents=True, exist_ok=True)
+    with held(flags, "examples.py", "output_json", "long_figure", "short_figure"):
+        compare(flags)
+
+
+def compare(flags: argparse.Namespace) -> None:
     is_adapter = (flags.extended / "adapter_config.json").is_file()
     extended = (str(flags.base), str(flags.extended)) if is_adapter else (str(flags.extended), None)
     context = context_length(load_config(str(flags.extended), "--extended"))

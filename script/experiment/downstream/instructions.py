@@ -37,6 +37,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--learning_rate", type=float, default=3e-4, help="(3e-4)")
     parser.add_argument("--seed", type=int, default=42, help="of split and training (42)")
     parser.add_argument("--output_json", required=True, help="file for the results")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
     return parser.parse_args()
 
 
@@ -52,7 +53,7 @@ from component.rope import context_length
 from component.storage.result import origin, write_json
 from component.tokenizer import UNLIMITED, load_tokenizer
 from script.experiment.downstream.split import Record, documents, split
-from script.experiment.downstream.tuning import check_flags, tune
+from script.experiment.downstream.tuning import check_flags, held, tune
 from script.shared.program import execute
 
 
@@ -61,7 +62,7 @@ def check(flags: argparse.Namespace) -> None:
         raise UserError(f"--held_out: {flags.held_out}; use a share between 0 and 1")
     counts = ("per_document", "max_answer_tokens", "samples_per_step")
     folders = ("base", "short_base", "source", "work")
-    check_flags(flags, counts=counts, results=("output_json",), folders=folders)
+    check_flags(flags, counts=counts, folders=folders)
 
 
 def fitting_samples(flags: argparse.Namespace, context: int) -> tuple[list[Record], dict[str, int]]:
@@ -135,7 +136,11 @@ def instruct(name: str, model: Path, sides: dict[str, list[Record]], flags: argp
 def main() -> None:
     flags = parse_flags()
     check(flags)
-    flags.work.mkdir(parents=True, exist_ok=True)
+    with held(flags, "instructions.py", "output_json"):
+        compare(flags)
+
+
+def compare(flags: argparse.Namespace) -> None:
     context = context_length(load_config(str(flags.base), "--base"))
     tokenizer = load_tokenizer(str(flags.base), UNLIMITED)
     records, counts = fitting_samples(flags, context)

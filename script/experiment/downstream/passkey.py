@@ -50,6 +50,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, help="models tuned and measured at a time (1)")
     parser.add_argument("--output_json", required=True, help="file for the results")
     parser.add_argument("--figure", required=True, help="PNG file for the heat maps")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
     return parser.parse_args()
 
 
@@ -68,12 +69,12 @@ from component.rope import context_length
 from component.storage.result import origin, save_figure, write_json
 from component.tokenizer import UNLIMITED, load_tokenizer
 from script.experiment.downstream.passkey_samples import training_samples, with_plain_template
-from script.experiment.downstream.tuning import check_flags, measured, merge, tune
+from script.experiment.downstream.tuning import check_flags, held, measured, merge, tune
 
 
 def check(flags: argparse.Namespace) -> None:
     counts = ("steps", "tokens_per_step", "rank", "depths", "trials", "jobs")
-    check_flags(flags, counts=counts, results=("output_json", "figure"), folders=("base", "work", "adapter"))
+    check_flags(flags, counts=counts, folders=("base", "work", "adapter"))
     if flags.adapter and flags.context:
         raise UserError(f"--context: {flags.context}; leave it out, the adapter {flags.adapter} has its own")
 
@@ -144,10 +145,14 @@ def draw(results: dict[str, dict[str, Any]], file: str) -> None:
 def main() -> None:
     flags = parse_flags()
     check(flags)
+    with held(flags, "passkey.py", "output_json", "figure"):
+        compare(flags)
+
+
+def compare(flags: argparse.Namespace) -> None:
     own = context_length(load_config(str(flags.base), "--base"))
     # raises now if the shortest length is too short
     PromptMaker(load_tokenizer(str(flags.base))).prompt(min(flags.lengths), 0.0, str(KEYS[-1]))
-    flags.work.mkdir(parents=True, exist_ok=True)
     extended = merge(flags.adapter, flags.work / "extended") if flags.adapter else flags.base
     context = context_length(load_config(str(extended))) if flags.adapter else flags.context or 8192
     full = {"use_shift_short_attention": False}

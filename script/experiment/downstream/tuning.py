@@ -1,7 +1,9 @@
 """How do the downstream experiments train, merge and measure? With this repository's programs, logging to files."""
 
 import argparse
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,27 +12,36 @@ import yaml
 
 from component.cli import check_at_least
 from component.error import UserError
-from component.storage.result import check_result_file, origin
+from component.storage.claim import claimed, work_folder
+from component.storage.result import origin
 from script.experiment.rows import RECIPE
 from script.shared.program import execute
 
+INPUTS = ("base", "short_base", "adapter", "extended", "source")  # flags
 # specific to the machine, left out of results
 PATHS = ("model_name_or_path", "train_file", "eval_file", "output_dir", "base_model", "peft_model")
 
 
-def check_flags(flags: argparse.Namespace, *, counts: tuple = (), results: tuple = (), folders: tuple = ()) -> None:
-    """Reject counts below 1, results that cannot be written and a missing --source.
+def check_flags(flags: argparse.Namespace, *, counts: tuple = (), folders: tuple = ()) -> None:
+    """Reject counts below 1 and a missing --source.
 
     Args:
         folders: flags to make absolute, since programs run from the repository root.
     """
     check_at_least(flags, 1, *counts)
-    for name in results:
-        check_result_file(getattr(flags, name), f"--{name}")
     if "source" in flags and not flags.source.is_file():
         raise UserError(f"--source: there is no file {flags.source}; use a JSON Lines file")
     for name in folders:
         setattr(flags, name, getattr(flags, name) and getattr(flags, name).resolve())
+
+
+@contextlib.contextmanager
+def held(flags: argparse.Namespace, program: str, *results: str) -> Iterator[None]:
+    """Hold --work and the files that the flags `results` name; neither may be, or hold, an input."""
+    read = {f"--{name}": [getattr(flags, name, None)] for name in INPUTS}
+    written = {f"--{name}": [getattr(flags, name)] for name in results}
+    with work_folder(flags.work, program, read), claimed(written, read, overwrite=flags.overwrite):
+        yield
 
 
 def tune(folder: Path, **settings: Any) -> dict[str, Any]:

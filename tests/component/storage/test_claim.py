@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from component.error import UserError
-from component.storage.claim import check_outputs, claimed, held_result, identity
+from component.storage.claim import check_outputs, claimed, held_result, identity, work_folder
 from tests.conftest import ROOT
 
 
@@ -151,3 +151,46 @@ def test_where_no_lock_can_be_made(tmp_path):
     told = f"--output: {target} can't be written .File name too long.; name another"
     with pytest.raises(UserError, match=told), claimed({"--output": [target]}, {}):
         raise AssertionError
+
+
+class TestWorkFolders:
+    def test_new_empty_or_its_own(self, tmp_path):
+        (tmp_path / "empty").mkdir()
+        for name in ("new/er", "empty"):
+            for _ in range(2):
+                with work_folder(tmp_path / name, "passkey.py", {}):
+                    (tmp_path / name / "base").mkdir(exist_ok=True)
+
+    def test_what_others_wrote_is_kept(self, tmp_path):
+        """K7: --work over a folder of somebody else, or of another program."""
+        with work_folder(tmp_path / "work", "passkey.py", {}):
+            (tmp_path / "work" / "base.jsonl").write_text("mine")
+        message = r"--work: .*work holds files that examples.py did not write; move them away, or name another folder"
+        with pytest.raises(UserError, match=message), work_folder(tmp_path / "work", "examples.py", {}):
+            raise AssertionError("never begun")
+        assert (tmp_path / "work" / "base.jsonl").read_text() == "mine"
+
+    @pytest.mark.parametrize("inside", [".", "base", "deep/base", "../link/base"])
+    def test_inputs_lie_elsewhere(self, inside, tmp_path):
+        """K7: the base of an experiment is a folder of its --work, and would be trained over."""
+        work = tmp_path / "work"
+        with work_folder(work, "passkey.py", {}):
+            (work / "deep").mkdir()
+        (tmp_path / "link").symlink_to(work)
+        message = "--work: .*work holds .*, which --base reads; name another folder"
+        with pytest.raises(UserError, match=message), work_folder(work, "passkey.py", {"--base": [work / inside]}):
+            raise AssertionError("never begun")
+        with work_folder(work, "passkey.py", {"--base": [tmp_path / "work-base", None]}):
+            pass
+
+    def test_a_file(self, tmp_path):
+        (tmp_path / "work").write_text("mine")
+        message = "is a file; name a folder"
+        with pytest.raises(UserError, match=message), work_folder(tmp_path / "work", "passkey.py", {}):
+            raise AssertionError("never begun")
+
+    def test_two_programs(self, tmp_path):
+        """K8."""
+        work, message = tmp_path / "work", "another process is writing"
+        with work_folder(work, "x", {}), pytest.raises(UserError, match=message), work_folder(work, "x", {}):
+            raise AssertionError("never begun")

@@ -7,8 +7,7 @@ import re
 import pytest
 import torch
 
-from component.error import UserError
-from component.storage.result import check_result_file, library_versions, origin, write_json
+from component.storage.result import library_versions, origin, write_json
 
 
 def test_written_as_read(tmp_path):
@@ -30,15 +29,6 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(TypeError):
         write_json(tmp_path / "r.json", {"new": object()})
     assert json.loads((tmp_path / "r.json").read_text()) == {"old": 1}
-
-
-def test_files_that_cannot_be_written(tmp_path):
-    check_result_file(None, "--output_json")
-    check_result_file(str(tmp_path / "new.json"), "--output_json")
-    with pytest.raises(UserError, match=r"--output_json: there is no folder for /no/such/r.json"):
-        check_result_file("/no/such/r.json", "--output_json")
-    with pytest.raises(UserError, match=r"--figure: .* is a folder"):
-        check_result_file(str(tmp_path), "--figure")
 
 
 def test_origin(monkeypatch):

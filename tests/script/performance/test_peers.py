@@ -3,6 +3,19 @@
 import torch
 
 from script.performance.peers import rolled_s2
+from tests.outcome import refused_by_us
+
+
+def test_k7_files_of_others(run_program, base_folder, tmp_path):
+    data = tmp_path / "rows.jsonl"
+    data.write_text("mine")
+    words = ["script/performance/peers.py", "hf", "--model", base_folder, "--data", data, "--length", 8]
+    refused_by_us(run_program(*words, "--output_json", data), "would be overwritten, but --data reads it")
+    config = base_folder / "config.json"
+    refused_by_us(run_program(*words, "--output_json", config), "would be overwritten, but --model reads it")
+    (tmp_path / "one.json").write_text("mine")
+    refused_by_us(run_program(*words, "--output_json", tmp_path / "one.json"), "one.json exists; name another file")
+    assert data.read_text() == (tmp_path / "one.json").read_text() == "mine"
 
 
 def test_the_original_rolls():

@@ -1,8 +1,11 @@
 """script/performance/plot.py: memory and speed by sequence length."""
 
+from pathlib import Path
+
 import matplotlib.pyplot as plt
 
 from script.performance.plot import KINDS, draw
+from tests.outcome import refused_by_us
 
 
 def row(length: int, **values) -> dict:
@@ -13,7 +16,7 @@ def test_lines_and_crosses(tmp_path):
     plt.close("all")
     ours = [row(16384, peak_reserved_gib=12.0), row(8192, overrides={"memory_budget_gib": 9})]
     hf = [row(8192), {"length": 16384, "overrides": {}, "error": "torch.OutOfMemoryError: CUDA out of memory."}]
-    draw({**{kind: [] for kind in KINDS}, "ours_fastest": ours, "hf": hf}, "title", tmp_path / "new" / "plot.png")
+    draw({**{kind: [] for kind in KINDS}, "ours_fastest": ours, "hf": hf}, "title", tmp_path / "plot.png")
     memory, speed = plt.gcf().axes
     lines = {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in speed.get_lines()}
     assert lines == {
@@ -24,7 +27,7 @@ def test_lines_and_crosses(tmp_path):
     assert [(8192, 7.0), (16384, 12.0)] in points
     assert [(16384, 0.97)] in points  # the cross of what ran out of memory
     assert "held to 9 GiB" in [text.get_text() for text in memory.texts]
-    assert (tmp_path / "new" / "plot.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert (tmp_path / "plot.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     plt.close("all")
 
 
@@ -32,4 +35,18 @@ def test_the_program(run_program, tmp_path):
     outcome = run_program("script/performance/plot.py", "figure/benchmark.json", "--output", tmp_path / "plot.png")
     assert outcome.status == 0, outcome.err
     assert (tmp_path / "plot.png").stat().st_size > 10_000
+    plt.close("all")
+
+
+def test_k7_files_of_others(run_program, tmp_path):
+    """The benchmark itself, and a figure without --overwrite."""
+    (tmp_path / "b.json").write_bytes(Path("figure/benchmark.json").read_bytes())
+    (tmp_path / "plot.png").write_text("mine")
+    words = ["script/performance/plot.py", tmp_path / "b.json", "--output"]
+    refused_by_us(
+        run_program(*words, tmp_path / "b.json", "--overwrite"), "would be overwritten, but benchmark reads it"
+    )
+    refused_by_us(run_program(*words, tmp_path / "plot.png"), "--output: ", "or replace it with --overwrite")
+    assert (tmp_path / "plot.png").read_text() == "mine"
+    assert run_program(*words, tmp_path / "plot.png", "--overwrite").status == 0
     plt.close("all")

@@ -12,7 +12,7 @@ from tests.script.experiment.downstream.mistakes import refuses
         (["--base", "/no/such"], ["--base", "/no/such"]),
         (["--lengths", "20"], ["--lengths", "20", "at least"]),
         (["--adapter", "a", "--context", "64"], ["--context", "64"]),
-        (["--figure", "/no/such/f.png"], ["--figure", "/no/such"]),
+        (["--figure", "/proc/no/such/f.png"], ["--figure", "/proc/no/such/f.png", "be written"]),
     ],
 )
 def test_mistakes(words, parts, run_program, base_folder, tmp_path):
