@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from component.corpus.length import draw_lengths
 from component.corpus.scan import Measure, Scan, SourceFile, scan_files
 from component.data.source import resolve_files
+from component.error import UserError
 from component.storage.claim import claimed
 from component.storage.result import command, library_versions, write_json
 from component.tokenizer import UNLIMITED, describe_tokenizer, load_tokenizer
@@ -60,7 +61,11 @@ def measure_files(
     scan = scan_files(
         journal_path(flags.output), files, settings, measure, num_proc=flags.num_proc, overwrite=flags.overwrite
     )
-    return scan, scan.tally().refuse_if_too_many(flags.max_bad_fraction)
+    try:
+        return scan, scan.tally().refuse_if_too_many(flags.max_bad_fraction)
+    except UserError:
+        scan.journal.unlink()  # repairing the records changes the files, whose journal would then be another run's
+        raise
 
 
 def write_statistics(output: Path, stats: dict, drawn: dict[str, dict], kind: str) -> str:

@@ -6,14 +6,16 @@ A run is described by one flat YAML file with the keys of `LongQLoRAArguments` b
 """
 
 import argparse
+import ast
 import dataclasses
+import importlib.util
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
 
-from component.error import UserError
+from component.error import UserError, nearest
 from component.train.yaml_file import parse_yaml, read_yaml
 
 if typing.TYPE_CHECKING:
@@ -110,13 +112,65 @@ class LongQLoRAArguments:
         return [name.strip() for name in names if name.strip()]
 
 
+# Keys of transformers 4's TrainingArguments that 5 no longer has -> what to write instead.
+REMOVED = {
+    "adafactor": "write optim: adafactor",
+    "dispatch_batches": "write it inside accelerator_config",
+    "evaluation_strategy": "write eval_strategy",
+    "fsdp_min_num_params": "leave it out",
+    "fsdp_transformer_layer_cls_to_wrap": "leave it out",
+    "group_by_length": "write train_sampling_strategy: group_by_length",
+    "include_inputs_for_metrics": "leave it out",
+    "include_tokens_per_second": "leave it out; every log line has tokens per second",
+    "jit_mode_eval": "leave it out",
+    "logging_dir": "set the environment variable TENSORBOARD_LOGGING_DIR",
+    "mp_parameters": "leave it out",
+    "no_cuda": "write use_cpu",
+    "past_index": "leave it out",
+    "per_gpu_eval_batch_size": "write per_device_eval_batch_size",
+    "per_gpu_train_batch_size": "write per_device_train_batch_size",
+    "push_to_hub_model_id": "write hub_model_id",
+    "push_to_hub_organization": "write hub_model_id: ORGANIZATION/NAME",
+    "push_to_hub_token": "write hub_token",
+    "ray_scope": "leave it out",
+    "save_safetensors": "leave it out; adapters are always safetensors",
+    "sharded_ddp": "use deepspeed",
+    "split_batches": "write it inside accelerator_config",
+    "torchdynamo": "write torch_compile_backend",
+    "tpu_metrics_debug": "leave it out",
+    "tpu_num_cores": "leave it out",
+    "use_ipex": "leave it out",
+    "use_mps_device": "leave it out",
+    "warmup_ratio": "write warmup_steps: a number below 1 is a share of the steps",
+    **dict.fromkeys(["fp16_backend", "half_precision_backend", "fp16_opt_level"], "leave it out; fp16: true suffices"),
+}
+
+
+def unknown_key(key: str, known: typing.Iterable[str]) -> str:
+    return f"transformers 5 removed it; {REMOVED[key]}" if key in REMOVED else f"unknown key{nearest(key, known)}"
+
+
+def trainer_keys() -> set[str]:
+    """The fields of transformers.TrainingArguments, read from its source: the import would take seconds."""
+    package = importlib.util.find_spec("transformers")
+    assert package is not None
+    assert package.origin is not None
+    tree = ast.parse((Path(package.origin).parent / "training_args.py").read_text(encoding="utf-8"))
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments"]
+    fields = [node.target for node in classes[0].body if isinstance(node, ast.AnnAssign)]
+    return {target.id for target in fields if isinstance(target, ast.Name)}
+
+
 def read_command_line(argv: list[str]) -> tuple[str, dict[str, typing.Any]]:
-    """The YAML file that the command line names, and its keys and values with the overrides; nothing is checked yet.
+    """The YAML file that the command line names, and its keys and values with the overrides; values are not checked.
 
     Raises:
-        UserError: no such file, not YAML, or an override without a key or a value.
+        UserError: no such file, not YAML, or overrides without a value or of no known key.
     """
     file, overrides = _parse_command_line(argv)
+    known = trainer_keys() | {item.name for item in dataclasses.fields(LongQLoRAArguments)} if overrides else set()
+    if problems := [f"--{key}: {unknown_key(key, known)}" for key in overrides if key not in known]:
+        raise UserError("; ".join(problems))
     return file, {**read_yaml(file), **overrides}
 
 

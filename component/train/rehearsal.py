@@ -90,6 +90,8 @@ def explained_settings(arguments: TrainingArguments, *keys: str) -> Iterator[Non
 
 def _mentioned(arguments: TrainingArguments, message: str) -> list[str]:
     """The keys that were set and whose name, or else value, is a word of the message."""
+    if arguments.deepspeed and re.match(r"\d+ validation errors? for DeepSpeed", message):  # pydantic's
+        return ["deepspeed"]
     changed, words = _changed(arguments), re.findall(r"\w+", message)
     by_name = [key for key in changed if "_" in key and key in words]  # a name of one word may be there by chance
     values = {key: getattr(arguments, key) for key in changed}

@@ -6,43 +6,10 @@ import typing
 import torch
 from transformers import TrainingArguments
 
-from component.error import UserError, nearest
-from component.train.argument import LongQLoRAArguments, read_command_line
+from component.error import UserError
+from component.train.argument import LongQLoRAArguments, read_command_line, unknown_key
 from component.train.validation import validate
 from component.train.yaml_file import parse_value
-
-# Keys of transformers 4's TrainingArguments that 5 no longer has -> what to write instead.
-REMOVED = {
-    "adafactor": "write optim: adafactor",
-    "dispatch_batches": "write it inside accelerator_config",
-    "evaluation_strategy": "write eval_strategy",
-    "fsdp_min_num_params": "leave it out",
-    "fsdp_transformer_layer_cls_to_wrap": "leave it out",
-    "group_by_length": "write train_sampling_strategy: group_by_length",
-    "include_inputs_for_metrics": "leave it out",
-    "include_tokens_per_second": "leave it out; every log line has tokens per second",
-    "jit_mode_eval": "leave it out",
-    "logging_dir": "set the environment variable TENSORBOARD_LOGGING_DIR",
-    "mp_parameters": "leave it out",
-    "no_cuda": "write use_cpu",
-    "past_index": "leave it out",
-    "per_gpu_eval_batch_size": "write per_device_eval_batch_size",
-    "per_gpu_train_batch_size": "write per_device_train_batch_size",
-    "push_to_hub_model_id": "write hub_model_id",
-    "push_to_hub_organization": "write hub_model_id: ORGANIZATION/NAME",
-    "push_to_hub_token": "write hub_token",
-    "ray_scope": "leave it out",
-    "save_safetensors": "leave it out; adapters are always safetensors",
-    "sharded_ddp": "use deepspeed",
-    "split_batches": "write it inside accelerator_config",
-    "torchdynamo": "write torch_compile_backend",
-    "tpu_metrics_debug": "leave it out",
-    "tpu_num_cores": "leave it out",
-    "use_ipex": "leave it out",
-    "use_mps_device": "leave it out",
-    "warmup_ratio": "write warmup_steps: a number below 1 is a share of the steps",
-    **dict.fromkeys(["fp16_backend", "half_precision_backend", "fp16_opt_level"], "leave it out; fp16: true suffices"),
-}
 
 
 def parse_arguments(argv: list[str]) -> tuple[LongQLoRAArguments, TrainingArguments]:
@@ -60,7 +27,7 @@ def parse_arguments(argv: list[str]) -> tuple[LongQLoRAArguments, TrainingArgume
         try:
             typed[key] = parse_value(value, known[key])
         except KeyError:
-            problems.append(f"{key}: {_unknown(str(key), known)}")
+            problems.append(f"{key}: {unknown_key(str(key), known)}")
         except ValueError as error:
             problems.append(f"{key}: {error}")
     for item in dataclasses.fields(LongQLoRAArguments):
@@ -71,10 +38,6 @@ def parse_arguments(argv: list[str]) -> tuple[LongQLoRAArguments, TrainingArgume
         raise UserError(f"{file} has problems:\n" + "\n".join(f"  - {problem}" for problem in problems))
     args = LongQLoRAArguments(**{key: value for key, value in typed.items() if key in ours})
     return args, _training_arguments(file, {key: value for key, value in typed.items() if key not in ours})
-
-
-def _unknown(key: str, known: typing.Iterable[str]) -> str:
-    return f"transformers 5 removed it; {REMOVED[key]}" if key in REMOVED else f"unknown key{nearest(key, known)}"
 
 
 def _training_arguments(file: str, values: dict) -> TrainingArguments:

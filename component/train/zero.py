@@ -35,14 +35,20 @@ def bad_strategy(values: dict) -> list[str]:
     if config is None and _is_set("ACCELERATE_USE_DEEPSPEED"):
         return [f"deepspeed: enabled by accelerate's configuration but not by this key; {cure}"]
     if config is None or isinstance(config, dict):
-        return []
+        return _bad_stage(config or {})
     if not Path(config).is_file():
         return [f"deepspeed: there is no file {config}; train_args/deepspeed/ has three"]
     try:
         content = json.loads(Path(config).read_text(encoding="utf-8"))
     except ValueError as error:
         return [f"deepspeed: {config} is not JSON: {error}"]
-    return [] if isinstance(content, dict) else [f"deepspeed: {config} is not a JSON object {{...}}"]
+    return _bad_stage(content) if isinstance(content, dict) else [f"deepspeed: {config} is not a JSON object {{...}}"]
+
+
+def _bad_stage(config: dict) -> list[str]:
+    zero = config.get("zero_optimization", {})
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else zero
+    return [] if stage in (0, 1, 2, 3) else [f"deepspeed: zero_optimization has stage {stage!r}; use 0, 1, 2 or 3"]
 
 
 def _is_set(variable: str) -> bool:

@@ -17,10 +17,21 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from component.cli import exit_on_user_error, new_parser, parsed_first
+
+
+@parsed_first
+def parse_flags() -> argparse.Namespace:
+    parser = new_parser(__doc__)
+    parser.add_argument("--work", type=Path, required=True, help="folder for data and runs")
+    parser.add_argument("--steps", type=int, default=1000, help="of each run (1000)")
+    parser.add_argument("--output_json", type=Path, required=True, help="file for the results")
+    return parser.parse_args()
+
+
 import psutil
 import torch
 
-from component.cli import exit_on_user_error, new_parser
 from component.storage.claim import held_result
 from component.storage.result import library_versions, write_json
 from script.shared.program import read_training
@@ -50,11 +61,7 @@ def host_gib(process: psutil.Process) -> float:
 
 @exit_on_user_error
 def main() -> None:
-    parser = new_parser(__doc__)
-    parser.add_argument("--work", type=Path, required=True, help="folder for data and runs")
-    parser.add_argument("--steps", type=int, default=1000, help="of each run (1000)")
-    parser.add_argument("--output_json", type=Path, required=True, help="file for the results")
-    flags = parser.parse_args()
+    flags = parse_flags()
     with held_result(flags.output_json):
         measure(flags)
 

@@ -6,9 +6,10 @@ import sys
 import time
 
 import pytest
+from transformers import TrainingArguments
 
 from component.error import UserError
-from component.train.argument import LongQLoRAArguments, read_command_line
+from component.train.argument import LongQLoRAArguments, read_command_line, trainer_keys
 from tests.conftest import ROOT
 
 
@@ -28,6 +29,10 @@ def test_the_command_line_overrides_the_yaml(tmp_path):
     assert read_command_line(words) == (str(file), {"sft": True, "learning_rate": 2e-5, "packing": True})
 
 
+def test_the_keys_of_the_trainer_are_those_of_its_class():
+    assert trainer_keys() == {field.name for field in dataclasses.fields(TrainingArguments)}
+
+
 WRONG = {
     "missing": (["--train_args_file", "missing.yaml"], "there is no file missing.yaml"),
     "no YAML": (["--train_args_file", "bad.yaml"], "bad.yaml is not YAML"),
@@ -35,6 +40,7 @@ WRONG = {
     "no lines": (["--train_args_file", "list.yaml"], "holds no 'key: value' lines"),
     "folder": (["--train_args_file", "."], "there is no file ."),
     "not UTF-8": (["--train_args_file", "latin.yaml"], "latin.yaml is not YAML"),
+    "unknown flag": (["--train_args_file", "good.yaml", "--lora_rnak", "8"], "did you mean lora_rank"),
     "no value": (["--train_args_file", "good.yaml", "--seed"], "--seed: no value"),
 }
 

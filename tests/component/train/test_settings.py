@@ -13,7 +13,8 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy, Scheduler
 from transformers.training_args import OptimizerNames
 
 from component.error import UserError
-from component.train.settings import REMOVED, parse_arguments
+from component.train.argument import REMOVED
+from component.train.settings import parse_arguments
 from tests.conftest import ROOT
 
 MINIMAL = {

@@ -134,3 +134,9 @@ def test_k21_numbers_beyond_any_size():
     problems = validate(RIGHT | {"max_seq_length": 10**400, "model_max_length": 10**400, "lora_rank": 2**53})
     cure = f"1{'0' * 19}...; use a number below 2**53"
     assert problems == [f"max_seq_length: {cure}", f"model_max_length: {cure}"]
+
+
+def test_k13_a_stage_that_zero_does_not_have():
+    wrong = {"deepspeed": {"zero_optimization": {"stage": 9}}}
+    assert validate(RIGHT | wrong) == ["deepspeed: zero_optimization has stage 9; use 0, 1, 2 or 3"]
+    assert validate(RIGHT | {"deepspeed": {"zero_optimization": {"stage": 3}}}) == []

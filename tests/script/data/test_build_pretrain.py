@@ -289,6 +289,16 @@ def test_too_many_bad_lines(build, sources, tmp_path):
     assert not (tmp_path / "out.jsonl").exists()
 
 
+def test_k20_bad_lines_can_be_repaired(build, sources, tmp_path):
+    """Also with another flag: a journal of the lines as they were would be in the way."""
+    assert build(*sources, max_bad_fraction=0.05).status == 1
+    assert not list(tmp_path.glob("*.journal"))
+    file = tmp_path / "in" / "2.jsonl.gz"
+    lines = gzip.decompress(file.read_bytes()).replace(b'"txt"', b'"text"')
+    file.write_bytes(gzip.compress(lines))
+    assert build(*sources, max_bad_fraction=0, max_tokens=11).status == 0
+
+
 def test_no_text_that_fits(build, sources):
     refused_by_us(
         build(*sources, min_tokens=1000, max_tokens=2000), "no text of 1,000 to 2,000 tokens", "--min_tokens"
