@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "merge": "adapter config loading loss model rope storage",
     "inference": "checkpoint cli data loading rope storage",
     "evaluate": "cli data distributed inference loading loss rope storage tokenizer",
-    "train": "adapter attention checkpoint data distributed loss memory model rope storage",
+    "train": "adapter attention checkpoint cli data distributed loss memory model rope storage",
 }
 LOSS_IMPORTS = "component.data"
 # What a package must not import indirectly either.

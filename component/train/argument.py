@@ -15,6 +15,7 @@ from pathlib import Path
 
 import yaml
 
+from component.cli import QUIET
 from component.error import UserError, nearest
 from component.train.yaml_file import parse_yaml, read_yaml
 
@@ -184,6 +185,7 @@ def _parse_command_line(argv: list[str]) -> tuple[str, dict]:
     )
     parser.add_argument("--train_args_file", default=DEFAULT_FILE, help=f"YAML file (default {DEFAULT_FILE})")
     parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher")
+    parser.add_argument("--quiet", **QUIET)
     known, rest = parser.parse_known_args(argv)
     overrides = {}
     while rest:

@@ -1,9 +1,12 @@
 """What a user can set: --help, and the values of a YAML with those of the command line, before any check."""
 
 import dataclasses
+import io
+import logging
 import subprocess
 import sys
 import time
+import warnings
 
 import pytest
 from transformers import TrainingArguments
@@ -20,6 +23,22 @@ def test_help_lists_every_key_of_ours(capsys):
     text = capsys.readouterr().out
     for item in dataclasses.fields(LongQLoRAArguments):
         assert item.name in text
+
+
+def test_quiet_is_no_override(tmp_path, monkeypatch):
+    """And from there on, nothing but errors reaches standard error."""
+    file, errors = tmp_path / "run.yaml", io.StringIO()
+    file.write_text("sft: true\n")
+    monkeypatch.setattr(sys, "stderr", errors)
+    try:
+        with warnings.catch_warnings():
+            words = ["--quiet", "--train_args_file", str(file), "--packing", "true"]
+            assert read_command_line(words) == (str(file), {"sft": True, "packing": True})
+            print("50 %", file=sys.stderr)
+            warnings.warn("deprecated", stacklevel=1)
+    finally:
+        logging.disable(logging.NOTSET)
+    assert errors.getvalue() == ""
 
 
 def test_the_command_line_overrides_the_yaml(tmp_path):
