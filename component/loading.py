@@ -38,12 +38,13 @@ def free_memory() -> None:
 def recorded_template(tokenizer: PreTrainedTokenizerBase) -> str:
     """The chat template of the training run, from the record beside the tokenizer.
 
-    Models of others have no record: their own chat template if they have one, else `vicuna`.
+    Models of others, and those trained on texts, have none there: their own if they have one, else `vicuna`.
     """
+    own = "tokenizer" if tokenizer.chat_template else "vicuna"
     record = read_record(tokenizer.name_or_path)
     if record is None:
-        return "tokenizer" if tokenizer.chat_template else "vicuna"
-    return record.get("template") or "vicuna"
+        return own
+    return record.get("template", "vicuna") or own  # early records lack it: then there was no other
 
 
 def end_ids(model: PreTrainedModel) -> list[int]:

@@ -35,6 +35,8 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--overwrite", action="store_true", help="replace an existing merged model")
     check = "compare logits with the adapter on its base: if memory allows it (auto), or of an existing model (only)"
     parser.add_argument("--check", nargs="?", const="yes", default="auto", choices=CHECKS, help=check)
+    renew = "rewrite config.json of an existing merged model as other engines need it; no weights are touched"
+    parser.add_argument("--renew_config", action="store_true", help=renew)
     measure = ".bin file of token ids: perplexity of the adapter on its base and of both kinds of merge"
     parser.add_argument("--measure", metavar="FILE.bin", help=measure)
     parser.add_argument("--seq_len", type=int, help="tokens per window of --measure (default: the extended context)")
@@ -54,11 +56,20 @@ from component.evaluate.table import comparison
 from component.loading import extended_config_of, load_model, resolve_model
 from component.merge.check import check_merged, lengths_to_check
 from component.merge.plan import plan_merge
+from component.merge.serving import problems_elsewhere, renew_config
 from component.merge.write import variants_on_disk, write_merged
+from component.model import load_config
 from component.rope import context_length, rope_factor
 from component.storage.atomic import atomic_folder, check_target
+from component.storage.claim import claimed
 from component.storage.tensor_writer import shard_bytes
 from component.tokenizer import load_tokenizer, save_tokenizer
+
+VICUNA = Path(__file__).resolve().parent / "inference/vicuna.jinja"
+FROZEN = (
+    "dynamic positions are frozen as they are for {} tokens, which every engine computes alike; "
+    "texts much shorter than that are predicted slightly worse"
+)
 
 
 def measured_tokens(flags: argparse.Namespace, config: PretrainedConfig) -> tuple[np.ndarray, int]:
@@ -100,11 +111,32 @@ def flags_to_check(flags: argparse.Namespace, adapter: Path, target: Path) -> st
     return shlex.join(word for name, value in given.items() if value for word in (f"--{name}", str(value)))
 
 
+def tell_problems_elsewhere(target: Path) -> None:
+    if problems := problems_elsewhere(target, load_config(str(target), "save_path")):
+        cure = f"python script/merge_lora.py --save_path {target} --renew_config"
+        print(f"{target}: in other engines: {'; '.join(problems)}; to renew its config: {cure}", file=sys.stderr)
+
+
+def renew(target: Path) -> None:
+    check_replaceable(target, "--save_path")
+    config, record = load_config(str(target), "save_path"), read_record(target)
+    problems = problems_elsewhere(target, config)
+    with claimed({"--save_path": [target / "config.json"]}, {}, overwrite=True):
+        renew_config(target, config)
+        if record is not None:
+            write_record(target, record)  # it has the sizes of all files
+    print(f"{target}: {'; '.join(problems) or 'nothing was wrong'}; config renewed, weights untouched")
+
+
 @exit_on_user_error
 def main() -> None:
     flags = parse_flags()
+    if flags.renew_config and flags.save_path:
+        return renew(Path(flags.save_path))
     adapter = Path(flags.adapter_name_or_path) if flags.adapter_name_or_path else newest_run()
     target = Path(flags.save_path) if flags.save_path else merged_folder(adapter)
+    if flags.renew_config:
+        return renew(target)
     base, source, is_ours, _ = resolve_model(flags.model_name_or_path, str(adapter))
     check_flags(flags, target, base, adapter)
     max_shard_bytes = shard_bytes(flags.max_shard_size)
@@ -126,9 +158,14 @@ def main() -> None:
         check_merged(load_adapted[flags.base], partial(load_model, str(folder)), tokenizer, plan, lengths, device)
 
     if flags.check == "only":
+        tell_problems_elsewhere(target)
         return check(target)
     print(f"merging {adapter} into {target}", file=sys.stderr, flush=True)
     record = read_record(adapter)
+    if record and record.get("template") == "vicuna":
+        tokenizer.chat_template = VICUNA.read_text(encoding="utf-8")  # servers ask as training did
+    if config.rope_parameters["rope_type"] == "dynamic":
+        print(FROZEN.format(context_length(config)), file=sys.stderr, flush=True)
     with atomic_folder(target, flags.overwrite) as folder:
         save_tokenizer(folder, tokenizer, (source, base))
         write_merged(folder, plan, max_shard_bytes=max_shard_bytes)

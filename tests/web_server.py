@@ -44,6 +44,7 @@ def served(folder: Path, *more: str) -> Iterator[str]:
         [sys.executable, str(ROOT / WEB), *map(str, words)],
         stderr=log,
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TMPDIR": str(folder / "uploads")},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # else ignored if a shell's & began the tests
     )
     try:
         wait(lambda: "listening" in (folder / "log").read_text() or server.poll() is not None, 120)

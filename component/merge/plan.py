@@ -19,6 +19,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from component.adapter import find_adapter, fit_adapter, match_extras
 from component.config import read_generation_config
 from component.error import UserError
+from component.merge.serving import served_config
 from component.model import stored_quantization, without_weights
 from component.storage.tensor_reader import TensorRef, model_tensors, tensors_in
 
@@ -83,7 +84,7 @@ def plan_merge(
             "name the 16-bit model that they were made from with --model_name_or_path"
         )
     model = without_weights(config)
-    merged = model.config
+    merged = served_config(model.config)
     merged.dtype, merged.use_cache, merged.architectures = dtype, True, [type(model).__name__]
     tensors = _base_tensors(base, model)
     quantized = _linear_weights(model) if base_weights == "nf4" else set()

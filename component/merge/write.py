@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from component.error import UserError
 from component.merge.plan import MergePlan, TensorUpdate
+from component.merge.serving import add_legacy_keys
 from component.storage.tensor_reader import is_finite
 from component.storage.tensor_writer import write_model
 
@@ -51,6 +52,7 @@ def write_merged(folder: Path, plan: MergePlan, *, max_shard_bytes: int = 5 * 10
     plan.config.save_pretrained(folder)
     if plan.generation_config is not None:
         plan.generation_config.save_pretrained(folder)
+    add_legacy_keys(folder)
     scratches = itertools.cycle([Scratch(), Scratch()])  # double buffering: one is written while the other is filled
     following = dict(itertools.pairwise(plan.tensors))
 

@@ -183,7 +183,9 @@ def test_a_plain_model(base_folder, ids):
     assert logits(in_4bit, ids).isfinite().all()
 
 
-@pytest.mark.parametrize(("recorded", "expected"), [(None, "vicuna"), ("tokenizer", "tokenizer")])
+@pytest.mark.parametrize(
+    ("recorded", "expected"), [({"template": None}, "tokenizer"), ({"template": "vicuna"}, "vicuna"), ({}, "vicuna")]
+)
 def test_the_template_of_a_model(recorded, expected, base_folder, tmp_path):
     """K2c: a plain chat model with a template of its own was asked in Vicuna's format."""
     tokenizer = AutoTokenizer.from_pretrained(base_folder)
@@ -191,7 +193,7 @@ def test_the_template_of_a_model(recorded, expected, base_folder, tmp_path):
     tokenizer.chat_template = "{{ messages[0].content }}"
     assert recorded_template(tokenizer) == "tokenizer"
     tokenizer.save_pretrained(tmp_path)
-    record = {"base_model": "b", "rope_type": "linear", "rope_factor": 2.0, "template": recorded, "files": {}}
+    record = {"base_model": "b", "rope_type": "linear", "rope_factor": 2.0, "files": {}} | recorded
     (tmp_path / "longqlora.json").write_text(json.dumps(record))
     assert recorded_template(AutoTokenizer.from_pretrained(tmp_path)) == expected
 

@@ -202,6 +202,11 @@ def test_config_is_the_extended_one(cases, name):
     merged, extended = (
         json.loads((folder / "config.json").read_text()) for folder in (cases[name].merged, cases[name].adapter)
     )
+    scaling = {key: value for key, value in extended["rope_parameters"].items() if key != "rope_theta"}
+    assert merged.pop("rope_scaling") == scaling  # read by transformers 4
+    assert merged.pop("rope_theta") == extended["rope_parameters"]["rope_theta"]
+    if name == "yarn":
+        assert merged.pop("max_position_embeddings") == 4 * extended.pop("max_position_embeddings")
     assert merged == extended
     assert merged["rope_parameters"]["factor"] == 4.0
     assert merged["use_cache"]
@@ -624,3 +629,25 @@ def test_flags_are_refused_before_anything_is_merged(wide, tmp_path, monkeypatch
     assert merge("--adapter_name_or_path", wide, "--save_path", tmp_path / "merged", *words) == 1
     assert part in capsys.readouterr().err.splitlines()[-1]
     assert [file.name for file in tmp_path.iterdir()] == ["few.bin"]
+
+
+def test_an_earlier_merge_is_renewed(cases, tmp_path, run_program):
+    """--check only tells what other engines read wrongly; --renew_config cures it, and leaves the weights alone."""
+    old = shutil.copytree(cases["yarn"].merged, tmp_path / "old")
+    config = json.loads((old / "config.json").read_text())
+    config["max_position_embeddings"] //= 4
+    del config["rope_theta"], config["rope_scaling"]
+    (old / "config.json").write_text(json.dumps(config))
+    write_record(old, json.loads((old / "longqlora.json").read_text()))
+    weights = (old / "model.safetensors").read_bytes()
+    words = ["--adapter_name_or_path", cases["yarn"].adapter, "--save_path", old]
+    outcome = run_program("script/merge_lora.py", *words, "--check", "only")
+    assert outcome.status == 0, outcome.err
+    assert "in other engines: max_position_embeddings is" in outcome.err
+    assert f"--save_path {old} --renew_config" in outcome.err
+    assert run_program("script/merge_lora.py", "--save_path", old, "--renew_config").status == 0
+    assert (old / "config.json").read_text() == (cases["yarn"].merged / "config.json").read_text()
+    assert (old / "model.safetensors").read_bytes() == weights
+    again = run_program("script/merge_lora.py", *words, "--check", "only")
+    assert again.status == 0, again.err  # its record has the new sizes
+    assert "in other engines" not in again.err
