@@ -4,8 +4,8 @@
     python script/merge_lora.py --adapter_name_or_path output/RUN --save_path MODEL --dtype bfloat16
     python script/merge_lora.py --adapter_name_or_path output/RUN --save_path MODEL --check only
 
-Tensors are read, changed and written one at a time. Where memory allows it, the result's logits are compared with
-those of the adapter on its base.
+Tensors are read, changed and written one at a time. Then the result is compared with the adapter on its base, also a
+tensor at a time.
 """
 
 import argparse
@@ -33,7 +33,9 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--base", default="fp16", choices=BASES, help=nf4)
     parser.add_argument("--max_shard_size", default="5GB", help="size of a weight file (default 5GB)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing merged model")
-    check = "compare logits with the adapter on its base: if memory allows it (auto), or of an existing model (only)"
+    check = (
+        "compare with the adapter on its base, tensor by tensor (auto, yes), or not (no), or an existing model (only)"
+    )
     parser.add_argument("--check", nargs="?", const="yes", default="auto", choices=CHECKS, help=check)
     renew = "rewrite config.json of an existing merged model as other engines need it; no weights are touched"
     parser.add_argument("--renew_config", action="store_true", help=renew)
@@ -54,9 +56,9 @@ from component.error import UserError
 from component.evaluate.perplexity import check_measure, longlora_windows, measure_all
 from component.evaluate.table import comparison
 from component.loading import extended_config_of, load_model, resolve_model
-from component.merge.check import check_merged, lengths_to_check
+from component.merge.check import check_merged
 from component.merge.plan import plan_merge
-from component.merge.serving import problems_elsewhere, renew_config
+from component.merge.serving import problems_elsewhere, renew_config, served_config
 from component.merge.write import variants_on_disk, write_merged
 from component.model import load_config
 from component.rope import context_length, rope_factor
@@ -152,14 +154,18 @@ def main() -> None:
         kind: partial(load_model, base, str(adapter), context_size=flags.context_size, load_in_4bit=kind == "nf4")
         for kind in kinds
     }
-    lengths, device = lengths_to_check(plan, flags.check, flags_to_check(flags, adapter, target))
-
-    def check(folder: Path) -> None:
-        check_merged(load_adapted[flags.base], partial(load_model, str(folder)), tokenizer, plan, lengths, device)
+    later = (
+        f"on a larger machine run: python script/merge_lora.py {flags_to_check(flags, adapter, target)} --check only"
+    )
+    check = partial(
+        check_merged, plan=plan, adapter=str(adapter), config=served_config(config), tokenizer=tokenizer,
+        load_adapted=load_adapted[flags.base], hint_if_skipped=later if flags.check == "auto" else None,
+    )  # fmt: skip
 
     if flags.check == "only":
         tell_problems_elsewhere(target)
-        return check(target)
+        check(target)
+        return
     print(f"merging {adapter} into {target}", file=sys.stderr, flush=True)
     record = read_record(adapter)
     if record and record.get("template") == "vicuna":
@@ -169,7 +175,8 @@ def main() -> None:
     with atomic_folder(target, flags.overwrite) as folder:
         save_tokenizer(folder, tokenizer, (source, base))
         write_merged(folder, plan, max_shard_bytes=max_shard_bytes)
-        check(folder)
+        if flags.check != "no":
+            check(folder)
         if tokens is not None:
             with variants_on_disk(folder, plans, flags.base) as merged:
                 models = {f"adapter on {kind}": load for kind, load in load_adapted.items()}

@@ -1,40 +1,46 @@
-"""Does a merged model equal the adapter on its base? Compares their logits on a fixed text.
+"""Does a merged model equal the adapter on its base? Compares each tensor, the hidden states and the logits.
 
 They differ only by rounding: the merge rounds the sum of weight and adapter once to the dtype of the result (relative
-error 2^-11 in fp16, 2^-8 in bf16), while the unmerged model keeps the two apart.
+error of at most 2^-11 in fp16, 2^-8 in bf16), while the unmerged model keeps the two apart.
 """
 
 import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import psutil
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from component.error import UserError
-from component.loading import default_device, free_memory, inference_dtype
-from component.loss import chunked_logits
+from component.loading import default_device, free_memory, inference_dtype, load_model
+from component.merge.pair import Difference
 from component.merge.plan import MergePlan
+from component.merge.stream import BOUNDS, HIDDEN, can_stream, run_both
 from component.rope import context_length
+from component.storage.tensor_reader import model_tensors
 
-SHORT = 64  # tokens
+TOKENS = 64  # at the start of the context, and at its end
 TEXT = (
     "A model that was trained on short texts has never seen the positions of a long one. When all positions are "
     "pressed together until they fit, it has to learn to tell neighbours apart that stand closer than before. 1, 2, "
     "3, and so on: every number comes after the one that it comes after. "
 )
-# mean logit difference as a share of the logits' standard deviation; a missing norm or matrix exceeds it by far
-BOUNDS = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 8e-2}
-CPU_FLOPS_LIMIT = 5e13  # of both models per length, for `auto` on a CPU: some minutes on two cores
+CURE = (
+    "compare it with the adapter and --base that it was merged from, or merge again; if they still differ, merge with "
+    "PEFT and report the problem"
+)
 
 
 @dataclass
 class Agreement:
-    """Difference between the logits of two models on `tokens` tokens."""
+    """Difference between the logits of two models at some positions."""
 
-    tokens: int
+    first: int  # position
+    last: int
     largest: float
     mean: float
     spread: float  # standard deviation of the first model's logits
@@ -42,109 +48,131 @@ class Agreement:
 
     def __str__(self) -> str:
         return (
-            f"{self.tokens:>7} tokens: logits differ by {self.largest:.2g} at most and {self.mean:.2g} on average "
-            f"({self.mean / self.spread:.2%} of their standard deviation); same top-1 token at {self.same_argmax:.2%}"
+            f"positions {self.first} to {self.last}: logits differ by {self.largest:.2g} at most and {self.mean:.2g} "
+            f"on average ({self.mean / self.spread:.2%} of their standard deviation); same top-1 token at "
+            f"{self.same_argmax:.2%}"
         )
 
 
-@torch.no_grad()
-def agreement(first: PreTrainedModel, second: PreTrainedModel, ids: torch.Tensor) -> Agreement:
-    """Compare two models on one device on `ids` (1, T), a chunk of logits at a time."""
-    largest, gaps, same, count = 0.0, 0.0, 0, 0
-    total = square = 0.0
-    for ours, theirs in zip(chunked_logits(first, ids), chunked_logits(second, ids), strict=True):
-        gap = (ours - theirs).abs()
-        if not gap.isfinite().all():
-            return Agreement(ids.shape[1], math.inf, math.inf, 1.0, 0.0)
-        largest, gaps = max(largest, float(gap.max())), gaps + float(gap.double().sum())
-        same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
-        total, square = total + float(ours.double().sum()), square + float(ours.double().square().sum())
-        count += gap.numel()
-    spread = math.sqrt(max(square / count - (total / count) ** 2, 1e-30))
-    return Agreement(ids.shape[1], largest, gaps / count, spread, same / ids.shape[1])
+def agreement(ours: torch.Tensor, theirs: torch.Tensor, positions: torch.Tensor) -> Agreement:
+    """Compare the logits (T, V) of two models at `positions` (T,)."""
+    gap = (theirs - ours).float().abs()
+    first, last = int(positions[0]), int(positions[-1])
+    if not gap.isfinite().all():
+        return Agreement(first, last, math.inf, math.inf, 1.0, 0.0)
+    spread = max(float(ours.float().std(correction=0)), 1e-15)
+    same = float((ours.argmax(-1) == theirs.argmax(-1)).float().mean())
+    return Agreement(first, last, float(gap.max()), float(gap.mean()), spread, same)
 
 
-def fixed_ids(tokenizer: PreTrainedTokenizerBase, tokens: int) -> torch.Tensor:
-    """(1, tokens): a fixed text, repeated as often as needed."""
+def fixed_input(tokenizer: PreTrainedTokenizerBase, context: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and positions (places, T) of a fixed text at the start and at the end of a context of `context` tokens."""
+    tokens = min(TOKENS, context)
+    starts = sorted({0, context - tokens})
     ids: list[int] = tokenizer(TEXT).input_ids
-    return torch.tensor([(ids * math.ceil(tokens / len(ids)))[:tokens]])
-
-
-def _needed_bytes(plan: MergePlan, tokens: int, dtype: torch.dtype) -> float:
-    """Upper estimate for both models and their activations on `tokens` tokens."""
-    config = plan.config
-    wide = 8 * config.hidden_size + 4 * config.intermediate_size
-    return 1.1 * dtype.itemsize * (2 * plan.parameters + tokens * wide) + 3 * 4 * min(tokens, 1024) * config.vocab_size
-
-
-def device_for_check(plan: MergePlan, tokens: int) -> torch.device | None:
-    """The GPU or else the CPU, whichever holds both models at the same time; None if neither does."""
-    device = default_device()
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info()
-        if _needed_bytes(plan, tokens, inference_dtype(device)) < free:
-            return device
-    cpu = torch.device("cpu")
-    return cpu if _needed_bytes(plan, tokens, torch.float32) < psutil.virtual_memory().available else None
-
-
-def lengths_to_check(plan: MergePlan, check: str, flags: str) -> tuple[list[int], torch.device]:
-    """The text lengths to check (short, and the extended context) and the device; prints what is skipped.
-
-    Args:
-        check: one of `CHECKS`.
-        flags: of the command that checks this merge later, to be printed.
-    """
-    longest = context_length(plan.config)
-    lengths = sorted({min(SHORT, longest), longest})
-    chosen = [] if check == "no" else lengths
-    device = device_for_check(plan, longest)
-    later = f"python script/merge_lora.py {flags} --check only"
-    if check == "auto" and device is None:
-        needed, free = _needed_bytes(plan, longest, torch.float32), psutil.virtual_memory().available
-        print(
-            f"not checked against the adapter: the check needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB "
-            f"are free; on a larger machine run: {later}",
-            file=sys.stderr,
-        )
-        chosen = []
-    elif check == "auto" and device is not None and device.type == "cpu":
-        chosen = [length for length in lengths if 2 * 2 * plan.parameters * length < CPU_FLOPS_LIMIT]
-        for length in lengths[len(chosen) :]:
-            print(f"not checked at {length} tokens, which is slow without a GPU; to check: {later}", file=sys.stderr)
-    return chosen, device or default_device()
+    size = tokens * len(starts)
+    text = torch.tensor((ids * math.ceil(size / len(ids)))[:size]).reshape(len(starts), tokens)
+    return text, torch.tensor(starts)[:, None] + torch.arange(tokens)
 
 
 def check_merged(
-    load_adapted: Callable[..., PreTrainedModel],
-    load_merged: Callable[..., PreTrainedModel],
-    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
     plan: MergePlan,
-    lengths: list[int],
-    device: torch.device,
+    adapter: str,
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    load_adapted: Callable[..., PreTrainedModel],
+    *,
+    hint_if_skipped: str | None = None,
 ) -> list[Agreement]:
-    """Compare a merged model with the adapter on its base at each of `lengths` tokens, and print the differences.
+    """Compare the merged model in `folder` with the adapter on its base, and print the differences.
+
+    Args:
+        config: the base's, extended.
+        load_adapted: loads the whole adapter on its base, for models that cannot be run a tensor at a time.
+        hint_if_skipped: such a model is not compared if memory is short; what is printed then.
 
     Raises:
         UserError: they differ by more than rounding.
     """
-    if not lengths:
-        return []
-    dtype = inference_dtype(device)
-    adapted, merged = load_adapted(dtype=dtype, device=device), load_merged(dtype=dtype, device=device)
-    bound = max(BOUNDS[dtype], BOUNDS[plan.dtype])
-    found = []
-    print(f"merged model and adapter on its base compared in {str(dtype).removeprefix('torch.')} on {device.type}:")
-    for length in lengths:
-        found.append(agreement(adapted, merged, fixed_ids(tokenizer, length).to(device)))
-        print(found[-1], flush=True)
-    del adapted, merged
+    ids, positions = fixed_input(tokenizer, context_length(config))
+    bound = max(BOUNDS.get(stored.dtype, 0.0) for stored in model_tensors(str(folder), "save_path").values())
+    found: dict[str, Difference] = {}
+    if can_stream(config):
+        device = _device(plan, ids.numel())
+        found, ours, theirs = run_both(folder, plan, adapter, config, ids.to(device), positions.to(device), bound)
+        print(
+            f"merged model and adapter on its base compared in float32 on {device.type}; largest relative difference:"
+        )
+        print(_by_kind(found))
+    else:
+        device = default_device()
+        print(f"model type {config.model_type!r} cannot be compared a tensor at a time; whole models are loaded")
+        if hint_if_skipped and (problem := _short_memory(plan, device)):
+            print(f"not compared with the adapter: {problem}; {hint_if_skipped}", file=sys.stderr)
+            return []
+        bound = max(bound, BOUNDS[inference_dtype(device)])
+        ours, theirs = (_logits(load, device, ids, positions) for load in (load_adapted, partial(load_model, folder)))
+    results = [agreement(*place) for place in zip(ours, theirs, positions, strict=True)]
+    for result in results:
+        print(result, flush=True)
+    _refuse(found, results, bound)
+    return results
+
+
+def _device(plan: MergePlan, tokens: int) -> torch.device:
+    """The GPU if what is in memory at a time fits, else the CPU."""
+    device = default_device()
+    if device.type == "cuda":
+        widest = max(math.prod(stored.shape) for stored in plan.tensors.values())
+        if 4 * (4 * widest + 8 * tokens * plan.config.vocab_size) > torch.cuda.mem_get_info()[0]:
+            return torch.device("cpu")
+    return device
+
+
+def _short_memory(plan: MergePlan, device: torch.device) -> str:
+    """How much memory is missing for one whole model; empty if it fits."""
+    needed = 1.2 * inference_dtype(device).itemsize * plan.parameters
+    free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return f"it needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free" if needed > free else ""
+
+
+@torch.no_grad()
+def _logits(
+    load: Callable[..., PreTrainedModel], device: torch.device, ids: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
+    """Logits (places, T, V) of a whole model, which is loaded and released."""
+    model = load(dtype=inference_dtype(device), device=device)
+    logits = model(input_ids=ids.to(device), position_ids=positions.to(device), use_cache=False).logits
+    del model
     free_memory()
-    for result in found:
+    return logits
+
+
+def _by_kind(found: dict[str, Difference]) -> str:
+    """The largest difference of each kind of tensor."""
+    largest: dict[str, float] = {}
+    for difference in found.values():
+        largest[difference.kind] = max(largest.get(difference.kind, 0.0), difference.relative)
+    return "  " + ", ".join(f"{kind} {share:.1e}" for kind, share in largest.items())
+
+
+def _refuse(found: dict[str, Difference], results: list[Agreement], bound: float) -> None:
+    """Raise a `UserError` if tensors, or else hidden states, or else logits, differ by more than rounding."""
+    wrong = {name: difference for name, difference in found.items() if not difference.is_rounding}
+    wrong = {name: difference for name, difference in wrong.items() if difference.kind != HIDDEN} or wrong
+    if wrong:
+        first, *others = wrong
+        named = ", ".join(others[:3]) + ", ..." * (len(others) > 3)
+        more = f" ({len(others)} more differ: {named})" if others else ""
+        raise UserError(
+            f"--check: {first} of the merged model differs from the adapter on its base by {wrong[first].relative:.2%}, "
+            f"and rounding explains {wrong[first].bound:.2%}{more}; {CURE}"
+        )
+    for result in results:
         if not result.mean <= bound * result.spread:
             raise UserError(
-                f"--check: at {result.tokens} tokens the merged model's logits differ from the adapter's by "
-                f"{result.mean / result.spread:.2%} of their standard deviation, and rounding explains {bound:.1%}; "
-                "use --dtype float32, and if they still differ, merge with PEFT and report the problem"
+                f"--check: at positions {result.first} to {result.last} the merged model's logits differ from the "
+                f"adapter's by {result.mean / result.spread:.2%} of their standard deviation, and rounding explains "
+                f"{bound:.1%}; {CURE}"
             )
-    return found

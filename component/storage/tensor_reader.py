@@ -4,6 +4,7 @@ A `TensorRef` is a tensor in a file, with dtype and shape, not yet read. It is r
 memory-mapped file would count as resident memory until the system reclaims them.
 """
 
+import dataclasses
 import functools
 import json
 import math
@@ -82,6 +83,13 @@ class TensorRef:
                     raise UserError(f"{self.file} is damaged: it ends inside {self.name}; download it again")
                 done += count
         return values.view(self.dtype).reshape(self.shape)
+
+    def read_rows(self, start: int, stop: int) -> torch.Tensor:
+        """A copy of the rows `start` to `stop`, exclusive."""
+        if self.start is None:
+            return _unpickled(self.file)[self.name][start:stop].clone()
+        first = self.start + start * self.size // self.shape[0]
+        return dataclasses.replace(self, shape=(stop - start, *self.shape[1:]), start=first).read()
 
 
 def is_finite(values: torch.Tensor) -> bool:
