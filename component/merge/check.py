@@ -112,7 +112,9 @@ def check_merged(
             print(f"not compared with the adapter: {problem}; {hint_if_skipped}", file=sys.stderr)
             return []
         bound = max(bound, BOUNDS[inference_dtype(device)])
-        ours, theirs = (_logits(load, device, ids, positions) for load in (load_adapted, partial(load_model, folder)))
+        ours, theirs = (
+            _logits(load, device, ids, positions) for load in (load_adapted, partial(load_model, str(folder)))
+        )
     results = [agreement(*place) for place in zip(ours, theirs, positions, strict=True)]
     for result in results:
         print(result, flush=True)
@@ -166,8 +168,8 @@ def _refuse(found: dict[str, Difference], results: list[Agreement], bound: float
         named = ", ".join(others[:3]) + ", ..." * (len(others) > 3)
         more = f" ({len(others)} more differ: {named})" if others else ""
         raise UserError(
-            f"--check: {first} of the merged model differs from the adapter on its base by {wrong[first].relative:.2%}, "
-            f"and rounding explains {wrong[first].bound:.2%}{more}; {CURE}"
+            f"--check: {first} of the merged model differs from the adapter on its base by "
+            f"{wrong[first].relative:.2%}, and rounding explains {wrong[first].bound:.2%}{more}; {CURE}"
         )
     for result in results:
         if not result.mean <= bound * result.spread:

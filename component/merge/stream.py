@@ -78,14 +78,15 @@ def _merged_tensors(folder: Path, model: PreTrainedModel, tied: str) -> dict[str
         UserError: one is missing or has another shape.
     """
     stored = model_tensors(str(folder), "save_path")
-    found = {}
+    found: dict[str, TensorRef] = {}
     for name, tensor in model.state_dict().items():
-        found[name] = stored.get(name) or (stored[tied] if model.config.tie_word_embeddings else None)
-        if found[name] is None or found[name].shape != tuple(tensor.shape):
+        place = stored.get(name) or (stored.get(tied) if model.config.tie_word_embeddings else None)
+        if place is None or place.shape != tuple(tensor.shape):
             raise UserError(
-                f"--check: {folder} has no {name} of shape {tuple(tensor.shape)}, as its config says; merge again with "
-                "--overwrite"
+                f"--check: {folder} has no {name} of shape {tuple(tensor.shape)}, as its config says; merge again "
+                "with --overwrite"
             )
+        found[name] = place
     return found
 
 
@@ -107,7 +108,7 @@ def run_both(
         bound: of the hidden states' relative difference.
 
     Returns:
-        The differences by the merged model's names of tensors; logits of the adapter and of the merged model (B, T, V).
+        The differences by the merged model's names of tensors; logits (B, T, V) of the adapter and the merged model.
 
     Raises:
         UserError: weights are missing.

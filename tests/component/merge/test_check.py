@@ -121,7 +121,7 @@ def test_without_memory_for_whole_models_it_says_what_to_do(merge, tokenizer, mo
 
 def test_hidden_states_and_logits_are_refused_where_no_tensor_differs():
     hidden = Difference("hidden states", bound=0.01, gap=1.0, norm=4.0)
-    with pytest.raises(UserError, match="hidden states after layer 0 of the merged model differs .* by 50.00%"):
+    with pytest.raises(UserError, match=r"hidden states after layer 0 of the merged model differs .* by 50.00%"):
         merge_check._refuse({"hidden states after layer 0": hidden}, [], 0.01)
     for mean, is_refused in ((0.019, False), (0.021, True), (math.inf, True), (math.nan, True)):
         result = Agreement(0, 63, 1.0, mean, 2.0, 1.0)

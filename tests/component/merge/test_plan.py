@@ -171,8 +171,8 @@ def test_an_unknown_extra_weight_is_refused(bases, tmp_path):
 # ---- configs
 
 
-@pytest.mark.parametrize("rope_type", ["linear", "dynamic", "yarn"])
-def test_the_config_is_the_extended_one(bases, tmp_path, rope_type):
+@pytest.mark.parametrize(("rope_type", "longest"), [("linear", 64), ("dynamic", 256), ("yarn", 256)])
+def test_the_config_is_the_extended_one(bases, tmp_path, rope_type, longest):
     save_adapter(tmp_path / "adapter", bases())
     config = load_config(str(bases()))
     extend_context(config, 256, rope_type)
@@ -182,8 +182,8 @@ def test_the_config_is_the_extended_one(bases, tmp_path, rope_type):
     (tmp_path / "ours").mkdir()
     write_merged(tmp_path / "ours", plan)
     saved = json.loads((tmp_path / "ours" / "config.json").read_text())
-    assert saved["rope_parameters"]["factor"] == 4.0
-    assert saved["max_position_embeddings"] == 64
+    assert saved["rope_parameters"].get("factor") == (None if rope_type == "dynamic" else 4.0)
+    assert saved["max_position_embeddings"] == longest  # tests/component/merge/test_serving.py has all of it
     assert (saved["use_cache"], saved["dtype"], saved["architectures"]) == (True, "float16", ["LlamaForCausalLM"])
 
 

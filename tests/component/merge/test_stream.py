@@ -1,4 +1,4 @@
-"""How are the adapter on its base and the merged model run a part of a weight at a time? As PEFT and transformers do."""
+"""The adapter on its base and the merged model, run a part of a weight at a time, as PEFT and transformers do."""
 
 import json
 from pathlib import Path
@@ -108,7 +108,7 @@ CASES = {
 @pytest.mark.parametrize("part", [150, 2**22])
 @pytest.mark.parametrize("name", CASES)
 def test_it_is_what_whole_models_compute(bases, tmp_path, monkeypatch, name, part):
-    """An honest merge passes, and logits equal those of whole models; with one or two rows of a weight in memory too."""
+    """An honest merge passes, and logits equal those of whole models, also with few rows of a weight in memory."""
     monkeypatch.setattr(merge_pair, "PART", part)
     options, tied = CASES[name]
     save_adapter(tmp_path / "adapter", bases(tied), **options)
@@ -216,7 +216,8 @@ def test_another_rope_factor_is_named(bases, tmp_path):
     save_adapter(tmp_path / "adapter", bases())
     merge = Merge(tmp_path / "merged", bases(), tmp_path / "adapter")
     parameters = json.loads((merge.folder / "config.json").read_text())["rope_parameters"]
-    change_config(merge.folder, rope_parameters=parameters | {"factor": 3.9})
+    wrong = parameters | {"factor": 3.9}
+    change_config(merge.folder, rope_parameters=wrong, rope_scaling=wrong)  # transformers reads the latter first
     assert merge.wrong_tensors() == ["rope_parameters in config.json"]
 
 
