@@ -4,8 +4,6 @@ For 8192 tokens, 32000 fp32 logits take 1 GiB and their gradient another. Here e
 after its loss, while its logits exist; only the gradient of the hidden states is kept.
 """
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -162,13 +160,6 @@ def next_token_losses(
         for part, target in zip(hidden[:, :-1].split(chunk, 1), input_ids[:, 1:].split(chunk, 1), strict=True)
     ]
     return torch.cat(losses, dim=1)
-
-
-def chunked_logits(model: PreTrainedModel, input_ids: Tensor, chunk: int = TOKENS_PER_CHUNK) -> Iterator[Tensor]:
-    """Logits (B, T, V) in fp32, in parts (B, `chunk`, V)."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    hidden = base.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
-    yield from (_logits(base, part) for part in hidden.split(chunk, 1))
 
 
 def _logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:

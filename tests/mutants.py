@@ -62,19 +62,13 @@ TARGETS: dict[str, tuple[str, str]] = {
     "component/evaluate/aggregate.py": ("sum_window by_position by_document perplexity_of", ""),
     "component/merge/plan.py": ("_base_tensors _updates _tie _is_one_copy", "tests/component/merge/test_write.py"),
     "component/merge/write.py": ("merged_tensor _add_lora nf4_round_trip", ""),
-    "component/merge/check.py": ("agreement fixed_ids check_merged", ""),
+    "component/merge/check.py": ("agreement", ""),
     "component/data/packing.py": ("pack PackedRows.__init__ pack_stream", ""),
     "component/data/sample.py": ("fit split", ""),
     "component/data/collator.py": ("RightPadCollator.__call__", ""),
 }
 # (function, its line, the line of the mutant): why no test can tell them apart. At most three
-EXPLAINED: dict[tuple[str, str, str], str] = {
-    (
-        "fixed_ids",
-        "return torch.tensor([(ids * math.ceil(tokens / len(ids)))[:tokens]])",
-        "return torch.tensor([(ids * math.ceil(tokens * len(ids)))[:tokens]])",
-    ): "what is repeated too often is cut off",
-}
+EXPLAINED: dict[tuple[str, str, str], str] = {}
 
 SWAPPED: dict[type, tuple[str, str]] = {
     ast.Add: ("+", "-"),

@@ -54,7 +54,10 @@ def test_its_adapter_merges_to_the_same_model(run_program, tmp_path):
     words = ["--model_name_or_path", WRITTEN / "base", "--adapter_name_or_path", WRITTEN / "adapter"]
     outcome = run_program("script/merge_lora.py", *words, "--save_path", tmp_path / "merged", "--dtype", "float32")
     assert outcome.status == 0, outcome.err
-    assert json.loads((tmp_path / "merged/config.json").read_text()) == EXPECTED["merged_config"]
+    config = json.loads((tmp_path / "merged/config.json").read_text())
+    for key in ("rope_theta", "rope_scaling"):  # written since, for transformers 4
+        del config[key]
+    assert config == EXPECTED["merged_config"]
     merged = load_file(tmp_path / "merged/model.safetensors")
     assert merged.keys() == EXPECTED["merged_sums"].keys()
     for name, tensor in merged.items():

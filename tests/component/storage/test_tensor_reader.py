@@ -50,6 +50,15 @@ def test_bin_files(tmp_path, is_new):
     assert all(tensor.is_contiguous() for tensor in read.values())
 
 
+def test_some_rows(tmp_path):
+    weight = torch.arange(24.0).reshape(4, 3, 2)
+    save_file({"other": torch.ones(5), "weight": weight}, tmp_path / "file.safetensors")
+    torch.save({"weight": weight}, tmp_path / "file.bin")
+    for file in tmp_path.iterdir():
+        assert torch.equal(tensors_in(file)["weight"].read_rows(1, 3), weight[1:3])
+        assert torch.equal(tensors_in(file)["weight"].read_rows(3, 4), weight[3:])
+
+
 def test_reading_into_given_memory(tmp_path):
     save_file({"weight": torch.arange(6.0).reshape(2, 3)}, tmp_path / "file.safetensors")
     torch.save({"weight": torch.arange(6.0).reshape(2, 3)}, tmp_path / "file.bin")
