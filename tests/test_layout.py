@@ -4,6 +4,7 @@ Code is parsed with `ast`, not imported.
 """
 
 import ast
+import functools
 import re
 from collections import Counter
 from dataclasses import fields
@@ -239,6 +240,7 @@ def test_a_readme_lists_its_programs_or_modules(readme):
     assert not (missing := sorted((wanted - listed).elements())), f"{readme} does not list {missing}"
 
 
+@functools.cache
 def flags_of(path: str, function: str | None = None, seen: frozenset = frozenset()) -> set[str]:
     """The flags of a program's parser, also those added by functions of component/ and script/shared/."""
     body = tree(path).body
