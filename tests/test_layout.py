@@ -240,29 +240,36 @@ def test_a_readme_lists_its_programs_or_modules(readme):
     assert not (missing := sorted((wanted - listed).elements())), f"{readme} does not list {missing}"
 
 
-@functools.cache
-def flags_of(path: str, function: str | None = None, seen: frozenset = frozenset()) -> set[str]:
+def flags_of(program: str) -> set[str]:
     """The flags of a program's parser, also those added by functions of component/ and script/shared/."""
-    body = tree(path).body
-    node = next((x for x in body if getattr(x, "name", None) == function), None) if function else tree(path)
-    if node is None or (path, function) in seen:
-        return set()
-    origins = {
+    found, seen, waiting = set(), set(), [(program, "")]
+    while waiting:
+        path, function = waiting.pop()
+        node = next((x for x in tree(path).body if getattr(x, "name", None) == function), None)
+        node = node if function else tree(path)
+        if node is None or (path, function) in seen:
+            continue
+        seen.add((path, function))
+        origins = origins_of(path)
+        for x in ast.walk(node):
+            if isinstance(x, ast.Call) and getattr(x.func, "attr", "") == "add_argument" and x.args:
+                assert isinstance(x.args[0], ast.Constant), f"{path}:{x.lineno}: write the flag as a literal"
+                found |= {x.args[0].value} if x.args[0].value.startswith("--") else set()
+            elif isinstance(x, ast.Name):
+                file, name = origins.get(x.id, (path, x.id))
+                waiting += [(file, name)] if file.startswith(("component/", "script/shared/")) else []
+    return found - SET_BY_LAUNCHERS
+
+
+@functools.cache
+def origins_of(path: str) -> dict[str, tuple[str, str]]:
+    """Names that a file imports -> (file that has them, or "", their name there)."""
+    return {
         alias.asname or alias.name: (MODULES.get(x.module, ""), alias.name)
         for x in ast.walk(tree(path))
         if isinstance(x, ast.ImportFrom)
         for alias in x.names
     }
-    found = set()
-    for x in ast.walk(node):
-        if isinstance(x, ast.Call) and getattr(x.func, "attr", "") == "add_argument" and x.args:
-            assert isinstance(x.args[0], ast.Constant), f"{path}:{x.lineno}: write the flag as a literal"
-            found |= {x.args[0].value} if x.args[0].value.startswith("--") else set()
-        elif isinstance(x, ast.Name):
-            file, name = origins.get(x.id, (path, x.id))
-            if file.startswith(("component/", "script/shared/")):
-                found |= flags_of(file, name, seen | {(path, function)})
-    return found - SET_BY_LAUNCHERS
 
 
 @pytest.mark.parametrize("readme", sorted({readme_of(path) for path in PROGRAMS}))

@@ -285,12 +285,17 @@ EVERY_STEP = {"eval_strategy": "steps", "eval_steps": 1}
     [
         {},
         {"bf16_full_eval": True},
-        {"fp16_full_eval": True, **EVERY_STEP},
+        pytest.param({"fp16_full_eval": True, **EVERY_STEP}, marks=pytest.mark.slow),
         {"bf16_full_eval": True, "eval_on_start": True, **EVERY_STEP},
-        {"per_device_eval_batch_size": 3, "eval_accumulation_steps": 1, **EVERY_STEP},
-        {"prediction_loss_only": True, **EVERY_STEP},
-        {"eval_do_concat_batches": False, **EVERY_STEP, "eval_delay": 1},
-        {"bf16_full_eval": True, "load_best_model_at_end": True, "metric_for_best_model": "loss", **EVERY_STEP},
+        pytest.param(
+            {"per_device_eval_batch_size": 3, "eval_accumulation_steps": 1, **EVERY_STEP}, marks=pytest.mark.slow
+        ),
+        pytest.param({"prediction_loss_only": True, **EVERY_STEP}, marks=pytest.mark.slow),
+        pytest.param({"eval_do_concat_batches": False, **EVERY_STEP, "eval_delay": 1}, marks=pytest.mark.slow),
+        pytest.param(
+            {"bf16_full_eval": True, "load_best_model_at_end": True, "metric_for_best_model": "loss", **EVERY_STEP},
+            marks=pytest.mark.slow,
+        ),
         {"load_in_4bit": True, "bf16_full_eval": True, **EVERY_STEP},
         {"lora_dropout": 0.1, "eval_on_start": True, **EVERY_STEP},
     ],
@@ -805,9 +810,9 @@ def test_incomplete_checkpoints_are_skipped(train, long_basic, uninterrupted, tm
 @pytest.mark.parametrize(
     ("tied", "precision"),
     [
-        (False, {"load_in_4bit": True, "bf16": True}),
+        pytest.param(False, {"load_in_4bit": True, "bf16": True}, marks=pytest.mark.slow),
         (True, {"load_in_4bit": True}),
-        (True, {"bf16": True}),
+        pytest.param(True, {"bf16": True}, marks=pytest.mark.slow),
         (False, {}),
     ],
     ids=["untied-nf4-bf16", "tied-nf4", "tied-bf16", "untied"],

@@ -929,14 +929,17 @@ class TestProcesses:
         outcome = start("train.py", *workshop.yaml(lora_rnak=8, fp16=True))
         refused(outcome, "lora_rnak", "did you mean lora_rank", "fp16: true", "no GPU")
 
+    @pytest.mark.slow
     def test_train_with_bad_data(self, workshop):
         data = workshop.write("data.jsonl", TEXT + "{\n")
         refused(start("train.py", *workshop.yaml(train_file=str(data))), "data.jsonl:2", "not JSON", "JSON object")
 
+    @pytest.mark.slow
     def test_evaluate_with_a_bad_file(self, workshop):
         outcome = start(EVALUATE, "--base_model", workshop.base, "--data_path", workshop.write("t.bin", b"\x01"))
         refused(outcome, "data_path", "t.bin", "1 bytes")
 
+    @pytest.mark.slow
     def test_inference_with_a_prompt_that_is_not_utf_8(self, workshop):
         outcome = start(INFERENCE, "--model_name_or_path", workshop.base, stdin=b"caf\xe9")
         refused(outcome, "standard input", "UTF-8")

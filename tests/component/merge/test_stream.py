@@ -105,7 +105,7 @@ CASES = {
 
 
 @pytest.mark.filterwarnings("ignore:Model (with|has)")
-@pytest.mark.parametrize("part", [150, 2**22])
+@pytest.mark.parametrize("part", [150, pytest.param(2**22, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", CASES)
 def test_it_is_what_whole_models_compute(bases, tmp_path, monkeypatch, name, part):
     """An honest merge passes, and logits equal those of whole models, also with few rows of a weight in memory."""
