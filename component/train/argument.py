@@ -170,7 +170,9 @@ def read_command_line(argv: list[str]) -> tuple[str, dict[str, typing.Any]]:
     """
     file, overrides = _parse_command_line(argv)
     known = trainer_keys() | {item.name for item in dataclasses.fields(LongQLoRAArguments)} if overrides else set()
-    if problems := [f"--{key}: {unknown_key(key, known)}" for key in overrides if key not in known]:
+    if problems := [
+        f"--{key} {value}: {unknown_key(key, known)}" for key, value in overrides.items() if key not in known
+    ]:
         raise UserError("; ".join(problems))
     return file, {**read_yaml(file), **overrides}
 

@@ -59,7 +59,10 @@ WRONG = {
     "no lines": (["--train_args_file", "list.yaml"], "holds no 'key: value' lines"),
     "folder": (["--train_args_file", "."], "there is no file ."),
     "not UTF-8": (["--train_args_file", "latin.yaml"], "latin.yaml is not YAML"),
-    "unknown flag": (["--train_args_file", "good.yaml", "--lora_rnak", "8"], "did you mean lora_rank"),
+    "unknown flag": (
+        ["--train_args_file", "good.yaml", "--lora_rnak", "8"],
+        "--lora_rnak 8: unknown key (did you mean lora_rank",
+    ),
     "no value": (["--train_args_file", "good.yaml", "--seed"], "--seed: no value"),
 }
 
