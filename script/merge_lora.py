@@ -39,7 +39,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--check", nargs="?", const="yes", default="auto", choices=CHECKS, help=check)
     renew = "rewrite config.json of an existing merged model as other engines need it; no weights are touched"
     parser.add_argument("--renew_config", action="store_true", help=renew)
-    measure = ".bin file of token ids: perplexity of the adapter on its base and of both kinds of merge"
+    measure = "file of token ids, or its hub id: perplexity of the adapter on its base and of both kinds of merge"
     parser.add_argument("--measure", metavar="FILE.bin", help=measure)
     parser.add_argument("--seq_len", type=int, help="tokens per window of --measure (default: the extended context)")
     return parser.parse_args()
@@ -53,6 +53,7 @@ from component.adapter import adapter_hash
 from component.checkpoint import check_replaceable, merged_folder, newest_run, read_record, write_record
 from component.data.token_file import read_tokens
 from component.error import UserError
+from component.evaluate.model_spec import local_tokens
 from component.evaluate.perplexity import check_measure, longlora_windows, measure_all
 from component.evaluate.table import comparison
 from component.loading import extended_config_of, load_model, resolve_model
@@ -76,7 +77,8 @@ FROZEN = (
 
 def measured_tokens(flags: argparse.Namespace, config: PretrainedConfig) -> tuple[np.ndarray, int]:
     """The tokens of --measure and the window length; too short a file is refused before anything is merged."""
-    tokens, seq_len = read_tokens(flags.measure, config.vocab_size), flags.seq_len or context_length(config)
+    file = local_tokens(flags.measure, "--measure")
+    tokens, seq_len = read_tokens(file, config.vocab_size, "--measure"), flags.seq_len or context_length(config)
     check_measure("longlora", seq_len, seq_len, 1, 0)
     if not longlora_windows(len(tokens), seq_len, seq_len):
         raise UserError(
@@ -166,7 +168,8 @@ def main() -> None:
         tell_problems_elsewhere(target)
         check(target)
         return
-    print(f"merging {adapter} into {target}", file=sys.stderr, flush=True)
+    link = f", a link to {target.resolve()}" if target.is_symlink() else ""
+    print(f"merging {adapter} into {target}{link}", file=sys.stderr, flush=True)
     record = read_record(adapter)
     if record and record.get("template") == "vicuna":
         tokenizer.chat_template = VICUNA.read_text(encoding="utf-8")  # servers ask as training did

@@ -43,13 +43,14 @@ def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     its process, tells such a folder from one that is being written.
 
     Args:
+        target: of a link, the folder that it points to is written, and the link stays.
         overwrite: replace an existing `target`, in one step at the end.
 
     Raises:
-        UserError: another process is writing `target`.
+        UserError: `target` can't be created, or another process is writing it.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = target.parent / f".{target.name}.writing"
+    place = Path(os.path.realpath(target))
+    folder = place.parent / f".{place.name}.writing"
     with _locked(folder, target):
         try:
             for left_over in folder.iterdir():
@@ -57,10 +58,10 @@ def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
             with named_after(target):
                 yield folder
             open_to_readers(folder)
-            if overwrite and target.exists():
-                _exchange(folder, target)
+            if overwrite and place.exists():
+                _exchange(folder, place)
             else:
-                folder.rename(target)
+                folder.rename(place)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -68,7 +69,11 @@ def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
 @contextlib.contextmanager
 def _locked(folder: Path, target: Path) -> Iterator[None]:
     """Create `folder` if necessary, and lock it."""
-    folder.mkdir(mode=0o700, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{target} can't be created ({error.strerror}); name another folder") from error
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:

@@ -461,6 +461,21 @@ def test_a_model_is_overwritten_when_asked(run, cases):
     assert all(torch.equal(ours[key], value) for key, value in theirs.items())
 
 
+def test_a_model_is_overwritten_through_a_link(run, capsys):
+    """The link stays, and the program tells where it leads."""
+    words = ["--adapter_name_or_path", run, "--check", "no"]
+    assert merge(*words) == 0
+    target, link = run.parent / "run-merged", run.parent / "link"
+    link.symlink_to(target)
+    (target / "longqlora.json").write_text((target / "longqlora.json").read_text() + " ")
+    assert merge(*words, "--save_path", link, "--overwrite") == 0
+    assert f"into {link}, a link to {target}" in capsys.readouterr().err
+    assert link.readlink() == target
+    assert not (target / "longqlora.json").read_text().endswith(" ")
+    assert {file.name for file in target.iterdir()} == FILES
+    assert {file.name for file in run.parent.iterdir()} == {"run", "run-merged", "link"}
+
+
 def test_k7_only_what_a_merge_wrote_is_replaced(run, tmp_path, capsys):
     """Another adapter with its checkpoints is no merged model, nor is a merged model into which a user put a file."""
     other = shutil.copytree(run, tmp_path / "other")
@@ -605,9 +620,22 @@ def test_perplexities_of_both_merges(wide, tmp_path, capsys):
     assert {file.name for file in (tmp_path / "merged").iterdir()} == FILES
 
 
+def test_perplexities_over_tokens_on_the_hub(wide, tmp_path, monkeypatch, capsys):
+    torch.zeros(300).numpy().astype("uint16").tofile(tmp_path / "tokens.bin")
+
+    def download(repository: str, name: str, repo_type: str) -> str:
+        assert (repository, repo_type) == ("owner/data", "dataset")
+        return str(tmp_path / name)
+
+    monkeypatch.setattr("component.evaluate.model_spec.hf_hub_download", download)
+    words = ["--adapter_name_or_path", wide, "--save_path", tmp_path / "merged", "--check", "no"]
+    assert merge(*words, "--measure", "owner/data/tokens.bin", "--seq_len", 128) == 0
+    assert "merged into nf4" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "part"),
-    [(["--measure", "nowhere.bin"], "nowhere.bin"), (["--measure", "few.bin"], "--measure"),
+    [(["--measure", "nowhere.bin"], "--measure: there is no file nowhere"), (["--measure", "few.bin"], "--measure"),
      (["--measure", "few.bin", "--seq_len", "1"], "seq_len"), (["--max_shard_size", "huge"], "--max_shard_size")],
 )  # fmt: skip
 def test_flags_are_refused_before_anything_is_merged(wide, tmp_path, monkeypatch, capsys, words, part):

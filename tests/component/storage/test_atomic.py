@@ -128,6 +128,35 @@ def test_overwriting(tmp_path, monkeypatch, can_exchange):
     assert names(tmp_path) == {"model", "model/new"}
 
 
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_a_link_stays_and_its_folder_is_overwritten(tmp_path, monkeypatch, can_exchange):
+    """The folder may be on another disk, and known by other names too."""
+    if not can_exchange:
+        monkeypatch.setattr("ctypes.CDLL", lambda name: object())
+    (tmp_path / "disk" / "model").mkdir(parents=True)
+    (tmp_path / "disk" / "model" / "old").write_text("")
+    (tmp_path / "link").symlink_to("disk/model")
+    with atomic_folder(tmp_path / "link", overwrite=True) as folder:
+        (folder / "new").write_text("")
+        assert folder.parent == tmp_path / "disk"
+    assert names(tmp_path) == {"link", "disk", "disk/model", "disk/model/new"}
+    assert (tmp_path / "link").readlink() == Path("disk/model")
+
+
+def test_a_link_to_nothing_yet(tmp_path):
+    (tmp_path / "link").symlink_to("disk/model")
+    with atomic_folder(tmp_path / "link") as folder:
+        (folder / "new").write_text("")
+    assert names(tmp_path) == {"link", "disk", "disk/model", "disk/model/new"}
+
+
+@pytest.mark.parametrize("name", ["x", "x/y"])
+def test_where_no_folder_can_be_created(name):
+    """The message has the folder that was asked for."""
+    with pytest.raises(UserError, match=rf"^/proc/{name} can't be created"), atomic_folder(Path("/proc") / name):
+        raise AssertionError("not reached")
+
+
 def test_what_exists_needs_overwrite(tmp_path):
     (tmp_path / "model").mkdir()
     check_target(tmp_path / "model", "--save_path", overwrite=True)
