@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from huggingface_hub import hf_hub_download
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import set_peft_model_state_dict
 from torch import nn
@@ -217,15 +216,8 @@ def fit_adapter(
 def _fetch(source: str, *names: str) -> Path | None:
     """The first of the files `names` that a folder or hub repository has, or None."""
     for name in names:
-        if Path(source).is_dir():
-            found = fetch(source, name)
-            if found:
-                return found
-            continue
-        try:
-            return Path(hf_hub_download(source, name))
-        except Exception:  # missing, offline or gated
-            continue
+        if found := fetch(source, name):
+            return found
     return None
 
 

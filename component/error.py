@@ -5,7 +5,8 @@ keeps its traceback.
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 LONGEST_MESSAGE = 4000  # characters
 
@@ -15,6 +16,15 @@ class UserError(ValueError):
 
     def __init__(self, message: str):
         super().__init__(printable(message, LONGEST_MESSAGE))
+
+
+@contextmanager
+def naming(field: str) -> Iterator[None]:
+    """Put `field` in front of a `UserError` that does not begin with it."""
+    try:
+        yield
+    except UserError as error:
+        raise error if str(error).startswith(f"{field}:") else UserError(f"{field}: {error}") from error
 
 
 def printable(text: str, longest: int) -> str:

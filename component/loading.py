@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, Pr
 
 from component.adapter import ADAPTER_CONFIG, adapter_hash, check_adapter, load_adapter, named_base
 from component.checkpoint import RECORD_FILE, read_json, read_record
-from component.error import UserError
+from component.error import UserError, naming
 from component.model import load_base, load_config
 from component.rope import (
     context_length,
@@ -100,7 +100,8 @@ def resolve_model(
         return ModelSource(model, model, False, None)
     check_adapter(adapter, adapter_field)
     record = read_record(adapter)
-    named = record["base_model"] if record else named_base(adapter)
+    with naming(adapter_field):
+        named = record["base_model"] if record else named_base(adapter)
     base = model or named
     if not base:
         raise UserError(f"{field}: missing, and {adapter} does not say which base model it was trained on; name it")

@@ -14,7 +14,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from component.config import raw_config, read_config, read_generation_config
-from component.error import UserError, nearest
+from component.error import UserError, naming, nearest
 from component.rope import forget_lengths, original_context
 from component.storage.foreign import reading
 from component.storage.hub import check_links, check_source
@@ -29,11 +29,8 @@ def load_config(model_name_or_path: str, field: str = "model_name_or_path") -> P
     """
     check_source(model_name_or_path, field)
     cure = "name a folder with the config.json of a model, or a hub id"
-    try:
-        with reading(f"{field}: {model_name_or_path!r} has no usable config", cure):
-            config = read_config(model_name_or_path)
-    except UserError as error:
-        raise error if str(error).startswith(f"{field}:") else UserError(f"{field}: {error}") from error
+    with naming(field), reading(f"{field}: {model_name_or_path!r} has no usable config", cure):
+        config = read_config(model_name_or_path)
     model_class = AutoModelForCausalLM._model_mapping.get(type(config), None)
     if not getattr(model_class, "_supports_attention_backend", False):
         raise UserError(

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from component.error import UserError
+from component.error import UserError, naming
 from component.storage.foreign import read_object, reading
 from component.storage.hub import check_links, check_source, fetch
 
@@ -36,7 +36,7 @@ def load_tokenizer(
     if model_max_length is not None:
         options["model_max_length"] = model_max_length
     check_source(model_name_or_path, field, "folder")
-    with reading(f"{field}: {model_name_or_path!r} holds no usable tokenizer", cure):
+    with naming(field), reading(f"{field}: {model_name_or_path!r} holds no usable tokenizer", cure):
         check_links(model_name_or_path)
         tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, **options, **_own_files(model_name_or_path))
         for key in CODE_KEYS:  # else saved beside adapters and merged models

@@ -46,13 +46,20 @@ def fetch(source: str, name: str) -> Path | None:
     """A file of a model or adapter, a folder or hub id; None if it has no such file.
 
     Raises:
-        UserError: it can't be read, or its name or a link leads out of the folder.
+        UserError: there is no such model, the file can't be read, or its name or a link leads out of the folder.
     """
     if Path(source).is_dir():
         return _inside(Path(source), name)
     _check_name(source, name)
     with reading(f"{name} of {source!r} can't be read", "name a folder, or check the hub id and the network"):
         file = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+    # a file that the hub has said it lacks is known to the cache too
+    if not file and try_to_load_from_cache(source, name) is None and not is_downloaded(source):
+        raise UserError(
+            f"there is no folder {source!r}, nor is such a model or adapter in the hub's cache, and the hub can't be "
+            "asked (no network, or HF_HUB_OFFLINE); check the name, or download it: "
+            f"hf download {source} --local-dir {source}"
+        )
     return Path(file) if file else None
 
 

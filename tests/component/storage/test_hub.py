@@ -3,6 +3,7 @@
 import pytest
 
 from component.error import UserError
+from component.loading import resolve_model
 from component.model import load_config
 from component.storage.hub import check_links, check_source, fetch
 from component.tokenizer import load_tokenizer
@@ -62,6 +63,35 @@ def test_a_hub_id_beside_a_folder_of_its_owner(tmp_path, monkeypatch):
     (tmp_path / "hub" / "models--owner--name" / "refs" / "main").write_text("abc")
     monkeypatch.setattr("huggingface_hub.file_download.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     check_source("owner/name", "--flag")
+
+
+@pytest.mark.parametrize(
+    ("load", "field"),
+    [
+        (load_config, "model_name_or_path"),
+        (load_tokenizer, "model_name_or_path"),
+        (lambda name: resolve_model(None, name), "adapter_name_or_path"),
+    ],
+)
+def test_neither_a_folder_nor_in_the_hubs_cache(load, field, tmp_path, monkeypatch):
+    """`outptu/RUN` may be a hub id, as there is no folder `outptu`; without a network nobody can tell."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"^{field}: there is no folder 'outptu/run', nor .* model or adapter in the"):
+        load("outptu/run")
+
+
+def test_a_model_of_the_hubs_cache_without_the_file(tmp_path, monkeypatch):
+    """What the cache has of a model, and what the hub has said it lacks, is not an unknown model."""
+    monkeypatch.setattr("huggingface_hub.file_download.constants.HF_HUB_CACHE", str(tmp_path))
+    for name, folder, file in (("o/model", "snapshots", "config.json"), ("o/other", ".no_exist", "a.json")):
+        home = tmp_path / f"models--{name.replace('/', '--')}"
+        (home / folder / "abc").mkdir(parents=True)
+        (home / "refs").mkdir()
+        (home / "refs" / "main").write_text("abc")
+        (home / folder / "abc" / file).write_text("{}")
+        assert fetch(name, "a.json") is None
+    with pytest.raises(UserError, match="there is no folder 'o/other'"):
+        fetch("o/other", "b.json")
 
 
 # ---- files of a folder
