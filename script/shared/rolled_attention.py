@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from component.attention.interface import TrainingMask
+from component.attention.interface import UNLIMITED, TrainingMask
 
 
 def rolled_attention(
@@ -36,8 +36,11 @@ def rolled_attention(
 
 
 def rolled_shift_short(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
-    """transformers' attention interface: rolled S2-Attn in training mode, stock SDPA otherwise."""
-    if not module.training:
+    """transformers' attention interface: rolled S2-Attn in training mode, stock SDPA otherwise.
+
+    Also in the last steps with `full_attention_ratio`, where train.py sets an unlimited group size.
+    """
+    if not module.training or module.config.group_size == UNLIMITED:
         mask = attention_mask.full if isinstance(attention_mask, TrainingMask) else attention_mask
         return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling)
     return rolled_attention(query, key, value, module.config.group_size, scale=scaling), None
