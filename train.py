@@ -28,6 +28,7 @@ from component.attention.kernel import limit_kernels
 from component.checkpoint import claimed_output_dir, prepare_output_dir
 from component.data.collator import RightPadCollator
 from component.data.dataset import load_samples
+from component.distributed.sequence import join_sequence_group
 from component.distributed.strategy import Strategy, training_strategy
 from component.error import UserError
 from component.memory.apply import liger_runs, use_memory_plan
@@ -68,7 +69,9 @@ def run(args: LongQLoRAArguments, training_args: TrainingArguments) -> None:
     resume = prepare_output_dir(
         training_args.output_dir, training_args.resume_from_checkpoint, args.overwrite_output_dir
     )
-    strategy = training_strategy(training_args.deepspeed, training_args.world_size)
+    parts = args.sequence_parallel_size
+    strategy = training_strategy(training_args.deepspeed, training_args.world_size, parts)
+    join_sequence_group(parts)
     limit_memory(args.memory_budget_gib)
     rehearse(training_args)
     set_seed(training_args.seed)
@@ -80,6 +83,7 @@ def run(args: LongQLoRAArguments, training_args: TrainingArguments) -> None:
     tokenizer = load_tokenizer(args.model_name_or_path, args.model_max_length)
     check_targets_early(extended, args.target_names)
     factor = extend_context(extended, args.model_max_length, args.rope_type or own_rope_type(extended))
+    check_split(args, extended)
     check_batches(args, training_args, extended)
     memory = plan_memory(args, training_args, strategy, extended)
     train_set, eval_set, data_lines = load_data(args, training_args, tokenizer, extended.vocab_size)
@@ -92,14 +96,15 @@ def run(args: LongQLoRAArguments, training_args: TrainingArguments) -> None:
             args=training_args,
             train_dataset=train_set,
             eval_dataset=eval_set,
-            data_collator=RightPadCollator(any_pad_id(tokenizer)),
+            data_collator=RightPadCollator(any_pad_id(tokenizer), training_args.process_index % parts, parts),
             callbacks=[FullAttentionCallback(args.full_attention_ratio)] if args.full_attention_ratio else None,
             processing_class=tokenizer,
             extended_config=extended,
             record=args.record(extended, factor) | {"versions": library_versions()},
             strategy=strategy,
         )
-    lines = data_lines | {"memory": f"no plan ({fallback})" if fallback else memory.line}
+    lines = data_lines | {"processes": strategy.describe()} if strategy.processes > 1 else data_lines
+    lines |= {"memory": f"no plan ({fallback})" if fallback else memory.line}
     print_summary(args, training_args, trainer, base, lines)
     train(trainer, resume, memory, fallback)
 
@@ -121,9 +126,26 @@ def check_batches(args: LongQLoRAArguments, training_args: TrainingArguments, ex
         )
 
 
+def check_split(args: LongQLoRAArguments, extended: PretrainedConfig) -> None:
+    """Refuse rows split over processes for models that cannot be computed that way."""
+    if args.sequence_parallel_size == 1:
+        return
+    field = f"sequence_parallel_size: {args.sequence_parallel_size}"
+    if depends_on_length(extended, args.max_seq_length):
+        raise UserError(
+            f"{field}, but {extended.rope_parameters['rope_type']} positions are scaled by the length of a row, which "
+            "no process sees whole; use rope_type: yarn or linear"
+        )
+    if not has_plain_attention(extended, args.max_seq_length):
+        raise UserError(
+            f"{field}, but {extended.model_type}'s own attention (a sliding window, softcapping, sinks) over rows of "
+            f"{args.max_seq_length} tokens is not split over processes; set it to 1"
+        )
+
+
 def uses_own_attention(args: LongQLoRAArguments, extended: PretrainedConfig) -> bool:
     """Whether training runs component/attention instead of Hugging Face's full attention."""
-    if args.use_shift_short_attention or args.packing:
+    if args.use_shift_short_attention or args.packing or args.sequence_parallel_size > 1:
         return True
     # full attention by our kernels, so that a memory plan can keep attention's output
     return args.memory_plan and has_plain_attention(extended, args.max_seq_length)
@@ -140,7 +162,7 @@ def plan_memory(
         rank=args.lora_rank,
         train_embedding=args.train_embedding,
         train_norm=args.train_norm,
-        tokens=training_args.per_device_train_batch_size * args.max_seq_length,
+        tokens=training_args.per_device_train_batch_size * -(-args.max_seq_length // strategy.sequence_processes),
         group=args.group_tokens or args.max_seq_length,
         value_bytes=compute_dtype(training_args.fp16, training_args.bf16).itemsize,
         in_4bit=args.load_in_4bit,
@@ -149,8 +171,11 @@ def plan_memory(
         zero=strategy.zero_stage is not None,
         offload_optimizer=strategy.offloads_optimizer,
         processes=strategy.processes,
+        sequence_processes=strategy.sequence_processes,
+        rows=training_args.per_device_train_batch_size,
+        full_steps=not args.use_shift_short_attention or args.full_attention_ratio > 0,
         eval_rows=eval_rows,
-        eval_tokens=eval_rows * args.max_seq_length,
+        eval_tokens=eval_rows * -(-args.max_seq_length // strategy.sequence_processes),
     )
     gpu_gib, host_gib = available_memory(work, args.memory_budget_gib, training_args.device)
     options = {name: getattr(args, name) for name in MEMORY_OPTIONS}
@@ -172,7 +197,7 @@ def load_data(
             if source is not None:
                 sets[field], report = load_samples(source, tokenizer, field=field, **data, **more)
                 lines[field] = str(report)
-    batch = training_args.train_batch_size * training_args.world_size
+    batch = training_args.train_batch_size * training_args.world_size // args.sequence_parallel_size
     if training_args.dataloader_drop_last and not args.streaming and len(sets["train_file"]) < batch:
         raise UserError(
             f"dataloader_drop_last: true, but {args.train_file} has {len(sets['train_file'])} samples and a batch "

@@ -140,24 +140,30 @@ def eval_chunk(chunk: int, rows: int) -> int:
 
 @torch.no_grad()
 def next_token_losses(
-    model: PreTrainedModel, input_ids: Tensor, chunk: int = TOKENS_PER_CHUNK, **inputs: Tensor
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    chunk: int = TOKENS_PER_CHUNK,
+    targets: Tensor | None = None,
+    **inputs: Tensor,
 ) -> Tensor:
     """Loss in nats of each token but the first; logits exist for `chunk` tokens at a time.
 
     Args:
         model: a causal language model, with or without PEFT's wrapper.
         input_ids: (B, T), T at least 2.
+        targets: (B, n), n at most T: the token to predict at each position; None: the next one of `input_ids`.
         inputs: attention_mask or position_ids, (B, T); the losses of padding are meaningless.
 
     Returns:
-        (B, T - 1) in fp32; entry t is the loss of token t + 1.
+        (B, T - 1) or (B, n) in fp32; entry t is the loss of token t + 1, or of `targets`[:, t].
     """
+    targets = input_ids[:, 1:] if targets is None else targets
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     hidden = base.get_decoder()(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
     losses = [
         # flat, (tokens, V): a transposed (B, V, tokens) takes a hundred times as long on a GPU
         F.cross_entropy(_logits(base, part).flatten(0, 1), target.flatten(), reduction="none").view(target.shape)
-        for part, target in zip(hidden[:, :-1].split(chunk, 1), input_ids[:, 1:].split(chunk, 1), strict=True)
+        for part, target in zip(hidden[:, : targets.shape[1]].split(chunk, 1), targets.split(chunk, 1), strict=True)
     ]
     return torch.cat(losses, dim=1)
 

@@ -1,15 +1,17 @@
-"""How fast is training with LongQLoRA and with the alternatives on one GPU, and how much memory does it take?
+"""How fast is training with LongQLoRA and with the alternatives, and in how much memory, on one or more GPUs?
 
     python script/benchmark.py --work /tmp/work --tokenizer LLAMA2_TOKENIZER --sizes 7b --lengths 8192 32768 \\
         --kinds ours_fastest ours_leanest unsloth hf original --output_json figure/benchmark.json
     python script/benchmark.py ... --row 7b:131072:ours_fastest --row 7b:131072:unsloth:3 --time_limit_s 500 --resume
-    python script/benchmark.py ... --plan rows.json     # [{"size", "length", "kind", "steps", "overrides"}, ...]
+    python script/benchmark.py ... --plan rows.json  # [{"size", "length", "kind", "steps", "overrides", "cards"}, ...]
 
 Each row (size, length, kind) runs in its own process on a random-weight model; results are rewritten after each row.
 ours_* is `deepspeed train.py` with the settings in OURS, ours_python_* is `python train.py` without DeepSpeed; the
 other kinds are the baselines in script/performance/peers.py. `overrides` are keys of train.py's YAML (for a baseline:
-memory_budget_gib). All kinds: batch size 1, no gradient accumulation, rank 64 on all linear layers, NF4 with double
-quantization, no dropout, gradient clipping.
+memory_budget_gib). On several `cards`, ours_* trains one row per card, or splits rows with the override
+sequence_parallel_size; ours_python_* is then torchrun, and memory is that of the card with the most. All kinds: batch
+size 1, no gradient accumulation, rank 64 on all linear layers, NF4 with double quantization, no dropout, gradient
+clipping.
 """
 
 import argparse
@@ -19,6 +21,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
@@ -115,11 +118,14 @@ class Row:
     kind: str
     steps: int = 0  # the first is warm-up; 0: 3 or 4, enough for a median
     overrides: dict = field(default_factory=dict)
+    cards: int = 1
 
     def __post_init__(self) -> None:
         for name, value, known in (("size", self.size, SHAPES), ("kind", self.kind, KINDS)):
             if value not in known:
                 raise UserError(f"{name}: {value!r} is none of {', '.join(known)}{nearest(str(value), known)}")
+        if self.cards > 1 and self.kind in PEERS:
+            raise UserError(f"cards: {self.cards}; {self.kind} runs on one")
         self.length = int(self.length)
         self.steps = int(self.steps) or (4 if self.length <= 65536 else 3)
         if self.kind in PEERS and set(self.overrides) - {"memory_budget_gib"}:
@@ -134,9 +140,14 @@ class Row:
         return self.overrides.get("group_size") or self.length // 4
 
     @property
+    def rows_per_step(self) -> int:
+        return self.cards // self.overrides.get("sequence_parallel_size", 1)
+
+    @property
     def name(self) -> str:
         """Identifies the measurement: rows with the same name are the same; also the name of its files."""
         words = [self.size, self.length, self.kind, *(f"{k}={v}" for k, v in sorted(self.overrides.items()))]
+        words += [f"{self.cards}-cards"] if self.cards > 1 else []
         return re.sub(r"[^\w.=-]+", "_", "-".join(map(str, words)))
 
 
@@ -197,7 +208,7 @@ def measure(row: Row, work: Path, tokenizer: str, limit_s: float, matrix_tflops:
     if not model.exists():
         in_a_process(make_model, row.size, tokenizer, work / f"{row.size}.part")
         (work / f"{row.size}.part").rename(model)  # so that a killed run leaves no incomplete model
-    data = make_rows(work / "data", row.length, row.steps)
+    data = make_rows(work / "data", row.length, row.steps * row.rows_per_step)
     output, log = work / "runs" / row.name, work / "logs" / f"{row.name}.log"
     shutil.rmtree(output, ignore_errors=True)
     for folder in (output, log.parent):
@@ -218,8 +229,8 @@ def measure(row: Row, work: Path, tokenizer: str, limit_s: float, matrix_tflops:
     else:
         found = json.loads((output / "one.json").read_text())
     shutil.rmtree(output)
-    flop = step_flop(row.size, row.length, row.group)
-    return base | speed(row.length, row.steps, found, flop, matrix_tflops)
+    flop = row.rows_per_step * step_flop(row.size, row.length, row.group)
+    return base | speed(row.length * row.rows_per_step, row.steps, found, flop, matrix_tflops, row.cards)
 
 
 def make_rows(folder: Path, length: int, count: int) -> Path:
@@ -255,12 +266,26 @@ def command_of(row: Row, model: Path, data: Path, output: Path) -> tuple[dict, l
     values |= {"max_seq_length": row.length, "model_max_length": max(row.length, 8192), "max_steps": row.steps}
     file = output.parent / f"{row.name}.yaml"
     file.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-    launcher = [sys.executable] if is_plain else ["deepspeed"]
+    port = str(free_port())
+    launcher = ["deepspeed", "--num_gpus", str(row.cards), "--master_port", port]
+    if is_plain:
+        launcher = (
+            [sys.executable]
+            if row.cards == 1
+            else ["torchrun", f"--nproc_per_node={row.cards}", f"--master_port={port}"]
+        )
     return settings, [*launcher, "train.py", "--train_args_file", str(file)]
 
 
+def free_port() -> int:
+    """So that a launcher doesn't meet another run on its default port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def key(found: dict) -> dict:
-    return {name: found[name] for name in ("size", "length", "kind", "overrides")}
+    return {name: found[name] for name in ("size", "length", "kind", "overrides", "cards") if name in found}
 
 
 def is_done(row: Row, found: list[dict]) -> bool:

@@ -2,6 +2,7 @@
 
 python script/estimate_memory.py --model_name_or_path NousResearch/Llama-2-7b-hf --max_seq_length 32768
 python script/estimate_memory.py --model_name_or_path M --max_seq_length 8192 --lora_rank 16 --memory_budget_gib 16
+python script/estimate_memory.py --model_name_or_path M --max_seq_length 1048576 --sequence_parallel_size 8
 """
 
 import argparse
@@ -21,8 +22,10 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--model_name_or_path", required=True, help="folder with a config.json, or a hub id")
     parser.add_argument("--max_seq_length", type=int, required=True, help="tokens per sample")
     parser.add_argument("--memory_budget_gib", type=float, default=32, help="GPU memory for tensors (default 32)")
-    parser.add_argument("--host_gib", type=float, default=64, help="CPU memory that may be pinned (default 64)")
+    parser.add_argument("--host_gib", type=float, default=64, help="CPU memory to pin, per GPU (default 64)")
     parser.add_argument("--per_device_train_batch_size", type=int, default=1)
+    parser.add_argument("--sequence_parallel_size", type=int, default=1, help="GPUs over which each row is split")
+    parser.add_argument("--data_parallel_size", type=int, default=1, help="GPUs, or groups of them, with other rows")
     parser.add_argument("--lora_rank", type=int, default=64)
     parser.add_argument("--target_modules", help="comma-separated names (default: all linear layers but lm_head)")
     parser.add_argument("--train_embedding", action="store_true")
@@ -62,28 +65,39 @@ def read_workload(flags: argparse.Namespace) -> Workload:
     check_targets_early(config, targets)
     if flags.deepspeed not in (None, "none") and not Path(flags.deepspeed).is_file():
         raise UserError(f"--deepspeed: there is no file {flags.deepspeed}; use one of train_args/deepspeed/, or none")
-    strategy = training_strategy(None if flags.deepspeed == "none" else flags.deepspeed)
+    parts, rows = flags.sequence_parallel_size, flags.per_device_train_batch_size
+    if flags.data_parallel_size < 1:
+        raise UserError(f"--data_parallel_size: {flags.data_parallel_size}; use 1 or more")
+    if parts > flags.max_seq_length:
+        raise UserError(f"--sequence_parallel_size: {parts} GPUs for rows of {flags.max_seq_length} tokens; use fewer")
+    processes = parts * flags.data_parallel_size
+    strategy = training_strategy(None if flags.deepspeed == "none" else flags.deepspeed, processes, parts)
     return workload(
         config,
         target_names=targets,
         rank=flags.lora_rank,
         train_embedding=flags.train_embedding,
         train_norm=flags.train_norm,
-        tokens=flags.per_device_train_batch_size * flags.max_seq_length,
+        tokens=rows * -(-flags.max_seq_length // parts),
         group=int(flags.group_size_ratio * flags.max_seq_length),
         in_4bit=not flags.no_4bit,
         fused=not flags.no_liger,
         optimizer=flags.optim,
         zero=strategy.zero_stage is not None,
         offload_optimizer=strategy.offloads_optimizer,
+        processes=processes,
+        sequence_processes=parts,
+        rows=rows,
+        full_steps=flags.group_size_ratio >= 1,
     )
 
 
 def longest(work: Workload, budget_gib: float, host_gib: float) -> int:
-    """The largest number of tokens for which the minimum-memory plan fits."""
+    """The largest number of tokens of a micro-batch, on each GPU, for which the minimum-memory plan fits."""
+    share = work.group / work.tokens
 
     def fits(tokens: int) -> bool:
-        found = estimate(replace(work, tokens=tokens), minimum_memory_plan())
+        found = estimate(replace(work, tokens=tokens, group=int(share * tokens)), minimum_memory_plan())
         return found.peak_gib <= budget_gib and found.host_gib <= host_gib
 
     low, high = 0, STEP
@@ -118,8 +132,9 @@ def show_estimate(flags: argparse.Namespace) -> None:
             print(f"  {found.host_gib:.1f} GiB of pinned CPU memory")
     outside = LIBRARIES_GIB + CONTEXT_GIB + paged_bytes(work) / GIB
     print(f"outside PyTorch's allocator: about {outside:.1f} GiB of CUDA context, libraries, paged optimizer states")
-    tokens = longest(work, budget, flags.host_gib) // flags.per_device_train_batch_size
-    limits = f"{flags.memory_budget_gib:g} GiB of GPU and {flags.host_gib:g} GiB of pinned CPU memory"
+    tokens = longest(work, budget, flags.host_gib) // work.rows * work.sequence_processes
+    each = " on each GPU" if work.processes > 1 else ""
+    limits = f"{flags.memory_budget_gib:g} GiB of GPU and {flags.host_gib:g} GiB of pinned CPU memory{each}"
     print(f"longest sample in {limits}: about {tokens} tokens")
     if flags.output_json:
         result = {"workload": asdict(work), "plans": rows, "longest_tokens": tokens}

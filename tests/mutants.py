@@ -34,7 +34,7 @@ TARGETS: dict[str, tuple[str, str]] = {
         "Segment.view attend_segments FusedAttention.forward FusedAttention.backward _backward causal_sdpa",
         "tests/component/attention/test_shift_short.py",
     ),
-    "component/attention/kernel.py": ("causal_forward causal_backward _per_kv_head", ""),
+    "component/attention/kernel.py": ("attention_forward attention_backward _per_kv_head", ""),
     "component/attention/interface.py": (
         "TrainingMask.is_right_padded shift_short_mask shift_short_attention_forward use_shift_short_attention",
         "",

@@ -3,8 +3,10 @@
 import json
 import multiprocessing
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -56,23 +58,40 @@ class Launcher:
         file.write_text(yaml.safe_dump(values))
         return file
 
-    def __call__(self, values: dict, sabotage=None) -> subprocess.CompletedProcess:
+    def __call__(self, values: dict, sabotage=None, processes: int = 1) -> subprocess.CompletedProcess:
+        """`python train.py`, or with several processes what torchrun does on one machine; the first one's output."""
         file = self.yaml(values)
-        log = file.with_suffix(".log")
-        process = self.context.Process(target=run_main, args=(["--train_args_file", str(file)], str(log), sabotage))
-        process.start()
-        process.join(100)
-        if process.is_alive():
-            process.kill()
-            process.join()
-        return subprocess.CompletedProcess(["train.py"], process.exitcode, log.read_text())
+        logs = [file.with_suffix(f".{rank}.log") for rank in range(processes)]
+        argv, port = ["--train_args_file", str(file)], free_port()
+        running = []
+        for rank, log in enumerate(logs):
+            ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+            environment = {**ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if processes > 1 else {}
+            running.append(self.context.Process(target=run_main, args=(argv, str(log), sabotage, environment)))
+            running[-1].start()
+        deadline = time.monotonic() + 100
+        for process in running:
+            process.join(max(0.1, deadline - time.monotonic()))
+            if process.is_alive():
+                process.kill()
+                process.join()
+        failed = [rank for rank, process in enumerate(running) if process.exitcode]
+        shown = failed[0] if failed else 0
+        return subprocess.CompletedProcess(["train.py"], running[shown].exitcode, logs[shown].read_text())
 
 
-def run_main(argv: list[str], log: str, sabotage) -> None:
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run_main(argv: list[str], log: str, sabotage, environment: dict) -> None:
     """`python train.py *argv` in a forked process, with stdout and stderr in `log`."""
     with Path(log).open("wb") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
+    os.environ.update({name: str(value) for name, value in environment.items()})
     os.chdir(ROOT)
     sys.argv = ["train.py", *argv]
     torch.set_num_threads(1)

@@ -7,7 +7,7 @@ Shapes: B batch, T tokens.
 """
 
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
@@ -16,6 +16,8 @@ from transformers.masking_utils import sdpa_mask
 
 from component.attention.segment import SavedAttention
 from component.attention.shift_short import attend_in_groups, check_group_size, document_spans
+from component.attention.ulysses import heads_to_tokens, splits_heads, tokens_to_heads
+from component.distributed.sequence import SequenceGroup, sequence_group
 from component.error import UserError
 
 NAME = "shift_short"
@@ -50,8 +52,11 @@ class TrainingMask:
         return self.padding is None or not bool((self.padding[:, 1:] & ~self.padding[:, :-1]).any())
 
     def documents(self, position_ids: Tensor | None) -> list | None:
+        """The documents of whole rows, also if this process holds a part of them: a collective call then."""
         if not self._documents_known and position_ids is not None:
-            self._documents, self._documents_known = document_spans(position_ids), True
+            sequence = sequence_group()
+            rows = position_ids if sequence is None else sequence.gathered_tokens(position_ids)
+            self._documents, self._documents_known = document_spans(rows), True
         return self._documents
 
 
@@ -82,10 +87,13 @@ def shift_short_attention_forward(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: S2-Attn if `module` is in training mode, stock SDPA otherwise.
 
+    Where rows are split over processes, full attention by the same kernels takes the place of stock SDPA.
+
     Raises:
         UserError: left padding, holes in the mask, a 4D mask, a KV cache, softcapping or attention sinks in training.
     """
-    if not module.training:
+    sequence = sequence_group()
+    if not module.training and sequence is None:
         mask = attention_mask.full if isinstance(attention_mask, TrainingMask) else attention_mask
         return sdpa_attention_forward(
             module, query, key, value, mask, dropout=dropout, scaling=scaling, position_ids=position_ids, **kwargs
@@ -101,15 +109,39 @@ def shift_short_attention_forward(
             "short attention does not support; set it to false"
         )
     documents = None
-    if attention_mask is not None:
+    if attention_mask is not None and module.training:
         if not attention_mask.is_right_padded:
             raise UserError(
                 "attention_mask: left padding or holes; groups start at the first token, so training with shift short "
                 "attention needs right padding (padding_side='right')"
             )
         documents = attention_mask.documents(position_ids)
-    out = attend_in_groups(query, key, value, module.config.group_size, documents, scaling, dropout, saved_attention)
-    return out, None
+    group_size = module.config.group_size if module.training else UNLIMITED
+    attend = attend_in_groups if sequence is None else partial(attend_across_processes, sequence=sequence)
+    return attend(query, key, value, group_size, documents, scaling, dropout, saved_attention), None
+
+
+def attend_across_processes(
+    query, key, value, group_size, documents, scale, dropout, saved_attention, *, sequence: SequenceGroup
+) -> Tensor:
+    """`attend_in_groups` if the rows are split over processes: each holds m = T/P tokens.
+
+    Groups fetch what they need from the left. Full attention goes by heads, or fetches all keys and values from the
+    left if the heads cannot be split; then the last process has the most work.
+    """
+    attend = partial(
+        attend_in_groups,
+        group_size=group_size,
+        documents=documents,
+        scale=scale,
+        dropout=dropout,
+        saved_attention=saved_attention,
+    )
+    is_full = group_size // 2 >= sequence.size * query.shape[2]
+    if not (is_full and splits_heads(query.shape[1], key.shape[1], sequence.size)):
+        return attend(query, key, value, sequence=sequence)
+    inputs = (tokens_to_heads(tensor, sequence) for tensor in (query, key, value))
+    return heads_to_tokens(attend(*inputs), sequence)
 
 
 def use_shift_short_attention(config: PretrainedConfig, group_size: int | None, full_tokens: int = 0) -> None:

@@ -18,10 +18,13 @@ Shapes: B batch, T tokens, H query heads, Hkv key/value heads, D head size, g gr
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from torch import Tensor
 
-from component.attention.segment import SavedAttention, Segment, attend_from_saved, attend_segments
+from component.attention.exchange import Exchange
+from component.attention.segment import HeadCall, SavedAttention, Segment, attend_from_saved, attend_segments
+from component.distributed.sequence import SequenceGroup
 from component.error import UserError
 
 HEAD_TOKENS = 2**20  # query heads x tokens of one kernel call: bounds the backward kernel's fp32 buffers
@@ -83,40 +86,56 @@ def document_spans(position_ids: Tensor) -> list[list[tuple[int, int]]] | None:
     return [list(zip(row, [*row[1:], position_ids.shape[1]], strict=True)) for row in starts]
 
 
-def attend_in_groups(query, key, value, group_size, documents, scale, dropout, saved_attention) -> Tensor:
+def attend_in_groups(
+    query, key, value, group_size, documents, scale, dropout, saved_attention, sequence: SequenceGroup | None = None
+) -> Tensor:
     """`shift_short_attention` with document spans in place of positions.
 
     Args:
         documents: as returned by `document_spans`, one list per row or one for all; None: each row is one document.
+        sequence: the processes that share the rows. Then T is this process's part, and `documents` are those of the
+            whole rows; keys and values of groups that begin further left come from other processes.
     """
     if saved_attention is not None and saved_attention.out is not None:
         return attend_from_saved(query, key, value, scale, saved_attention)
-    documents = documents or [[(0, query.shape[2])]]
+    heads, kv_heads, tokens = query.shape[1], key.shape[1], query.shape[2]
+    size, rank = (sequence.size, sequence.rank) if sequence else (1, 0)
+    documents = documents or [[(0, size * tokens)]]
     documents = documents * len(query) if len(documents) == 1 else documents
-    rows = [_row_segments(i, query.shape[1], key.shape[1], spans, group_size) for i, spans in enumerate(documents)]
-    return attend_segments(rows, query, key, value, scale, dropout, saved_attention)
+    kv_per_call = max(1, HEAD_TOKENS // tokens // (heads // kv_heads))
+    kv_per_call = min(kv_per_call, max(1, kv_heads - kv_heads // 2))  # memory plans count on at most half of the heads
+    here = (rank * tokens, (rank + 1) * tokens)
+    calls = []
+    for half in _halves(heads, kv_heads, documents, group_size):
+        groups = [_inside(here, _groups(spans, half.first_group, group_size)) for spans in documents]
+        needed = _needed(half, documents, group_size, tokens, size)
+        for q, kv in _split_heads(half.heads, half.kv_heads, kv_per_call):
+            rows = [[Segment(row, q, kv, *group) for group in parts] for row, parts in enumerate(groups)]
+            calls.append(HeadCall(rows, Exchange(sequence, kv, needed) if sequence and any(needed) else None))
+    return attend_segments(calls, query, key, value, scale, dropout, saved_attention)
 
 
-def _row_segments(row: int, heads: int, kv_heads: int, spans, group_size: int) -> list[list[Segment]]:
-    """The segments of one row whose documents are `spans`: one list for each set of heads in a kernel call."""
+class _Half(NamedTuple):
+    """Heads with the same groups."""
+
+    heads: slice
+    kv_heads: slice
+    first_group: int  # length of each document's first group in tokens, if it is shorter; else 0
+
+
+def _halves(heads: int, kv_heads: int, documents, group_size: int) -> list[_Half]:
+    """Unshifted and shifted heads."""
+    half = group_size // 2
+    if all(end - start <= half for spans in documents for start, end in spans):
+        # both halves have one group per document: no need to split
+        return [_Half(slice(0, heads), slice(0, kv_heads), 0)]
     unshifted_kv = kv_heads // 2
     unshifted = unshifted_kv * (heads // kv_heads) if kv_heads > 1 else heads // 2
-    half = group_size // 2
-    halves = [  # query heads, key/value heads, length of the first group
-        (slice(0, unshifted), slice(0, unshifted_kv or 1), 0),
-        (slice(unshifted, heads), slice(unshifted_kv, kv_heads), half),
+    halves = [
+        _Half(slice(0, unshifted), slice(0, unshifted_kv or 1), 0),
+        _Half(slice(unshifted, heads), slice(unshifted_kv, kv_heads), half),
     ]
-    if unshifted == 0:  # a single query head is a shifted one
-        del halves[0]
-    if all(end - start <= half for start, end in spans):  # both halves have one group per document: no need to split
-        halves = [(slice(0, heads), slice(0, kv_heads), 0)]
-    kv_per_call = max(1, HEAD_TOKENS // spans[-1][1] // (heads // kv_heads))
-    kv_per_call = min(kv_per_call, max(1, kv_heads - unshifted_kv))  # memory plans count on at most half of the heads
-    return [
-        [Segment(row, q, kv, start, lengths) for start, lengths in _groups(spans, first_group, group_size)]
-        for half_q, half_kv, first_group in halves
-        for q, kv in _split_heads(half_q, half_kv, kv_per_call)
-    ]
+    return halves if unshifted else halves[1:]  # a single query head is a shifted one
 
 
 def _split_heads(heads: slice, kv_heads: slice, kv_per_call: int) -> Iterator[tuple[slice, slice]]:
@@ -138,3 +157,48 @@ def _groups(spans, first_group: int, group_size: int) -> Iterator[tuple[int, tup
             if sum(lengths):
                 yield start, lengths
                 start += sum(lengths)
+
+
+def _inside(here: tuple[int, int], groups) -> list[tuple[int, tuple[int, ...], int]]:
+    """The part of `groups` in the tokens [first, last) of `here`: (start, group lengths, tokens left of it).
+
+    Starts are counted from `first`. Only a group cut by it has tokens left of it, and is a part of its own.
+    """
+    first, last = here
+    parts = []
+    for start, lengths in groups:
+        size = lengths[0]
+        begin, end = max(start, first), min(start + sum(lengths), last)
+        if begin >= end:
+            continue
+        left = (begin - start) % size
+        cut = min(size - left, end - begin) if left else 0
+        full, rest = divmod(end - begin - cut, size)
+        for part, before in (((cut,), left), ((size,) * full, 0), ((rest,), 0)):
+            if sum(part):
+                parts.append((begin - first, part, before))
+                begin += sum(part)
+    return parts
+
+
+def _needed(half: _Half, documents, group_size: int, tokens: int, processes: int) -> tuple[int, ...]:
+    """How many tokens directly left of its own each process needs, if it holds `tokens` of each row."""
+    return tuple(
+        max(_left_of(rank * tokens, spans, half.first_group, group_size) for spans in documents)
+        for rank in range(processes)
+    )
+
+
+def left_tokens(group_size: int, tokens: int, processes: int) -> tuple[int, int]:
+    """What a process needs at most from its left, in unshifted and in shifted heads; it holds `tokens` of each row."""
+    documents = [[(0, tokens * processes)]]
+    unshifted, shifted = (
+        max(_needed(half, documents, group_size, tokens, processes)) for half in _halves(2, 2, documents, group_size)
+    )
+    return unshifted, shifted
+
+
+def _left_of(token: int, spans, first_group: int, group_size: int) -> int:
+    """How many tokens of `token`'s group come before it."""
+    before = token - max(start for start, _ in spans if start <= token)
+    return before if before < first_group else (before - first_group) % group_size

@@ -1,4 +1,4 @@
-"""How do samples become a batch? Padded on the right, with positions and shifted labels.
+"""How do samples become a batch? Padded on the right, with positions and shifted labels; of split rows, one part.
 
 Padding is identified by position, not by value: where pad and end-of-sequence share an id (LLaMA has no pad token), a
 genuine end-of-sequence token is still trained on.
@@ -21,23 +21,27 @@ class RightPadCollator:
 
     Args:
         pad_token_id: any id of the vocabulary; no real token sees what stands in padded places.
+        part, parts: with sequence parallelism, T is padded to a multiple of `parts`, and a batch holds tokens
+            [part T / parts, (part + 1) T / parts) of each row.
     """
 
-    def __init__(self, pad_token_id: int):
-        self.pad_token_id = pad_token_id
+    def __init__(self, pad_token_id: int, part: int = 0, parts: int = 1):
+        self.pad_token_id, self.part, self.parts = pad_token_id, part, parts
 
     def __call__(self, samples: list[dict[str, list[int]]]) -> dict[str, Tensor]:
-        longest = max(len(sample["input_ids"]) for sample in samples)
+        size = -(-max(len(sample["input_ids"]) for sample in samples) // self.parts)
+        longest = self.parts * size
 
         def padded(rows, fill: int) -> Tensor:
             return torch.tensor([[*row, *[fill] * (longest - len(row))] for row in rows])
 
         labels = padded((sample["labels"] for sample in samples), IGNORE_INDEX)
         positions = [sample.get("position_ids", []) for sample in samples]
-        return {
+        batch = {
             "input_ids": padded((sample["input_ids"] for sample in samples), self.pad_token_id),
             "attention_mask": padded(([1] * len(sample["input_ids"]) for sample in samples), 0),
             "position_ids": torch.tensor([[*row, *range(longest - len(row))] for row in positions]),
             "labels": labels,
             "shift_labels": torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX),
         }
+        return {name: rows[:, self.part * size :][:, :size].contiguous() for name, rows in batch.items()}

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from component.distributed.world import local_process_count, smallest
+from component.distributed.world import gathered, local_process_count, smallest
 from component.error import UserError, first_line
 from component.memory.host import free_host_bytes
 from component.memory.plan import MemoryPlan, estimate, next_memory_option
@@ -75,7 +75,9 @@ def note_device_memory() -> None:
 
 
 def peak_memory() -> dict[str, float]:
-    """Peak memory of this process so far, in GiB: CPU memory and, with a GPU, allocated, reserved and device memory.
+    """Peak memory so far, in GiB: CPU memory and, with a GPU, allocated, reserved and device memory.
+
+    Each is that of the process with the most; all processes must call this.
 
     Device memory is what `note_device_memory` sampled. It includes what PyTorch's allocator does not know of: the CUDA
     context, library workspaces, bitsandbytes' paged optimizer states while on the GPU, and other processes.
@@ -88,4 +90,5 @@ def peak_memory() -> dict[str, float]:
             "peak_reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
             "device_in_use_gib": _device_peak / 2**30,
         }
-    return {name: round(gib, 2) for name, gib in peaks.items()}
+    processes = gathered([peaks])
+    return {name: round(max(found[name] for found in processes), 2) for name in peaks}

@@ -130,7 +130,11 @@ def _attention_backward(work: Workload, size: Sizes) -> float:
     """Bytes: gradients of the output and of q, k, v, and one kernel call's own gradients and fp32 accumulators."""
     gradients = size.query + 2 * size.key
     share = min(0.5, max(HEAD_TOKENS / work.tokens / work.heads, 1 / work.kv_heads))
-    return size.query + gradients + share * (gradients + size.query * 4 / work.value_bytes)
+    # a call's keys and values from the left, their gradients, and what is on its way: the next ones, and to and fro
+    transfers = 5 * share * size.left
+    if size.by_heads:  # copies to be sent, and received
+        transfers += 2 * gradients
+    return size.query + gradients + transfers + share * (gradients + size.query * 4 / work.value_bytes)
 
 
 def _cost(work: Workload, plan: MemoryPlan, size: Sizes, counts: tuple[int, int, int]) -> float:

@@ -12,6 +12,8 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from component.adapter import full_copies, linear_names, target_layers
+from component.attention.shift_short import left_tokens
+from component.attention.ulysses import splits_heads
 from component.model import without_weights
 
 GIB = 2**30
@@ -33,7 +35,7 @@ class Workload:
     embeddings: int  # parameters of the token embedding and lm_head
     rank: int
     trained: int  # trainable parameters
-    tokens: int  # N, of one micro-batch
+    tokens: int  # N, of one micro-batch; with sequence parallelism, of a process's part of it
     group: int  # attention span in tokens: the S2-Attn group, or the full row
     value_bytes: int = 2  # of the compute dtype
     in_4bit: bool = True
@@ -42,7 +44,10 @@ class Workload:
     zero: bool = True  # DeepSpeed ZeRO-2: half-precision trainable parameters with fp32 master weights
     offload_optimizer: bool = False
     head: int = 0  # parameters of lm_head, if it is trained in full
-    processes: int = 1  # data-parallel ones
+    processes: int = 1  # of the run
+    sequence_processes: int = 1  # that share a row
+    rows: int = 1  # of a micro-batch
+    full_steps: bool = False  # whether some steps train with full attention
     eval_rows: int = 0  # of an evaluation batch; 0: no evaluation
     eval_tokens: int = 0  # of an evaluation batch
 
@@ -95,8 +100,13 @@ class Sizes:
         self.lse = n * work.heads * 4
         # Hugging Face's eager norm saves an fp32 copy of its input, Liger's only the input itself
         self.norm = 0 if work.fused else n * work.hidden * 4
+        self.left = left_bytes(work)
+        # by heads, attention's output exists twice: for the kernel's heads, and for this process's tokens
+        is_by_heads = work.full_steps and work.sequence_processes > 1
+        self.by_heads = self.query if is_by_heads else 0
         # saved by a layer's attention: normed input, q, k, v, output, log-sum-exp, LoRA's A x
         self.graph = self.hidden + 2 * self.query + 2 * self.key + self.lse + self.norm + 4 * self.low
+        self.graph += self.by_heads
         self.attention = self.graph + 2 * self.hidden  # plus the inputs of the layer and of the MLP
         self.gate_and_up = 2 * self.mlp + 3 * self.low
         self.fixed = fixed_bytes(work)
@@ -106,6 +116,20 @@ class Sizes:
 @lru_cache(maxsize=8)
 def sizes(work: Workload) -> Sizes:
     return Sizes(work)
+
+
+def left_bytes(work: Workload) -> int:
+    """Keys and values that a process needs from its left, if all heads were fetched at once.
+
+    See component/attention/exchange.py.
+    """
+    parts, tokens = work.sequence_processes, work.tokens // work.rows
+    needed = 0
+    if work.group < parts * tokens:
+        needed = max(left_tokens(work.group, tokens, parts))
+    if work.full_steps and not splits_heads(work.heads, work.kv_heads, parts):
+        needed = (parts - 1) * tokens
+    return 2 * work.rows * needed * work.kv_heads * work.head_size * work.value_bytes
 
 
 def fixed_bytes(work: Workload) -> float:

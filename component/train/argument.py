@@ -67,6 +67,7 @@ class LongQLoRAArguments:
     lora_dropout: float = _key("dropout on LoRA's input", 0.05)
     train_embedding: bool = _key("train the token embedding and lm_head in full", False)
     train_norm: bool = _key("train the normalization weights in full", False)
+    sequence_parallel_size: int = _key("processes (GPUs) over which each row is split; 1: none", 1)
     memory_plan: bool = _key("use the fastest memory plan that fits; false: Hugging Face's own layers and loss", True)
     memory_budget_gib: float | None = _key("GPU memory in GiB that this run may use; empty: all of it", None)
     keep_layers: int | None = _key("decoder layers without activation checkpointing; empty: by plan", None)

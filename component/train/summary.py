@@ -55,7 +55,7 @@ def summary_lines(
     args: LongQLoRAArguments, training_args: TrainingArguments, trainer: LongQLoRATrainer, base: PretrainedConfig
 ) -> dict[str, str]:
     dtype = compute_dtype(training_args.fp16, training_args.bf16)
-    rows = training_args.train_batch_size * training_args.gradient_accumulation_steps * training_args.world_size
+    rows = trainer.get_total_train_batch_size(training_args)
     optimizer = describe_optimizer(training_args.optim.value, training_args.deepspeed, training_args.max_grad_norm)
     return {
         "model": args.model_name_or_path,

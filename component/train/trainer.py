@@ -1,7 +1,9 @@
-"""How is a model trained, resumed and saved? By the Hugging Face Trainer, with two changes.
+"""How is a model trained, resumed and saved? By the Hugging Face Trainer, with three changes.
 
 Checkpoints are adapter folders whose record is written last, so an interrupted run finds its latest complete one.
 Evaluation uses full attention and weights all tokens equally, independent of batching.
+The processes of a sequence group read the same rows. Each has its part of their tokens, so to the rest of the Trainer,
+which sums losses, gradients and numbers of tokens over processes, they are like processes with different rows.
 """
 
 import math
@@ -9,11 +11,14 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
-from transformers import EvalPrediction, PretrainedConfig, Trainer
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import EvalPrediction, PretrainedConfig, Trainer, TrainingArguments
 
 from component.checkpoint import remove_old_checkpoints, write_adapter, write_record
 from component.data import IGNORE_INDEX
+from component.distributed.sequence import sequence_group
 from component.distributed.strategy import Strategy
 from component.error import UserError, first_line
 from component.loss import TOKENS_PER_CHUNK, eval_chunk, next_token_losses
@@ -45,6 +50,22 @@ class LongQLoRATrainer(Trainer):
         super().create_accelerator_and_postprocess()
         if self.strategy == Strategy():  # a launched single process would be wrapped in DDP, and pay for its buckets
             self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
+        if self.strategy.sequence_processes > 1:
+            # data loaders give the processes of one tensor-parallel group, accelerate's "tp", the same rows
+            shape = (self.strategy.data_processes, self.strategy.sequence_processes)
+            mesh = init_device_mesh(self.args.device.type, shape, mesh_dim_names=("dp_replicate", "tp"))
+            self.accelerator._prepare_device_mesh = lambda: mesh
+            self.accelerator.gather_for_metrics = self.gather_function = self._gather_rows
+
+    def _gather_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """The rows of all sequence groups, each once, without those that only fill up the last batch."""
+        shape = (self.strategy.data_processes, self.strategy.sequence_processes, *rows.shape)
+        rows = self.accelerator.gather(rows).view(shape)[:, 0].flatten(0, 1)
+        state = self.accelerator.gradient_state
+        return rows[: state.remainder] if state.end_of_dataloader and state.remainder > 0 else rows
+
+    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
+        return super().get_total_train_batch_size(args) // self.strategy.sequence_processes
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # not in a callback: by then the Trainer's history and other callbacks have copied the logs
@@ -122,14 +143,18 @@ class LongQLoRATrainer(Trainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """(None, summed loss per row, labels per row), for `token_weighted_loss`."""
         inputs = self._prepare_inputs(inputs)
-        has_label = inputs["shift_labels"][:, :-1] != IGNORE_INDEX
+        targets, sequence = inputs["shift_labels"], sequence_group()
         base = self.accelerator.unwrap_model(model)
-        chunk = eval_chunk(getattr(base.get_base_model(), "loss_chunk", TOKENS_PER_CHUNK), len(has_label))
+        chunk = eval_chunk(getattr(base.get_base_model(), "loss_chunk", TOKENS_PER_CHUNK), len(targets))
         wanted = None if self.eval_dtype is None else torch.autocast(self.args.device.type, self.eval_dtype)
         with wanted or self.accelerator.autocast():  # the wrapped model would enable it itself
             # no mask, which would be (B, 1, T, T): padding is on the right, where no real token attends
-            losses = next_token_losses(base, inputs["input_ids"], chunk)
-        return None, (losses * has_label).sum(1), has_label.sum(1)
+            positions = {"position_ids": inputs["position_ids"]} if sequence else {}  # else from 0
+            losses = next_token_losses(base, inputs["input_ids"], chunk, targets, **positions)
+        sums = torch.stack([losses.double().sum(1), (targets != IGNORE_INDEX).sum(1)])  # losses without targets are 0
+        if sequence:
+            dist.all_reduce(sums, group=sequence.group)
+        return None, *sums
 
 
 def token_weighted_loss(prediction: EvalPrediction) -> dict[str, float]:

@@ -1,5 +1,7 @@
 """Which values of a YAML are invalid, alone, in combination, or on this machine?"""
 
+import os
+
 import torch
 from transformers.integrations import get_available_reporting_integrations
 from transformers.training_args import trainer_log_levels
@@ -23,6 +25,7 @@ BOUNDS = {
     "template": (lambda v: v in TEMPLATES, "one of " + ", ".join(TEMPLATES)),
     "max_bad_fraction": (lambda v: 0 <= v < 1, "a share in [0, 1), e.g. 0.01"),
     "lora_rank gradient_accumulation_steps eval_accumulation_steps": (lambda v: v >= 1, "at least 1"),
+    "sequence_parallel_size": (lambda v: v >= 1, "at least 1"),
     "per_device_train_batch_size per_device_eval_batch_size": (lambda v: v >= 1, "at least 1"),
     "lora_alpha memory_budget_gib num_train_epochs save_steps logging_steps": (lambda v: v > 0, "a number above 0"),
     "keep_layers keep_attention_layers mlp_tile_tokens": (lambda v: v >= 0, "0 or more"),
@@ -91,9 +94,27 @@ def validate(values: dict) -> list[str]:
         problems.append("save_strategy, eval_strategy: epoch, but a stream has no epochs; use steps")
     if values.get("template", "vicuna") != "vicuna" and values.get("sft") is False:
         problems.append("template: only used with sft: true; leave it out")
+    problems += _impossible_split(values)
     if (values.get("memory_budget_gib") or 0) > 0 and not torch.cuda.is_available():
         problems.append(f"memory_budget_gib: {values['memory_budget_gib']:g}, but there is no GPU; leave it out")
     return problems + _impossible_precision(values) + bad_strategy(values)
+
+
+def _impossible_split(values: dict) -> list[str]:
+    """Problems with rows that are split over processes."""
+    parts = values.get("sequence_parallel_size") or 1
+    if parts <= 1:
+        return []
+    problems, processes = [], int(os.environ.get("WORLD_SIZE", "1"))
+    if processes % parts:
+        cure = f"start a multiple of {parts}, e.g. deepspeed --num_gpus {parts} train.py, or change the key"
+        problems.append(f"sequence_parallel_size: {parts}, but there are {processes} processes; {cure}")
+    if (values.get("max_seq_length") or parts) < parts:
+        problems.append(f"sequence_parallel_size: {parts} processes for rows of {values['max_seq_length']} tokens")
+    if values.get("train_sampling_strategy") == "batch_rebalance":
+        cure = "use random, or sequence_parallel_size: 1"
+        problems.append(f"train_sampling_strategy: batch_rebalance would give each process other rows; {cure}")
+    return problems
 
 
 def _impossible_precision(values: dict) -> list[str]:

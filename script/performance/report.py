@@ -38,6 +38,7 @@ def table(rows: list[dict]) -> str:
     lines = [f"{'size':<6}{'tokens':>8}  {'kind':<24}" + "".join(f"{head:>11}" for head in heads)]
     for row in rows:
         label = " ".join([row["kind"], *(f"{name}={value}" for name, value in row["overrides"].items())])
+        label += f" on {row['cards']} cards" if row.get("cards", 1) > 1 else ""
         line = f"{row['size']:<6}{row['length']:>8}  {label:<24}"
         if "error" in row:
             lines.append(f"{line}  {row['error'][:90]}")
@@ -50,15 +51,19 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def speed(length: int, steps: int, found: dict, flop: float, matrix_tflops: float | None) -> dict:
-    """The results of one row; values that need a GPU are None without one."""
-    tokens = found["num_input_tokens_seen"] / steps
-    if tokens != length:
-        return {"error": f"trained on {tokens:g} tokens per step, not {length}"}
+def speed(tokens: int, steps: int, found: dict, flop: float, matrix_tflops: float | None, cards: int = 1) -> dict:
+    """The results of one row; values that need a GPU are None without one.
+
+    Args:
+        tokens: of a step on all cards; `flop` likewise.
+    """
+    trained = found["num_input_tokens_seen"] / steps
+    if trained != tokens:
+        return {"error": f"trained on {trained:g} tokens per step, not {tokens}"}
     step_seconds = median_step(found["step_seconds"])
-    share = round(flop / step_seconds / 1e12 / matrix_tflops, 3) if matrix_tflops else None
+    share = round(flop / step_seconds / 1e12 / matrix_tflops / cards, 3) if matrix_tflops else None
     return {
-        "tokens_per_second": round(length / step_seconds, 1),
+        "tokens_per_second": round(tokens / step_seconds, 1),
         "step_seconds": [round(seconds, 3) for seconds in found["step_seconds"]],
         "losses": [round(loss, 3) for loss in found["losses"]],
         "tflop_per_step": round(flop / 1e12, 1),

@@ -48,6 +48,19 @@ def test_the_longest_sample_fits_and_a_longer_one_does_not(estimate):
         assert ("does NOT fit" in printed) is not fits
 
 
+def test_a_row_over_several_gpus(estimate):
+    """Half of a row needs about as much as a row of half the length; memory and pinned memory are per GPU."""
+    plans = ("--group_size_ratio", "0.25", "--host_gib", "1000")
+    alone, _ = estimate("--max_seq_length", "65536", *plans)
+    half, printed = estimate("--max_seq_length", "131072", "--sequence_parallel_size", "2", *plans)
+    assert half["workload"]["tokens"] == 65536
+    mine, theirs = (found["plans"][1] for found in (half, alone))  # the fastest plans trade memory for time
+    assert 0 <= mine["peak_gib"] - theirs["peak_gib"] < 1
+    assert mine["host_gib"] == pytest.approx(theirs["host_gib"], rel=0.1)
+    assert half["longest_tokens"] == pytest.approx(2 * alone["longest_tokens"], rel=0.1)
+    assert "on each GPU" in printed
+
+
 def test_host_memory_is_a_limit_too(estimate):
     small, _ = estimate("--max_seq_length", "8192", "--host_gib", "8")
     large, _ = estimate("--max_seq_length", "8192", "--host_gib", "64")
@@ -58,6 +71,12 @@ def test_host_memory_is_a_limit_too(estimate):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (("--max_seq_length", "8192", "--sequence_parallel_size", "0"), "--sequence_parallel_size: 0; use at least 1"),
+        (
+            ("--max_seq_length", "8192", "--sequence_parallel_size", "10000"),
+            "--sequence_parallel_size: 10000 GPUs for rows of 8192 tokens",
+        ),
+        (("--max_seq_length", "8192", "--data_parallel_size", "0"), "--data_parallel_size: 0; use 1 or more"),
         (("--max_seq_length", "1"), "max_seq_length"),
         (("--max_seq_length", "8192", "--target_modules", "q_prj"), "q_proj"),
         (("--max_seq_length", "8192", "--deepspeed", "nowhere.json"), "nowhere.json"),

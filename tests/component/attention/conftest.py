@@ -9,11 +9,11 @@ from component.attention import kernel
 def kernel_calls(monkeypatch) -> list:
     """The query shapes of all kernel calls."""
     calls: list = []
-    forward = kernel.causal_forward
+    forward = kernel.attention_forward
 
     def counted(*args, **kwargs):
         calls.append(args[0].shape)
         return forward(*args, **kwargs)
 
-    monkeypatch.setattr(kernel, "causal_forward", counted)
+    monkeypatch.setattr(kernel, "attention_forward", counted)
     return calls

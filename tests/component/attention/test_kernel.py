@@ -25,10 +25,10 @@ def test_kernels_without_grouped_query_support(monkeypatch, heads, kv_heads, pos
     inputs, calls = random_inputs(2, heads, kv_heads, 23), []
     forward = kernel._forward
 
-    def ungrouped(name, query, key, value, scale):
+    def ungrouped(name, query, key, value, *options):
         assert query.shape[1] == key.shape[1]
         calls.append(key.untyped_storage().data_ptr())
-        return forward(name, query, key, value, scale)
+        return forward(name, query, key, value, *options)
 
     monkeypatch.setattr(kernel, "GROUPED", set())
     monkeypatch.setattr(kernel, "_forward", ungrouped)
@@ -38,7 +38,7 @@ def test_kernels_without_grouped_query_support(monkeypatch, heads, kv_heads, pos
 
 def test_a_kernel_is_selected_if_none_is_given():
     query, key, value = random_inputs(2, 4, 2, 23)
-    out, saved = kernel.causal_forward(query, key, value)
+    out, saved = kernel.attention_forward(query, key, value)
     assert saved.kernel == kernel.CPU_FLASH
     assert_close(out.transpose(1, 2), shift_short_loop(query, key, value, 64), atol=1e-5, rtol=1e-5)
 
@@ -107,14 +107,14 @@ def assert_equals_loop_on_gpu(inputs, group_size, tolerance, position_ids=None, 
 @pytest.fixture
 def kernels_run(monkeypatch) -> set:
     names: set = set()
-    forward = kernel.causal_forward
+    forward = kernel.attention_forward
 
     def recorded(*args, **kwargs):
         out, saved = forward(*args, **kwargs)
         names.add(saved.kernel)
         return out, saved
 
-    monkeypatch.setattr(kernel, "causal_forward", recorded)
+    monkeypatch.setattr(kernel, "attention_forward", recorded)
     return names
 
 

@@ -55,7 +55,7 @@ def test_sdpa_without_grouped_query_support(monkeypatch, heads, kv_heads):
         return attend(query, key, value, **options)
 
     grouped, attend = with_gradients(plain, inputs), F.scaled_dot_product_attention
-    monkeypatch.setattr(kernel, "select_kernel", lambda *_: kernel.EFFICIENT)
+    monkeypatch.setattr(kernel, "select_kernel", lambda *_, **__: kernel.EFFICIENT)
     monkeypatch.setattr(F, "scaled_dot_product_attention", ungrouped)
     for mine, theirs in zip(with_gradients(plain, inputs), grouped, strict=True):
         assert_close(mine, theirs, atol=1e-6, rtol=1e-5)
@@ -66,7 +66,7 @@ def varlen_forward(query, key, value, cu_seqlens, longest, scale):
     assert len(query) == 1
     assert longest == max(cu_seqlens.diff())
     parts = [
-        kernel._forward(kernel.CPU_FLASH, *(tensor[:, :, start:end] for tensor in (query, key, value)), scale)
+        kernel._forward(kernel.CPU_FLASH, *(tensor[:, :, start:end] for tensor in (query, key, value)), scale, True)
         for start, end in pairwise(cu_seqlens.tolist())
     ]
     log_sum_exp = torch.cat([lse for _, (lse, _, _) in parts], dim=2)
@@ -79,7 +79,7 @@ def varlen_backward(grad_out, query, key, value, out, saved, scale):
     parts = []
     for start, end in pairwise(cu_seqlens.tolist()):
         grad, q, k, v, o, lse = (x[:, :, start:end] for x in (grad_out, query, key, value, out, log_sum_exp))
-        parts.append(kernel._backward(kernel.CPU_FLASH, grad, q, k, v, o, (lse, None, None), scale))
+        parts.append(kernel._backward(kernel.CPU_FLASH, grad, q, k, v, o, (lse, None, None), scale, True))
     return tuple(torch.cat(grads, dim=2) for grads in zip(*parts, strict=True))
 
 
@@ -96,7 +96,7 @@ def test_many_short_documents_in_one_call(monkeypatch, heads, kv_heads, group_si
     assert calls
     assert all({0, 5, 6, 13, 15, 17, 20, 29, 33, 34, 40} <= set(call[3].tolist()) for call in calls)
     with monkeypatch.context() as patch:  # only the fused path supports varlen segments
-        patch.setattr(kernel, "select_kernel", lambda *_: None)
+        patch.setattr(kernel, "select_kernel", lambda *_, **__: None)
         assert path_taken(inputs, group_size, positions(*documents)) != FUSED
         assert_equals_loop(inputs, group_size, positions(*documents), scale=0.3)
 
@@ -169,7 +169,7 @@ def test_recomputing_with_saved_attention_runs_no_kernel(kernel_calls, heads, kv
         first = shift_short_attention(*inputs, 6, position_ids, saved_attention=saved)
     assert torch.equal(first, expected[0])
     assert saved.out.shape == (2, length, heads, D)
-    assert len(saved.saved_parts) == len(saved.segments) > 0
+    assert len(saved.parts) == sum(len(call.segments) for call in saved.calls) > 0
     assert kernel_calls
     kernel_calls.clear()
     for move in (lambda out: out, torch.clone, lambda out: out.transpose(1, 2).contiguous().transpose(1, 2)):

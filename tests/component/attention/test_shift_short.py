@@ -219,8 +219,8 @@ def test_long_rows_split_the_heads(monkeypatch, heads, kv_heads, head_tokens):
     """Long rows take several kernel calls of a few heads each, with the same output and gradients."""
     query, key, value = (tensor.double().requires_grad_() for tensor in random_inputs(2, heads, kv_heads, 29))
     calls = []
-    forward = kernel.causal_forward
-    monkeypatch.setattr(kernel, "causal_forward", lambda *a, **k: calls.append(a[0].shape[1]) or forward(*a, **k))
+    forward = kernel.attention_forward
+    monkeypatch.setattr(kernel, "attention_forward", lambda *a, **k: calls.append(a[0].shape[1]) or forward(*a, **k))
     whole = shift_short_attention(query, key, value, 8)
     whole_gradients = torch.autograd.grad(whole.square().sum(), (query, key, value))
     heads_per_call, calls[:] = max(calls), []

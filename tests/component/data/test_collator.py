@@ -80,6 +80,23 @@ def test_padding_behind_a_packed_row_is_one_more_document():
     )
 
 
+@pytest.mark.parametrize("parts", [1, 2, 3, 4, 5, 11])
+def test_the_parts_of_split_rows_are_the_rows(parts):
+    """Padded on the right to a multiple of the parts; labels are shifted before the split."""
+    samples = [SHORT, LONG]
+    whole = RightPadCollator(9)(samples)
+    split = [RightPadCollator(9, part, parts)(samples) for part in range(parts)]
+    longest = whole["input_ids"].shape[1]
+    more = -longest % parts
+    assert {part["input_ids"].shape[1] for part in split} == {(longest + more) // parts}
+    fills = {"input_ids": 9, "attention_mask": 0, "labels": -100, "shift_labels": -100}
+    for name, rows in whole.items():
+        joined = torch.cat([part[name] for part in split], dim=1)
+        assert torch.equal(joined[:, :longest], rows), name
+        if name in fills:
+            assert (joined[:, longest:] == fills[name]).all(), name
+
+
 def test_samples_are_not_changed():
     sample = {"input_ids": [1, 8], "labels": [-100, 8]}
     RightPadCollator(9)([sample, LONG])

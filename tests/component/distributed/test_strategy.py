@@ -38,6 +38,19 @@ def test_training_strategy(config, processes, expected, text, tmp_path):
         assert training_strategy(str(file), processes) == expected
 
 
+@pytest.mark.parametrize(
+    ("strategy", "text"),
+    [
+        (Strategy(), "one process"),
+        (Strategy(4), "DDP, 4 processes: 4 data parallel"),
+        (Strategy(4, 2, sequence_processes=4), "ZeRO-2, 4 processes: each row split over 4, 1 data parallel"),
+        (Strategy(8, 1, sequence_processes=2), "ZeRO-1, 8 processes: each row split over 2, 4 data parallel"),
+    ],
+)
+def test_description(strategy, text):
+    assert strategy.describe() == text
+
+
 def test_only_zero_3_shards_weights():
     stages = [None, 0, 1, 2, 3]
     assert [Strategy(2, stage).shards_weights for stage in stages] == [False, False, False, False, True]

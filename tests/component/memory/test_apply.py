@@ -90,8 +90,8 @@ def test_full_attention_equals_that_of_transformers(family, monkeypatch):
     use_shift_short_attention(config, None)
     ours, calls = with_lora(tiny_base(config)), []
     expected = train_pass(plain, random_batch(2))
-    forward = kernel.causal_forward
-    monkeypatch.setattr(kernel, "causal_forward", lambda *args, **how: calls.append(1) or forward(*args, **how))
+    forward = kernel.attention_forward
+    monkeypatch.setattr(kernel, "attention_forward", lambda *args, **how: calls.append(1) or forward(*args, **how))
     counts = []
     for memory_options in ({}, *FEW):
         calls.clear()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from component.adapter import add_adapter, linear_names, target_layers
-from component.memory.workload import fixed_bytes, step_bytes, workload
+from component.memory.workload import fixed_bytes, left_bytes, step_bytes, workload
 from tests.reference.llama2_7b import LINEAR, LLAMA2_7B, LORA
 from tests.reference.plain_path import GROUP, LAYERS, TOKENS, tiny_base, tiny_config
 
@@ -47,6 +47,24 @@ def test_k11_ddp_has_buckets(processes, zero, more):
     alone = dataclasses.replace(LLAMA2_7B, zero=zero)
     several = dataclasses.replace(alone, processes=processes)
     assert fixed_bytes(several) - fixed_bytes(alone) == more * 32 * LORA
+
+
+@pytest.mark.parametrize(
+    ("changes", "tokens_from_the_left"),
+    [
+        ({"sequence_processes": 1, "group": 8192}, 0),
+        ({"sequence_processes": 4, "group": 8192}, 4096),  # groups as long as a part: half of one, in shifted heads
+        ({"sequence_processes": 4, "group": 16384}, 8192),  # all of a part, in unshifted or in shifted heads
+        ({"sequence_processes": 4, "group": 4096}, 2048),
+        ({"sequence_processes": 4, "group": 32768, "full_steps": True}, 0),  # by heads
+        ({"sequence_processes": 3, "group": 24576, "full_steps": True}, 16384),  # 32 heads over 3: from the left
+        ({"sequence_processes": 4, "group": 8192, "rows": 2, "tokens": 16384}, 2 * 4096),
+    ],
+)
+def test_what_comes_from_the_left(changes, tokens_from_the_left):
+    """Keys and values of 32 heads of 128 16-bit numbers; 8192 tokens per process and row."""
+    work = dataclasses.replace(LLAMA2_7B, **{"tokens": 8192, **changes})
+    assert left_bytes(work) == tokens_from_the_left * 2 * 32 * 128 * 2
 
 
 def test_nf4_bytes_equal_bitsandbytes():
