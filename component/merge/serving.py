@@ -57,7 +57,7 @@ def frozen_theta(config: PretrainedConfig, tokens: int) -> float:
 
 def add_legacy_keys(folder: Path) -> None:
     """Write what transformers 4 reads into config.json and tokenizer_config.json; `save_pretrained` leaves it out."""
-    for name, changed in (CONFIG, with_legacy_rope), (TOKENIZER_CONFIG, with_known_class):
+    for name, changed in (CONFIG, with_legacy_rope), (TOKENIZER_CONFIG, with_legacy_tokenizer):
         if (folder / name).is_file():
             _write(folder / name, changed(read_object(folder / name)))
 
@@ -70,9 +70,15 @@ def with_legacy_rope(values: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in LEGACY} | (legacy if theta else {})
 
 
-def with_known_class(values: dict[str, Any]) -> dict[str, Any]:
-    kind = values.get("tokenizer_class")
-    return values | ({"tokenizer_class": TOKENIZER_CLASSES[kind]} if kind in TOKENIZER_CLASSES else {})
+def with_legacy_tokenizer(values: dict[str, Any]) -> dict[str, Any]:
+    """A tokenizer_config.json that transformers 4 reads as transformers 5 does."""
+    kind, extra = values.get("tokenizer_class"), values.get("extra_special_tokens")
+    if kind in TOKENIZER_CLASSES:
+        values = values | {"tokenizer_class": TOKENIZER_CLASSES[kind]}
+    if isinstance(extra, list):  # transformers 4 expects a dict under that name, and fails
+        rest = {key: value for key, value in values.items() if key != "extra_special_tokens"}
+        values = rest | {"additional_special_tokens": extra}
+    return values
 
 
 def problems_elsewhere(folder: Path, config: PretrainedConfig) -> list[str]:
@@ -88,9 +94,12 @@ def problems_elsewhere(folder: Path, config: PretrainedConfig) -> list[str]:
         )
     if any(key not in values for key in LEGACY):
         found.append("rope_theta and rope_scaling are missing, so transformers 4 does not scale positions")
-    tokenizer = folder / TOKENIZER_CONFIG
-    if tokenizer.is_file() and read_object(tokenizer).get("tokenizer_class") in TOKENIZER_CLASSES:
-        found.append("tokenizer_class is unknown to transformers 4")
+    tokenizer = read_object(folder / TOKENIZER_CONFIG) if (folder / TOKENIZER_CONFIG).is_file() else {}
+    found += [
+        f"{key} in {TOKENIZER_CONFIG} is unknown to transformers 4"
+        for key, value in tokenizer.items()
+        if with_legacy_tokenizer(tokenizer).get(key) != value
+    ]
     return found
 
 

@@ -13,7 +13,7 @@ from component.merge.serving import (
     problems_elsewhere,
     renew_config,
     served_config,
-    with_known_class,
+    with_legacy_tokenizer,
 )
 from component.model import load_config
 from component.rope import extend_context
@@ -105,13 +105,16 @@ PROBLEMS = {
 def test_an_earlier_merge(rope_type, tmp_path):
     """Its problems are told, and gone when its config is renewed; other keys stay."""
     extended(rope_type).save_pretrained(tmp_path)
-    tokenizer = {"tokenizer_class": "TokenizersBackend", "model_max_length": 128}
+    tokenizer = {"tokenizer_class": "TokenizersBackend", "model_max_length": 128, "extra_special_tokens": ["<s>"]}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer))
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     before = json.loads((tmp_path / "config.json").read_text())
     found = problems_elsewhere(tmp_path, load_config(str(tmp_path)))
-    assert [text.startswith(start) for text, start in zip(found[:-1], PROBLEMS[rope_type], strict=True)]
-    assert found[-1] == "tokenizer_class is unknown to transformers 4"
+    assert [text.startswith(start) for text, start in zip(found[:-2], PROBLEMS[rope_type], strict=True)]
+    assert found[-2:] == [
+        f"{key} in tokenizer_config.json is unknown to transformers 4"
+        for key in ("tokenizer_class", "extra_special_tokens")
+    ]
     renew_config(tmp_path, load_config(str(tmp_path)))
     assert problems_elsewhere(tmp_path, load_config(str(tmp_path))) == []
     after = json.loads((tmp_path / "config.json").read_text())
@@ -123,6 +126,13 @@ def test_an_earlier_merge(rope_type, tmp_path):
     assert json.loads((tmp_path / "config.json").read_text()) == after
 
 
-def test_the_class_of_the_tokenizer():
-    assert with_known_class({"tokenizer_class": "TokenizersBackend"}) == {"tokenizer_class": "PreTrainedTokenizerFast"}
-    assert with_known_class({"tokenizer_class": "LlamaTokenizer"}) == {"tokenizer_class": "LlamaTokenizer"}
+def test_the_tokenizer_of_transformers_4():
+    """Its class, and its name for a list of special tokens; a dict it knows."""
+    changed = {"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<s>"], "eos_token": "</s>"}
+    assert with_legacy_tokenizer(changed) == {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "additional_special_tokens": ["<s>"],
+        "eos_token": "</s>",
+    }
+    kept = {"tokenizer_class": "LlamaTokenizer", "extra_special_tokens": {"image_token": "<image>"}}
+    assert with_legacy_tokenizer(kept) == kept
