@@ -62,6 +62,15 @@ TARGETS: dict[str, tuple[str, str]] = {
     "component/evaluate/aggregate.py": ("sum_window by_position by_document perplexity_of", ""),
     "component/merge/plan.py": ("_base_tensors _updates _tie _is_one_copy", "tests/component/merge/test_write.py"),
     "component/merge/write.py": ("merged_tensor _add_lora nf4_round_trip", ""),
+    "component/merge/pair.py": (
+        "Difference.add Difference.relative Difference.is_rounding Differences.of_tensor Source.read Side.__call__ "
+        "_axis Pair._parts Pair.transform Pair.embed _probes _rounding_of_tiny",
+        "tests/component/merge/test_stream.py",
+    ),
+    "component/merge/stream.py": (
+        "_empty_model _modules_with_weights can_stream _base_sources _merged_tensors run_both _rotations _comparing",
+        "",
+    ),
     "component/merge/check.py": ("agreement", ""),
     "component/data/packing.py": ("pack PackedRows.__init__ pack_stream", ""),
     "component/data/sample.py": ("fit split", ""),

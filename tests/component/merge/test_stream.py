@@ -22,8 +22,9 @@ from transformers import (
 
 from component.error import UserError
 from component.merge import pair as merge_pair
+from component.merge.pair import Difference
 from component.merge.plan import plan_merge
-from component.merge.stream import HIDDEN, can_stream, run_both
+from component.merge.stream import HIDDEN, _comparing, can_stream, run_both
 from component.merge.write import write_merged
 from component.model import load_config
 from component.rope import extend_context
@@ -161,6 +162,35 @@ def test_bases_in_bin_files(bases, tmp_path, save, monkeypatch):
 def test_the_originals_files(bases, tmp_path, tied):
     original(tmp_path / "original", bases(tied), "base_model.model.")
     assert Merge(tmp_path / "merged", bases(tied), tmp_path / "original").wrong() == []
+
+
+@torch.no_grad()
+def test_three_texts_and_their_hidden_states(bases, tmp_path):
+    """Both halves of the batch are whole, and each layer's output is compared."""
+    save_adapter(tmp_path / "adapter", bases())
+    merge = Merge(tmp_path / "merged", bases(), tmp_path / "adapter", torch.float16)
+    ids, places = torch.arange(60).reshape(3, 20) * 7 % 384, torch.arange(60).reshape(3, 20) * 4
+    found, ours, theirs = run_both(merge.folder, merge.plan, str(merge.adapter), merge.config, ids, places, 8e-2)
+    states = []
+    for place, adapter, result in ((merge.base, merge.adapter, ours), (merge.folder, None, theirs)):
+        config = merge.config if adapter else AutoConfig.from_pretrained(place)
+        model = AutoModelForCausalLM.from_pretrained(place, config=config, dtype=torch.float32)
+        model = PeftModel.from_pretrained(model, adapter) if adapter else model
+        outputs = model.eval()(input_ids=ids, position_ids=places, use_cache=False, output_hidden_states=True)
+        assert_close(result, outputs.logits, atol=2e-5 * float(outputs.logits.abs().max()), rtol=1e-4)
+        states.append(outputs.hidden_states[1])
+    assert found["model.layers.0.self_attn.q_proj.weight"].kind == "q_proj"
+    compared = [difference for name, difference in found.items() if name.startswith(HIDDEN)]
+    assert [difference.bound for difference in compared] == [8e-2, 8e-2]
+    relative = float((states[1] - states[0]).norm() / states[0].norm())
+    assert 1e-5 < relative < 1e-2
+    assert compared[0].relative == pytest.approx(relative, rel=1e-2)
+
+
+def test_layers_that_return_more_than_hidden_states():
+    difference = Difference(HIDDEN, bound=0.1)
+    _comparing(difference)(None, (), (torch.tensor([3.0, 4.0]), torch.tensor([1.0, 1.0])))
+    assert difference.relative == pytest.approx(1 / 3)
 
 
 # ---- what differs is named
