@@ -78,7 +78,8 @@ READMES = {
 SET_BY_LAUNCHERS = {"--local_rank"}  # flags that users never type
 PATHS = ("train_args/", "component/", "script/", "tests/", "figure/")
 FILES = ("train.py", "Makefile", "requirements.txt", "pyproject.toml", "LICENSE", "README.md")
-OF_OTHERS: dict[str, str] = {}  # files of other projects named in READMEs: file -> project
+# files of other projects named in READMEs: file -> project
+OF_OTHERS = {"convert_hf_to_gguf.py": "llama.cpp", "gguf-py/gguf/scripts/gguf_set_metadata.py": "llama.cpp"}
 
 
 def package(module: str) -> str:
