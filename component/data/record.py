@@ -128,10 +128,11 @@ def parse_messages(record: dict[str, Any]) -> tuple[list[tuple[str, str]], str |
     for place, message in enumerate(messages, 1):
         try:
             role, content = _message(message)
-            content.encode()
-        except (KeyError, TypeError, AttributeError, UnicodeEncodeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             need = f'"role" (or "from") {", ".join(ROLES)}, and "content" (or "value")'
             raise ValueError(f'"{name}": message {place} needs {need}') from error
+        if problem := text_problem(content):
+            raise ValueError(f'"{name}": the content of message {place} {problem}')
         try:
             _refuse(message, REFUSED_MESSAGE, MESSAGE_FIELDS)
         except ValueError as error:
@@ -215,9 +216,11 @@ def _is_empty(value: Any) -> bool:
 
 
 def text_problem(value: object) -> str | None:
-    """Why `value` is not a string that can be encoded, or None."""
+    """Why `value` is not a text that can be encoded, or None."""
     if not isinstance(value, str):
         return f"is {json.dumps(value, default=repr)[:40]}, not a text"
+    if "\0" in value:  # UTF-16, a binary file, or a download that was preallocated and broke off
+        return f"is not text: it has a zero byte at {value.index(chr(0))}; convert it to UTF-8, or download it again"
     try:
         value.encode()
     except UnicodeEncodeError as error:

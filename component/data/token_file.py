@@ -19,6 +19,7 @@ from component.storage.atomic import atomic_file
 from component.tokenizer import describe_tokenizer, tokenizer_hash
 
 LEAST_TOKENS = 16  # of a file whose type is guessed: fewer may have zeros by chance
+ZERO_BYTES = 1024  # of zeros are no text: an id of 0 stands for a rare token, or begins a document
 INDEX_FORMAT = 1  # increase it with every change of the index
 
 
@@ -53,7 +54,8 @@ def read_tokens(path: str, vocab_size: int, field: str = "data_path") -> np.ndar
         field: the flag or key that named `path`, for messages.
 
     Raises:
-        UserError: no such file, a size that is not a multiple of an id's, ids beyond the vocabulary, a damaged index.
+        UserError: no such file, a size that is not a multiple of an id's, zeros or another type in place of ids, ids
+            beyond the vocabulary, a damaged index.
     """
     file = Path(path)
     if not file.is_file():
@@ -73,6 +75,11 @@ def read_tokens(path: str, vocab_size: int, field: str = "data_path") -> np.ndar
         )
     for start in range(0, len(tokens), 2**24):
         part = tokens[start : start + 2**24]
+        if (zeros := _zeros_at(part)) is not None:
+            raise UserError(
+                f"{field}: {path} has only zeros for {ZERO_BYTES} bytes from token {start + zeros} on: padding, or a "
+                "download that broke off; download or create it again"
+            )
         if int(part.max()) >= vocab_size:
             place = start + int((part >= vocab_size).argmax())
             raise UserError(
@@ -80,6 +87,16 @@ def read_tokens(path: str, vocab_size: int, field: str = "data_path") -> np.ndar
                 "the file was made with another tokenizer; create it again with this model's"
             )
     return tokens
+
+
+def _zeros_at(tokens: np.ndarray) -> int | None:
+    """Where the first block of ZERO_BYTES zeros begins, in tokens; a short file may be less than a block."""
+    size = min(ZERO_BYTES // tokens.itemsize, len(tokens))
+    if size < LEAST_TOKENS:
+        return None
+    blocks = tokens[: len(tokens) // size * size].reshape(-1, size)
+    empty = ~blocks.any(axis=1)
+    return int(empty.argmax()) * size if empty.any() else None
 
 
 def _other_type(file: Path, tokens: np.ndarray) -> str | None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from component.data.record import text_problem
 from component.error import UserError
 from component.storage.atomic import atomic_file
 from component.storage.claim import Paths, claimed
@@ -45,10 +46,8 @@ def _prompt_of(line: bytes, place: str) -> tuple[str, Record]:
     keys = [key for key in PROMPT_KEYS if isinstance(record, dict) and isinstance(record.get(key), str)]
     if not keys or not record[keys[0]].strip():
         raise UserError(f'{place}: no prompt; write {{"prompt": "…"}} (or "text", or "input")')
-    try:
-        record[keys[0]].encode()
-    except UnicodeEncodeError as error:  # half of a surrogate pair
-        raise UserError(f"{place}: not valid Unicode ({error.reason}); repair it") from error
+    if problem := text_problem(record[keys[0]]):
+        raise UserError(f'{place}: "{keys[0]}" {problem}')
     if taken := [key for key in ADDED_KEYS if key in record]:
         raise UserError(f'{place}: "{taken[0]}" would be overwritten by that of the answer; rename it')
     return record[keys[0]], record

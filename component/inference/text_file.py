@@ -3,6 +3,7 @@
 import importlib.util
 from pathlib import Path
 
+from component.data.record import text_problem
 from component.error import UserError
 from component.inference.pdf import UnreadablePdf, extract_text
 
@@ -35,11 +36,14 @@ def read_text_file(path: str | Path, field: str) -> str:
 
 def _plain_text(file: Path, field: str) -> str:
     try:
-        return file.read_text(encoding="utf-8-sig")  # without a byte order mark
+        text = file.read_text(encoding="utf-8-sig")  # without a byte order mark
     except UnicodeDecodeError as error:
         raise UserError(f"{field}: {file} is not UTF-8 ({error.reason}); convert it") from error
     except OSError as error:
         raise UserError(f"{field}: {file} cannot be read ({error.strerror}); name another") from error
+    if problem := text_problem(text):
+        raise UserError(f"{field}: {file} {problem}")
+    return text
 
 
 def _pdf_text(file: Path, field: str) -> str:

@@ -336,6 +336,9 @@ DATA_FILES = {
     "half a surrogate pair": (TEXT + '{"text": "broken \\ud83d emoji"}\n', "data.jsonl:2", "\\ud83d"),
     "not UTF-8": ((TEXT * 3).encode() + b'{"text": "caf\xe9"}\n', "data.jsonl:4", "not UTF-8", "convert"),
     "UTF-16": (TEXT.encode("utf-16"), "data.jsonl:1", "not UTF-8", "convert"),
+    "zeros": (bytes(3000), "data.jsonl:1", "not JSON", "JSON object"),
+    "a zero byte": (TEXT + '{"text": "a\\u0000b"}\n', "data.jsonl:2", "not text", "zero byte at 1", "UTF-8"),
+    "a header of zeros": (bytes(1024) + TEXT.encode(), "data.jsonl:1", "not JSON"),
     "empty": ("", "train_file", "nothing to read", "data.jsonl", "no record"),
     "only empty texts": (
         '{"text": ""}\n{"text": " \\n"}\n',
@@ -386,6 +389,12 @@ def test_a_file_of_answers(case, train, workshop):
     refused(train(train_file=str(workshop.write("data.jsonl", content)), sft=True), *parts)
 
 
+@pytest.mark.parametrize("content", [bytes(3000), bytes(1024) + b"A text.", "A text.".encode("utf-16-le")])
+def test_a_text_file_with_zero_bytes(content, train, workshop):
+    data = workshop.write("data.txt", content)
+    refused(train(train_file=str(data)), "data.txt:1", "is not text: it has a zero byte at", "convert it to UTF-8")
+
+
 def test_many_bad_lines_are_counted_and_the_first_ones_named(train, workshop):
     data = workshop.write("data.jsonl", TEXT + "{\n" * 99)
     outcome = train(train_file=str(data))
@@ -408,6 +417,7 @@ def test_bad_evaluation_data_is_named_by_its_own_key(train, workshop):
 BIN_FILES = {
     "odd size": (b"\x05\x00\x06", "data_path", "tokens.bin", "3 bytes", "uint16"),
     "empty": (b"", "data_path", "tokens.bin", "0 bytes", "uint16"),
+    "zeros": (bytes(200), "data_path", "tokens.bin has only zeros", "token 0", "download or create it again"),
     "beyond the vocabulary": (
         np.array([3] * 50 + [60000] + [3] * 49, dtype=np.uint16).tobytes(),
         "data_path",

@@ -11,7 +11,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from component.data.token_file import check_tokenizer, read_index, read_tokens, write_tokens
+from component.data.token_file import check_tokenizer, index_path, read_index, read_tokens, write_tokens
 from component.error import UserError
 from component.tokenizer import tokenizer_hash
 from tests.words import word_tokenizer
@@ -249,6 +249,36 @@ def test_files_of_the_right_type_are_read(tmp_path, dtype, vocab_size):
     few = np.array([5, 0, 7, 0], dtype=dtype)
     file.write_bytes(few.tobytes())
     assert read_tokens(str(file), vocab_size).tolist() == few.tolist()
-    zeros = np.zeros(64, dtype=dtype)
-    file.write_bytes(zeros.tobytes())
-    assert read_tokens(str(file), vocab_size).tolist() == zeros.tolist()
+    few = np.zeros(15, dtype=dtype)
+    file.write_bytes(few.tobytes())
+    assert read_tokens(str(file), vocab_size).tolist() == few.tolist()
+
+
+@pytest.mark.parametrize(("dtype", "vocab_size", "block"), [("uint16", 4096, 512), ("uint32", 128256, 256)])
+@pytest.mark.parametrize("has_index", [False, True])
+def test_blocks_of_zeros_are_refused(tmp_path, dtype, vocab_size, block, has_index):
+    """A header, padding, or a download whose space was reserved before it broke off."""
+    file, ids = tmp_path / "tokens.bin", np.arange(1, 4 * block + 1, dtype=dtype)
+
+    def check(content: np.ndarray, place: int | None) -> None:
+        file.write_bytes(content.tobytes())
+        if has_index:
+            sizes = {"dtype": dtype, "tokens": len(content), "documents": 1, "offsets": [0]}
+            origin = {"format": 1, "tokenizer": {"sha256": ""}, "bos": "none", "eos": "none"}
+            index_path(file).write_text(json.dumps(sizes | origin))
+        if place is None:
+            assert read_tokens(str(file), vocab_size).tolist() == content.tolist()
+            return
+        with pytest.raises(
+            UserError, match=f"tokens.bin has only zeros for 1024 bytes from token {place} on: .*again"
+        ):
+            read_tokens(str(file), vocab_size)
+
+    check(np.zeros(16, dtype=dtype), 0)
+    check(np.zeros(10 * block, dtype=dtype), 0)
+    for start in (0, block, 3 * block):
+        holed = ids.copy()
+        holed[start : start + block] = 0
+        check(holed, start)
+        holed[start + 7] = 5
+        check(holed, None)

@@ -35,7 +35,8 @@ class TestReading:
             (b'{"prompt": " "}', "in.jsonl:2: no prompt"),
             (b'{"prompt": 3}', "in.jsonl:2: no prompt"),
             (b"[]", "in.jsonl:2: no prompt"),
-            (b'{"prompt": "\\ud800"}', "in.jsonl:2: not valid Unicode"),
+            (b'{"prompt": "\\ud800"}', 'in.jsonl:2: "prompt" holds half a character'),
+            (b'{"text": "a\\u0000b"}', 'in.jsonl:2: "text" is not text: it has a zero byte at 1; convert it'),
             (b'{"prompt": "a", "completion": "b"}', 'in.jsonl:2: "completion" would be overwritten by that'),  # K9g
             (b'{"text": "a", "prompt_tokens": 1}', 'in.jsonl:2: "prompt_tokens" would be overwritten by that'),
             (b"[" * 100_000, "in.jsonl:2: not JSON"),

@@ -26,6 +26,8 @@ def test_the_text(name, content, text, tmp_path):
     [
         ("a.txt", None, "/file: there is no file .*a.txt; name a text file"),
         ("a.txt", b"caf\xe9", "/file: .*a.txt is not UTF-8 .*; convert it"),
+        ("a.txt", bytes(2000), "/file: .*a.txt is not text: it has a zero byte at 0; convert it to UTF-8"),
+        ("a.txt", "One.".encode("utf-16-le"), "/file: .*a.txt is not text: it has a zero byte at 1; convert it"),
         ("a.txt", b" \n", "/file: .*a.txt holds no text; name another"),
         ("a.pdf", pdf(""), "/file: .*a.pdf holds no text; if its pages are scans, run OCR first"),
         ("a.pdf", b"%PDF-1.4 and no more", "/file: .*a.pdf is not a readable PDF .*; export it again"),
