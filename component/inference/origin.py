@@ -2,7 +2,8 @@
 
 A page of another site must not use a visitor's browser to reach this server. By DNS rebinding, its own name may point
 to this machine, so the name in `Host` is checked; an address in digits can't be rebound. It may also send forms and
-files from outside, so `Origin`, which browsers send with them, must be the host asked.
+files from outside, so `Origin`, which browsers send with them, must be the host asked; where it was stripped,
+`Sec-Fetch-Site`, which no page can set, must not name another site.
 """
 
 import ipaddress
@@ -74,7 +75,11 @@ class RequestCheck:
             return 403, f"Host: {host[:100]!r} is no name of this server; start web.py with --allowed_hosts NAME"
         if "origin" in headers and not self._is_same_site(headers["origin"], host):
             return 403, f"Origin: {headers['origin'][:100]!r} is another site than {host[:100]!r}"
-        if scope["type"] == "http" and scope["method"] not in ("GET", "HEAD", "OPTIONS"):
+        is_sending = scope["type"] == "websocket" or scope["method"] not in ("GET", "HEAD", "OPTIONS")
+        site = headers.get("sec-fetch-site", "none")
+        if is_sending and "origin" not in headers and site not in ("none", "same-origin"):
+            return 403, f"Sec-Fetch-Site: {site[:100]!r} is another site than {host[:100]!r}"
+        if scope["type"] == "http" and is_sending:
             most = MOST_UPLOAD_BYTES if scope["path"].rstrip("/").endswith("/upload") else MOST_BODY_BYTES
             length = headers.get("content-length", "")
             if not length.isascii() or not length.isdigit():

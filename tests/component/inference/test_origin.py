@@ -49,6 +49,9 @@ def answer(method: str = "GET", path: str = "/", kind: str = "http", **headers: 
 @pytest.mark.parametrize(
     ("method", "path", "headers"),
     [
+        ("GET", "/", {"host": "localhost", "sec_fetch_site": "cross-site"}),  # a link on another page
+        ("POST", "/run", {"host": "localhost", "sec_fetch_site": "same-origin", "content_length": "1"}),
+        ("POST", "/run", {"host": "localhost", "sec_fetch_site": "none", "content_length": "1"}),
         ("GET", "/", {"host": "localhost:7860"}),
         ("POST", "/run", {"host": "localhost:7860", "origin": "http://localhost:7860", "content_length": "10000000"}),
         ("POST", "/gradio_api/upload", {"host": "127.0.0.1", "content_length": "51000000"}),
@@ -67,6 +70,13 @@ def test_answered(method, path, headers):
         ("POST", {"host": "localhost:1", "origin": "http://evil.com"}, 403, "Origin: 'http://evil.com' is another"),
         ("POST", {"host": "localhost:1", "origin": "http://localhost:2"}, 403, "Origin: 'http://localhost:2' is"),
         ("POST", {"host": "localhost:1", "origin": "null"}, 403, "Origin: 'null' is another site"),
+        (
+            "POST",
+            {"host": "localhost:1", "sec_fetch_site": "cross-site"},
+            403,
+            "Sec-Fetch-Site: 'cross-site' is another",
+        ),
+        ("PUT", {"host": "localhost:1", "sec_fetch_site": "same-site"}, 403, "Sec-Fetch-Site: 'same-site' is another"),
         ("POST", {"host": "localhost"}, 411, "Content-Length: missing"),
         ("POST", {"host": "localhost", "content_length": "10000001"}, 413, "Content-Length: 10000001; the most is"),
     ],
