@@ -100,7 +100,7 @@ import torch
 import yaml
 
 from component.error import UserError, nearest
-from component.storage.claim import held_result
+from component.storage.claim import held_result, work_folder
 from component.storage.result import LIBRARIES, library_versions, write_json
 from script.performance.report import commit, failure, read_results, speed, step_flop, table
 from script.shared.card import describe_card
@@ -155,7 +155,8 @@ class Row:
 def main() -> None:
     flags, start = parse_flags(), time.monotonic()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # lets `run` kill its children
-    with held_result(flags.output_json):
+    read = {"--tokenizer": [flags.tokenizer], "--plan": [flags.plan]}
+    with work_folder(flags.work, "benchmark.py", read), held_result(flags.output_json):
         measure_rows(flags, start)
 
 

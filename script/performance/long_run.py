@@ -32,7 +32,7 @@ def parse_flags() -> argparse.Namespace:
 import psutil
 import torch
 
-from component.storage.claim import held_result
+from component.storage.claim import held_result, work_folder
 from component.storage.result import library_versions, write_json
 from script.shared.program import read_training
 
@@ -62,7 +62,7 @@ def host_gib(process: psutil.Process) -> float:
 @exit_on_user_error
 def main() -> None:
     flags = parse_flags()
-    with held_result(flags.output_json):
+    with work_folder(flags.work, "long_run.py", {}), held_result(flags.output_json):
         measure(flags)
 
 

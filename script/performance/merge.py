@@ -21,7 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from component.cli import exit_on_user_error, new_parser
-from component.storage.claim import held_result
+from component.storage.claim import held_result, work_folder
 from script.shared.program import in_a_process, run
 
 SHAPE = {  # 1.7 B parameters: LLaMA's proportions, LLaMA2's vocabulary
@@ -109,12 +109,11 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=2, help="runs of each; the fastest counts (2)")
     parser.add_argument("--output_json", type=Path, required=True, help="file for the results")
     flags = parser.parse_args()
-    with held_result(flags.output_json):
+    with work_folder(flags.work, "merge.py", {}), held_result(flags.output_json):
         measure(flags)
 
 
 def measure(flags: argparse.Namespace) -> None:
-    flags.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=flags.work) as name:
         work = Path(name)
         environment = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}

@@ -37,7 +37,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from component.storage.claim import held_result
+from component.storage.claim import held_result, work_folder
 from component.storage.result import library_versions, write_json
 from script.shared.program import read_training, show_and_run
 from script.shared.random_llama import make_model
@@ -66,7 +66,8 @@ def run(command: str, results: dict, name: str) -> None:
 @exit_on_user_error
 def main() -> None:
     flags = parse_flags()
-    with held_result(flags.output_json):
+    read = {"--tokenizer": [flags.tokenizer]}
+    with work_folder(flags.work, "real_shape.py", read), held_result(flags.output_json):
         measure(flags)
 
 

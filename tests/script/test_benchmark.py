@@ -14,6 +14,7 @@ from component.error import UserError
 from component.train.argument import LongQLoRAArguments
 from script.benchmark import KINDS, OURS, Row, command_of, is_done, make_rows, requested_rows
 from tests.conftest import ROOT
+from tests.outcome import refused_by_us
 
 
 def flags(**given) -> argparse.Namespace:
@@ -111,6 +112,24 @@ def test_data_is_long_enough(tmp_path, tokenizer):
     texts = [json.loads(line)["text"] for line in lines]
     assert len(set(texts)) == 3
     assert all(len(text) == 5 * 256 for text in texts)
+
+
+WORKERS = {
+    "benchmark.py": ["--row", "tiny:256:ours_off"],
+    "performance/real_shape.py": ["--size", "tiny"],
+    "performance/long_run.py": [],
+    "performance/merge.py": [],
+}
+
+
+@pytest.mark.parametrize("program", WORKERS)
+def test_k7_a_work_folder_of_others(program, run_program, base_folder, tmp_path):
+    (tmp_path / "work/base").mkdir(parents=True)
+    words = [*WORKERS[program], "--work", tmp_path / "work", "--output_json", tmp_path / "found.json"]
+    words += ["--tokenizer", base_folder] if program.endswith(("benchmark.py", "shape.py")) else []
+    name = Path(program).name
+    refused_by_us(run_program(f"script/{program}", *words), f"--work: {tmp_path / 'work'} holds files that {name} did")
+    assert not (tmp_path / "found.json").exists()
 
 
 @pytest.mark.slow
