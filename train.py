@@ -190,7 +190,8 @@ def load_data(
 ):
     """Training samples, evaluation samples or None, and the summary's lines about them."""
     data = args.data | {"vocab_size": vocab_size}
-    options = {"packing": args.packing, "streaming": args.streaming, "seed": training_args.seed}
+    seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
+    options = {"packing": args.packing, "streaming": args.streaming, "seed": seed}
     sets, lines = {}, {}
     with training_args.main_process_first(desc="tokenizing"):
         for field, source, more in (("train_file", args.train_file, options), ("eval_file", args.eval_file, {})):

@@ -131,9 +131,10 @@ REMOVED = {
     "past_index": "leave it out",
     "per_gpu_eval_batch_size": "write per_device_eval_batch_size",
     "per_gpu_train_batch_size": "write per_device_train_batch_size",
-    "push_to_hub_model_id": "write hub_model_id",
-    "push_to_hub_organization": "write hub_model_id: ORGANIZATION/NAME",
-    "push_to_hub_token": "write hub_token",
+    **dict.fromkeys(
+        ["push_to_hub_model_id", "push_to_hub_organization", "push_to_hub_token"],
+        "leave it out; upload the finished adapter: hf upload OWNER/NAME OUTPUT_DIR",
+    ),
     "ray_scope": "leave it out",
     "save_safetensors": "leave it out; adapters are always safetensors",
     "sharded_ddp": "use deepspeed",

@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterator
 
 import torch
-from huggingface_hub import HfApi
 from torch import nn
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.trainer_optimizer import is_optimizer_factory
@@ -21,22 +20,22 @@ from component.error import UserError, first_line
 
 STEPS = 1000  # of the rehearsed schedule, where epochs decide how many there will be
 POINTS = 100  # at which it is computed
+FIELDS = {field.name: field for field in dataclasses.fields(TrainingArguments)}
+OPTIMIZER_KEYS = ("optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon")  # of some
 
 
 def rehearse(arguments: TrainingArguments) -> None:
     """Build the optimizer and its schedule for one layer, and step through them.
 
     Raises:
-        UserError: one of them rejects its settings, or the hub to which results are to be pushed can't be reached.
+        UserError: one of them rejects its settings, or has no use for them.
     """
-    if arguments.push_to_hub:
-        with explained_settings(arguments, "push_to_hub"):
-            HfApi().whoami(arguments.hub_token)
-    arguments = copy.copy(arguments)
+    given, arguments = arguments, copy.copy(arguments)
     if arguments.optim_target_modules:  # of GaLore and APOLLO, which look for them in the model
         arguments.optim_target_modules = "all-linear"
     with explained_settings(arguments, "optim", "optim_args"):
         layer = nn.Sequential(nn.Linear(2, 2, device=arguments.device))
+        _refuse_unused(given, arguments, layer)
         optimizer = _optimizer(arguments, layer)
     total = arguments.max_steps if arguments.max_steps > 0 else STEPS
     with explained_settings(arguments, "lr_scheduler_type", "lr_scheduler_kwargs"):
@@ -56,13 +55,23 @@ def rehearse(arguments: TrainingArguments) -> None:
                 rate(step)
 
 
+def _refuse_unused(given: TrainingArguments, arguments: TrainingArguments, model: nn.Module) -> None:
+    """Refuse what was set for another optimizer: transformers ignores it."""
+    found = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    for key in [key for key in OPTIMIZER_KEYS if key in _changed(given)]:
+        without = copy.copy(arguments)
+        setattr(without, key, FIELDS[key].default)
+        try:
+            is_unused = found == Trainer.get_optimizer_cls_and_kwargs(without, model)
+        except ValueError:  # GaLore needs its target modules
+            is_unused = False
+        if is_unused:
+            optim = arguments.optim.value
+            raise UserError(f"{key}: {getattr(given, key)} has no effect on optim: {optim}; leave it out")
+
+
 def _optimizer(arguments: TrainingArguments, model: nn.Module) -> torch.optim.Optimizer:
     kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
-    without = copy.copy(arguments)
-    without.optim_args = None
-    if arguments.optim_args and (kind, options) == Trainer.get_optimizer_cls_and_kwargs(without, model):
-        optim = arguments.optim.value
-        raise UserError(f"optim_args: {arguments.optim_args} has no effect on optim: {optim}; leave it out")
     if is_optimizer_factory(kind):
         return kind()(model, **options)
     of = options.pop("params", None) or options.pop("model", None) or options.pop("optimizer_dict", None)
@@ -101,7 +110,7 @@ def _mentioned(arguments: TrainingArguments, message: str) -> list[str]:
 
 def _changed(arguments: TrainingArguments) -> list[str]:
     """The fields that are not at their default."""
-    return [field.name for field in dataclasses.fields(arguments) if getattr(arguments, field.name) != field.default]
+    return [name for name, field in FIELDS.items() if getattr(arguments, name) != field.default]
 
 
 def _text(value: object) -> str:

@@ -41,8 +41,8 @@ def parse_arguments(argv: list[str]) -> tuple[LongQLoRAArguments, TrainingArgume
 
 
 def _training_arguments(file: str, values: dict) -> TrainingArguments:
-    # the record counts trained tokens; with frozen weights, DDP has no unused parameters to search for
-    values = {"include_num_input_tokens_seen": "non_padding", "ddp_find_unused_parameters": False, **values}
+    # with frozen weights, DDP has no unused parameters to search for; the record counts trained tokens
+    values = {"ddp_find_unused_parameters": False, **values, "include_num_input_tokens_seen": "non_padding"}
     # transformers' default of 8 rows would take eight times the memory that training rows were planned for
     values.setdefault("per_device_eval_batch_size", 1)
     if not torch.cuda.is_available():
@@ -54,7 +54,9 @@ def _training_arguments(file: str, values: dict) -> TrainingArguments:
     values = {new_names.get(key, key): value for key, value in values.items()}
     values.setdefault(f"{name}_kwargs", {"use_reentrant": False})  # needs no gradient at the embedding
     # each process reads its own share of a stream; dispatching from one process needs batches of equal length
-    values.setdefault("accelerator_config", {"dispatch_batches": False})
+    if isinstance(config := values.get("accelerator_config") or {}, dict):
+        values["accelerator_config"] = {"dispatch_batches": False, **config}
+    values["greater_is_better"] = False  # transformers' default is true for all metrics but loss
     try:
         arguments = TrainingArguments(**values)
     except (ValueError, TypeError, ImportError, OSError) as error:  # OSError: accelerator_config may be a path

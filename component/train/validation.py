@@ -1,9 +1,12 @@
 """Which values of a YAML are invalid, alone, in combination, or on this machine?"""
 
 import os
+from dataclasses import fields
 
 import torch
+from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
+from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.training_args import trainer_log_levels
 
 from component.data import TEMPLATES
@@ -13,6 +16,10 @@ from component.train.zero import bad_strategy
 
 SAMPLING = ("random", "sequential", "group_by_length", "batch_rebalance")  # transformers reads any other as random
 LARGEST = 2**53
+BACKENDS = ("nccl", "gloo", "mpi")
+START_METHODS = ("fork", "spawn", "forkserver")
+ACCELERATOR_OPTIONS = [item.name for item in fields(AcceleratorConfig)]
+OF_WORKERS = ("dataloader_multiprocessing_context", "dataloader_persistent_workers", "dataloader_prefetch_factor")
 CHECKPOINT_OPTIONS = ("use_reentrant", "preserve_rng_state", "determinism_check", "debug")
 # keys -> (predicate of a valid value, cure)
 BOUNDS = {
@@ -27,7 +34,10 @@ BOUNDS = {
     "lora_rank gradient_accumulation_steps eval_accumulation_steps": (lambda v: v >= 1, "at least 1"),
     "sequence_parallel_size": (lambda v: v >= 1, "at least 1"),
     "per_device_train_batch_size per_device_eval_batch_size": (lambda v: v >= 1, "at least 1"),
-    "lora_alpha memory_budget_gib num_train_epochs save_steps logging_steps": (lambda v: v > 0, "a number above 0"),
+    "lora_alpha memory_budget_gib num_train_epochs save_steps eval_steps logging_steps": (
+        lambda v: v > 0,
+        "a number above 0",
+    ),
     "keep_layers keep_attention_layers mlp_tile_tokens": (lambda v: v >= 0, "0 or more"),
     "loss_chunk_tokens": (lambda v: v >= 1, "at least 1"),
     "lora_dropout": (lambda v: 0 <= v < 1, "a probability in [0, 1)"),
@@ -37,16 +47,29 @@ BOUNDS = {
     "target_modules": (lambda v: str(v).strip(", []"), "names of linear layers, or leave the key out for all of them"),
     "log_level log_level_replica": (lambda v: v in trainer_log_levels, "one of " + ", ".join(trainer_log_levels)),
     "train_sampling_strategy": (lambda v: v in SAMPLING, "one of " + ", ".join(SAMPLING)),
-    "do_predict": (lambda v: not v, "script/inference/inference.py instead"),
-    "liger_kernel_config": (lambda v: not v, "use_liger_kernel, which turns all of Liger's kernels on or off"),
+    "do_train": (lambda v: v, "true, or leave it out: train.py always trains"),
+    "include_num_input_tokens_seen": (
+        lambda v: v in ("non_padding", "no", False),
+        "non_padding, or leave it out: trained tokens are counted without padding",
+    ),
+    "greater_is_better": (lambda v: not v, "false, or leave it out: a smaller loss or perplexity is better"),
     "gradient_checkpointing_kwargs activation_checkpointing_kwargs": (
         lambda v: set(v) <= set(CHECKPOINT_OPTIONS),
         "options of torch.utils.checkpoint: " + ", ".join(CHECKPOINT_OPTIONS),
     ),
-    "batch_eval_metrics": (lambda v: not v, "false: perplexity is computed over the whole evaluation set"),
     "metric_for_best_model": (
         lambda v: v.removeprefix("eval_") in ("loss", "perplexity"),
         "loss or perplexity, which evaluation computes",
+    ),
+    "label_smoothing_factor": (lambda v: 0 <= v < 1, "a share in [0, 1)"),
+    "eval_delay": (lambda v: v >= 0, "0 or more"),
+    "ddp_timeout": (lambda v: v > 0, "seconds above 0"),
+    "ddp_backend": (lambda v: v in BACKENDS, "one of " + ", ".join(BACKENDS)),
+    "dataloader_multiprocessing_context": (lambda v: v in START_METHODS, "one of " + ", ".join(START_METHODS)),
+    "debug": (lambda v: v in ("", "underflow_overflow"), "underflow_overflow"),
+    "accelerator_config": (
+        lambda v: isinstance(v, str) or set(v) <= set(ACCELERATOR_OPTIONS),
+        "options of transformers' AcceleratorConfig: " + ", ".join(ACCELERATOR_OPTIONS),
     ),
     "seed data_seed": (lambda v: 0 <= v < 2**32, "0 or more, below 2**32"),
     "report_to": (
@@ -57,6 +80,35 @@ BOUNDS = {
         "none, tensorboard, or a tracker that is installed",
     ),
 }
+_UPLOAD = "upload the finished adapter: hf upload OWNER/NAME OUTPUT_DIR"
+_LABELS = "labels and their losses are made here, from the data"
+# keys of transformers.TrainingArguments without effect here, or with a wrong one -> what to do; their defaults pass
+NOT_HONOURED = {
+    **dict.fromkeys(["push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_always_push"], _UPLOAD),
+    **dict.fromkeys(["hub_private_repo", "hub_revision"], _UPLOAD),
+    **dict.fromkeys(["label_names", "include_for_metrics"], _LABELS),
+    "batch_eval_metrics": "perplexity is computed over the whole evaluation set",
+    "do_predict": "use script/inference/inference.py",
+    "enable_jit_checkpoint": "it saves in the middle of a step, and would resume with other losses; lower save_steps",
+    "length_column_name": "lengths are those of the tokenized samples",
+    "liger_kernel_config": "use_liger_kernel turns all of Liger's kernels on or off",
+    "local_rank": "launchers tell it to each process",
+    **dict.fromkeys(
+        ["torch_compile", "torch_compile_backend", "torch_compile_mode"],
+        "it is untested with 4-bit weights and memory plans",
+    ),
+    "use_cache": "only generation needs a cache",
+}
+DEFAULTS = {item.name: item.default for item in fields(TrainingArguments)}
+
+
+def not_honoured(values: dict) -> list[str]:
+    """One message for each key that does not do here what transformers says."""
+    return [
+        f"{key}: {values[key]!r} is not supported; leave it out: {why}"
+        for key, why in NOT_HONOURED.items()
+        if values.get(key) and values[key] != DEFAULTS[key]
+    ]
 
 
 def out_of_bounds(values: dict) -> list[str]:
@@ -74,7 +126,7 @@ def out_of_bounds(values: dict) -> list[str]:
 
 def validate(values: dict) -> list[str]:
     """One message for each invalid value, or combination of values, of the right type."""
-    problems = out_of_bounds(values)
+    problems = out_of_bounds(values) + not_honoured(values)
     longest, target = values.get("max_seq_length"), values.get("model_max_length")
     if longest and target and longest > target:
         cure = "raise model_max_length or shorten the samples"
@@ -86,12 +138,25 @@ def validate(values: dict) -> list[str]:
         problems.append("save_strategy: best, load_best_model_at_end: nothing is evaluated; set eval_strategy")
     if values.get("eval_strategy", "no") != "no" and not values.get("eval_file"):
         problems.append(f"eval_strategy: {values['eval_strategy']}, but there is no eval_file; add one")
+    for key in ("do_eval", "eval_on_start"):
+        if values.get(key) and not values.get("eval_file"):
+            problems.append(f"{key}: true, but there is no eval_file; add one")
+    if values.get("do_eval") is False and values.get("eval_file"):
+        problems.append("do_eval: false, but there is an eval_file, which is evaluated; leave it out")
+    if values.get("label_smoothing_factor") and values.get("memory_plan", True):
+        problems.append("label_smoothing_factor: a memory plan's loss has no smoothing; set memory_plan: false, or 0")
+    if not values.get("dataloader_num_workers"):
+        cure = "only used with dataloader_num_workers above 0; set it, or leave this out"
+        problems += [f"{key}: {values[key]}, {cure}" for key in OF_WORKERS if values.get(key)]
     if values.get("sft") and values.get("truncation_policy") == "split":
         problems.append("truncation_policy: split, but a chat (sft: true) cannot be split; use truncate or drop")
     if values.get("streaming") and (values.get("max_steps") or -1) < 1:
         problems.append("streaming: true, but a stream has no known length; set max_steps")
     if values.get("streaming") and "epoch" in (values.get("save_strategy"), values.get("eval_strategy")):
         problems.append("save_strategy, eval_strategy: epoch, but a stream has no epochs; use steps")
+    sampling = values.get("train_sampling_strategy", "random")
+    if values.get("streaming") and sampling != "random":
+        problems.append(f"train_sampling_strategy: {sampling}, but a stream is shuffled in a buffer; leave it out")
     if values.get("template", "vicuna") != "vicuna" and values.get("sft") is False:
         problems.append("template: only used with sft: true; leave it out")
     problems += _impossible_split(values)

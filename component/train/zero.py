@@ -29,7 +29,7 @@ def describe_optimizer(optim: str, deepspeed: str | dict | None, max_grad_norm: 
 def bad_strategy(values: dict) -> list[str]:
     """Problems with the distribution strategy set by a YAML or by the environment of `accelerate launch`."""
     cure = "use deepspeed: ./train_args/deepspeed/deepspeed_config_s2.json, or several processes without either"
-    if values.get("fsdp") or _is_set("ACCELERATE_USE_FSDP"):
+    if values.get("fsdp") or values.get("fsdp_config") or _is_set("ACCELERATE_USE_FSDP"):
         return [f"fsdp: not supported: untested with 4-bit weights and memory plans; {cure}"]
     config = values.get("deepspeed")
     if config is None and _is_set("ACCELERATE_USE_DEEPSPEED"):

@@ -359,6 +359,39 @@ def wide_base(llama_config, base_folder, tmp_path_factory) -> Path:
     return folder
 
 
+def test_the_best_checkpoint_has_the_smallest_perplexity(train, basic, files, tmp_path):
+    """A learning rate far too high makes each step worse than the one before."""
+    changes = {"eval_file": files["eval_file"], "eval_strategy": "steps", "eval_steps": 1, "learning_rate": 0.5}
+    changes |= {"load_best_model_at_end": True, "metric_for_best_model": "perplexity"}
+    finish(train({**basic, "output_dir": str(tmp_path), **changes}))
+    found = logged(tmp_path, "eval_perplexity")
+    best = min(found, key=found.__getitem__)
+    assert found[best] < max(found.values())
+    kept, saved = (
+        load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / f"checkpoint-{best}", tmp_path)
+    )
+    assert all(torch.equal(kept[name], saved[name]) for name in saved)
+
+
+def test_a_stream_is_shuffled_by_data_seed(train, basic, tmp_path):
+    """`data_seed` decides, where it is set, and `seed` otherwise."""
+    first = {}
+    for name, seeds in {
+        "both": {"seed": 1, "data_seed": 5},
+        "same": {"seed": 5},
+        "other": {"seed": 5, "data_seed": 6},
+    }.items():
+        changes = {
+            "streaming": True,
+            "per_device_train_batch_size": 1,
+            "max_steps": 1,
+            "output_dir": str(tmp_path / name),
+        }
+        finish(train({**basic, **changes, **seeds}))
+        first[name] = losses(tmp_path / name)[1]
+    assert first["both"] == first["same"] != first["other"]
+
+
 def test_evaluation_in_4bit(train, basic, files, wide_base, tmp_path):
     """Equals stock bitsandbytes and PEFT, and does not change the following steps."""
     changed = {"load_in_4bit": True, "model_name_or_path": str(wide_base)}

@@ -82,22 +82,40 @@ def test_each_documented_key_arrives(key, parse):
 
 # keys whose values are Python objects
 NOT_FOR_YAML = {"parallelism_config"}
+NOT_BY_DEFAULT = {"output_dir", "do_train", *NOT_FOR_YAML}
+RECOMPUTED = {
+    *("logging_steps", "report_to", "disable_tqdm", "dataloader_pin_memory", "debug"),
+    "include_num_input_tokens_seen",
+}
 TRAINING_KEYS = [item.name for item in dataclasses.fields(TrainingArguments) if item.init]
 
 
 def test_each_key_of_training_arguments_is_known(parse):
-    """Each is set to its default."""
+    """Each is set to its default, which is also the value in effect for all but a few."""
     values = {}
     for item in dataclasses.fields(TrainingArguments):
-        if item.init and item.default is not dataclasses.MISSING and item.name not in {"output_dir", *NOT_FOR_YAML}:
+        if item.init and item.default is not dataclasses.MISSING and item.name not in NOT_BY_DEFAULT:
             values[item.name] = getattr(item.default, "value", item.default)
     assert len(values) > 90
     assert {"deepspeed", "optim", "warmup_steps", "gradient_checkpointing", "report_to"} <= set(values)
     _, training_args = parse(**values)
     for key, value in values.items():
         kept = getattr(training_args, key)
-        if key not in ("logging_steps", "report_to", "disable_tqdm", "dataloader_pin_memory", "debug"):  # recomputed
+        if key not in RECOMPUTED:
             assert getattr(kept, "value", kept) == value or value is None, key
+
+
+def test_smaller_is_better_for_every_metric(parse):
+    """transformers takes the largest perplexity for the best."""
+    best = {"eval_file": "e.jsonl", "eval_strategy": "steps", "load_best_model_at_end": True}
+    _, training_args = parse(metric_for_best_model="perplexity", **best)
+    assert training_args.greater_is_better is False
+
+
+def test_batches_are_not_dispatched_unless_asked(parse):
+    config = parse(accelerator_config={"even_batches": False})[1].accelerator_config
+    assert (config.even_batches, config.dispatch_batches) == (False, False)
+    assert parse(accelerator_config={"dispatch_batches": True})[1].accelerator_config.dispatch_batches is True
 
 
 @pytest.mark.parametrize(
@@ -117,7 +135,6 @@ def test_each_key_of_training_arguments_is_known(parse):
         ("gradient_checkpointing: yes", "gradient_checkpointing", True),
         ("bf16: on\nuse_cpu: true", "bf16", True),
         ("run_name: '12'", "run_name", "12"),
-        ("label_names: [labels]", "label_names", ["labels"]),
         ("resume_from_checkpoint: auto", "resume_from_checkpoint", "auto"),
         ("resume_from_checkpoint: true", "resume_from_checkpoint", True),
         ("report_to: [tensorboard]", "report_to", ["tensorboard"]),

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import TrainingArguments
 
 from component.train.validation import validate
 
@@ -34,9 +35,15 @@ def test_valid_values():
     [
         ("max_seq_length", [2, 8192], [1, 0, -1]),
         ("train_sampling_strategy", ["random", "group_by_length"], ["by_length", ""]),
-        ("batch_eval_metrics", [False], [True]),
-        ("do_predict", [False], [True]),
-        ("liger_kernel_config", [{}], [{"rope": True}]),
+        ("eval_delay", [0, 5], [-1]),
+        ("ddp_timeout", [60], [0, -1]),
+        ("ddp_backend", ["gloo", "nccl"], ["foo"]),
+        ("debug", ["", "underflow_overflow"], ["tpu_metrics_debug", "foo"]),
+        ("accelerator_config", [{}, {"even_batches": False}, "file.json"], [{"foo": 1}]),
+        ("do_train", [True], [False]),
+        ("include_num_input_tokens_seen", ["non_padding", "no", False], ["all", True]),
+        ("greater_is_better", [False], [True]),
+        ("eval_steps", [10, 0.5], [0, -5]),
         ("gradient_checkpointing_kwargs", [{}, {"use_reentrant": True}], [{"foo": True}]),
         ("metric_for_best_model", ["loss", "eval_loss", "perplexity"], ["rouge", "accuracy"]),
         ("group_size", [2, 2048], [0, 1, 2047, -2]),
@@ -74,6 +81,19 @@ def test_bounds(key, right, wrong):
         ({"output_dir": ""}, "output_dir", "missing"),
         ({"output_dir": None}, "output_dir", "missing"),
         ({"eval_strategy": "steps"}, "eval_strategy", "no eval_file"),
+        ({"do_eval": True}, "do_eval", "true, but there is no eval_file; add one"),
+        ({"do_eval": False, "eval_file": "e.jsonl"}, "do_eval", "false, but there is an eval_file"),
+        ({"eval_on_start": True}, "eval_on_start", "true, but there is no eval_file; add one"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor", "set memory_plan: false"),
+        ({"dataloader_persistent_workers": True}, "dataloader_persistent_workers", "dataloader_num_workers above 0"),
+        ({"dataloader_multiprocessing_context": "spawn"}, "dataloader_multi", "dataloader_num_workers above 0"),
+        ({"dataloader_prefetch_factor": 2}, "dataloader_prefetch_factor", "dataloader_num_workers above 0"),
+        ({"fsdp_config": {"min_num_params": 1}}, "fsdp", "not supported"),
+        (
+            {"streaming": True, "max_steps": 9, "train_sampling_strategy": "group_by_length"},
+            "train_sampling",
+            "leave it",
+        ),
         ({"sft": True, "truncation_policy": "split"}, "truncation_policy", "cannot be split"),
         ({"streaming": True}, "streaming", "set max_steps"),
         ({"streaming": True, "max_steps": -1}, "streaming", "set max_steps"),
@@ -99,6 +119,9 @@ def test_contradictions(changes, key, words):
         {"eval_strategy": "steps", "eval_file": "e.jsonl"},
         {"sft": True, "template": "tokenizer", "truncation_policy": "drop"},
         {"streaming": True, "max_steps": 9, "save_strategy": "steps"},
+        {"label_smoothing_factor": 0.1, "memory_plan": False},
+        {"dataloader_num_workers": 2, "dataloader_persistent_workers": True, "dataloader_prefetch_factor": 2},
+        {"dataloader_num_workers": 2, "dataloader_multiprocessing_context": "spawn"},
         {"bf16": True, "use_cpu": True},
         {"use_flash_attn": False},
     ],
@@ -140,3 +163,30 @@ def test_k13_a_stage_that_zero_does_not_have():
     wrong = {"deepspeed": {"zero_optimization": {"stage": 9}}}
     assert validate(RIGHT | wrong) == ["deepspeed: zero_optimization has stage 9; use 0, 1, 2 or 3"]
     assert validate(RIGHT | {"deepspeed": {"zero_optimization": {"stage": 3}}}) == []
+
+
+WITHOUT_EFFECT = {
+    "push_to_hub": True,
+    "hub_model_id": "me/mine",
+    "hub_strategy": "end",
+    "label_names": ["labels"],
+    "include_for_metrics": ["loss"],
+    "batch_eval_metrics": True,
+    "do_predict": True,
+    "enable_jit_checkpoint": True,
+    "length_column_name": "tokens",
+    "liger_kernel_config": {"rope": True},
+    "local_rank": 3,
+    "torch_compile": True,
+    "torch_compile_backend": "inductor",
+    "torch_compile_mode": "default",
+    "use_cache": True,
+}
+
+
+@pytest.mark.parametrize("key", WITHOUT_EFFECT)
+def test_keys_that_are_not_honoured(key, tmp_path):
+    """They are refused; what transformers has by default changes nothing and passes."""
+    (problem,) = validate(RIGHT | {key: WITHOUT_EFFECT[key]})
+    assert problem.startswith(f"{key}: {WITHOUT_EFFECT[key]!r} is not supported; leave it out: ")
+    assert validate(RIGHT | {key: getattr(TrainingArguments(output_dir=str(tmp_path), use_cpu=True), key)}) == []
