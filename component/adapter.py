@@ -121,8 +121,6 @@ def quiet_peft() -> Iterator[None]:
 
 def check_adapter(source: str, field: str) -> None:
     """Raise a `UserError` if `source` is neither a folder nor looks like a hub id."""
-    if Path(source).is_file():
-        raise UserError(f"{field}: {source} is a file; name the adapter's folder or a hub id")
     check_source(source, field, "adapter folder")
 
 

@@ -118,7 +118,7 @@ def load_base(
     """
     check_links(model_name_or_path)
     stored = stored_quantization(model_name_or_path)
-    model_tensors(model_name_or_path)  # damaged files, and files outside of the folder
+    _check_stored(model_name_or_path, stored)
     options: dict[str, Any] = {}
     if stored or load_in_4bit:
         options["quantization_config"] = _nf4(dtype, is_partitioned=device is None)
@@ -148,6 +148,21 @@ def load_base(
     forget_lengths(model)
     check_finite(model, model_name_or_path)
     return model
+
+
+def _check_stored(model_name_or_path: str, stored: dict[str, Any] | None) -> None:
+    """Refuse weights stored otherwise than the config says, damaged files, and files outside of the folder."""
+    names, source = model_tensors(model_name_or_path), f"the weights of {model_name_or_path!r}"
+    if any(name.endswith(".qweight") for name in names):  # older ones say so in a file of their own
+        raise UserError(
+            f"model_name_or_path: {source} are quantized by GPTQ or AWQ, which is not supported; name the 16-bit model"
+        )
+    kind = stored and stored.get("bnb_4bit_quant_type", "fp4")
+    if stored and not any(name.endswith(f".quant_state.bitsandbytes__{kind}") for name in names):
+        raise UserError(
+            f"model_name_or_path: {source} are not in 4 bits ({kind}), as its config.json says; download the model "
+            "again, or remove quantization_config there if they are in 16 bits"
+        )
 
 
 def check_finite(model: PreTrainedModel, source: str) -> None:

@@ -19,12 +19,14 @@ PART = r"[A-Za-z0-9][\w.-]*"
 
 
 def check_source(name: str, field: str, what: str = "model folder") -> None:
-    """Refuse what is neither a path that exists nor may be a hub id (`owner/name`, or an old one: `gpt2`).
+    """Refuse what is neither a folder nor may be a hub id (`owner/name`, or an old one: `gpt2`).
 
     Args:
         what: is wanted, for the message.
     """
     path = Path(name)
+    if path.is_file():
+        raise UserError(f"{field}: {name} is a file; name the {what}, or a hub id such as owner/name")
     if path.exists():
         return
     if not re.fullmatch(f"{PART}(/{PART})?", name):

@@ -287,3 +287,20 @@ def test_k12_a_4bit_folder_loads_and_its_config_is_the_16bit_models(wide_base, t
     for in_4bit in (False, True):
         ours = load_base(str(tmp_path), config, dtype=torch.float32, load_in_4bit=in_4bit, device=CPU).eval()
         assert_close(logits(ours, ids), logits(stock.train(), ids), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "zz", 3])
+def test_k12_a_config_that_says_4_bits_of_16_bit_weights(own_base, kind):
+    options = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": kind}
+    change_config(own_base, quantization_config=options)
+    message = f"are not in 4 bits \\({kind}\\), as its config.json says; download the model again, or remove"
+    with pytest.raises(UserError, match=message):
+        load_base(str(own_base), load_config(str(own_base)), dtype=torch.float32, load_in_4bit=True, device=CPU)
+
+
+def test_k12_gptq_that_says_so_in_another_file(own_base):
+    file = own_base / "model.safetensors"
+    weights = {name.replace("q_proj.weight", "q_proj.qweight"): value for name, value in load_file(file).items()}
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"are quantized by GPTQ or AWQ, which is not supported; name the 16-bit"):
+        load_base(str(own_base), load_config(str(own_base)), dtype=torch.float32, load_in_4bit=False, device=CPU)

@@ -359,6 +359,34 @@ def wide_base(llama_config, base_folder, tmp_path_factory) -> Path:
     return folder
 
 
+def test_k12_from_a_4bit_folder_to_a_merged_model(train, basic, wide_base, run_program, tmp_path):
+    """The adapter is merged into the 16-bit model, and used on either; the 4-bit folder can't be merged into."""
+    options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    base, adapter, target = tmp_path / "base", tmp_path / "adapter", tmp_path / "merged"
+    stock = AutoModelForCausalLM.from_pretrained(wide_base, dtype=torch.float32, quantization_config=options)
+    stock.save_pretrained(base)
+    tokenizer = AutoTokenizer.from_pretrained(wide_base)
+    tokenizer.save_pretrained(base)
+    finish(train({**basic, "model_name_or_path": str(base), "load_in_4bit": True, "output_dir": str(adapter)}))
+    merge = ["script/merge_lora.py", "--adapter_name_or_path", adapter, "--save_path", target, "--dtype", "float32"]
+    refused = run_program(*merge)
+    assert refused.status == 1
+    assert "are quantized to 4 bits, and a merge writes 16 or 32 bits; name the 16-bit model" in refused.err
+    assert run_program(*merge, "--model_name_or_path", wide_base).status == 0
+    ids = torch.tensor([tokenizer("The quick brown fox").input_ids])
+    config = AutoConfig.from_pretrained(adapter)
+    plain = AutoModelForCausalLM.from_pretrained(wide_base, config=config, dtype=torch.float32)
+    with torch.no_grad():
+        before = plain(input_ids=ids).logits
+        expected = PeftModel.from_pretrained(plain, adapter).eval()(input_ids=ids).logits
+        found = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)(input_ids=ids).logits
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    assert (found - before).abs().max() > 0.01
+    for model in (base, wide_base):
+        words = ["--model_name_or_path", model, "--adapter_name_or_path", adapter, "--prompt", "The"]
+        assert run_program("script/inference/inference.py", *words, "--max_new_tokens", 2).status == 0
+
+
 def test_the_best_checkpoint_has_the_smallest_perplexity(train, basic, files, tmp_path):
     """A learning rate far too high makes each step worse than the one before."""
     changes = {"eval_file": files["eval_file"], "eval_strategy": "steps", "eval_steps": 1, "learning_rate": 0.5}

@@ -153,3 +153,9 @@ def test_k16_links_of_the_hubs_cache(tmp_path):
     (snapshot / "tokenizer.json").symlink_to(tmp_path / "secret.json")
     with pytest.raises(UserError, match=r"tokenizer\.json is a link"):
         check_links(str(snapshot))
+
+
+def test_k12_a_file_is_no_model(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UserError, match=r"^--base_model: .*model.gguf is a file; name the model folder, or a hub id"):
+        check_source(str(tmp_path / "model.gguf"), "--base_model")
