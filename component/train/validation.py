@@ -176,10 +176,16 @@ def _impossible_split(values: dict) -> list[str]:
         problems.append(f"sequence_parallel_size: {parts}, but there are {processes} processes; {cure}")
     if (values.get("max_seq_length") or parts) < parts:
         problems.append(f"sequence_parallel_size: {parts} processes for rows of {values['max_seq_length']} tokens")
-    if values.get("train_sampling_strategy") == "batch_rebalance":
-        cure = "use random, or sequence_parallel_size: 1"
-        problems.append(f"train_sampling_strategy: batch_rebalance would give each process other rows; {cure}")
-    return problems
+    config = values.get("accelerator_config")
+    wrong = {
+        "train_sampling_strategy: batch_rebalance": values.get("train_sampling_strategy") == "batch_rebalance",
+        "accelerator_config: dispatch_batches, split_batches": isinstance(config, dict)
+        and bool(config.get("dispatch_batches") or config.get("split_batches")),
+        "label_smoothing_factor": bool(values.get("label_smoothing_factor")),
+        "average_tokens_across_devices: false": values.get("average_tokens_across_devices") is False,
+    }
+    cure = "not possible if rows are split over processes; leave it out, or set sequence_parallel_size: 1"
+    return problems + [f"{key}: {cure}" for key, is_set in wrong.items() if is_set]
 
 
 def _impossible_precision(values: dict) -> list[str]:

@@ -166,7 +166,10 @@ def test_resumes(train, basic, tmp_path):
         ({"sequence_parallel_size": 3}, "sequence_parallel_size: 3, but there are 2 processes"),
         ({"sequence_parallel_size": 0}, "sequence_parallel_size: 0; use at least 1"),
         ({"rope_type": "dynamic"}, "dynamic positions are scaled by the length of a row"),
-        ({"train_sampling_strategy": "batch_rebalance"}, "train_sampling_strategy: batch_rebalance would"),
+        (
+            {"train_sampling_strategy": "batch_rebalance"},
+            "train_sampling_strategy: batch_rebalance: not possible if rows are split",
+        ),
     ],
 )
 def test_what_cannot_be_split_is_refused(train, basic, tmp_path, changes, expected):
