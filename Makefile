@@ -17,7 +17,7 @@ demo: $(READY)
 	$(VENV)/bin/python script/demo/demo.py
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not gpu and not slow"
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist loadfile -m "not gpu and not slow"
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

@@ -21,7 +21,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
@@ -104,7 +103,7 @@ from component.storage.claim import held_result, work_folder
 from component.storage.result import LIBRARIES, library_versions, write_json
 from script.performance.report import commit, failure, read_results, speed, step_flop, table
 from script.shared.card import describe_card
-from script.shared.program import in_a_process, read_training, run
+from script.shared.program import free_port, in_a_process, read_training, run
 from script.shared.random_llama import make_model
 from script.shared.stdlib import default_library, split_library
 
@@ -276,13 +275,6 @@ def command_of(row: Row, model: Path, data: Path, output: Path) -> tuple[dict, l
             else ["torchrun", f"--nproc_per_node={row.cards}", f"--master_port={port}"]
         )
     return settings, [*launcher, "train.py", "--train_args_file", str(file)]
-
-
-def free_port() -> int:
-    """So that a launcher doesn't meet another run on its default port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def key(found: dict) -> dict:

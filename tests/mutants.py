@@ -29,12 +29,20 @@ COPIED = ("component", "script", "tests", "train_args", "train.py", "pyproject.t
 
 # module -> the functions that are mutated, and the test files that must notice, besides the module's own
 TARGETS: dict[str, tuple[str, str]] = {
-    "component/attention/shift_short.py": ("document_spans attend_in_groups _row_segments _split_heads _groups", ""),
-    "component/attention/segment.py": (
-        "Segment.view attend_segments FusedAttention.forward FusedAttention.backward _backward causal_sdpa",
-        "tests/component/attention/test_shift_short.py",
+    "component/attention/shift_short.py": (
+        "document_spans attend_in_groups _halves _split_heads _groups _inside _needed _left_of",
+        "tests/component/attention/test_exchange.py",
     ),
-    "component/attention/kernel.py": ("attention_forward attention_backward _per_kv_head", ""),
+    "component/attention/segment.py": (
+        "Segment.view Segment.left_inputs attend_segments FusedAttention.forward FusedAttention.backward _with_left "
+        "_backward causal_sdpa",
+        "tests/component/attention/test_shift_short.py tests/component/attention/test_exchange.py",
+    ),
+    "component/attention/kernel.py": ("attention_forward attention_backward merge_attention _per_kv_head", ""),
+    "component/attention/exchange.py": (
+        "Exchange.fetch Exchange.joined Exchange.give_back Exchange.add Exchange._counts Exchange._start",
+        "",
+    ),
     "component/attention/interface.py": (
         "TrainingMask.is_right_padded shift_short_mask shift_short_attention_forward use_shift_short_attention",
         "",

@@ -3,7 +3,6 @@
 import json
 import multiprocessing
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import ROOT
+from tests.web_server import free_port
 
 # lengths differ widely, so that a mean over samples is not a mean over tokens
 TRAIN_TEXTS = [
@@ -78,12 +78,6 @@ class Launcher:
         failed = [rank for rank, process in enumerate(running) if process.exitcode]
         shown = failed[0] if failed else 0
         return subprocess.CompletedProcess(["train.py"], running[shown].exitcode, logs[shown].read_text())
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def run_main(argv: list[str], log: str, sabotage, environment: dict) -> None:

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -78,6 +79,13 @@ def in_a_process(function: Callable, *arguments):
     """`function`'s result, from a new process: GPU memory that this one allocated would be measured too."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
+
+
+def free_port() -> int:
+    """For a launcher, whose default port another run may have."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def read_training(output_dir: Path) -> tuple[dict, list[dict]]:

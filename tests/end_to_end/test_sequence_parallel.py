@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from tests.conftest import ROOT, build_llama
-from tests.train_run import BASIC, TRAIN_TEXTS, Launcher, executable, finish, free_port, launched, logged, record
+from tests.train_run import BASIC, TRAIN_TEXTS, Launcher, executable, finish, launched, logged, record
+from tests.web_server import free_port
 
 TEXTS = [f"{text} {number}" for number in range(2) for text in TRAIN_TEXTS]
 UNCLIPPED = 1e6  # logs the norm of gradients and leaves them alone

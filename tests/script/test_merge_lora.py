@@ -621,7 +621,7 @@ def test_perplexities_of_both_merges(wide, tmp_path, capsys):
 
 
 def test_perplexities_over_tokens_on_the_hub(wide, tmp_path, monkeypatch, capsys):
-    torch.zeros(300).numpy().astype("uint16").tofile(tmp_path / "tokens.bin")
+    torch.ones(300).numpy().astype("uint16").tofile(tmp_path / "tokens.bin")
 
     def download(repository: str, name: str, repo_type: str) -> str:
         assert (repository, repo_type) == ("owner/data", "dataset")
@@ -640,7 +640,7 @@ def test_perplexities_over_tokens_on_the_hub(wide, tmp_path, monkeypatch, capsys
 )  # fmt: skip
 def test_flags_are_refused_before_anything_is_merged(wide, tmp_path, monkeypatch, capsys, words, part):
     monkeypatch.chdir(tmp_path)
-    torch.zeros(100).numpy().astype("uint16").tofile("few.bin")
+    torch.ones(100).numpy().astype("uint16").tofile("few.bin")
     assert merge("--adapter_name_or_path", wide, "--save_path", tmp_path / "merged", *words) == 1
     assert part in capsys.readouterr().err.splitlines()[-1]
     assert [file.name for file in tmp_path.iterdir()] == ["few.bin"]
