@@ -103,7 +103,9 @@ def run(args: LongQLoRAArguments, training_args: TrainingArguments) -> None:
             record=args.record(extended, factor) | {"versions": library_versions()},
             strategy=strategy,
         )
-    lines = data_lines | {"processes": strategy.describe()} if strategy.processes > 1 else data_lines
+    lines = (
+        data_lines | {"processes": strategy.describe(args.max_seq_length)} if strategy.processes > 1 else data_lines
+    )
     lines |= {"memory": f"no plan ({fallback})" if fallback else memory.line}
     print_summary(args, training_args, trainer, base, lines)
     train(trainer, resume, memory, fallback)

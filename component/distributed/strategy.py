@@ -29,13 +29,14 @@ class Strategy:
             return f"ZeRO-{self.zero_stage}"
         return "DDP" if self.processes > 1 else "one process"
 
-    def describe(self) -> str:
-        """One line for the summary."""
+    def describe(self, longest: int) -> str:
+        """One line for the summary; `longest`: tokens of a row."""
         if self.processes == 1:
             return str(self)
         rows = f"{self.data_processes} data parallel"
         if self.sequence_processes > 1:
-            rows = f"each row split over {self.sequence_processes}, {rows}"
+            part = -(-longest // self.sequence_processes)
+            rows = f"each row split over {self.sequence_processes}, at most {part} tokens on each, {rows}"
         return f"{self}, {self.processes} processes: {rows}"
 
 

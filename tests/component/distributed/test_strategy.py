@@ -43,12 +43,18 @@ def test_training_strategy(config, processes, expected, text, tmp_path):
     [
         (Strategy(), "one process"),
         (Strategy(4), "DDP, 4 processes: 4 data parallel"),
-        (Strategy(4, 2, sequence_processes=4), "ZeRO-2, 4 processes: each row split over 4, 1 data parallel"),
-        (Strategy(8, 1, sequence_processes=2), "ZeRO-1, 8 processes: each row split over 2, 4 data parallel"),
+        (
+            Strategy(4, 2, sequence_processes=4),
+            "ZeRO-2, 4 processes: each row split over 4, at most 251 tokens on each, 1 data parallel",
+        ),
+        (
+            Strategy(8, 1, sequence_processes=2),
+            "ZeRO-1, 8 processes: each row split over 2, at most 501 tokens on each, 4 data parallel",
+        ),
     ],
 )
 def test_description(strategy, text):
-    assert strategy.describe() == text
+    assert strategy.describe(1001) == text
 
 
 def test_only_zero_3_shards_weights():
