@@ -5,7 +5,6 @@ import json
 import multiprocessing
 import os
 import shlex
-import signal
 import socket
 import subprocess
 import sys
@@ -13,6 +12,8 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+
+import psutil
 
 from component.error import UserError
 
@@ -42,16 +43,24 @@ def run(
             env={**os.environ, **(environment or {}), "PATH": path},
             stdout=file,
             stderr=subprocess.STDOUT if log else stderr,
-            start_new_session=limit_s is not None,  # to kill the children of DeepSpeed's launcher too
         )
         try:
             return process.wait(limit_s)
         except subprocess.TimeoutExpired:
             return None
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill() if limit_s is None else os.killpg(process.pid, signal.SIGKILL)
+            if process.poll() is None:
+                kill_with_children(process.pid)
             process.wait()
+
+
+def kill_with_children(pid: int) -> None:
+    """Kill a process and all that it started: launchers' workers are in sessions of their own."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(pid)
+        for process in [parent, *parent.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 def show_and_run(command: str) -> float:

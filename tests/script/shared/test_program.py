@@ -16,9 +16,12 @@ def test_status_and_log(status, tmp_path):
     assert sorted((tmp_path / "log").read_text().split()) == ["err", "out"]
 
 
-def test_a_time_limit_kills_children_too(tmp_path):
+@pytest.mark.parametrize("own_session", [False, True])  # torchrun starts its workers in their own
+def test_a_time_limit_kills_children_too(tmp_path, own_session):
     child = "import time, pathlib; time.sleep(1); pathlib.Path('alive').touch()"
-    program = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    program = (
+        f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}], start_new_session={own_session})"
+    )
     assert run([sys.executable, "-c", program], tmp_path / "log", 0.5, tmp_path) is None
     time.sleep(1.5)
     assert not (tmp_path / "alive").exists()
