@@ -6,12 +6,12 @@
     python script/benchmark.py ... --plan rows.json  # [{"size", "length", "kind", "steps", "overrides", "cards"}, ...]
 
 Each row (size, length, kind) runs in its own process on a random-weight model; results are rewritten after each row.
-ours_* is `deepspeed train.py` with the settings in OURS, ours_python_* is `python train.py` without DeepSpeed; the
-other kinds are the baselines in script/performance/peers.py. `overrides` are keys of train.py's YAML (for a baseline:
-memory_budget_gib). On several `cards`, ours_* trains one row per card, or splits rows with the override
-sequence_parallel_size; ours_python_* is then torchrun, and memory is that of the card with the most. All kinds: batch
-size 1, no gradient accumulation, rank 64 on all linear layers, NF4 with double quantization, no dropout, gradient
-clipping.
+ours_* is `deepspeed train.py` with the settings in OURS (by_heads: another program, for several cards); ours_python_*
+is `python train.py` without DeepSpeed; the other kinds are baselines in script/performance/peers.py. `overrides` are
+keys of train.py's YAML (for a baseline: memory_budget_gib). On several `cards`, ours_* trains one row per card, or
+splits rows with the override sequence_parallel_size; ours_python_* is then torchrun, and memory is that of the card
+with the most. All kinds: batch size 1, no gradient accumulation, rank 64 on all linear layers, NF4 with double
+quantization, no dropout, gradient clipping.
 """
 
 import argparse
@@ -73,6 +73,7 @@ OURS = {
         "memory_budget_gib": 10,
         "deepspeed": ON_CARD,
     },
+    "by_heads": {"bf16": True, "memory_budget_gib": 32, "deepspeed": ON_CARD},
     "off": {"bf16": True, "memory_plan": False, "gradient_checkpointing": True, "deepspeed": ON_CARD},
 }
 KINDS = [*(f"ours_{name}" for name in OURS), *(f"ours_python_{name}" for name in OURS), *PEERS]
@@ -274,7 +275,8 @@ def command_of(row: Row, model: Path, data: Path, output: Path) -> tuple[dict, l
             if row.cards == 1
             else ["torchrun", f"--nproc_per_node={row.cards}", f"--master_port={port}"]
         )
-    return settings, [*launcher, "train.py", "--train_args_file", str(file)]
+    program = "script/performance/train_by_heads.py" if row.kind.endswith("by_heads") else "train.py"
+    return settings, [*launcher, program, "--train_args_file", str(file)]
 
 
 def key(found: dict) -> dict:

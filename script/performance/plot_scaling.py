@@ -65,7 +65,8 @@ def label(row: dict) -> str:
     if row["cards"] == 1:
         return about(row)
     is_split = row["overrides"].get("sequence_parallel_size", 1) > 1
-    return f"{about(row)}, {'each row split' if is_split else 'a row per GPU'}"
+    way = "each row split by heads" if row["kind"].endswith("by_heads") else "each row split"
+    return f"{about(row)}, {way if is_split else 'a row per GPU'}"
 
 
 def draw(lines: dict[str, list[dict]], title: str, file: Path) -> None:

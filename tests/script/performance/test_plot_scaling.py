@@ -6,7 +6,7 @@ from script.performance.plot_scaling import draw, series
 
 
 def row(length: int, cards: int, speed: float, **overrides) -> dict:
-    shared = {"size": "7b", "peak_reserved_gib": 30.0, "overrides": overrides}
+    shared = {"size": "7b", "kind": "ours_fastest", "peak_reserved_gib": 30.0, "overrides": overrides}
     return {"length": length, "cards": cards, "tokens_per_second": speed, **shared}
 
 
@@ -18,6 +18,7 @@ def test_lines(tmp_path):
         row(8192, 1, 10.0),
         row(8192, 2, 9.0, sequence_parallel_size=2, use_shift_short_attention=False),
         row(4096, 1, 12.0),
+        {**row(8192, 2, 17.0, sequence_parallel_size=2), "kind": "ours_by_heads"},
         {"size": "7b", "length": 8192, "cards": 2, "overrides": {}, "error": "killed"},
     ]
     lines = series(rows)
@@ -26,6 +27,7 @@ def test_lines(tmp_path):
         "7B, 8192 tokens, S2-Attn, each row split": [(1, 10.0), (2, 19.0), (4, 38.0)],
         "7B, 8192 tokens, S2-Attn, a row per GPU": [(1, 10.0), (2, 18.0)],
         "7B, 8192 tokens, full attention, each row split": [(2, 9.0)],
+        "7B, 8192 tokens, S2-Attn, each row split by heads": [(1, 10.0), (2, 17.0)],
         "7B, 4096 tokens, S2-Attn": [(1, 12.0)],
     }
     draw(lines, "title", tmp_path / "plot.png")
