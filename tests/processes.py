@@ -3,18 +3,30 @@
 import os
 import tempfile
 from collections.abc import Callable
+from multiprocessing import forkserver, get_context
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
+from tests.conftest import ROOT
+
 
 def run_in_processes(function: Callable, processes: int, *args, backend: str = "gloo") -> None:
     """Call `function(*args)`, importable by name, in each process; the first failure is raised here."""
+    method = "spawn"
+    if backend == "gloo":  # forked from a process that has imported everything, which takes seconds
+        method = "forkserver"
+        get_context(method).set_forkserver_preload(["component.attention.interface", "pytest"])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+            patch.setenv("OMP_NUM_THREADS", "1")
+            forkserver.ensure_running()
     with tempfile.TemporaryDirectory() as folder:
-        store = Path(folder) / "store"
-        torch.multiprocessing.spawn(_call, (processes, store, backend, function, args), nprocs=processes)
+        rest = (processes, Path(folder) / "store", backend, function, args)
+        torch.multiprocessing.start_processes(_call, rest, nprocs=processes, start_method=method)
 
 
 def _call(rank: int, processes: int, store: Path, backend: str, function: Callable, args: tuple) -> None:
