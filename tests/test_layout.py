@@ -63,7 +63,6 @@ UNTESTED = {
     "script/experiment/pretrain.py": "script/shared/pretraining.py has tests; the rest is its flags",
     "script/experiment/train_rolled.py": "script/shared/rolled_attention.py has tests; the rest is train.py",
     "script/performance/evaluation.py": "times perplexity.py, which has tests, on models of 14 GB",
-    "script/performance/long_run.py": "trains for a thousand steps",
     "script/performance/merge.py": "times merge_lora.py, which has tests, on a model of 2.7 GB",
     "script/performance/train_by_heads.py": "script/shared/shift_short_by_heads.py has tests; the rest is train.py",
     "script/performance/real_shape.py": "runs programs that have tests on a model of 13 GB",

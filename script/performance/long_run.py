@@ -17,14 +17,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from component.cli import exit_on_user_error, new_parser, parsed_first
+from component.cli import check_at_least, exit_on_user_error, new_parser, parsed_first
 
 
 @parsed_first
 def parse_flags() -> argparse.Namespace:
     parser = new_parser(__doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder for data and runs")
-    parser.add_argument("--steps", type=int, default=1000, help="of each run (1000)")
+    parser.add_argument("--steps", type=int, default=1000, help="of each run, at least 40 (1000)")
     parser.add_argument("--output_json", type=Path, required=True, help="file for the results")
     return parser.parse_args()
 
@@ -36,6 +36,7 @@ from component.storage.claim import held_result, work_folder
 from component.storage.result import library_versions, write_json
 from script.shared.program import read_training
 
+LOGGED_EVERY = 20  # steps; memory is compared between the second entry and the last
 MEMORY_OPTIONS = (
     "--keep_layers 1 --keep_attention_layers 1 --keep_attention_output true --offload_activations true "
     "--mlp_tile_tokens 300 --loss_chunk_tokens 200"
@@ -46,7 +47,7 @@ def command(name: str, work: Path, steps: int) -> str:
     memory_options = MEMORY_OPTIONS if name == "levers" else "--memory_plan false"
     return (
         f"{sys.executable} train.py --train_args_file train_args/demo.yaml --train_file {work}/data/train.jsonl "
-        f"--output_dir {work}/{name} --overwrite_output_dir true --max_steps {steps} --logging_steps 20 "
+        f"--output_dir {work}/{name} --overwrite_output_dir true --max_steps {steps} --logging_steps {LOGGED_EVERY} "
         f"--max_seq_length 1024 --lora_dropout 0 --save_strategy no --deepspeed null {memory_options}"
     )
 
@@ -62,6 +63,7 @@ def host_gib(process: psutil.Process) -> float:
 @exit_on_user_error
 def main() -> None:
     flags = parse_flags()
+    check_at_least(flags, 2 * LOGGED_EVERY, "steps")
     with work_folder(flags.work, "long_run.py", {}), held_result(flags.output_json):
         measure(flags)
 
