@@ -6,10 +6,8 @@ and amplify the rounding of those near zero.
 
 import copy
 import json
-import os
 import shutil
 import subprocess
-from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -24,19 +22,6 @@ from tests.web_server import free_port
 
 TEXTS = [f"{text} {number}" for number in range(2) for text in TRAIN_TEXTS]
 UNCLIPPED = 1e6  # logs the norm of gradients and leaves them alone
-
-
-@pytest.fixture(scope="module")
-def train(tmp_path_factory) -> Launcher:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
-        launcher = Launcher(tmp_path_factory.mktemp("runs"))
-        launcher.context.set_forkserver_preload(["train", "deepspeed", "bitsandbytes", "peft", "pytest"])
-        forkserver.ensure_running()
-    return launcher
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,6 @@ import signal
 import subprocess
 import sys
 import time
-from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -37,7 +36,6 @@ from tests.train_run import (
     BASIC,
     GROUP,
     TRAIN_TEXTS,
-    Launcher,
     executable,
     finish,
     launched,
@@ -66,20 +64,6 @@ EVAL_TEXTS = [
     "The range of positions.",
     "«Größe», naïve café, 東京 2024",
 ]
-
-
-@pytest.fixture(scope="module")
-def train(tmp_path_factory):
-    """train(values): wait for a run; its exit status and output."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
-        launcher = Launcher(tmp_path_factory.mktemp("runs"))
-        launcher.context.set_forkserver_preload(["train", "deepspeed", "bitsandbytes", "peft", "pytest"])
-        forkserver.ensure_running()
-    return launcher
 
 
 @pytest.fixture(scope="module")
