@@ -124,6 +124,11 @@ class Row:
         for name, value, known in (("size", self.size, SHAPES), ("kind", self.kind, KINDS)):
             if value not in known:
                 raise UserError(f"{name}: {value!r} is none of {', '.join(known)}{nearest(str(value), known)}")
+        parts = self.overrides.get("sequence_parallel_size", 1)
+        if not (isinstance(self.cards, int) and isinstance(parts, int) and self.cards >= parts >= 1):
+            raise UserError(f"cards: {self.cards!r}; use a number of at least 1 and of sequence_parallel_size")
+        if self.cards % parts:
+            raise UserError(f"cards: {self.cards}; use a multiple of sequence_parallel_size, {parts}")
         if self.cards > 1 and self.kind in PEERS:
             raise UserError(f"cards: {self.cards}; {self.kind} runs on one")
         self.length = int(self.length)

@@ -173,7 +173,9 @@ def _impossible_split(values: dict) -> list[str]:
     problems, processes = [], int(os.environ.get("WORLD_SIZE", "1"))
     if processes % parts:
         cure = f"start a multiple of {parts}, e.g. deepspeed --num_gpus {parts} train.py, or change the key"
-        problems.append(f"sequence_parallel_size: {parts}, but there are {processes} processes; {cure}")
+        problems.append(
+            f"sequence_parallel_size: {parts}, but this run has {processes} process{'es' if processes > 1 else ''}; {cure}"
+        )
     if (values.get("max_seq_length") or parts) < parts:
         problems.append(f"sequence_parallel_size: {parts} processes for rows of {values['max_seq_length']} tokens")
     config = values.get("accelerator_config")

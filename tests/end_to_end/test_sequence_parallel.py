@@ -149,7 +149,10 @@ def test_resumes(train, basic, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"sequence_parallel_size": 3}, "sequence_parallel_size: 3, but there are 2 processes"),
+        (
+            {"sequence_parallel_size": 3},
+            "sequence_parallel_size: 3, but this run has 2 processes; start a multiple of 3",
+        ),
         ({"sequence_parallel_size": 0}, "sequence_parallel_size: 0; use at least 1"),
         ({"rope_type": "dynamic"}, "dynamic positions are scaled by the length of a row"),
         (

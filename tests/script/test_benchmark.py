@@ -153,3 +153,38 @@ def test_tiny_rows_end_to_end(tmp_path, base_folder):
     assert "hf ..." in first
     assert "hf ..." not in second
     assert second.splitlines()[-4:] == first.splitlines()[-4:]
+
+
+@pytest.mark.parametrize(
+    ("cards", "overrides", "named"),
+    [
+        (0, {}, "cards: 0; use a number of at least 1"),
+        ("2", {}, "cards: '2'; use a number"),
+        (1, {"sequence_parallel_size": 2}, "cards: 1; use a number of at least 1 and of sequence_parallel_size"),
+        (3, {"sequence_parallel_size": 2}, "cards: 3; use a multiple of sequence_parallel_size, 2"),
+    ],
+)
+def test_impossible_numbers_of_cards(cards, overrides, named):
+    with pytest.raises(UserError, match=named):
+        Row("7b", 8192, "ours_fastest", 0, overrides, cards)
+
+
+def test_baselines_run_on_one_card():
+    with pytest.raises(UserError, match="cards: 2; unsloth runs on one"):
+        Row("7b", 8192, "unsloth", cards=2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "overrides", "words", "rows"),
+    [
+        ("ours_fastest", {"sequence_parallel_size": 2}, ["deepspeed", "--num_gpus", "4", "train.py"], 2),
+        ("ours_by_heads", {"sequence_parallel_size": 4}, ["deepspeed", "script/performance/train_by_heads.py"], 1),
+        ("ours_python_fastest", {}, ["torchrun", "--nproc_per_node=4", "train.py"], 4),
+    ],
+)
+def test_several_cards(tmp_path, kind, overrides, words, rows):
+    row = Row("7b", 8192, kind, 0, overrides, 4)
+    _, command = command_of(row, tmp_path, tmp_path, tmp_path / "out")
+    assert set(words) <= set(command)
+    assert row.rows_per_step == rows
+    assert row.name.endswith("4-cards")
