@@ -173,11 +173,11 @@ def _impossible_split(values: dict) -> list[str]:
     problems, processes = [], int(os.environ.get("WORLD_SIZE", "1"))
     if processes % parts:
         cure = f"start a multiple of {parts}, e.g. deepspeed --num_gpus {parts} train.py, or change the key"
-        problems.append(
-            f"sequence_parallel_size: {parts}, but this run has {processes} process{'es' if processes > 1 else ''}; {cure}"
-        )
+        word = "processes" if processes > 1 else "process"
+        problems.append(f"sequence_parallel_size: {parts}, but this run has {processes} {word}; {cure}")
     if (values.get("max_seq_length") or parts) < parts:
-        problems.append(f"sequence_parallel_size: {parts} processes for rows of {values['max_seq_length']} tokens")
+        rows = values["max_seq_length"]
+        problems.append(f"sequence_parallel_size: {parts}, but max_seq_length is {rows} tokens; use at most {rows}")
     config = values.get("accelerator_config")
     wrong = {
         "train_sampling_strategy: batch_rebalance": values.get("train_sampling_strategy") == "batch_rebalance",

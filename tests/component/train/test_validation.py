@@ -77,6 +77,11 @@ def test_bounds(key, right, wrong):
 @pytest.mark.parametrize(
     ("changes", "key", "words"),
     [
+        (
+            {"sequence_parallel_size": 2},
+            "sequence_parallel_size",
+            "2, but this run has 1 process; start a multiple of 2",
+        ),
         ({"max_seq_length": 8193}, "max_seq_length", "8193 tokens exceed model_max_length, 8192"),
         ({"output_dir": ""}, "output_dir", "missing"),
         ({"output_dir": None}, "output_dir", "missing"),
@@ -145,6 +150,23 @@ def test_gpu_capabilities(capability, changes, words, card):
     card(*capability)
     problems = validate({**RIGHT, **changes})
     assert (problems == []) if words is None else (len(problems) == 1 and words in problems[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"sequence_parallel_size": 4, "max_seq_length": 3}, "max_seq_length is 3 tokens; use at most 3"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches, split_batches: not possible"),
+        ({"label_smoothing_factor": 0.1, "memory_plan": False}, "label_smoothing_factor: not possible"),
+        ({"average_tokens_across_devices": False}, "average_tokens_across_devices: false: not possible"),
+        ({"train_sampling_strategy": "batch_rebalance"}, "batch_rebalance: not possible"),
+    ],
+)
+def test_what_split_rows_do_not_allow(monkeypatch, changes, words):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert validate({**RIGHT, "sequence_parallel_size": 2}) == []
+    (problem,) = validate({**RIGHT, "sequence_parallel_size": 2, **changes})
+    assert words in problem
 
 
 def test_all_problems_are_reported():
