@@ -108,7 +108,7 @@ def attend_in_groups(
     calls = []
     for half in _halves(heads, kv_heads, documents, group_size):
         groups = [_inside(here, _groups(spans, half.first_group, group_size)) for spans in documents]
-        needed = _needed(half, documents, group_size, tokens, size)
+        needed = _needed(half, documents, group_size, tokens, size) if sequence else ()
         for q, kv in _split_heads(half.heads, half.kv_heads, kv_per_call):
             rows = [[Segment(row, q, kv, *group) for group in parts] for row, parts in enumerate(groups)]
             calls.append(HeadCall(rows, Exchange(sequence, kv, needed) if sequence and any(needed) else None))
