@@ -25,12 +25,14 @@ def load_config(model_name_or_path: str, field: str = "model_name_or_path") -> P
     """The config of a base model, without what it says about kernels, code and quantization.
 
     Raises:
-        UserError: no config of a model that can be built, or a model whose attention cannot be replaced.
+        UserError: no config of a model that can be built, a model whose attention cannot be replaced, or weights in a
+            quantization that is not supported.
     """
     check_source(model_name_or_path, field)
     cure = "name a folder with the config.json of a model, or a hub id"
     with naming(field), reading(f"{field}: {model_name_or_path!r} has no usable config", cure):
         config = read_config(model_name_or_path)
+    stored_quantization(model_name_or_path, field)  # refuses what load_base would, before data is read
     model_class = AutoModelForCausalLM._model_mapping.get(type(config), None)
     if not getattr(model_class, "_supports_attention_backend", False):
         raise UserError(

@@ -12,8 +12,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from component.data import IGNORE_INDEX
+from component.data.template import fill_template
 from component.data.text import special_tokens, text_ids
-from component.error import UserError, first_line
+from component.error import UserError
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -80,9 +81,10 @@ def encode_by_tokenizer(
         turns = [(special.hide(user), answer and special.hide(answer)) for user, answer in turns]
     spans, text = [], ""
     for at, (user, assistant) in enumerate(turns):
-        prompt = whole = shown(_render(tokenizer, as_messages([*turns[:at], (user, None)], system), opens_answer=True))
+        asked = as_messages([*turns[:at], (user, None)], system)
+        prompt = whole = shown(fill_template(tokenizer, asked, opens_answer=True))
         if assistant is not None:
-            whole = shown(_render(tokenizer, as_messages(turns[: at + 1], system), opens_answer=False))
+            whole = shown(fill_template(tokenizer, as_messages(turns[: at + 1], system)))
             spans.append((len(prompt), len(whole.rstrip())))  # ChatML ends with a line break
         if not (prompt.startswith(text) and whole.startswith(prompt)):
             raise UserError(
@@ -104,14 +106,6 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
     if not tokenizer.chat_template or not tokenizer.is_fast:
         lack = "no fast version, which has offsets" if tokenizer.chat_template else "no chat template"
         raise UserError(f"template: tokenizer, but {tokenizer.name_or_path or 'it'} has {lack}; use template: vicuna")
-
-
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], opens_answer: bool) -> str:
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opens_answer)
-    except Exception as error:  # jinja's own, and whatever the template raises
-        reason = first_line(error)
-        raise UserError(f"template: the tokenizer's chat template rejects a conversation ({reason})") from error
 
 
 def as_messages(turns: Sequence[tuple[str, str | None]], system: str | None = None) -> list[dict[str, str]]:

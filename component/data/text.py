@@ -14,6 +14,9 @@ from weakref import WeakKeyDictionary
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from component.data.template import fill_template
+from component.error import UserError
+
 # Unicode's noncharacters, never part of a text; in texts with special tokens, those that are there become U+FFFD
 RENAMED, HIDDEN = "\ufdd0", "\ufdd1"
 
@@ -108,6 +111,6 @@ def without_marks(text: str) -> str:
 def _frame(tokenizer: PreTrainedTokenizerBase) -> str:
     """What the chat template puts around a question, where tokens that are not special may mark its end."""
     try:
-        return tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False)  # type: ignore
-    except Exception:  # no template, or whatever it raises
+        return fill_template(tokenizer, [{"role": "user", "content": ""}])
+    except UserError:  # no template, or whatever it raises
         return ""
