@@ -231,7 +231,7 @@ def measure(row: Row, work: Path, tokenizer: str, limit_s: float, matrix_tflops:
         return base | {"error": failure(log.read_text(encoding="utf-8", errors="replace"), status, limit_s)}
     if row.kind.startswith("ours"):
         found, log_entries = read_training(output)
-        found["losses"] = [entry["loss"] for entry in log_entries]
+        found["losses"], found["gradient_norms"] = ([e[name] for e in log_entries] for name in ("loss", "grad_norm"))
     else:
         found = json.loads((output / "one.json").read_text())
     shutil.rmtree(output)

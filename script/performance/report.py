@@ -65,7 +65,8 @@ def speed(tokens: int, steps: int, found: dict, flop: float, matrix_tflops: floa
     return {
         "tokens_per_second": round(tokens / step_seconds, 1),
         "step_seconds": [round(seconds, 3) for seconds in found["step_seconds"]],
-        "losses": [round(loss, 3) for loss in found["losses"]],
+        "losses": [round(loss, 4) for loss in found["losses"]],
+        "gradient_norms": [round(norm, 4) for norm in found.get("gradient_norms", [])],
         "tflop_per_step": round(flop / 1e12, 1),
         "share_of_matrix_rate": share,
         **{name: found.get(name) for name in PEAKS},
