@@ -110,6 +110,20 @@ def test_shapes_differ_between_steps():
     assert all(pointer == pointers[1] for pointer in pointers[1:])
 
 
+def test_only_a_buffer_that_is_replaced_is_unpinned(monkeypatch):
+    unpinned = []
+    monkeypatch.setattr(
+        "component.memory.offload._unpin", lambda buffers: unpinned.extend(len(buffer) for buffer in buffers)
+    )
+    offloader = ActivationOffloader()
+    for first in (16, 400):  # 256 bytes, then 1792; the two others stay 512
+        for size in (first, 100, 100):
+            offloader.put(tensors((size,)))
+        offloader.clear()
+    assert [len(buffer) for buffer in offloader._buffers] == [1792, 512, 512]
+    assert unpinned == [0, 0, 0, 256]  # empty ones, then the one that grew
+
+
 def test_depth_differs_between_steps():
     offloader = ActivationOffloader()
     for depth in (2, 5, 1, 5):

@@ -1,12 +1,16 @@
-"""Token-weighted loss and perplexity."""
+"""Token-weighted loss and perplexity, of rows and of all of them."""
 
 import math
 
 import pytest
 import torch
-from transformers import EvalPrediction
+import torch.nn.functional as F
+from transformers import EvalPrediction, TrainingArguments
 
-from component.train.trainer import token_weighted_loss
+from component.adapter import add_adapter
+from component.data import IGNORE_INDEX
+from component.distributed.strategy import Strategy
+from component.train.trainer import LongQLoRATrainer, token_weighted_loss
 
 
 def test_tokens_have_equal_weight():
@@ -28,3 +32,37 @@ def test_perplexity_does_not_overflow():
     assert found["perplexity"] > 1e300
     empty = token_weighted_loss(EvalPrediction(predictions=torch.tensor([0.0]), label_ids=torch.tensor([0])))
     assert empty == {"loss": 0.0, "perplexity": 1.0}
+
+
+@pytest.fixture
+def trainer(tiny_llama, tmp_path) -> LongQLoRATrainer:
+    model = add_adapter(tiny_llama, rank=2, alpha=4, dropout=0.0)
+    return LongQLoRATrainer(
+        model=model,
+        args=TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none"),
+        extended_config=tiny_llama.config,
+        record={},
+        strategy=Strategy(),
+    )
+
+
+def test_an_evaluated_row_has_its_loss_and_tokens(trainer):
+    ids = torch.arange(2, 35).view(3, 11)
+    targets = torch.cat([ids[:, 1:], torch.full((3, 1), IGNORE_INDEX)], dim=1)
+    targets[1, 4:] = IGNORE_INDEX
+    targets[2, :3] = IGNORE_INDEX
+    loss, sums, counts = trainer.prediction_step(trainer.model, {"input_ids": ids, "shift_labels": targets}, True)
+    assert loss is None
+    assert counts.tolist() == [10, 4, 7]
+    trainer.model.eval()
+    for row in range(3):
+        with torch.no_grad():
+            logits = trainer.model(input_ids=ids[row : row + 1]).logits[0]
+        expected = F.cross_entropy(logits, targets[row], ignore_index=IGNORE_INDEX, reduction="sum")
+        assert sums[row].item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_operations_of_a_batch_are_counted_without_embeddings(trainer):
+    ids = torch.zeros(3, 11, dtype=torch.long)
+    counts = {name: weight.numel() for name, weight in trainer.model.named_parameters() if "embed_tokens" not in name}
+    assert trainer.floating_point_ops({"input_ids": ids}) == 6 * 33 * sum(counts.values())
