@@ -258,7 +258,7 @@ def apply_plan(
 def train(trainer: LongQLoRATrainer, resume: str | None, memory: Memory, fallback: str | None) -> None:
     """Train, save, evaluate: an evaluation that fails loses nothing that was trained."""
     gc.collect()
-    gc.freeze()  # what is there now lives on: searching it for garbage takes 0.1 s or more, at another step per process
+    gc.freeze()  # what is there now lives on; a search of it for garbage takes 0.1 s, in each process at another step
     with explaining_out_of_memory(memory.work, memory.plan), explained_settings(trainer.args):
         metrics = trainer.train(resume_from_checkpoint=resume).metrics | peak_memory()
     if not trainer.state.global_step:
