@@ -20,6 +20,7 @@ def read_flags() -> tuple[str, dict[str, Any]]:
     return read_command_line(sys.argv[1:])
 
 
+import torch
 from peft import PeftModel
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
@@ -38,6 +39,7 @@ from component.memory.plan import MEMORY_OPTIONS, Estimate, MemoryPlan, choose_p
 from component.memory.workload import Workload, workload
 from component.model import compute_dtype, load_base, load_config
 from component.rope import depends_on_length, extend_context, own_rope_type
+from component.shard import load_shards
 from component.storage.result import library_versions
 from component.tokenizer import any_pad_id, load_tokenizer
 from component.train.callback import FullAttentionCallback
@@ -175,6 +177,7 @@ def plan_memory(
         offload_optimizer=strategy.offloads_optimizer,
         processes=strategy.processes,
         sequence_processes=strategy.sequence_processes,
+        shards=strategy.shards,
         rows=training_args.per_device_train_batch_size,
         full_steps=not args.use_shift_short_attention or args.full_attention_ratio > 0,
         eval_rows=eval_rows,
@@ -224,12 +227,14 @@ def load_adapted(
     args: LongQLoRAArguments, training_args: TrainingArguments, strategy: Strategy, config: PretrainedConfig
 ) -> PeftModel:
     """The frozen base, in NF4 unless `load_in_4bit` is false, with a trainable adapter."""
-    model = load_base(
+    dtype = compute_dtype(training_args.fp16, training_args.bf16)
+    load = load_shards if strategy.shards_weights else load_base
+    model = load(
         args.model_name_or_path,
         config,
-        dtype=compute_dtype(training_args.fp16, training_args.bf16),
+        dtype=dtype,
         load_in_4bit=args.load_in_4bit,
-        device=None if strategy.shards_weights else training_args.device,
+        device=training_args.device,
     )
     return add_adapter(
         model,
@@ -239,6 +244,7 @@ def load_adapted(
         target_names=args.target_names,
         train_embedding=args.train_embedding,
         train_norm=args.train_norm,
+        dtype=dtype if strategy.shards_weights else torch.float32,
     )
 
 

@@ -83,11 +83,14 @@ def add_adapter(
     target_names: list[str] | None = None,
     train_embedding: bool = False,
     train_norm: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> PeftModel:
     """Freeze `model` and add trainable LoRA, and trainable copies of embeddings and norms if asked.
 
     Args:
         target_names: linear layers that get LoRA; None for all but lm_head.
+        dtype: of what is trained. Optimizers update in fp32; DeepSpeed keeps its own fp32 master weights, and converts
+            what is trained to half precision itself, except where ZeRO-3 loaded the base.
 
     Raises:
         UserError: a target that is not a linear layer of the model.
@@ -106,8 +109,8 @@ def add_adapter(
     with quiet_peft():
         adapted = get_peft_model(model, config)
     for parameter in adapted.parameters():
-        if parameter.requires_grad:  # optimizers update in fp32; DeepSpeed keeps its own fp32 master weights
-            parameter.data = parameter.data.float()
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
     return adapted
 
 

@@ -4,6 +4,9 @@ For 8192 tokens, 32000 fp32 logits take 1 GiB and their gradient another. Here e
 after its loss, while its logits exist; only the gradient of the hidden states is kept.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -47,13 +50,30 @@ class ChunkedLoss(nn.Module):
         return CausalLMOutputWithPast(loss=next_token_loss(hidden, shift_labels, head, items, self.loss_chunk))
 
 
+class LossHead(nn.Module):
+    """Mixed into the class of a head: given labels, it returns losses.
+
+    In one call, whatever the number of chunks: at each call ZeRO-3 gathers the head's weight from all processes, whose
+    rows differ in length.
+    """
+
+    def forward(
+        self, hidden: Tensor, target: Tensor | None = None, chunk: int = TOKENS_PER_CHUNK, summed: bool = True
+    ) -> Tensor:
+        """(N, H) to the sum of the losses of `target`, (N,); (B, n, H) to those of each, (B, n), unless `summed`.
+
+        Without `target` to logits, as the class it is mixed into.
+        """
+        if target is None:
+            return super().forward(hidden)
+        if summed:
+            return _SummedLoss.apply(hidden, target, self.weight, self.bias, chunk)
+        return _token_losses(super().forward, hidden, target, chunk)
+
+
 def use_chunked_loss(model: PreTrainedModel, chunk: int) -> bool:
     """Mix `ChunkedLoss` into `model`; False if its logits are more than one linear layer of the hidden states."""
-    config = model.config
-    is_scaled = any(
-        getattr(config, name, None) for name in ("logit_scale", "logits_scaling", "final_logit_softcapping")
-    )
-    if is_scaled or not isinstance(_inner(model.get_output_embeddings()), nn.Linear):
+    if not use_loss_head(model):
         return False
     model.train()  # every module in one mode: from here on `train` relies on the model's own flag
     # keep the class name: the Trainer reads from it whether to shift labels, and saved configs contain it
@@ -62,21 +82,37 @@ def use_chunked_loss(model: PreTrainedModel, chunk: int) -> bool:
     return True
 
 
+def use_loss_head(model: PreTrainedModel) -> bool:
+    """Mix `LossHead` into the head of `model`; False if its logits are more than one linear layer."""
+    config, head = model.config, _inner(model.get_output_embeddings())
+    is_scaled = any(
+        getattr(config, name, None) for name in ("logit_scale", "logits_scaling", "final_logit_softcapping")
+    )
+    if is_scaled or not isinstance(head, nn.Linear):
+        return False
+    as_loss_head(head)
+    return True
+
+
+def as_loss_head(head: nn.Linear) -> None:
+    if not isinstance(head, LossHead):
+        head.__class__ = type(type(head).__name__, (LossHead, type(head)), {})
+
+
 def next_token_loss(
-    hidden: Tensor, shift_labels: Tensor, head: nn.Linear, items: Tensor | int | None, chunk: int
+    hidden: Tensor, shift_labels: Tensor, head: nn.Module, items: Tensor | int | None, chunk: int
 ) -> Tensor:
     """Mean loss in nats over the supervised tokens.
 
     Args:
-        hidden: (B, T, H), the input of `head`.
+        hidden: (B, T, H), the input of `head`, a `LossHead`.
         shift_labels: (B, T), the label of token t + 1 at position t; `IGNORE_INDEX` where there is none.
         items: number of labels in all micro-batches of the step, the divisor; None for the mean over this batch.
         chunk: tokens whose logits exist at the same time.
     """
     target = shift_labels.reshape(-1)
     count = (target != IGNORE_INDEX).sum().clamp(min=1) if items is None else items
-    total = _SummedLoss.apply(hidden.reshape(-1, hidden.shape[-1]), target, head.weight, head.bias, chunk)
-    return total / count
+    return head(hidden.reshape(-1, hidden.shape[-1]), target, chunk) / count
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -160,10 +196,17 @@ def next_token_losses(
     targets = input_ids[:, 1:] if targets is None else targets
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     hidden = base.get_decoder()(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
+    hidden, head = hidden[:, : targets.shape[1]], _inner(base.get_output_embeddings())
+    if isinstance(head, LossHead):
+        return head(hidden, targets, chunk, summed=False)
+    return _token_losses(partial(_logits, base), hidden, targets, chunk)
+
+
+def _token_losses(logits: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, chunk: int) -> Tensor:
     losses = [
         # flat, (tokens, V): a transposed (B, V, tokens) takes a hundred times as long on a GPU
-        F.cross_entropy(_logits(base, part).flatten(0, 1), target.flatten(), reduction="none").view(target.shape)
-        for part, target in zip(hidden[:, : targets.shape[1]].split(chunk, 1), targets.split(chunk, 1), strict=True)
+        F.cross_entropy(logits(part).float().flatten(0, 1), target.flatten(), reduction="none").view(target.shape)
+        for part, target in zip(hidden.split(chunk, 1), targets.split(chunk, 1), strict=True)
     ]
     return torch.cat(losses, dim=1)
 

@@ -6,6 +6,7 @@ used: it casts norms and embeddings, and with them the residual stream, to fp32.
 
 import copy
 import math
+import sys
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from component.error import UserError, naming, nearest
 from component.rope import forget_lengths, original_context
 from component.storage.foreign import reading
 from component.storage.hub import check_links, check_source
-from component.storage.tensor_reader import is_finite, model_tensors
+from component.storage.tensor_reader import TensorRef, is_finite, model_tensors
 
 
 def load_config(model_name_or_path: str, field: str = "model_name_or_path") -> PretrainedConfig:
@@ -107,13 +108,12 @@ def load_base(
     *,
     dtype: torch.dtype,
     load_in_4bit: bool,
-    device: str | torch.device | None,
+    device: str | torch.device,
 ) -> PreTrainedModel:
     """Load the base's weights into the model of `config`; no weight is initialized randomly.
 
     Args:
         dtype: of the weights; with `load_in_4bit` the compute dtype, and that of the weights that are not quantized.
-        device: of the weights; None leaves placement to ZeRO-3, which partitions while loading.
 
     Raises:
         UserError: weights that are missing or do not fit the config.
@@ -121,15 +121,12 @@ def load_base(
     check_links(model_name_or_path)
     stored = stored_quantization(model_name_or_path)
     _check_stored(model_name_or_path, stored)
-    options: dict[str, Any] = {}
-    if stored or load_in_4bit:
-        options["quantization_config"] = _nf4(dtype, is_partitioned=device is None)
-    if device is not None:
-        options["device_map"] = {"": device}
+    options: dict[str, Any] = {"device_map": {"": device}}
+    if load_in_4bit and not stored:
+        options["quantization_config"] = training_quantization(dtype)
     config = copy.deepcopy(config)
     if stored:
         config.quantization_config = stored | {"bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")}
-        options.pop("quantization_config")
     # not through AutoModelForCausalLM, which would add an adapter that lies in the same folder
     model_class = AutoModelForCausalLM._model_mapping[type(config)]
     generation = read_generation_config(model_name_or_path)
@@ -146,7 +143,7 @@ def load_base(
             **options,
         )
     _check_loading(model_name_or_path, report)
-    _disable_cpu_repacking(model)
+    disable_cpu_repacking(model)
     forget_lengths(model)
     check_finite(model, model_name_or_path)
     return model
@@ -177,10 +174,14 @@ def check_finite(model: PreTrainedModel, source: str) -> None:
         state = getattr(parameter, "quant_state", None)  # NF4: the scales of its blocks
         values = parameter.data if state is None else (state.absmax if state.offset is None else state.offset)
         if not is_finite(values):
-            raise UserError(
-                f"{source}: {name} holds infinite or NaN values in {str(model.dtype).removeprefix('torch.')}; if "
-                "the file has them too, download or train it again, else load it in bfloat16 or float32"
-            )
+            raise not_finite(source, name, model.dtype)
+
+
+def not_finite(source: str, name: str, dtype: torch.dtype) -> UserError:
+    return UserError(
+        f"{source}: {name} holds infinite or NaN values in {str(dtype).removeprefix('torch.')}; if the file has them "
+        "too, download or train it again, else load it in bfloat16 or float32"
+    )
 
 
 def _check_loading(model_name_or_path: str, report: dict) -> None:
@@ -191,24 +192,33 @@ def _check_loading(model_name_or_path: str, report: dict) -> None:
         )
     missing = sorted(report["missing_keys"])
     if missing:
-        raise UserError(
-            f"model_name_or_path: {model_name_or_path!r} lacks {len(missing)} weights of its config, such as "
-            f"{missing[0]}; download the model again"
-        )
+        raise lacking(model_name_or_path, missing)
 
 
-def _nf4(dtype: torch.dtype, is_partitioned: bool) -> BitsAndBytesConfig:
+def lacking(model_name_or_path: str, missing: list[str]) -> UserError:
+    return UserError(
+        f"model_name_or_path: {model_name_or_path!r} lacks {len(missing)} weights of its config, such as "
+        f"{missing[0]}; download the model again"
+    )
+
+
+def training_quantization(dtype: torch.dtype, storage: torch.dtype = torch.uint8) -> BitsAndBytesConfig:
+    """NF4 with double quantization.
+
+    Args:
+        dtype: in which products with the dequantized weights are computed.
+        storage: in which the 4-bit values are stored; it must be a floating point dtype for DeepSpeed to gather them.
+    """
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
-        # the dtype in which ZeRO-3 partitions and gathers 4-bit values
-        bnb_4bit_quant_storage=dtype if is_partitioned else torch.uint8,
+        bnb_4bit_quant_storage=storage,
     )
 
 
-def _disable_cpu_repacking(model: PreTrainedModel) -> None:
+def disable_cpu_repacking(model: PreTrainedModel) -> None:
     """Keep 4-bit weights on the CPU as they were loaded.
 
     On CPUs with AVX-512, bitsandbytes permanently repacks weights at their first evaluation, with scales rounded to
@@ -227,3 +237,44 @@ def without_weights(config: PretrainedConfig) -> PreTrainedModel:
     """The model of `config` on the meta device; unlike `from_config`, not partitioned under ZeRO-3."""
     with torch.device("meta"):
         return AutoModelForCausalLM._model_mapping[type(config)](copy.deepcopy(config))
+
+
+def base_tensors(base: str, model: PreTrainedModel) -> dict[str, TensorRef]:
+    """The base's tensors that belong to `model`, without a tied head, in the order of the files.
+
+    Raises:
+        UserError: a missing weight, or one of another shape.
+    """
+    wanted, found, tied = model.state_dict(), model_tensors(base), tied_names(model)
+    for name in tied[1:]:
+        if tied[0] not in found and name in found:  # saved under the head's name only
+            found[tied[0]] = found[name]
+        elif name in found and not torch.equal(found[tied[0]].read().float(), found[name].read().float()):
+            raise UserError(  # transformers would not tie them
+                f"model_name_or_path: the config of {base!r} says tie_word_embeddings: true, but {name} differs from "
+                f"{tied[0]}; set it to false in config.json"
+            )
+        wanted.pop(name)
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        raise lacking(base, missing)
+    for name, tensor in wanted.items():
+        if found[name].shape != tuple(tensor.shape):
+            raise UserError(
+                f"model_name_or_path: the weights of {base!r} do not fit the config: {name} is {found[name].shape} "
+                f"instead of {tuple(tensor.shape)}; use the base model that the config or adapter belongs to"
+            )
+    unused = [name for name in found if name not in wanted and name not in tied and "rotary_emb" not in name]
+    if unused:
+        print(f"{base}: {len(unused)} tensors belong to no layer and are ignored: {unused[0]} ...", file=sys.stderr)
+    ordered = sorted(wanted, key=lambda name: (str(found[name].file), found[name].start or 0))
+    return {name: found[name] for name in ordered}
+
+
+def tied_names(model: PreTrainedModel) -> list[str]:
+    """The names of the embedding's and the head's weight, if they are tied; else an empty list."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or not model.config.tie_word_embeddings:
+        return []
+    names = {module: f"{path}.weight" for path, module in model.named_modules()}
+    return [names[embedding], names[head]]

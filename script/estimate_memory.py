@@ -87,6 +87,7 @@ def read_workload(flags: argparse.Namespace) -> Workload:
         offload_optimizer=strategy.offloads_optimizer,
         processes=processes,
         sequence_processes=parts,
+        shards=strategy.shards,
         rows=rows,
         full_steps=flags.group_size_ratio >= 1,
     )

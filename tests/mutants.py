@@ -68,7 +68,8 @@ TARGETS: dict[str, tuple[str, str]] = {
         "",
     ),
     "component/evaluate/aggregate.py": ("sum_window by_position by_document perplexity_of", ""),
-    "component/merge/plan.py": ("_base_tensors _updates _tie _is_one_copy", "tests/component/merge/test_write.py"),
+    "component/merge/plan.py": ("_updates _tie _is_one_copy", "tests/component/merge/test_write.py"),
+    "component/model.py": ("base_tensors tied_names", "tests/component/merge/test_plan.py"),
     "component/merge/write.py": ("merged_tensor _add_lora nf4_round_trip", ""),
     "component/merge/pair.py": (
         "Difference.add Difference.relative Difference.is_rounding Differences.of_tensor Source.read Side.__call__ "

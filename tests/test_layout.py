@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "tokenizer": "storage",
     "checkpoint": "storage",
     "adapter": "adapter_config model storage",
+    "shard": "config model rope storage",
     "data": "storage tokenizer",
     "loss": "data distributed",  # from data only IGNORE_INDEX, see LOSS_IMPORTS
     "loading": "adapter checkpoint model rope storage tokenizer",

@@ -20,6 +20,11 @@ class Strategy:
         return self.zero_stage == 3
 
     @property
+    def shards(self) -> int:
+        """Over how many processes the weights are partitioned."""
+        return self.processes if self.shards_weights else 1
+
+    @property
     def data_processes(self) -> int:
         """How many processes, or groups of them that share rows, read different rows."""
         return self.processes // self.sequence_processes

@@ -30,16 +30,17 @@ def use_memory_plan(
     Returns:
         None, or the reason why Hugging Face's own layers stay; the caller may enable checkpointing for those.
     """
-    if strategy.shards_weights:
-        return f"{strategy} gathers each weight through its module's own forward"
     base = model.get_base_model()
-    fuse_lora(model)
     use_chunked_loss(base, plan.loss_chunk_tokens)
     layers = lean_layers(base)
+    if layers or not strategy.shards_weights:  # else each linear layer must be called, which gathers its weight
+        fuse_lora(model)
     if fused:
         _use_liger_kernels(base, layers)
     if not layers:
         return f"memory plans do not support the decoder layers of {type(base).__name__}"
+    if strategy.shards_weights:
+        _gather_whole_layers(base, layers)
     offloader = ActivationOffloader(plan.fetch_ahead) if plan.offload_activations else None
     for layer, level in zip(layers, plan.levels(len(layers)), strict=True):
         layer.level, layer.offloader, layer.tile = level, offloader, plan.mlp_tile_tokens
@@ -47,6 +48,19 @@ def use_memory_plan(
     if offloader is not None:
         base.get_decoder().register_forward_pre_hook(_clear_offloader)
     return None
+
+
+def _gather_whole_layers(base: PreTrainedModel, layers: list[LeanLayer]) -> None:
+    """Make ZeRO-3 gather all weights of a layer before its forward and its backward pass, and free them after it.
+
+    A layer calls few of its modules, and DeepSpeed would gather the weights of those alone.
+    """
+    from deepspeed.utils import set_z3_leaf_module
+
+    for layer in layers:
+        set_z3_leaf_module(layer, True)
+    # DeepSpeed takes a layer's gradients when that of its input is there, so the first layer's input needs one too
+    base.enable_input_require_grads()
 
 
 def _clear_offloader(decoder: nn.Module, *_) -> None:

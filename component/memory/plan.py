@@ -14,7 +14,7 @@ from typing import Any
 
 from component.attention.shift_short import HEAD_TOKENS
 from component.loss import eval_chunk
-from component.memory.workload import GIB, Sizes, Workload, sizes, step_bytes
+from component.memory.workload import GIB, Sizes, Workload, gathered_bytes, sizes, step_bytes
 
 IDLE_GIB = 0.15  # held by PyTorch's allocator beyond tensors
 ENGINE_GIB = 0.3  # DeepSpeed's buckets and copies
@@ -87,16 +87,17 @@ def estimate(work: Workload, plan: MemoryPlan) -> Estimate:
     kept = in_transfer + attention * size.attention + everything * (size.attention + size.gate_and_up)
     chunk = min(plan.loss_chunk_tokens, work.tokens) * work.vocabulary * (2 * work.value_bytes + 8)
     head = work.head * (4 + work.value_bytes)  # lm_head's gradient: the fp32 sum, and one chunk's contribution
-    moments = {"the loss": kept + 3 * size.hidden + chunk + head, "the optimizer's step": step_bytes(work)}
+    loss = kept + 3 * size.hidden + chunk + head + size.gathered_head
+    moments = {"the loss": loss, "the optimizer's step": step_bytes(work)}
     attention_backward = size.hidden + _attention_backward(work, size)
     if attention + everything:
         level = "everything" if everything else "attention"
-        rest = kept - (size.gate_and_up if everything else 0)
+        rest = kept + size.gathered - (size.gate_and_up if everything else 0)
         tile = _mlp_backward(work, plan, size, is_kept=bool(everything))
         moments[f"the MLP backward at level {level}"] = rest + 2 * size.hidden + tile
         moments[f"the attention backward at level {level}"] = rest + attention_backward
     if nothing:
-        graph = inputs + size.graph - output
+        graph = inputs + size.gathered + size.graph - output
         tile = _mlp_backward(work, plan, size, is_kept=False)
         moments["the MLP backward at level nothing"] = graph + 2 * size.hidden + tile
         moments["the attention backward at level nothing"] = graph + attention_backward
@@ -114,7 +115,8 @@ def _evaluation(work: Workload, plan: MemoryPlan) -> float:
     layer = 5 * n * work.mlp * value + weight  # act(gate), up, LoRA's part, that scaled, their sum
     chunk = eval_chunk(plan.loss_chunk_tokens, work.eval_rows) * work.eval_rows
     logits = min(chunk, n) * work.vocabulary * (value + 8)  # in both dtypes, and their softmax
-    return 2 * n * work.hidden * value + max(layer, logits)
+    gathered, head = gathered_bytes(work)
+    return 2 * n * work.hidden * value + max(layer + gathered, logits + head)
 
 
 def _mlp_backward(work: Workload, plan: MemoryPlan, size: Sizes, is_kept: bool) -> float:

@@ -46,6 +46,7 @@ class Workload:
     head: int = 0  # parameters of lm_head, if it is trained in full
     processes: int = 1  # of the run
     sequence_processes: int = 1  # that share a row
+    shards: int = 1  # processes over which weights are partitioned, by ZeRO-3
     rows: int = 1  # of a micro-batch
     full_steps: bool = False  # whether some steps train with full attention
     eval_rows: int = 0  # of an evaluation batch; 0: no evaluation
@@ -110,6 +111,7 @@ class Sizes:
         self.attention = self.graph + 2 * self.hidden  # plus the inputs of the layer and of the MLP
         self.gate_and_up = 2 * self.mlp + 3 * self.low
         self.fixed = fixed_bytes(work)
+        self.gathered, self.gathered_head = gathered_bytes(work)
         self.mlp_weights = 3 * work.hidden * work.mlp * value if work.in_4bit else 0
 
 
@@ -134,7 +136,7 @@ def left_bytes(work: Workload) -> int:
 
 def fixed_bytes(work: Workload) -> float:
     """Weights, trainable parameters, gradients and optimizer states held during forward and backward passes."""
-    weights = work.weights * (NF4_BYTES if work.in_4bit else work.value_bytes)
+    weights = work.weights * _stored(work) / work.shards + work.weights * (NF4_BYTES - 0.5 if work.in_4bit else 0)
     per_trained = 2.0 if work.zero else 4.0
     if not work.zero:
         per_trained += 4 if work.processes == 1 else 4 + 4  # gradients, and DDP's buckets
@@ -143,12 +145,25 @@ def fixed_bytes(work: Workload) -> float:
     if not work.offload_optimizer:
         name = work.optimizer
         per_trained += 0 if "paged" in name or "sgd" in name else 2 if "8bit" in name else 8
-    return weights + work.embeddings * work.value_bytes + work.trained * per_trained
+    return weights + (work.embeddings * work.value_bytes + work.trained * per_trained) / work.shards
+
+
+def _stored(work: Workload) -> float:
+    """Bytes of a weight, without the scales of 4-bit blocks, which ZeRO-3 does not partition."""
+    return 0.5 if work.in_4bit else work.value_bytes
+
+
+def gathered_bytes(work: Workload) -> tuple[float, float]:
+    """What ZeRO-3 holds whole: weights of a layer and of the next, on its way; and in the loss those of lm_head."""
+    if work.shards == 1:
+        return 0.0, 0.0
+    layer = (work.weights * _stored(work) + work.trained * work.value_bytes) / work.layers
+    return 2 * layer, work.vocabulary * work.hidden * work.value_bytes
 
 
 def paged_bytes(work: Workload) -> float:
     """Paged optimizer states: on the GPU while they fit, but outside PyTorch's allocator."""
-    return 8.0 * work.trained if "paged" in work.optimizer and not work.offload_optimizer else 0.0
+    return 8.0 * work.trained / work.shards if "paged" in work.optimizer and not work.offload_optimizer else 0.0
 
 
 def host_optimizer_bytes(work: Workload) -> float:
@@ -158,4 +173,4 @@ def host_optimizer_bytes(work: Workload) -> float:
 
 def step_bytes(work: Workload) -> float:
     """What the optimizer step needs on top of `fixed_bytes`; activations are freed by then."""
-    return 4.0 * work.trained if work.zero and not work.offload_optimizer else 0.0
+    return 4.0 * work.trained / work.shards if work.zero and not work.offload_optimizer else 0.0

@@ -6,7 +6,6 @@ rank patterns and target layers are PEFT's own.
 
 import math
 import re
-import sys
 from dataclasses import dataclass, field
 
 import torch
@@ -20,8 +19,8 @@ from component.adapter import find_adapter, fit_adapter, match_extras
 from component.config import read_generation_config
 from component.error import UserError
 from component.merge.serving import served_config
-from component.model import stored_quantization, without_weights
-from component.storage.tensor_reader import TensorRef, model_tensors, tensors_in
+from component.model import base_tensors, stored_quantization, tied_names, without_weights
+from component.storage.tensor_reader import TensorRef, tensors_in
 
 
 @dataclass
@@ -86,10 +85,10 @@ def plan_merge(
     model = without_weights(config)
     merged = served_config(model.config)
     merged.dtype, merged.use_cache, merged.architectures = dtype, True, [type(model).__name__]
-    tensors = _base_tensors(base, model)
+    tensors = base_tensors(base, model)
     quantized = _linear_weights(model) if base_weights == "nf4" else set()
     plan = MergePlan(merged, _generation_config(base, model), dtype, tensors, {}, quantized)
-    tied = _tied_names(model)
+    tied = tied_names(model)
     adapter_config, file, extras = find_adapter(adapter)
     _check_kind(adapter_config, adapter)
     if extras is not None:
@@ -102,46 +101,6 @@ def plan_merge(
     if tied:
         _tie(plan, *tied)
     return plan
-
-
-def _base_tensors(base: str, model: PreTrainedModel) -> dict[str, TensorRef]:
-    """The base's tensors that belong to `model`, without a tied head."""
-    wanted, found, tied = model.state_dict(), model_tensors(base), _tied_names(model)
-    for name in tied[1:]:
-        if tied[0] not in found and name in found:  # saved under the head's name only
-            found[tied[0]] = found[name]
-        elif name in found and not torch.equal(found[tied[0]].read().float(), found[name].read().float()):
-            raise UserError(  # transformers would not tie them
-                f"model_name_or_path: the config of {base!r} says tie_word_embeddings: true, but {name} differs from "
-                f"{tied[0]}; set it to false in config.json"
-            )
-        wanted.pop(name)
-    missing = [name for name in wanted if name not in found]
-    if missing:
-        raise UserError(
-            f"model_name_or_path: {base!r} lacks {len(missing)} weights of its config, such as {missing[0]}; "
-            "download the model again"
-        )
-    for name, tensor in wanted.items():
-        if found[name].shape != tuple(tensor.shape):
-            raise UserError(
-                f"model_name_or_path: the weights of {base!r} do not fit the config: {name} is {found[name].shape} "
-                f"instead of {tuple(tensor.shape)}; use the base model that the adapter was trained on"
-            )
-    unused = [name for name in found if name not in wanted and name not in tied and "rotary_emb" not in name]
-    if unused:
-        print(f"{base}: {len(unused)} tensors belong to no layer and are ignored: {unused[0]} ...", file=sys.stderr)
-    ordered = sorted(wanted, key=lambda name: (str(found[name].file), found[name].start or 0))
-    return {name: found[name] for name in ordered}
-
-
-def _tied_names(model: PreTrainedModel) -> list[str]:
-    """The names of the embedding's and the head's weight, if they are tied; else an empty list."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if head is None or not model.config.tie_word_embeddings:
-        return []
-    names = {module: f"{path}.weight" for path, module in model.named_modules()}
-    return [names[embedding], names[head]]
 
 
 def _linear_weights(model: PreTrainedModel) -> set[str]:

@@ -21,7 +21,7 @@ from component.data import IGNORE_INDEX
 from component.distributed.sequence import sequence_group
 from component.distributed.strategy import Strategy
 from component.error import UserError, first_line
-from component.loss import TOKENS_PER_CHUNK, eval_chunk, next_token_losses
+from component.loss import TOKENS_PER_CHUNK, eval_chunk, next_token_losses, use_loss_head
 from component.train.callback import SpeedCallback
 from component.train.zero import GradientCallback
 
@@ -40,6 +40,7 @@ class LongQLoRATrainer(Trainer):
     def __init__(self, *args, extended_config: PretrainedConfig, record: dict, strategy: Strategy, **kwargs):
         self.strategy = strategy
         super().__init__(*args, compute_metrics=token_weighted_loss, **kwargs)
+        self.can_chunk_evaluation = not strategy.shards_weights or use_loss_head(self.model.get_base_model())
         self.extended_config = extended_config
         self.record = record
         self.speed = SpeedCallback()
@@ -146,6 +147,8 @@ class LongQLoRATrainer(Trainer):
         targets, sequence = inputs["shift_labels"], sequence_group()
         base = self.accelerator.unwrap_model(model)
         chunk = eval_chunk(getattr(base.get_base_model(), "loss_chunk", TOKENS_PER_CHUNK), len(targets))
+        if not self.can_chunk_evaluation:  # each call is collective; processes have rows of other lengths
+            chunk = targets.shape[1]
         wanted = None if self.eval_dtype is None else torch.autocast(self.args.device.type, self.eval_dtype)
         with wanted or self.accelerator.autocast():  # the wrapped model would enable it itself
             # no mask, which would be (B, 1, T, T): padding is on the right, where no real token attends

@@ -25,7 +25,7 @@ from transformers import (
 from component.adapter import add_adapter
 from component.data import IGNORE_INDEX
 from component.distributed.strategy import Strategy
-from component.loss import ChunkedLoss, next_token_loss, next_token_losses, use_chunked_loss
+from component.loss import ChunkedLoss, as_loss_head, next_token_loss, next_token_losses, use_chunked_loss
 from component.train.trainer import LongQLoRATrainer
 from tests.reference.plain_path import (
     SIZES,
@@ -50,6 +50,7 @@ def problem(rows=2, tokens=37, *, bias=False, dtype=torch.float32, ignored=5):
     if ignored:
         labels[torch.rand(rows, tokens) < 0.25] = IGNORE_INDEX
     head = nn.Linear(HIDDEN, VOCABULARY, bias=bias).to(dtype)
+    as_loss_head(head)
     return hidden, labels, head
 
 
@@ -178,6 +179,7 @@ def test_the_heads_gradient_is_summed_in_fp32():
     head = nn.Linear(1, 2, bias=True, dtype=torch.bfloat16)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)  # so that the gradient of each logit is -1/2 for the label, 1/2 for the other
+    as_loss_head(head)
     total = next_token_loss(hidden[None], torch.zeros(1, 64, dtype=torch.long), head, 1, 1)
     weight, bias = torch.autograd.grad(total, [head.weight, head.bias])
     expected = torch.tensor([[-0.5], [0.5]]) * (256 + 63)

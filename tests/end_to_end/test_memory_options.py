@@ -228,12 +228,13 @@ def test_zero_2(basic, tmp_path, config, changes):
 
 
 @pytest.mark.slow
-def test_zero_3_falls_back(basic, tmp_path):
-    """The summary says so, and training and evaluation equal ZeRO-2."""
-    values = {**basic, "target_modules": "q_proj,v_proj,down_proj"}
+@pytest.mark.parametrize("changes", [{}, {"train_norm": True, "train_embedding": True}], ids=["lora", "more"])
+def test_zero_3(basic, tmp_path, changes):
+    """All options under ZeRO-3, where whole layers are gathered, equal no plan under ZeRO-2."""
+    values = {**basic, "target_modules": "q_proj,v_proj,down_proj", **changes}
     ours, printed = deepspeed(values, tmp_path, "deepspeed_config_s3", **MEMORY_OPTIONS)
     theirs, _ = deepspeed(values, tmp_path, "deepspeed_config_s2_no_offload", **OFF)
-    assert "no plan (ZeRO-3 gathers each weight through its module's own forward)" in printed
+    assert "MLP in tiles of 17 tokens" in printed
     assert_same_run(ours, theirs)
 
 

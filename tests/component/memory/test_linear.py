@@ -11,7 +11,7 @@ from torch import nn
 
 from component.memory import linear
 from component.memory.linear import FusedLoRALayer, LoRALinear, _accumulate, as_returned, fuse_lora
-from component.model import _disable_cpu_repacking
+from component.model import disable_cpu_repacking
 
 INPUTS, OUTPUTS, RANK, ALPHA = 64, 112, 5, 8
 TOKENS = 37
@@ -39,7 +39,7 @@ def lora(bias: bool = True, kind: str = "fp32", dropout: float = 0.0, **options)
         model.proj.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
         model.proj.bias = own_bias
         model.to("cpu")
-        _disable_cpu_repacking(model)
+        disable_cpu_repacking(model)
     if kind == "bf16":
         model.to(torch.bfloat16)
     config = LoraConfig(target_modules=["proj"], r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, **options)

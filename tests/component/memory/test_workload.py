@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from component.adapter import add_adapter, linear_names, target_layers
-from component.memory.workload import fixed_bytes, left_bytes, step_bytes, workload
+from component.memory.workload import fixed_bytes, gathered_bytes, left_bytes, step_bytes, workload
 from tests.reference.llama2_7b import LINEAR, LLAMA2_7B, LORA
 from tests.reference.plain_path import GROUP, LAYERS, TOKENS, tiny_base, tiny_config
 
@@ -39,6 +39,16 @@ def test_fixed_bytes(zero, offload, optimizer, per_trained):
     half = dataclasses.replace(work, in_4bit=False)
     assert fixed_bytes(half) == 2 * weights + embeddings + 32 * 4_997_120 * per_trained
     assert step_bytes(work) == (4 * 32 * 4_997_120 if zero and not offload else 0)
+
+
+def test_zero_3_partitions_all_but_the_scales():
+    """A quarter of everything on each of 4 GPUs; two layers are whole, and lm_head in the loss."""
+    whole = dataclasses.replace(LLAMA2_7B, zero=True, optimizer="adamw_torch")
+    work = dataclasses.replace(whole, processes=4, shards=4)
+    scales = 32 * LINEAR // 64 + 32 * LINEAR // 64 // 256 * 4
+    assert fixed_bytes(work) == (fixed_bytes(whole) - scales) / 4 + scales
+    assert gathered_bytes(work) == (2 * (LINEAR / 2 + LORA * 2), 32000 * 4096 * 2)
+    assert gathered_bytes(whole) == (0, 0)
 
 
 @pytest.mark.parametrize(("processes", "zero", "more"), [(1, False, 0), (2, False, 4), (2, True, 0)])
