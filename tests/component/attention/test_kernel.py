@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, H query heads, Hkv key/value heads, D head size, g gr
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
@@ -41,6 +42,30 @@ def test_a_kernel_is_selected_if_none_is_given():
     out, saved = kernel.attention_forward(query, key, value)
     assert saved.kernel == kernel.CPU_FLASH
     assert_close(out.transpose(1, 2), shift_short_loop(query, key, value, 64), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_merged_attention_is_attention_over_both_sets_of_keys(monkeypatch, grouped):
+    """13 tokens, and 7 earlier keys that all of them see; the gradients of both calls are those of the whole."""
+    if not grouped:
+        monkeypatch.setattr(kernel, "GROUPED", set())
+    query, key, value = (tensor.requires_grad_() for tensor in random_inputs(2, 4, 2, 20))
+    query = query[:, :, 7:].detach().requires_grad_()
+    sees = torch.ones(13, 20, dtype=torch.bool).tril(7)
+    whole = F.scaled_dot_product_attention(query, key, value, attn_mask=sees, enable_gqa=True)
+    upstream = torch.randn(whole.shape)
+    expected = torch.autograd.grad(whole, (query, key, value), upstream)
+    q, k, v = query.detach(), key.detach(), value.detach()
+    own, earlier = (k[:, :, 7:], v[:, :, 7:]), (k[:, :, :7], v[:, :, :7])
+    out, saved = kernel.attention_forward(q, *own)
+    more, more_saved = kernel.attention_forward(q, *earlier, is_causal=False)
+    kernel.merge_attention(out, saved, more, more_saved)
+    assert_close(out, whole.detach())
+    first = kernel.attention_backward(upstream, q, *own, out, saved, None)
+    second = kernel.attention_backward(upstream, q, *earlier, out, more_saved, None, is_causal=False)
+    assert_close(first[0] + second[0], expected[0])
+    for found, before, wanted in zip(first[1:], second[1:], expected[1:], strict=True):
+        assert_close(torch.cat([before, found], dim=2), wanted)
 
 
 def test_describe_kernels():

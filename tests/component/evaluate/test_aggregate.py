@@ -60,5 +60,6 @@ def test_windows_together():
 
 def test_perplexity_of_a_loss():
     assert perplexity_of(0.0) == 1.0
-    assert perplexity_of(800.0) == math.inf
+    assert perplexity_of(699.5) == math.exp(699.5)
+    assert perplexity_of(700.0) == perplexity_of(800.0) == math.inf
     assert math.isnan(perplexity_of(math.nan))
