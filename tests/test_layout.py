@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "memory": "adapter attention distributed loss model",
     "merge": "adapter config loading loss model rope storage",
     "inference": "checkpoint cli data loading rope storage",
-    "evaluate": "cli data distributed inference loading loss rope storage tokenizer",
+    "evaluate": "attention cli data distributed inference loading loss rope storage tokenizer",
     "train": "adapter attention checkpoint cli data distributed loss memory model rope storage",
 }
 LOSS_IMPORTS = "component.data"

@@ -1,7 +1,8 @@
 """Which share of the work belongs to this process? Data parallelism for evaluation under torchrun.
 
-Each process holds the full model on its own GPU and takes every N-th piece of work. Only plain numbers are exchanged
-at the end, over the CPU (gloo). Without torchrun there is one process, which does everything.
+Each process holds the full model on its own GPU and takes every N-th piece of work; or each sequence group does, whose
+processes compute a piece together. Results are plain numbers, exchanged at the end over the CPU (gloo). Without
+torchrun there is one process, which does everything.
 """
 
 import os
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from component.distributed.sequence import join_sequence_group, sequence_group
 from component.error import UserError
 
 Piece = TypeVar("Piece")
@@ -20,13 +22,19 @@ TIMEOUT = timedelta(days=1)  # for the slowest process; gloo's default of 30 min
 
 
 @contextmanager
-def joined_processes() -> Iterator[None]:
-    """Join the process group if torchrun started several processes.
+def joined_processes(parts: int = 1) -> Iterator[None]:
+    """Join the process group if torchrun started several processes, and a sequence group of `parts` of them.
 
     Raises:
-        UserError: more processes than GPUs.
+        UserError: more processes than GPUs, or no multiple of `parts`.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if parts < 1 or processes % parts:
+        raise UserError(
+            f"--sequence_parallel_size: {parts}, but this run has {processes} "
+            f"{'process' if processes == 1 else 'processes'}; start a multiple of it with torchrun --nproc_per_node"
+        )
+    if processes == 1:
         yield
         return
     if torch.cuda.is_available():
@@ -34,10 +42,13 @@ def joined_processes() -> Iterator[None]:
         if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > gpus:
             raise UserError(f"--nproc_per_node: more processes than this machine's {gpus} GPUs; use {gpus}")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("gloo", timeout=TIMEOUT)
+    backend = "cpu:gloo,cuda:nccl" if parts > 1 and torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=TIMEOUT)
     try:
+        join_sequence_group(parts)
         yield
     finally:
+        join_sequence_group(1)
         dist.destroy_process_group()
 
 
@@ -57,8 +68,21 @@ def is_first_process() -> bool:
 
 
 def own_share(pieces: list[Piece]) -> list[Piece]:
-    """Every N-th of `pieces`, so that each process gets some from the beginning and some from the end."""
-    return pieces[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else pieces
+    """Every N-th of `pieces`, so that each process gets some from the beginning and some from the end.
+
+    The processes of a sequence group get the same ones.
+    """
+    if not dist.is_initialized():
+        return pieces
+    sequence = sequence_group()
+    size = sequence.size if sequence else 1
+    return pieces[dist.get_rank() // size :: dist.get_world_size() // size]
+
+
+def results_once(values: list[Any]) -> list[Any]:
+    """The results of all processes, of those that computed them together once, in rank order, on every process."""
+    sequence = sequence_group()
+    return gathered(values if sequence is None or sequence.rank == 0 else [])
 
 
 def gathered(values: list[Any]) -> list[Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from component.data.token_file import check_tokenizer, index_path, read_index
 from component.error import UserError
@@ -92,8 +92,8 @@ def check_model_spec(spec: ModelSpec, data_path: str) -> str:
     Returns:
         Whether the model's tokenizer is the file's, in words; recorded in the result.
     """
-    _, source, is_ours, _ = resolve_model(spec.base_model, spec.peft_model, spec.field, spec.adapter_field)
-    extended_config_of(source, spec.context_size, is_fixed=is_ours, field=spec.field)
+    model_config(spec)
+    source = resolve_model(spec.base_model, spec.peft_model, spec.field, spec.adapter_field).source
     index = read_index(data_path)
     if index is None:
         return f"not checked: there is no index {Path(data_path).name}.json that says which one made the file"
@@ -102,6 +102,16 @@ def check_model_spec(spec: ModelSpec, data_path: str) -> str:
         return f"not checked: {source} holds none"
     check_tokenizer(index, tokenizer, data_path)
     return "the file's"
+
+
+def model_config(spec: ModelSpec) -> PretrainedConfig:
+    """The config that the model will have.
+
+    Raises:
+        UserError: there is no such model, or a context size that contradicts it.
+    """
+    _, source, is_ours, _ = resolve_model(spec.base_model, spec.peft_model, spec.field, spec.adapter_field)
+    return extended_config_of(source, spec.context_size, is_fixed=is_ours, field=spec.field)
 
 
 def files_read(specs: list[ModelSpec], data_path: str | None = None) -> dict[str, list[str | Path | None]]:

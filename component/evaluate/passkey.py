@@ -12,8 +12,12 @@ from statistics import fmean
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from component.distributed.sequence import sequence_group
+from component.distributed.world import own_share
 from component.error import UserError
+from component.evaluate.split import continue_greedily
 from component.inference.generate import generate_greedy
+from component.loading import end_ids
 
 INTRODUCTION = "One line of this text holds a pass key. Find it and keep it in mind; the last line asks for it."
 FILLER = (
@@ -116,22 +120,30 @@ def run_trials(
     seed: int,
     offload_cache: bool = False,
 ) -> Iterator[Trial]:
-    """Yield the greedy answer for each length, depth and trial.
+    """Yield the greedy answer for each length, depth and trial that is this process's.
 
     Raises:
         UserError: a length too short for a prompt, before anything is generated.
     """
     maker = PromptMaker(tokenizer)
-    settings = [(length, depth, trial) for length in lengths for depth in depths for trial in range(trials)]
     for length in lengths:
         maker.prompt(length, 0.0, str(KEYS[-1]))
-    for length, depth, trial in settings:
+    for length, depth, trial in own_settings(lengths, depths, trials):
         prompt = maker.prompt(length, depth, draw_key(seed, length, depth, trial))
         tokens = maker.answer_tokens(prompt.key)
-        answer = generate_greedy(model, tokenizer, prompt.ids, tokens, offload_cache=offload_cache)
+        if sequence_group():
+            draft = maker.tokens_of(f" {prompt.key}.")
+            answer = continue_greedily(model, prompt.ids, tokens, draft, set(end_ids(model)))
+        else:
+            answer = generate_greedy(model, tokenizer, prompt.ids, tokens, offload_cache=offload_cache)
         answered = tokenizer.decode(answer, skip_special_tokens=True)
         right = is_right(answered, prompt.key)
         yield Trial(length, depth, trial, len(prompt.ids), prompt.needle_start, prompt.key, answered, right)
+
+
+def own_settings(lengths: list[int], depths: list[float], trials: int) -> list[tuple[int, float, int]]:
+    """(length, depth, trial) of the prompts that this process answers, in order."""
+    return own_share([(length, depth, trial) for length in lengths for depth in depths for trial in range(trials)])
 
 
 def accuracy(trials: list[Trial], depths: list[float], lengths: list[int]) -> list[list[float]]:

@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from component.distributed.world import gathered, is_first_process, own_share, process_count
+from component.distributed.world import gathered, is_first_process, own_share, process_count, results_once
 from component.error import UserError
 from component.evaluate.aggregate import (
     Document,
@@ -32,8 +32,8 @@ from component.evaluate.aggregate import (
     sum_window,
 )
 from component.evaluate.flags import PROTOCOLS
+from component.evaluate.split import losses_of
 from component.loading import default_device, free_memory, inference_dtype
-from component.loss import next_token_losses
 
 
 @dataclass
@@ -144,7 +144,7 @@ def measure_perplexity(
         )
         for number, losses in _window_losses(model, tokens, windows, batch_size)
     ]
-    sums = sorted(gathered(own), key=lambda window: window.number)
+    sums = sorted(results_once(own), key=lambda window: window.number)
     loss = mean_loss(sums, protocol)
     return Perplexity(
         protocol,
@@ -184,7 +184,7 @@ def _window_losses(
         for batch in batches:
             spans = [windows[number] for number in batch]
             rows = np.stack([tokens[window.start : window.end] for window in spans]).astype(np.int64)
-            yield from zip(batch, next_token_losses(model, torch.from_numpy(rows).to(device)), strict=True)
+            yield from zip(batch, losses_of(model, torch.from_numpy(rows).to(device)), strict=True)
             bar.update(len(batch))
 
 

@@ -6,6 +6,7 @@
     python script/evaluate/evaluate.py --compare base=MODEL interpolated=MODEL@8192 ours=output/RUN \\
         theirs=MODEL:ADAPTER@8192 --seq_len 2048 4096 8192 --data_path FILE.bin --output_json comparison.json
     torchrun --nproc_per_node 4 script/evaluate/evaluate.py ...       # windows shared by 4 GPUs, the same result
+    torchrun --nproc_per_node 4 script/evaluate/evaluate.py ... --sequence_parallel_size 4    # each window by all 4
 
 Prints tables; --output_json FILE writes all results. component/evaluate/perplexity.py defines the protocols.
 """
@@ -52,9 +53,11 @@ from component.evaluate.model_spec import (
     files_read,
     load_model_spec,
     local_tokens,
+    model_config,
     parse_model_specs,
 )
 from component.evaluate.perplexity import Perplexity, measure_perplexity, plan_windows
+from component.evaluate.split import attend_across_processes, check_split
 from component.evaluate.table import comparison, document_line, length_table, position_table
 from component.loading import free_memory
 from component.storage.claim import claimed
@@ -71,7 +74,7 @@ def check_flags(flags: argparse.Namespace) -> list[ModelSpec]:
     if not flags.compare and not flags.base_model and not flags.peft_model:
         raise UserError("--base_model: missing; name a model, an adapter with --peft_model, or several with --compare")
     check_at_least(flags, 2, "seq_len")
-    check_at_least(flags, 1, "sliding_window", "batch_size", "context_size")
+    check_at_least(flags, 1, "sliding_window", "batch_size", "context_size", "sequence_parallel_size")
     check_at_least(flags, 0, "position_buckets")
     flags.data_path = local_tokens(flags.data_path)
     if flags.compare:
@@ -83,6 +86,9 @@ def measure(spec: ModelSpec, tokenizer: str, flags: argparse.Namespace) -> tuple
     """Load one model and measure it at every length; returns its description and its results."""
     in_4bit = flags.load_in_4bit or flags.low_rank_training
     model = load_model_spec(spec, load_in_4bit=in_4bit, dtype=flags.dtype)
+    parts = flags.sequence_parallel_size
+    if parts > 1:
+        attend_across_processes(model)
     tokens, index = read_tokens(flags.data_path, model.config.vocab_size), read_index(flags.data_path)
     setting = {
         "name": spec.name,
@@ -92,6 +98,7 @@ def measure(spec: ModelSpec, tokenizer: str, flags: argparse.Namespace) -> tuple
         "tokenizer": tokenizer,
         "protocol": flags.protocol,
         **describe_model(model, in_4bit),
+        **({"sequence_parallel_size": parts} if parts > 1 else {}),
     }
     say("\n".join(f"{name:<14} {value}" for name, value in setting.items() if value is not None))
     strides = [flags.sliding_window or seq_len for seq_len in flags.seq_len]
@@ -113,7 +120,8 @@ def measure(spec: ModelSpec, tokenizer: str, flags: argparse.Namespace) -> tuple
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"--seq_len: {seq_len} tokens at --batch_size {flags.batch_size} do not fit into GPU memory "
-                f"({first_line(error)}); use --load_in_4bit, or reduce one of the two"
+                f"({first_line(error)}); use --load_in_4bit, share each window with torchrun and "
+                "--sequence_parallel_size, or reduce one of the two"
             ) from error
         results.append(result)
     return setting, results
@@ -138,6 +146,8 @@ def show(results: dict[str, list[Perplexity]], flags: argparse.Namespace) -> Non
 
 def measure_models(specs: list[ModelSpec], flags: argparse.Namespace) -> None:
     tokenizers = [check_model_spec(spec, flags.data_path) for spec in specs]
+    for spec in specs:
+        check_split(model_config(spec), max(flags.seq_len), flags.sequence_parallel_size)
     results: dict[str, list[Perplexity]] = {}
     models: list[dict[str, Any]] = []
     try:
@@ -159,7 +169,7 @@ def measure_models(specs: list[ModelSpec], flags: argparse.Namespace) -> None:
 def main() -> None:
     flags = parse_flags()
     specs = check_flags(flags)
-    with joined_processes():
+    with joined_processes(flags.sequence_parallel_size):
         written = {"--output_json": [flags.output_json if is_first_process() else None]}
         with claimed(written, files_read(specs, flags.data_path), overwrite=flags.overwrite):
             measure_models(specs, flags)

@@ -3,9 +3,12 @@
     python script/evaluate/passkey.py --base_model MODEL --peft_model ADAPTER --lengths 4096 8192 16384 32768 \\
         --depths 11 --trials 5 --output_json passkey.json --figure passkey.png
     python script/evaluate/passkey.py --base_model output/RUN-merged --lengths 1024 2048 4096 --load_in_4bit
+    torchrun --nproc_per_node 4 script/evaluate/passkey.py ...        # prompts shared by 4 GPUs
+    torchrun --nproc_per_node 4 script/evaluate/passkey.py ... --sequence_parallel_size 4     # each prompt by all 4
 
 Every prompt has exactly the requested length (component/evaluate/passkey.py). Decoding is greedy with a KV cache. An
-answer is correct if its first number is exactly the key. The same seed gives the same keys.
+answer is correct if its first number is exactly the key. The same seed gives the same keys. GPUs that share a prompt
+keep no cache: each pass over the text confirms as much of the expected answer as is the model's.
 """
 
 import argparse
@@ -42,13 +45,16 @@ import matplotlib
 matplotlib.use("Agg")
 import torch
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
+from component.distributed.world import is_first_process, joined_processes, results_once
 from component.error import UserError, first_line
 from component.evaluate.figure import draw
-from component.evaluate.model_spec import ModelSpec, describe_model, files_read, load_model_spec
-from component.evaluate.passkey import KEYS, PromptMaker, Trial, accuracy, even_depths, run_trials
+from component.evaluate.model_spec import ModelSpec, describe_model, files_read, load_model_spec, model_config
+from component.evaluate.passkey import KEYS, PromptMaker, Trial, accuracy, even_depths, own_settings, run_trials
+from component.evaluate.split import attend_across_processes, check_split
 from component.evaluate.table import grid
-from component.loading import extended_config_of, resolve_model
+from component.loading import resolve_model
 from component.rope import context_length
 from component.storage.claim import claimed
 from component.storage.result import origin, write_json
@@ -59,7 +65,9 @@ def check_flags(flags: argparse.Namespace) -> list[float]:
     """Check the flags before a model is loaded; returns the depths."""
     if not flags.base_model and not flags.peft_model:
         raise UserError("--base_model: missing; name a model, or an adapter with --peft_model")
-    check_at_least(flags, 1, "lengths", "trials", "context_size")
+    check_at_least(flags, 1, "lengths", "trials", "context_size", "sequence_parallel_size")
+    if flags.offload_cache and flags.sequence_parallel_size > 1:
+        raise UserError("--offload_cache: GPUs that share a prompt keep no cache; leave it out")
     count = flags.depths[0]
     if len(flags.depths) == 1 and count >= 1 and count.is_integer():
         return even_depths(int(count))
@@ -70,23 +78,24 @@ def check_flags(flags: argparse.Namespace) -> list[float]:
 
 
 def measure(model, tokenizer, depths: list[float], flags: argparse.Namespace) -> list[Trial]:
-    """All trials, with a progress bar."""
-    trials = []
+    """The trials of all processes, with a progress bar of the first one's."""
+    trials: list[Trial] = []
+    settings = own_settings(flags.lengths, depths, flags.trials)
     options = {"trials": flags.trials, "seed": flags.seed, "offload_cache": flags.offload_cache}
     running = run_trials(model, tokenizer, lengths=flags.lengths, depths=depths, **options)
-    with tqdm(total=len(flags.lengths) * len(depths) * flags.trials, unit="prompt", disable=None) as bar:
+    disable = None if is_first_process() else True  # None: without a terminal
+    with tqdm(total=len(settings), unit="prompt", disable=disable) as bar:
         try:
             for trial in running:
                 trials.append(trial)
                 bar.set_description(f"{trial.length} tokens")
                 bar.update()
         except torch.OutOfMemoryError as error:
-            length = flags.lengths[len(trials) // (len(depths) * flags.trials)]
             raise UserError(
-                f"--lengths: {length} tokens do not fit into GPU memory ({first_line(error)}); "
-                "use --load_in_4bit, --offload_cache, or shorter prompts"
+                f"--lengths: {settings[len(trials)][0]} tokens do not fit into GPU memory ({first_line(error)}); use "
+                "--load_in_4bit, --offload_cache, torchrun with --sequence_parallel_size, or shorter prompts"
             ) from error
-    return trials
+    return sorted(results_once(trials), key=lambda trial: (trial.length, trial.depth, trial.trial))
 
 
 @exit_on_user_error
@@ -95,22 +104,41 @@ def main() -> None:
     depths = check_flags(flags)
     flags.lengths = sorted(set(flags.lengths))
     spec = ModelSpec(None, flags.base_model, flags.peft_model, flags.context_size)
-    written = {"--output_json": [flags.output_json], "--figure": [flags.figure]}
-    with claimed(written, files_read([spec]), overwrite=flags.overwrite):
-        run(spec, depths, flags)
+    with joined_processes(flags.sequence_parallel_size):
+        is_first = is_first_process()
+        written = {"--output_json": [flags.output_json], "--figure": [flags.figure]} if is_first else {}
+        with claimed(written, files_read([spec]), overwrite=flags.overwrite):
+            run(spec, depths, flags)
 
 
 def run(spec: ModelSpec, depths: list[float], flags: argparse.Namespace) -> None:
-    _, source, is_ours, _ = resolve_model(flags.base_model, flags.peft_model, "base_model", "peft_model")
-    extended_config_of(source, flags.context_size, is_fixed=is_ours, field="base_model")
+    source = resolve_model(flags.base_model, flags.peft_model, "base_model", "peft_model").source
+    check_split(model_config(spec), flags.lengths[-1], flags.sequence_parallel_size)
     tokenizer = load_tokenizer(source, field="base_model")
     PromptMaker(tokenizer).prompt(flags.lengths[0], 0.0, str(KEYS[-1]))  # refuses too short a length before loading
     model = load_model_spec(spec, load_in_4bit=flags.load_in_4bit, dtype=flags.dtype)
+    if flags.sequence_parallel_size > 1:
+        attend_across_processes(model)
     setting = {"base_model": flags.base_model, "peft_model": flags.peft_model}
     setting |= {**describe_model(model, flags.load_in_4bit), "decoding": "greedy", "seed": flags.seed}
-    print("\n".join(f"{name:<14} {value}" for name, value in setting.items() if value is not None), flush=True)
+    if is_first_process():
+        print("\n".join(f"{name:<14} {value}" for name, value in setting.items() if value is not None), flush=True)
     start = time.monotonic()
     trials = measure(model, tokenizer, depths, flags)
+    if is_first_process():
+        report(trials, setting, depths, time.monotonic() - start, tokenizer, context_length(model.config), flags)
+
+
+def report(
+    trials: list[Trial],
+    setting: dict,
+    depths: list[float],
+    seconds: float,
+    tokenizer: PreTrainedTokenizerBase,
+    context: int,
+    flags: argparse.Namespace,
+) -> None:
+    """Print, write and draw the results; `context`: the model's, in tokens."""
     shares = accuracy(trials, depths, flags.lengths)
     rows = [
         [f"{100 * depth:.0f} %", *(f"{100 * share:.0f} %" for share in row)]
@@ -120,12 +148,12 @@ def run(spec: ModelSpec, depths: list[float], flags: argparse.Namespace) -> None
     if flags.output_json:
         found = {"lengths": flags.lengths, "depths": depths, "trials_each": flags.trials, "accuracy": shares}
         example = PromptMaker(tokenizer).prompt(flags.lengths[0], depths[-1], trials[-1].expected)
-        found |= {"seconds": round(time.monotonic() - start, 1), "example": tokenizer.decode(example.ids)}
+        found |= {"seconds": round(seconds, 1), "example": tokenizer.decode(example.ids)}
         write_json(
             flags.output_json, {**setting, **found, "trials": [dataclasses.asdict(t) for t in trials], **origin()}
         )
     if flags.figure:
-        draw(shares, depths, flags.lengths, context_length(model.config), flags.figure)
+        draw(shares, depths, flags.lengths, context, flags.figure)
 
 
 if __name__ == "__main__":

@@ -232,6 +232,33 @@ def test_several_processes_give_the_same_numbers(batch_size, protocol, processes
     assert torch.get_num_threads() == 1, "as in the processes: another order of summation would change the last bits"
 
 
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_windows_that_two_processes_share(processes, tokens, tmp_path, base_folder):
+    words = ["--base_model", base_folder, "--data_path", tokens, "--seq_len", 16, 63, "--sliding_window", 11]
+    words += ["--sequence_parallel_size", 2, "--output_json", tmp_path / "shared.json"]
+    torchrun(processes, *words)
+    found = json.loads((tmp_path / "shared.json").read_text())
+    assert found["sequence_parallel_size"] == 2
+    model = LlamaForCausalLM.from_pretrained(base_folder).eval()
+    for row in found["results"]:
+        alone = measure_perplexity(model, np.array(IDS), seq_len=row["seq_len"], stride=11)
+        assert (row["processes"], row["windows"], row["tokens_scored"]) == (
+            processes,
+            alone.windows,
+            alone.tokens_scored,
+        )
+        assert row["perplexity"] == pytest.approx(alone.perplexity, rel=1e-5)
+
+
+def test_processes_that_no_window_can_be_shared_by(run_program, tokens, base_folder):
+    words = ["--base_model", base_folder, "--data_path", tokens, "--seq_len", 16]
+    outcome = run_program(EVALUATE, *words, "--sequence_parallel_size", 2)
+    assert outcome.status == 1
+    assert "--sequence_parallel_size: 2, but this run has 1 process; start a multiple of it with" in outcome.err
+    outcome = run_program(EVALUATE, *words, "--sequence_parallel_size", 0)
+    assert "--sequence_parallel_size: 0; use at least 1" in outcome.err
+
+
 # ---- what exists, and what is read, is not overwritten; what is measured is not lost
 
 

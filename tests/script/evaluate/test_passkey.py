@@ -4,10 +4,15 @@ python -m pytest tests/script/evaluate/test_passkey.py -m slow     # trains for 
 """
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from component.storage.atomic import atomic_folder
+from tests.conftest import ROOT
 
 PASSKEY, MODEL = "script/evaluate/passkey.py", "script/evaluate/passkey_model.py"
 
@@ -98,3 +103,18 @@ def test_success_within_the_trained_length_and_failure_beyond(run_program, tmp_p
     found = json.loads((tmp_path / "p.json").read_text())
     assert [row[:3] for row in found["accuracy"]] == [[1.0, 1.0, 1.0]] * 2
     assert sum(row[3] for row in found["accuracy"]) / 2 < 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parts", [1, 2])
+def test_several_processes_give_the_same_answers(run_program, tmp_path, adapter_folder, parts):
+    """Prompts shared out, or each prompt shared by two processes."""
+    words = ["--lengths", "330", "310", "--depths", "3", "--trials", "2", "--peft_model", str(adapter_folder)]
+    assert run_program(PASSKEY, *words, "--output_json", tmp_path / "one.json").status == 0
+    launcher = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node=2"]
+    more = ["--sequence_parallel_size", str(parts), "--output_json", str(tmp_path / "two.json")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run([*launcher, PASSKEY, *words, *more], cwd=ROOT, env=environment, check=True, timeout=120)
+    one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
+    assert two["trials"] == one["trials"]
+    assert two["accuracy"] == one["accuracy"]
