@@ -43,7 +43,9 @@ from component.shard import load_shards
 from component.storage.result import library_versions
 from component.tokenizer import any_pad_id, load_tokenizer
 from component.train.callback import FullAttentionCallback
+from component.train.failure import explained_failures, telling_termination
 from component.train.rehearsal import explained_settings, rehearse
+from component.train.resume import check_continuation, distribution
 from component.train.settings import parse_arguments
 from component.train.summary import print_summary
 from component.train.trainer import LongQLoRATrainer
@@ -74,6 +76,8 @@ def run(args: LongQLoRAArguments, training_args: TrainingArguments) -> None:
     )
     parts = args.sequence_parallel_size
     strategy = training_strategy(training_args.deepspeed, training_args.world_size, parts)
+    samples = training_args.train_batch_size * training_args.gradient_accumulation_steps * strategy.data_processes
+    check_continuation(resume, strategy, samples)
     join_sequence_group(parts)
     limit_memory(args.memory_budget_gib)
     rehearse(training_args)
@@ -103,7 +107,7 @@ def run(args: LongQLoRAArguments, training_args: TrainingArguments) -> None:
             callbacks=[FullAttentionCallback(args.full_attention_ratio)] if args.full_attention_ratio else None,
             processing_class=tokenizer,
             extended_config=extended,
-            record=args.record(extended, factor) | {"versions": library_versions()},
+            record=args.record(extended, factor) | {"versions": library_versions(), **distribution(strategy, samples)},
             strategy=strategy,
         )
     lines = (
@@ -265,7 +269,8 @@ def train(trainer: LongQLoRATrainer, resume: str | None, memory: Memory, fallbac
     """Train, save, evaluate: an evaluation that fails loses nothing that was trained."""
     gc.collect()
     gc.freeze()  # what is there now lives on; a search of it for garbage takes 0.1 s, in each process at another step
-    with explaining_out_of_memory(memory.work, memory.plan), explained_settings(trainer.args):
+    told = explained_settings(trainer.args), explained_failures(trainer), telling_termination(trainer)
+    with explaining_out_of_memory(memory.work, memory.plan), told[0], told[1], told[2]:
         metrics = trainer.train(resume_from_checkpoint=resume).metrics | peak_memory()
     if not trainer.state.global_step:
         raise UserError("train_file: no step was trained, so nothing is saved; it has too few samples for a batch")

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from component.error import LONGEST_MESSAGE, UserError, printable
+from component.error import LONGEST_MESSAGE, OneProcessError, UserError, printable
 
 CURES = {
     errno.ENOSPC: "free some space, or write to another disk",
@@ -82,7 +82,8 @@ def exit_on_user_error(main: Callable[[], Main]) -> Callable[[], Main]:
             finally:
                 sys.stdout.flush()  # at exit it would be too late to handle a closed pipe
         except UserError as error:
-            if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # one message, not one per GPU
+            # one message, not one per GPU
+            if int(os.environ.get("LOCAL_RANK", "0")) == 0 or isinstance(error, OneProcessError):
                 show(f"error: {error}")
             sys.exit(1)
         except KeyboardInterrupt:

@@ -18,6 +18,10 @@ class UserError(ValueError):
         super().__init__(printable(message, LONGEST_MESSAGE))
 
 
+class OneProcessError(UserError):
+    """One that a single process of a run has found, which must tell it."""
+
+
 @contextmanager
 def naming(field: str) -> Iterator[None]:
     """Put `field` in front of a `UserError` that does not begin with it."""

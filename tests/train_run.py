@@ -61,7 +61,7 @@ class Launcher:
     def __call__(self, values: dict, sabotage=None, processes: int = 1) -> subprocess.CompletedProcess:
         """`python train.py`, or with several processes what torchrun does on one machine; the first one's output."""
         file = self.yaml(values)
-        logs = [file.with_suffix(f".{rank}.log") for rank in range(processes)]
+        self.logs = logs = [file.with_suffix(f".{rank}.log") for rank in range(processes)]
         argv, port = ["--train_args_file", str(file)], free_port()
         running = []
         for rank, log in enumerate(logs):

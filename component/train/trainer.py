@@ -23,6 +23,7 @@ from component.distributed.strategy import Strategy
 from component.error import UserError, first_line
 from component.loss import TOKENS_PER_CHUNK, eval_chunk, next_token_losses, use_loss_head
 from component.train.callback import SpeedCallback
+from component.train.failure import GradientGuard, check_loss
 from component.train.zero import GradientCallback
 
 
@@ -45,6 +46,8 @@ class LongQLoRATrainer(Trainer):
         self.record = record
         self.speed = SpeedCallback()
         self.add_callback(self.speed)
+        self.guard = GradientGuard()
+        self.add_callback(self.guard)
         self.add_callback(GradientCallback)
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -71,6 +74,17 @@ class LongQLoRATrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # not in a callback: by then the Trainer's history and other callbacks have copied the logs
         super().log({**logs, **self.speed.since_last_log()} if "loss" in logs else logs, start_time)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        # the Trainer reads it here too, but hides what is not finite from the logs
+        check_loss(loss, self.state.global_step + 1, inputs["input_ids"], self.processing_class, self.args.output_dir)
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self.guard.norm, self.guard.scaler = norm, self.accelerator.scaler
+        return norm
 
     @cached_property
     def _parameter_count(self) -> int:
