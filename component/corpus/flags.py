@@ -20,10 +20,11 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output, discard unfinished work")
 
 
-def add_source_flags(parser: argparse.ArgumentParser) -> None:
+def add_source_flags(parser: argparse.ArgumentParser, required: bool = True) -> None:
     sources = "files, folders or hub ids; see component/data/source.py"
-    parser.add_argument("--source", nargs="+", required=True, help=sources)
-    parser.add_argument("--text_key", default="text", help="key of the text in JSON Lines and parquet (text)")
+    parser.add_argument("--source", nargs="+", required=required, help=sources)
+    key = "key of the text in JSON Lines and parquet (text)"
+    parser.add_argument("--text_key", default="text" if required else None, help=key)
 
 
 def check_common_flags(flags: argparse.Namespace, *counts: str, problems: Iterable[str] = ()) -> None:

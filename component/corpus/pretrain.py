@@ -165,12 +165,18 @@ def write_corpus(file: Path, scan: Scan, choices: list[Choice], key: str) -> Non
         UserError: a file changed after it was scanned.
     """
     with file.open("w", encoding="utf-8", newline="\n") as lines:
-        for text in tqdm(_texts(scan, choices, key), total=len(choices), desc="writing", unit=" texts"):
+        for text in tqdm(texts_of(scan, choices, [key]), total=len(choices), desc="writing", unit=" texts"):
             lines.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
 
 
-def _texts(scan: Scan, choices: list[Choice], key: str) -> Iterator[str]:
+def texts_of(scan: Scan, choices: list[Choice], keys: list[str]) -> Iterator[str]:
+    """The chosen texts, given in input order; `keys`: of the text in the records of each source.
+
+    Raises:
+        UserError: a file changed after it was scanned.
+    """
     for choice, record in scan.reread(choices):
+        key = keys[scan.files[choice.file].group]
         text = record[key][choice.start : choice.end] if isinstance(record, dict) else ""
         if text_hash(text) != choice.hashed:
             raise scan.changed(choice)

@@ -5,16 +5,17 @@ Two passes as in component/corpus/pretrain.py: measure all examples, choose from
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from component.corpus.mapping import Chat, mapping_of
 from component.corpus.mixture import Mixture, MixtureSource, apportion
 from component.corpus.sampling import first_of_each, lowest, sample_key, text_hash
 from component.corpus.scan import Chunk, Place, Scan, ScannedChunk
+from component.corpus.shuffle import write_shuffled
 from component.corpus.token_count import TokenCounter
 from component.data.chat_template import as_messages, encode_conversation
 from component.data.reader import BadRecord
@@ -114,7 +115,7 @@ def choose_examples(scan: Scan, mixture: Mixture, seed: int) -> tuple[list[Examp
     available = [0] * len(mixture.sources)
     for (file, _), first in zip(scan.rows(), is_first, strict=True):
         available[scan.files[file].group] += bool(first)
-    quotas = apportion(mixture, available)
+    quotas = apportion(mixture.sources, mixture.total, available)
     chosen: list[Example] = []
     for group, quota in enumerate(quotas):
         keyed = (
@@ -130,38 +131,19 @@ def choose_examples(scan: Scan, mixture: Mixture, seed: int) -> tuple[list[Examp
 def write_examples(file: Path, scan: Scan, mixture: Mixture, examples: list[Example]) -> None:
     """Write the examples shuffled.
 
-    They are written in input order first, and then copied in shuffled order, with one line in memory at a time.
-
     Raises:
         UserError: a file changed after it was scanned.
     """
-    ordered = file.with_name(f"{file.name}.ordered")
-    try:
-        places = _write_in_input_order(ordered, scan, mixture, examples)
-        with ordered.open("rb") as lines, file.open("wb") as shuffled:
-            for _, start, length in sorted(places):
-                lines.seek(start)
-                shuffled.write(lines.read(length))
-    finally:
-        ordered.unlink(missing_ok=True)
+    write_shuffled(file, _keyed_lines(scan, mixture, examples), len(examples))
 
 
-def _write_in_input_order(
-    file: Path, scan: Scan, mixture: Mixture, examples: list[Example]
-) -> list[tuple[int, int, int]]:
-    """(key, first byte, bytes) of each line."""
-    places, at = [], 0
-    with file.open("wb") as lines:
-        for example, record in tqdm(scan.reread(examples), total=len(examples), desc="writing", unit=" texts"):
-            source = mixture.sources[scan.files[example.file].group]
-            try:
-                chat = chat_of(record, source)
-            except ValueError as error:
-                raise scan.changed(example) from error
-            if text_hash(*texts_of(chat)) != example.hashed:
-                raise scan.changed(example)
-            line = line_of(chat, source).encode()
-            lines.write(line)
-            places.append((example.key, at, len(line)))
-            at += len(line)
-    return places
+def _keyed_lines(scan: Scan, mixture: Mixture, examples: list[Example]) -> Iterator[tuple[int, str]]:
+    for example, record in scan.reread(examples):
+        source = mixture.sources[scan.files[example.file].group]
+        try:
+            chat = chat_of(record, source)
+        except ValueError as error:
+            raise scan.changed(example) from error
+        if text_hash(*texts_of(chat)) != example.hashed:
+            raise scan.changed(example)
+        yield example.key, line_of(chat, source)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from component.corpus.mixture import Mixture, MixtureSource, apportion, read_mixture
+from component.corpus.mixture import MixtureSource, apportion, read_mixture
 from component.error import UserError
 from tests.conftest import ROOT
 from tests.words import write_lines
@@ -135,4 +135,4 @@ def test_the_shipped_example_is_right(monkeypatch):
 )
 def test_shares(wanted, total, available, taken):
     sources = [MixtureSource(str(at), "", "input_output", **each) for at, each in enumerate(wanted)]
-    assert apportion(Mixture(sources, total), available) == taken
+    assert apportion(sources, total, available) == taken

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 from PIL import Image
 
 from tests.conftest import ROOT
@@ -26,6 +27,9 @@ PROGRAM = "script/data/build_pretrain.py"
 
 def words(count: int, first: str = "a") -> str:
     return " ".join([first] + ["b"] * (count - 1))
+
+
+words_of = words
 
 
 @pytest.fixture
@@ -330,3 +334,62 @@ def test_done_as_told_after_no_text_fits(build, sources, tmp_path):
     assert not (tmp_path / "out.jsonl.journal").exists()
     assert build(*sources).status == 0
     assert (tmp_path / "out.jsonl").is_file()
+
+
+# ---- a mixture
+
+
+@pytest.fixture
+def mix(run_program, word_folder, tmp_path):
+    def run(*words, output: str = "out.jsonl", **top):
+        long = [{"text": words_of(n, f"long{n}")} for n in range(8, 30)]
+        short = [{"content": words_of(n, f"short{n}")} for n in range(1, 60)]
+        write_lines(tmp_path / "long.jsonl", *long)
+        write_lines(tmp_path / "short.jsonl", *short)
+        sources = [
+            {"name": "long", "path": str(tmp_path / "long.jsonl"), "share": 3, "min_tokens": 10, "max_tokens": 40},
+            {"name": "short", "path": str(tmp_path / "short.jsonl"), "share": 1, "min_tokens": 3, "max_tokens": 9,
+             "text_key": "content"},
+        ]  # fmt: skip
+        config = tmp_path / "sources.yaml"
+        config.write_text(yaml.safe_dump({"sources": sources, **top}))
+        options = ["--tokenizer", word_folder, "--output", tmp_path / output, "--num_proc", 1]
+        return run_program(PROGRAM, "--config", config, *options, *words)
+
+    return run
+
+
+def test_a_mixture(mix, tmp_path):
+    """22 long texts of 10 to 31 tokens, 451 in all; 7 short ones of 3 to 9, 42 in all, so long ones give 126."""
+    outcome = mix()
+    assert outcome.status == 0, outcome.err
+    texts = [line["text"] for line in read_lines(tmp_path / "out.jsonl")]
+    lengths = {"long": [], "short": []}
+    for text in texts:
+        lengths["long" if text.startswith("long") else "short"].append(len(text.split()) + 2)
+    assert sorted(lengths["short"]) == [3, 4, 5, 6, 7, 8, 9]
+    assert 126 - 31 < sum(lengths["long"]) <= 126
+    kinds = [text.startswith("long") for text in texts]
+    assert kinds != sorted(kinds)
+    assert kinds != sorted(kinds, reverse=True)
+    stats = json.loads((tmp_path / "out.stats.json").read_text())
+    assert stats["unit"] == "tokens"
+    assert [source["read"] for source in stats["sources"]] == [22, 59]
+    assert [source["too_long"] for source in stats["sources"]] == [0, 52]
+    assert [source["sampled_tokens"] for source in stats["sources"]] == [sum(lengths["long"]), 42]
+    assert "short: 7 of 7 texts, 42 tokens, " in outcome.out
+    assert (tmp_path / "out.png").exists()
+    first = (tmp_path / "out.jsonl").read_bytes()
+    assert mix("--num_proc", 2, output="again.jsonl").status == 0
+    assert (tmp_path / "again.jsonl").read_bytes() == first
+
+
+def test_a_mixture_or_files(mix, build, sources, tmp_path):
+    assert "--min_tokens: 5 beside --config; write it there, by source" in mix("--min_tokens", 5).err
+    assert "--source, --config: both given" in mix("--source", sources[0]).err
+
+
+def test_a_mixture_of_nothing(mix):
+    outcome = mix(total=1)
+    assert outcome.status == 1
+    assert "sources.yaml fits; change lengths and shares there" in outcome.err
