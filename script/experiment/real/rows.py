@@ -1,0 +1,92 @@
+"""Which runs compare recipes on a real pretrained model? Each is a set of changes to one shared YAML.
+
+    python script/experiment/real/rows.py
+
+Prints one line per run: name, label, extended length, seeds, and whether it is measured by RULER.
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+
+from script.experiment.rows import ATTENTION, FULL, LAST, NO_S2, YARN
+
+LENGTH = 32768  # tokens: extended context, and of a training sample
+BASE_CONTEXT = 8192  # of SmolLM2; with another base, PoSE trains at rows of its own context
+RECIPE: dict[str, Any] = {
+    "sft": False,
+    "max_steps": 120,
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 4,
+    "learning_rate": 5e-4,
+    "lr_scheduler_type": "constant_with_warmup",
+    "warmup_steps": 10,
+    "lora_rank": 64,
+    "lora_alpha": 64,
+    "lora_dropout": 0.0,
+    "optim": "adamw_torch",
+    "adam_beta2": 0.99,
+    "weight_decay": 0.0,
+    "max_grad_norm": 1.0,
+    "logging_steps": 5,
+    "save_strategy": "no",
+    "report_to": "none",
+    "resume_from_checkpoint": None,
+    "overwrite_output_dir": True,
+}
+CLOSE = 3  # seeds of the rows that are compared closely
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    label: str  # in tables
+    changes: dict[str, Any] = field(default_factory=dict)  # to RECIPE
+    program: str | None = "train.py"  # None: untrained
+    rope_type: str | None = None  # of untrained rows; None: positions not scaled
+    seeds: int = 1
+    length: int = LENGTH
+    has_ruler: bool = False  # at the first seed
+    texts: str = "train"  # data/TEXTS.jsonl
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.length * RECIPE["gradient_accumulation_steps"]
+
+
+def all_rows() -> dict[str, Row]:
+    ours, long = YARN | LAST, 131072
+    rows = [
+        Row("base", "base, positions as they are", program=None, has_ruler=True),
+        *(
+            Row(f"untrained-{kind}", f"{kind}, untrained", program=None, rope_type=kind)
+            for kind in ("linear", "dynamic")
+        ),
+        Row("untrained-yarn", "yarn, untrained", program=None, rope_type="yarn", has_ruler=True),
+        Row("paper", "LongQLoRA as in the paper: linear, S2", seeds=CLOSE, has_ruler=True),
+        Row("paper-last", "the same, full attention in the last 10 % of the steps", LAST),
+        Row("ours", "**ours**: yarn, S2, full attention in the last 10 %", ours, seeds=CLOSE, has_ruler=True),
+        Row("yarn-s2", "yarn, S2 throughout", YARN),
+        Row("full-attention", "yarn, full attention throughout", YARN | NO_S2, seeds=CLOSE, has_ruler=True),
+        Row("full", "full fine-tuning, yarn, full attention", YARN | NO_S2 | {"learning_rate": 1e-4}, program=FULL),
+        Row("rank-8", "ours, rank 8", ours | {"lora_rank": 8, "lora_alpha": 8}),
+        Row("mixture", "ours, a third of the tokens in short texts", ours | {"packing": True}, texts="mixture"),
+        Row(
+            "longlora",
+            "LongLoRA's setting: 16 bits, linear, S2, rank 8 on q,k,v,o, embeddings, norms",
+            {"target_modules": ATTENTION, "load_in_4bit": False, "lora_rank": 8, "lora_alpha": 16}
+            | {"train_embedding": True, "train_norm": True},
+        ),
+        Row("ours-131072", "ours, 131072 tokens", ours | {"max_steps": 30}, length=long, texts="train-131072"),
+    ]
+    return {row.name: row for row in rows}
+
+
+if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    for row in all_rows().values():
+        print(f"{row.name:<18}{row.label:<82}{row.length:>7} x {row.seeds}{'  RULER' if row.has_ruler else ''}")

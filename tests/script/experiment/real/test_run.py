@@ -1,0 +1,68 @@
+"""Rows are trained and measured on texts of one's own; what is done is not done again."""
+
+import json
+
+import pytest
+
+from tests.outcome import refused_by_us
+from tests.words import write_lines
+
+RUN = "script/experiment/real/run.py"
+
+
+@pytest.fixture
+def texts(tmp_path):
+    folder = tmp_path / "texts"
+    for kind, count in (("train", 40), ("validation", 30)):
+        lines = [{"text": f"Number {at}. " + "The hills are far, and the river is wide. " * 20} for at in range(count)]
+        write_lines(folder / f"books-{kind}.jsonl", *lines)
+    write_lines(tmp_path / "other.jsonl", *({"content": f"{at} feathers fell. " * 20} for at in range(9)))
+    return folder
+
+
+@pytest.fixture
+def run(run_program, base_folder, texts, tmp_path):
+    def start(*words):
+        paths = ["--base", base_folder, "--texts", texts, "--work", tmp_path / "work"]
+        small = ["--length", 96, "--max_steps", 1, "--windows", 48, "--seeds", 1]
+        return run_program(RUN, *paths, *small, "--other", tmp_path / "other.jsonl", "--other_key", "content", *words)
+
+    return start
+
+
+@pytest.mark.slow
+def test_rows(run, tmp_path):
+    rows = ["untrained-linear", "paper-last", "mixture", "full"]
+    outcome = run("--rows", *rows)
+    assert outcome.status == 0, outcome.err
+    for name in rows:
+        found = json.loads((tmp_path / f"work/results/{name}-0.json").read_text())
+        assert (found["row"], found["length"], found["seed"]) == (name, 96, 0)
+        assert {text: [r["seq_len"] for r in found["perplexity"][text]] for text in ("books", "other")} == {
+            "books": [48, 96],
+            "other": [48],
+        }
+        assert all(entry["perplexity"] > 1 for entry in found["perplexity"]["books"])
+        if name != "untrained-linear":
+            assert found["settings"]["max_seq_length"] == 96
+            assert found["training"]["train_loss"] > 1
+    assert not [path for path in (tmp_path / "work/runs").iterdir() if path.is_dir()]
+    again = run("--rows", *rows)
+    assert again.out.splitlines()[0].startswith("0 rows, 0 of them trained")
+
+
+def test_what_it_will_cost(run, tmp_path):
+    """Two rows of 1 step of 4 x 96 tokens."""
+    words = ["--rows", "ours", "yarn-s2", "base", "--dry_run"]
+    outcome = run(*words)
+    assert outcome.status == 0, outcome.err
+    assert "3 rows, 2 of them trained on 0.0 M tokens; --tokens_per_second estimates hours; on " in outcome.out
+    outcome = run(*words, "--max_steps", 1000, "--tokens_per_second", 100, "--price", 3)
+    assert "2 of them trained on 0.8 M tokens: about 2.1 hours, 6.40 at 3 an hour, besides measuring" in outcome.out
+    assert not (tmp_path / "work").exists()
+
+
+def test_wrong_names(run, texts):
+    refused_by_us(run("--rows", "our"), "--rows: 'our' is not in script/experiment/real/rows.py (did you mean ours?)")
+    (texts / "books-validation.jsonl").unlink()
+    refused_by_us(run("--rows", "base"), f"--texts: {texts} holds no file NAME-validation.*")
