@@ -1,0 +1,169 @@
+"""What did the experiments on a real model show? Tables and a figure of the results of script/experiment/real/run.py.
+
+    python script/experiment/real/report.py --work output/real --output figure
+
+Writes real_model.json (all numbers of each row, its settings, command, card, date and versions), real_model.md
+(tables) and real_model.png (perplexity by window length). Scores of RULER stand beside those of the same samples under
+full attention, with the 95 % interval of the difference (bootstrap over samples).
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+
+from component.cli import exit_on_user_error, new_parser, parsed_first
+
+
+@parsed_first
+def parse_flags() -> argparse.Namespace:
+    parser = new_parser(__doc__)
+    parser.add_argument("--work", type=Path, required=True, help="work folder of run.py, with results/")
+    parser.add_argument("--output", type=Path, required=True, help="folder for JSON, tables and figure")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    return parser.parse_args()
+
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from component.error import UserError
+from component.storage.atomic import atomic_file
+from component.storage.claim import claimed
+from component.storage.result import save_figure, write_json
+from script.experiment.real.rows import all_rows
+from script.experiment.report import cell, markdown
+
+NAMES = ("real_model.json", "real_model.md", "real_model.png")
+REFERENCE = "full-attention"  # the row that others are compared with
+DRAWS = 2000
+DRAWN = {  # row -> color, marker
+    "base": ("#8a8a8a", "x"),
+    "untrained-yarn": ("#cc79a7", "v"),
+    "paper": ("#0072b2", "o"),
+    "ours": ("#009e73", "s"),
+    "full-attention": ("#d55e00", "D"),
+}
+Results = dict[str, list[dict[str, Any]]]  # by row, in the order of seeds
+
+
+def read_results(folder: Path) -> Results:
+    found: Results = {}
+    for file in sorted(folder.glob("*.json")):
+        result = json.loads(file.read_text(encoding="utf-8"))
+        found.setdefault(result["row"], []).append(result)
+    return {name: sorted(found[name], key=lambda result: result["seed"]) for name in all_rows() if name in found}
+
+
+def perplexities(seeds: list[dict], text: str, window: int) -> list[float]:
+    """One for each seed that has it."""
+    entries = (entry for result in seeds for entry in result["perplexity"].get(text, ()))
+    return [entry["perplexity"] or float("inf") for entry in entries if entry["seq_len"] == window]
+
+
+def perplexity_table(results: Results) -> str:
+    columns = sorted(
+        {
+            (text, entry["seq_len"])
+            for seeds in results.values()
+            for text, entries in seeds[0]["perplexity"].items()
+            for entry in entries
+        }
+    )
+    lines = [
+        [seeds[0]["label"], *(cell(perplexities(seeds, *column)) for column in columns), *_cost(seeds[0])]
+        for seeds in results.values()
+    ]
+    return markdown(["perplexity", *(f"{text} {window}" for text, window in columns), "s/step", "GiB"], lines)
+
+
+def _cost(result: dict) -> list[str]:
+    training = result.get("training", {})
+    seconds = training.get("step_seconds", [])[1:]
+    found = (statistics.median(seconds) if seconds else None, training.get("peak_reserved_gib"))
+    return ["-" if value is None else f"{value:.2f}" for value in found]
+
+
+def scores(result: dict) -> dict[tuple[str, int, int], float]:
+    """RULER's score of each trial, by (task, length, sample)."""
+    return {
+        (trial["task"], trial["length"], trial["sample"]): trial["score"]
+        for trial in result.get("ruler", {}).get("trials", ())
+    }
+
+
+def difference(mine: dict, theirs: dict, length: int) -> tuple[float, float, float] | None:
+    """Mean difference of the scores of the same trials at `length`, and its 95 % interval; None without any."""
+    shared = [key for key in sorted(mine.keys() & theirs.keys()) if key[1] == length]
+    if not shared:
+        return None
+    gaps = np.array([mine[key] - theirs[key] for key in shared])
+    draws = np.random.default_rng(0).integers(0, len(gaps), (DRAWS, len(gaps)))
+    low, high = np.percentile(gaps[draws].mean(1), [2.5, 97.5])
+    return float(gaps.mean()), float(low), float(high)
+
+
+def ruler_tables(results: Results) -> list[str]:
+    """Scores by task, a table per length; and the means, with the difference from full attention."""
+    found = {name: scores(seeds[0]) for name, seeds in results.items() if "ruler" in seeds[0]}
+    tasks = sorted({key[0] for trials in found.values() for key in trials})
+    lengths = sorted({key[1] for trials in found.values() for key in trials})
+    tables = []
+    for length in lengths:
+        lines = []
+        for name, trials in found.items():
+            by_task = [[score for key, score in trials.items() if key[:2] == (task, length)] for task in tasks]
+            mean = statistics.mean([score for scored in by_task for score in scored] or [0.0])
+            gap = difference(trials, found.get(REFERENCE, {}), length)
+            shown = "-" if gap is None or name == REFERENCE else f"{gap[0]:+.1f} ({gap[1]:+.1f} to {gap[2]:+.1f})"
+            cells = [f"{statistics.mean(scored):.0f}" if scored else "-" for scored in by_task]
+            lines.append([results[name][0]["label"], *cells, f"{mean:.1f}", shown])
+        tables.append(markdown([f"RULER at {length}", *tasks, "mean", "against full attention"], lines))
+    return tables
+
+
+def draw(results: Results, file: Path) -> None:
+    texts = sorted({text for seeds in results.values() for text in seeds[0]["perplexity"]} - {"other"})
+    figure, panels = plt.subplots(1, len(texts), figsize=(5.5 * len(texts), 4.4), layout="constrained", squeeze=False)
+    for axes, text in zip(panels[0], texts, strict=True):
+        for name, (color, marker) in DRAWN.items():
+            entries = results[name][0]["perplexity"].get(text, ()) if name in results else ()
+            windows = sorted({entry["seq_len"] for entry in entries})
+            values = [statistics.mean(perplexities(results[name], text, window)) for window in windows]
+            axes.plot(windows, values, color=color, marker=marker, label=all_rows()[name].label.replace("**", ""))
+        axes.set(xscale="log", yscale="log", title=text, xlabel="tokens per window", ylabel="perplexity")
+        axes.set_xticks(sorted({line for drawn in axes.lines for line in drawn.get_xdata()}))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.minorticks_off()
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    save_figure(figure, file)
+
+
+@exit_on_user_error
+def main() -> None:
+    flags = parse_flags()
+    results = read_results(flags.work / "results")
+    if not results:
+        raise UserError(f"--work: {flags.work}/results holds no results; run script/experiment/real/run.py first")
+    flags.output.mkdir(parents=True, exist_ok=True)
+    written = {"--output": [flags.output / name for name in NAMES]}
+    with claimed(written, {"--work": sorted((flags.work / "results").glob("*.json"))}, overwrite=flags.overwrite):
+        tables = [perplexity_table(results), *ruler_tables(results)]
+        with atomic_file(flags.output / NAMES[1]) as file:
+            file.write_text("\n\n".join(filter(None, tables)) + "\n", encoding="utf-8")
+        draw(results, flags.output / NAMES[2])
+        write_json(flags.output / NAMES[0], {"rows": [result for seeds in results.values() for result in seeds]})
+    print(f"{sum(map(len, results.values()))} results -> {', '.join(str(flags.output / name) for name in NAMES)}")
+
+
+if __name__ == "__main__":
+    main()
