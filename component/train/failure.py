@@ -110,6 +110,9 @@ def telling_termination(trainer: Trainer) -> Iterator[None]:
 
     By a thread: the main one may wait in a collective operation for a process that is no more.
     """
+    if threading.current_thread() is not threading.main_thread():  # only that one may handle signals
+        yield
+        return
     read, write = os.pipe()
     os.set_blocking(write, False)
     threading.Thread(target=_wait_for_termination, args=(read, trainer), daemon=True).start()
