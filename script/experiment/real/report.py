@@ -92,9 +92,9 @@ def _cost(result: dict) -> list[str]:
 
 
 def scores(result: dict) -> dict[tuple[str, int, int], float]:
-    """RULER's score of each trial, by (task, length, sample)."""
+    """RULER's score of each trial in %, by (task, length, sample)."""
     return {
-        (trial["task"], trial["length"], trial["sample"]): trial["score"]
+        (trial["task"], trial["length"], trial["sample"]): 100 * trial["score"]
         for trial in result.get("ruler", {}).get("trials", ())
     }
 

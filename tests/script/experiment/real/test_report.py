@@ -24,7 +24,7 @@ def result(row: str, seed: int, perplexity: float, right: list[int] | None = Non
     }
     if right is not None:
         trials = [
-            {"task": task, "length": 2000, "sample": at, "score": 100.0 * score}
+            {"task": task, "length": 2000, "sample": at, "score": float(score)}
             for task in ("vt", "cwe")
             for at, score in enumerate(right)
         ]
