@@ -16,6 +16,7 @@ from component.checkpoint import RECORD_FILE, read_json, read_record
 from component.error import UserError, naming
 from component.model import load_base, load_config
 from component.rope import (
+    THETA,
     context_length,
     extend_context,
     is_trained_scaling,
@@ -210,12 +211,15 @@ def extended_config_of(
     """The config in `source`, scaled to `context_size` tokens unless it is already extended.
 
     Args:
-        is_fixed: the config belongs to a LongQLoRA adapter and must not be changed.
+        is_fixed: the config belongs to a LongQLoRA adapter and must not be changed. If only its base frequency was
+            raised, it is returned as that of a base of the recorded length.
 
     Raises:
-        UserError: `context_size` needs another factor than the config's own.
+        UserError: `context_size` needs another factor than the config's own, or the adapter's record contradicts it.
     """
     config = load_config(source, field)
+    if is_fixed:
+        _note_raised_theta(config, source)
     if not context_size or context_size < 0:
         return config
     own_factor = rope_factor(config)
@@ -230,3 +234,26 @@ def extended_config_of(
             f"(factor {own_factor:g}); leave context_size out"
         )
     return config
+
+
+def _note_raised_theta(config: PretrainedConfig, source: str) -> None:
+    """Give the config of an adapter whose base frequency was raised the context that its record says.
+
+    Raises:
+        UserError: the record says another frequency than the config, or no context.
+    """
+    record = read_record(source) or {}
+    theta, recorded = config.rope_parameters["rope_theta"], record.get("rope_theta")
+    if recorded not in (None, theta):
+        raise UserError(
+            f"{source}: {RECORD_FILE} says rope_theta {str(recorded)[:100]}, but config.json {theta:g}; copy the "
+            "adapter's own config.json there again"
+        )
+    if record.get("rope_type") != THETA:
+        return
+    tokens = record.get("context_tokens")
+    if type(tokens) is not int or not original_context(config) <= tokens < 2**31:
+        raise UserError(
+            f"{source}: {RECORD_FILE} is damaged (context_tokens: {str(tokens)[:100]}); use another checkpoint"
+        )
+    config.max_position_embeddings = tokens

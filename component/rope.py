@@ -5,6 +5,10 @@ Linear position interpolation (arXiv 2306.15595, section 2.2): position m enters
 `config.rope_parameters`. For linear and dynamic scaling, transformers, vLLM and llama.cpp take
 `max_position_embeddings` as the length *before* scaling, so it stays (or becomes) the original length; for scalings
 that a base was pretrained with (llama3, longrope) it is the length *after* scaling.
+
+A raised base frequency, rope_theta (arXiv 2309.16039, section 2), slows all rotations
+but the fastest. It can be the only change (`theta`) or come with a scaling. A config does not say that its base was
+raised, nor how many tokens it is good for: `longqlora.json` does.
 """
 
 import math
@@ -17,6 +21,7 @@ from transformers import PretrainedConfig
 from component.error import UserError, nearest
 
 ROPE_TYPES = ("linear", "dynamic", "yarn")
+THETA = "theta"  # in YAMLs and records: unscaled positions, raised base frequency; configs have type "default"
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,11 @@ def depends_on_length(config: PretrainedConfig, tokens: int) -> bool:
 
 
 def extend_context(
-    config: PretrainedConfig, target_tokens: int, rope_type: str = "linear", field: str = "model_max_length"
+    config: PretrainedConfig,
+    target_tokens: int,
+    rope_type: str = "linear",
+    field: str = "model_max_length",
+    rope_theta: float | None = None,
 ) -> float:
     """Scale the positions of `config`, in place, so that `target_tokens` tokens fit.
 
@@ -108,18 +117,20 @@ def extend_context(
         config: of a Llama-family model.
         target_tokens: target context in tokens.
         rope_type: `linear` (2306.15595), `dynamic` (NTK-aware, depends on the current length) or `yarn` (2309.00071);
-            or the config's own.
+            `theta` (unscaled, with a raised `rope_theta`); or the config's own.
         field: key or flag of the target, for error messages.
+        rope_theta: the raised base frequency; None: the config's own.
 
     Returns:
         The resulting factor.
 
     Raises:
-        UserError: unknown `rope_type`, a target below 1, a model without a single rotary embedding, or a scaling that
-            the base was pretrained with and that cannot be extended.
+        UserError: unknown `rope_type`, a target below 1, a model without a single rotary embedding, a scaling that
+            the base was pretrained with and that cannot be extended, or a `rope_theta` that is missing or too small.
     """
-    if rope_type not in ROPE_TYPES and rope_type != own_rope_type(config):
-        raise UserError(f"rope_type: {rope_type!r} is none of {', '.join(ROPE_TYPES)}{nearest(rope_type, ROPE_TYPES)}")
+    known = (*ROPE_TYPES, THETA)
+    if rope_type not in known and rope_type != own_rope_type(config):
+        raise UserError(f"rope_type: {rope_type!r} is none of {', '.join(known)}{nearest(rope_type, known)}")
     if target_tokens < 1:
         raise UserError(f"{field}: {target_tokens} tokens; a context has at least 1")
     own, original = scaling(config), original_context(config)
@@ -127,17 +138,60 @@ def extend_context(
     if target_tokens <= max(covered, original):
         return own.factor
     if is_trained_scaling(config):
+        _refuse_theta(own, rope_theta)
         return _extend_trained_scaling(config, own, target_tokens, rope_type, field)
     factor = max(float(math.ceil(target_tokens / original)), own.factor)
     # of another type's scaling only what belongs to the architecture is kept
     names = config.rope_parameters if rope_type == own.rope_type else ("rope_theta", "partial_rotary_factor")
     kept: dict[str, Any] = {key: config.rope_parameters[key] for key in names if key in config.rope_parameters}
     kept.pop("type", None)  # transformers 4's name of rope_type, kept beside it when an old config is loaded
-    config.rope_parameters = {**kept, "rope_type": rope_type, "factor": factor}
+    if rope_theta is not None or rope_type == THETA:
+        kept["rope_theta"] = _raised_theta(config, own, rope_theta, rope_type, factor)
+    scaled = {"rope_type": "default"} if rope_type == THETA else {"rope_type": rope_type, "factor": factor}
+    config.rope_parameters = {**kept, **scaled}
     if rope_type == "yarn":
         config.rope_parameters["original_max_position_embeddings"] = original
     config.max_position_embeddings = original
     return factor
+
+
+def _raised_theta(
+    config: PretrainedConfig, own: Scaling, rope_theta: float | None, rope_type: str, factor: float
+) -> float:
+    """`rope_theta`, checked: nothing is raised twice, or to less than it was."""
+    theta = rope_parameters(config)["rope_theta"]
+    if rope_type == THETA and own.rope_type != "default":
+        raise UserError(
+            f"rope_type: theta leaves positions unscaled, but the base is scaled {own}; leave rope_type out, and "
+            "rope_theta raises the base frequency besides"
+        )
+    usual = f"NTK-aware for factor {factor:g} is {ntk_theta(config, factor):.0f}"
+    if rope_theta is None:
+        raise UserError(f"rope_type: theta needs rope_theta, above the base's own {theta:g}; {usual}")
+    if not (math.isfinite(rope_theta) and rope_theta >= theta):
+        raise UserError(
+            f"rope_theta: {rope_theta:g} is less than the base's own {theta:g}, so fewer tokens would fit; {usual}"
+        )
+    return float(rope_theta)
+
+
+def _refuse_theta(own: Scaling, rope_theta: float | None) -> None:
+    if rope_theta is not None:
+        raise UserError(
+            f"rope_theta: {rope_theta:g} would change the frequencies that the base was pretrained with together with "
+            f"its {own.rope_type} scaling; leave rope_theta out"
+        )
+
+
+def ntk_theta(config: PretrainedConfig, growth: float) -> float:
+    """The base frequency at which the slowest rotation takes `growth` times as many tokens: NTK-aware scaling.
+
+    theta growth^(d / (d - 2)), with d rotated dimensions per head (arXiv 2309.00071, section 3.1).
+    """
+    parameters = rope_parameters(config)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    rotated = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
+    return parameters["rope_theta"] * growth ** (rotated / (rotated - 2))
 
 
 def _extend_trained_scaling(
@@ -161,7 +215,11 @@ def _extend_trained_scaling(
 
 
 def scaling_warnings(
-    before: PretrainedConfig, after: PretrainedConfig, target_tokens: int, asked_type: str | None
+    before: PretrainedConfig,
+    after: PretrainedConfig,
+    target_tokens: int,
+    asked_type: str | None,
+    asked_theta: float | None = None,
 ) -> list[str]:
     """Where positions that a scaled model knows may move otherwise than asked, after `extend_context`.
 
@@ -169,6 +227,7 @@ def scaling_warnings(
         before, after: the base's config and the extended one.
         target_tokens: target context in tokens.
         asked_type: the rope type that the user asked for, None if any.
+        asked_theta: the base frequency that the user asked for, None if any.
     """
     old, new, found = scaling(before), scaling(after), []
     if old.rope_type not in ("default", new.rope_type):
@@ -176,8 +235,14 @@ def scaling_warnings(
             f"{new} replaces {old}: positions that the model knows move by another factor than its context grows; "
             "to keep its scaling, leave rope_type out"
         )
-    if asked_type not in (None, new.rope_type):
+    if asked_type not in (None, THETA, new.rope_type):
         found.append(f"rope_type: {asked_type} has no effect: the base covers {target_tokens} tokens, {old}")
+    own_theta, theta = (config.rope_parameters["rope_theta"] for config in (before, after))
+    if asked_type == THETA or asked_theta is not None:
+        if asked_theta == own_theta:
+            found.append(f"rope_theta: {own_theta:g} is the base's own, so nothing is raised")
+        elif theta == own_theta:
+            found.append(f"rope_theta has no effect: the base covers {target_tokens} tokens, {old}")
     length, is_explicit = before.max_position_embeddings, "original_max_position_embeddings" in before.rope_parameters
     if old.rope_type == "linear" and old.factor > 1 and length < target_tokens and not is_explicit:
         found.append(

@@ -147,5 +147,6 @@ def describe_model(model: PreTrainedModel, load_in_4bit: bool) -> dict[str, Any]
         "attention": f"full ({model.config._attn_implementation})",
         "rope_type": model.config.rope_parameters["rope_type"],
         "rope_factor": rope_factor(model.config),
+        "rope_theta": model.config.rope_parameters["rope_theta"],
         "context_tokens": context_length(model.config),
     }

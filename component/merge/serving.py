@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from component.rope import context_length, original_context, rope_factor, rope_parameters
+from component.rope import context_length, ntk_theta, original_context, rope_factor, rope_parameters
 from component.storage.atomic import atomic_file
 from component.storage.foreign import read_object
 
@@ -28,7 +28,8 @@ def served_config(config: PretrainedConfig) -> PretrainedConfig:
 
     yarn's `max_position_embeddings` becomes the extended length. `dynamic` is frozen: its frequencies for the extended
     length L become the model's own, exact at L and slightly worse for texts much shorter than L. linear's stays the
-    original length, which all engines but llama.cpp's server multiply.
+    original length, which all engines but llama.cpp's server multiply. A raised base frequency with unscaled positions
+    is read like that of a base: `config` must have the extended length already.
     """
     served = copy.deepcopy(config)
     parameters, longest = rope_parameters(config), context_length(config)
@@ -48,11 +49,8 @@ def frozen_theta(config: PretrainedConfig, tokens: int) -> float:
     theta (f L / original - (f - 1))^(d / (d - 2)), with factor f and d rotated dimensions per head: "dynamic NTK" of
     transformers' modeling_rope_utils.
     """
-    parameters, factor = rope_parameters(config), rope_factor(config)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    rotated = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
-    growth = factor * tokens / original_context(config) - (factor - 1)
-    return parameters["rope_theta"] * growth ** (rotated / (rotated - 2))
+    factor = rope_factor(config)
+    return ntk_theta(config, factor * tokens / original_context(config) - (factor - 1))
 
 
 def add_legacy_keys(folder: Path) -> None:

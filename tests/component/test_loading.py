@@ -16,7 +16,7 @@ from component.checkpoint import write_adapter, write_record
 from component.error import UserError
 from component.loading import extended_config_of, load_for_inference, recorded_template, resolve_model
 from component.model import load_base, load_config
-from component.rope import extend_context
+from component.rope import context_length, extend_context
 
 CPU = torch.device("cpu")
 
@@ -122,6 +122,45 @@ def test_our_adapter_keeps_its_factor(adapter_folder, base_folder, target):
     for base in (None, str(base_folder)):
         with pytest.raises(UserError, match=f"context_size: {target + 1}"):
             load_for_inference(base, str(folder), context_size=target + 1, device=CPU)
+
+
+@pytest.fixture
+def raised_adapter(base_folder, tokenizer, tmp_path):
+    """raised_adapter(record) -> an adapter on the base of 64 tokens whose base frequency was raised for 150."""
+
+    def make(**record) -> str:
+        config = load_config(str(base_folder))
+        extend_context(config, 150, "theta", rope_theta=50000.0)
+        model = load_base(str(base_folder), config, dtype=torch.float32, load_in_4bit=False, device=CPU)
+        write_adapter(tmp_path / "raised", add_adapter(model, rank=4, alpha=16, dropout=0.0), tokenizer, config)
+        usual = {"base_model": str(base_folder), "rope_type": "theta", "rope_factor": 3.0, "rope_theta": 50000.0}
+        write_record(tmp_path / "raised", usual | {"context_tokens": 150} | record)
+        return str(tmp_path / "raised")
+
+    return make
+
+
+def test_a_raised_theta_has_the_recorded_context(raised_adapter):
+    """config.json says the base's length, for stock transformers; only the record knows the new one."""
+    folder = raised_adapter()
+    assert json.loads((Path(folder) / "config.json").read_text())["max_position_embeddings"] == 64
+    for size in (None, -1, 100, 150):
+        model, _ = load_for_inference(None, folder, context_size=size, device=CPU)
+        assert context_length(model.config) == 150
+        assert model.config.rope_parameters == {"rope_type": "default", "rope_theta": 50000.0}
+    with pytest.raises(UserError, match=r"context_size: 151 tokens.*but the context of .* is 150 tokens"):
+        load_for_inference(None, folder, context_size=151, device=CPU)
+
+
+@pytest.mark.parametrize("tokens", [None, "150", True, 63, 2**31])
+def test_a_raised_theta_without_a_context(raised_adapter, tokens):
+    with pytest.raises(UserError, match=rf"longqlora\.json is damaged \(context_tokens: {tokens}\)"):
+        load_for_inference(None, raised_adapter(context_tokens=tokens), device=CPU)
+
+
+def test_a_record_that_contradicts_the_config(raised_adapter):
+    with pytest.raises(UserError, match=r"longqlora\.json says rope_theta 60000\.0, but config\.json 50000; copy"):
+        load_for_inference(None, raised_adapter(rope_theta=60000.0), device=CPU)
 
 
 # ---- base and adapter

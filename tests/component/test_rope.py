@@ -27,10 +27,12 @@ from transformers.utils import logging as transformers_logging
 
 from component.error import UserError
 from component.rope import (
+    THETA,
     context_length,
     depends_on_length,
     extend_context,
     forget_lengths,
+    ntk_theta,
     original_context,
     own_rope_type,
     rope_factor,
@@ -568,6 +570,115 @@ def test_yarn_scales_low_frequencies_and_keeps_high_ones():
     assert_close(ratio[turns > 35], torch.ones_like(ratio[turns > 35]))
     assert_close(ratio[turns < 0.85], torch.full_like(ratio[turns < 0.85], 4.0))
     assert (ratio[1:] >= ratio[:-1] - 1e-6).all()
+
+
+# A raised base frequency
+
+
+@pytest.mark.parametrize(
+    ("rope_type", "scaled"),
+    [
+        (THETA, {"rope_type": "default"}),
+        ("linear", {"rope_type": "linear", "factor": 3.0}),
+        ("dynamic", {"rope_type": "dynamic", "factor": 3.0}),
+        ("yarn", {"rope_type": "yarn", "factor": 3.0, "original_max_position_embeddings": 4096}),
+    ],
+)
+def test_a_raised_theta_is_written(rope_type, scaled, log, tmp_path):
+    """Alone or with a scaling; extending twice changes nothing, also after the config was saved and loaded."""
+    config = llama2()
+    assert extend_context(config, 9000, rope_type, rope_theta=500000) == 3.0
+    assert config.rope_parameters == {**scaled, "rope_theta": 500000.0}
+    assert config.max_position_embeddings == 4096
+    config.save_pretrained(tmp_path)
+    again = AutoConfig.from_pretrained(tmp_path)
+    assert again.rope_parameters == {**scaled, "rope_theta": 500000.0}
+    assert extend_context(again, 9000, rope_type, rope_theta=500000.0) == 3.0
+    assert again.rope_parameters == config.rope_parameters
+    assert again.max_position_embeddings == 4096
+    assert log == []
+
+
+@pytest.mark.parametrize(("rope_type", "factor"), [(THETA, 1.0), ("linear", 3.0)])
+def test_tables_with_a_raised_theta_equal_the_formula(rope_type, factor):
+    config = llama2()
+    extend_context(config, 9000, rope_type, rope_theta=500000.0)
+    positions = torch.arange(9000)
+    expected = expected_tables(positions, factor, 500000.0, 128)
+    for mine, theirs in zip(tables(config, positions), expected, strict=True):
+        assert_close(mine.double(), theirs, atol=2e-3, rtol=0)
+
+
+def test_ntk_aware_theta():
+    """The slowest rotation is slowed by the growth, the fastest not at all."""
+    config = llama2()
+    theta = ntk_theta(config, 4.0)
+    assert theta == pytest.approx(10000.0 * 4.0 ** (128 / 126), rel=1e-12)
+    before = LlamaRotaryEmbedding(config).inv_freq
+    extend_context(config, 16384, THETA, rope_theta=theta)
+    ratio = before / LlamaRotaryEmbedding(config).inv_freq
+    assert (ratio[0].item(), ratio[-1].item()) == pytest.approx((1.0, 4.0), rel=1e-5)
+    half = llama2(rope_parameters={"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5})
+    assert ntk_theta(half, 3.0) == pytest.approx(100.0 * 3.0 ** (64 / 62), rel=1e-12)
+    extend_context(half, 8192, THETA, rope_theta=200.0)
+    assert half.rope_parameters == {"rope_type": "default", "rope_theta": 200.0, "partial_rotary_factor": 0.5}
+
+
+def test_a_covered_target_raises_no_theta():
+    for rope_type in (THETA, "linear"):
+        before, config = llama2(), llama2()
+        assert extend_context(config, 4096, rope_type, rope_theta=5e5) == 1.0
+        assert config.to_dict() == before.to_dict()
+        (warning,) = (text for text in scaling_warnings(before, config, 4096, None, 5e5))
+        assert warning == "rope_theta has no effect: the base covers 4096 tokens, unscaled"
+        assert scaling_warnings(before, config, 4096, THETA, 5e5) == [warning]
+
+
+def test_warnings_about_a_raised_theta():
+    before, config = llama2(), llama2()
+    extend_context(config, 8192, THETA, rope_theta=5e5)
+    assert scaling_warnings(before, config, 8192, THETA, 5e5) == []
+    config = llama2()
+    extend_context(config, 8192, THETA, rope_theta=1e4)
+    expected = ["rope_theta: 10000 is the base's own, so nothing is raised"]
+    assert scaling_warnings(before, config, 8192, THETA, 1e4) == expected
+
+
+@pytest.mark.parametrize(
+    ("rope_type", "theta", "message"),
+    [
+        (THETA, None, r"^rope_type: theta needs rope_theta, above the base's own 10000; .* factor 2 is 20221$"),
+        (THETA, 9999.0, r"^rope_theta: 9999 is less than the base's own 10000.*factor 2 is 20221"),
+        ("linear", 0.0, r"^rope_theta: 0 is less than"),
+        ("yarn", -5e5, r"^rope_theta: -500000 is less than"),
+        ("linear", float("nan"), r"^rope_theta: nan is less than"),
+        ("linear", float("inf"), r"^rope_theta: inf is"),
+    ],
+)
+def test_refused_thetas(rope_type, theta, message):
+    config = llama2()
+    with pytest.raises(UserError, match=message):
+        extend_context(config, 8192, rope_type, rope_theta=theta)
+    assert config.to_dict() == llama2().to_dict()
+
+
+def test_a_scaled_base_is_not_unscaled_by_theta():
+    config = llama2()
+    extend_context(config, 8192)
+    with pytest.raises(UserError, match=r"^rope_type: theta leaves positions unscaled, but the base is scaled linear"):
+        extend_context(config, 16384, THETA, rope_theta=5e5)
+    assert extend_context(config, 16384, "linear", rope_theta=5e5) == 4.0
+    assert config.rope_parameters == {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e5}
+
+
+def test_the_theta_of_a_llama3_scaling_is_not_raised():
+    for rope_type, theta in (("llama3", 1e6), (THETA, 1e6)):
+        with pytest.raises(
+            UserError, match=r"^rope_theta: 1e\+06 would change .*llama3 scaling; leave rope_theta out"
+        ):
+            extend_context(llama31(), 262144, rope_type, rope_theta=theta)
+    with pytest.raises(UserError, match=r"^rope_type: theta would replace the llama3 scaling"):
+        extend_context(llama31(), 262144, THETA)
 
 
 # User errors

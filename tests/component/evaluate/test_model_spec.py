@@ -71,6 +71,7 @@ def test_what_a_result_records_about_its_model(base_folder):
         "attention": "full (sdpa)",
         "rope_type": "linear",
         "rope_factor": 2.0,
+        "rope_theta": 10000.0,
         "context_tokens": 128,
     }
     assert describe_model(model, load_in_4bit=True)["weights"] == "nf4"

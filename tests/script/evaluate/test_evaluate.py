@@ -83,6 +83,7 @@ def test_everything_is_in_the_json(evaluate, base_folder, tokens):
         "attention": "full (sdpa)",
         "rope_type": "default",
         "rope_factor": 1.0,
+        "rope_theta": 10000.0,
         "context_tokens": 64,
         **dict.fromkeys(["results", "command", "hardware", "date", "versions"], 0),
     }
