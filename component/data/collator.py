@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from component.data import IGNORE_INDEX
+from component.data.skipping import ROWS, row_key
 
 
 class RightPadCollator:
@@ -23,10 +24,11 @@ class RightPadCollator:
         pad_token_id: any id of the vocabulary; no real token sees what stands in padded places.
         part, parts: with sequence parallelism, T is padded to a multiple of `parts`, and a batch holds tokens
             [part T / parts, (part + 1) T / parts) of each row.
+        with_rows: a batch also holds `rows`, which `PositionSkipping` reads.
     """
 
-    def __init__(self, pad_token_id: int, part: int = 0, parts: int = 1):
-        self.pad_token_id, self.part, self.parts = pad_token_id, part, parts
+    def __init__(self, pad_token_id: int, part: int = 0, parts: int = 1, with_rows: bool = False):
+        self.pad_token_id, self.part, self.parts, self.with_rows = pad_token_id, part, parts, with_rows
 
     def __call__(self, samples: list[dict[str, list[int]]]) -> dict[str, Tensor]:
         size = -(-max(len(sample["input_ids"]) for sample in samples) // self.parts)
@@ -44,4 +46,8 @@ class RightPadCollator:
             "labels": labels,
             "shift_labels": torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX),
         }
-        return {name: rows[:, self.part * size :][:, :size].contiguous() for name, rows in batch.items()}
+        batch = {name: rows[:, self.part * size :][:, :size].contiguous() for name, rows in batch.items()}
+        if self.with_rows:
+            rows = (sample["input_ids"] for sample in samples)
+            batch[ROWS] = torch.tensor([(row_key(row), len(row)) for row in rows])
+        return batch

@@ -5,6 +5,7 @@ import torch
 from torch import tensor
 
 from component.data.collator import RightPadCollator
+from component.data.skipping import row_key
 
 LONG = {"input_ids": [1, 5, 6, 7], "labels": [-100, 5, 6, 7]}
 SHORT = {"input_ids": [1, 8], "labels": [-100, 8]}
@@ -95,6 +96,15 @@ def test_the_parts_of_split_rows_are_the_rows(parts):
         assert torch.equal(joined[:, :longest], rows), name
         if name in fills:
             assert (joined[:, longest:] == fills[name]).all(), name
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_rows_are_identified_whole(parts):
+    """By all tokens and the number of them, whichever part a batch holds."""
+    for part in range(parts):
+        batch = RightPadCollator(9, part, parts, with_rows=True)([SHORT, LONG])
+        assert batch["rows"].tolist() == [[row_key([1, 8]), 2], [row_key([1, 5, 6, 7]), 4]]
+        assert batch["position_ids"].tolist() == [list(range(4))[part * 4 // parts :][: 4 // parts]] * 2
 
 
 def test_samples_are_not_changed():
