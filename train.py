@@ -38,7 +38,7 @@ from component.memory.budget import available_memory, explaining_out_of_memory, 
 from component.memory.plan import MEMORY_OPTIONS, Estimate, MemoryPlan, choose_plan, describe_estimate
 from component.memory.workload import Workload, workload
 from component.model import compute_dtype, load_base, load_config
-from component.rope import depends_on_length, extend_context, own_rope_type
+from component.rope import depends_on_length, extend_context, original_context, own_rope_type
 from component.shard import load_shards
 from component.storage.result import library_versions
 from component.tokenizer import any_pad_id, load_tokenizer
@@ -49,6 +49,7 @@ from component.train.resume import check_continuation, distribution
 from component.train.settings import parse_arguments
 from component.train.summary import print_summary
 from component.train.trainer import LongQLoRATrainer
+from component.train.validation import check_skipping
 from component.train.zero import single_process_environment
 
 
@@ -89,7 +90,10 @@ def run(args: LongQLoRAArguments, training_args: TrainingArguments) -> None:
     extended = copy.deepcopy(base)
     tokenizer = load_tokenizer(args.model_name_or_path, args.model_max_length)
     check_targets_early(extended, args.target_names)
-    factor = extend_context(extended, args.model_max_length, args.rope_type or own_rope_type(extended))
+    rope_type = args.rope_type or own_rope_type(extended)
+    factor = extend_context(extended, args.model_max_length, rope_type, rope_theta=args.rope_theta)
+    if args.position_skipping:
+        check_skipping(extended, args.model_max_length)
     check_split(args, extended)
     check_batches(args, training_args, extended)
     memory = plan_memory(args, training_args, strategy, extended)
@@ -97,18 +101,22 @@ def run(args: LongQLoRAArguments, training_args: TrainingArguments) -> None:
 
     model = load_adapted(args, training_args, strategy, training_config(args, extended))
     fallback = apply_plan(args, training_args, strategy, model, memory)
+    part = training_args.process_index % parts
     with explained_settings(training_args):
         trainer = LongQLoRATrainer(
             model=model,
             args=training_args,
             train_dataset=train_set,
             eval_dataset=eval_set,
-            data_collator=RightPadCollator(any_pad_id(tokenizer), training_args.process_index % parts, parts),
+            data_collator=RightPadCollator(any_pad_id(tokenizer), part, parts, with_rows=args.position_skipping),
             callbacks=[FullAttentionCallback(args.full_attention_ratio)] if args.full_attention_ratio else None,
             processing_class=tokenizer,
             extended_config=extended,
-            record=args.record(extended, factor) | {"versions": library_versions(), **distribution(strategy, samples)},
+            record=args.record(extended, factor)
+            | {"original_tokens": original_context(extended), "versions": library_versions()}
+            | distribution(strategy, samples),
             strategy=strategy,
+            skipping_context=args.model_max_length if args.position_skipping else None,
         )
     lines = (
         data_lines | {"processes": strategy.describe(args.max_seq_length)} if strategy.processes > 1 else data_lines
@@ -155,6 +163,8 @@ def check_split(args: LongQLoRAArguments, extended: PretrainedConfig) -> None:
 def uses_own_attention(args: LongQLoRAArguments, extended: PretrainedConfig) -> bool:
     """Whether training runs component/attention instead of Hugging Face's full attention."""
     if args.use_shift_short_attention or args.packing or args.sequence_parallel_size > 1:
+        return True
+    if args.position_skipping:  # transformers may take a skip for the border of a packed document
         return True
     # full attention by our kernels, so that a memory plan can keep attention's output
     return args.memory_plan and has_plain_attention(extended, args.max_seq_length)

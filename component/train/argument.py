@@ -49,8 +49,14 @@ class LongQLoRAArguments:
     max_bad_fraction: float = _key("share of records that may be unusable and skipped; more is an error", 0.01)
     template: str = _key("chat template: vicuna, or tokenizer (the model's own)", "vicuna")
     rope_type: str | None = _key(
-        "position scaling: linear, dynamic or yarn; empty: the type the model already has, else linear", None
+        "position scaling: linear, dynamic, yarn, or theta (none, with rope_theta raised); "
+        "empty: the type the model already has, else linear",
+        None,
     )
+    rope_theta: float | None = _key(
+        "base frequency of rotary positions, raised above the model's; empty: its own", None
+    )
+    position_skipping: bool = _key("spread the positions of each training row over model_max_length (PoSE)", False)
     use_shift_short_attention: bool = _key("S2-Attn in training; false: full attention", True)
     group_size_ratio: float = _key("tokens per attention group, as a share of max_seq_length", 0.25)
     group_size: int | None = _key("tokens per attention group, even; overrides group_size_ratio", None)
@@ -94,13 +100,16 @@ class LongQLoRAArguments:
 
     def record(self, extended: "PretrainedConfig", factor: float) -> dict[str, typing.Any]:
         """The part of `longqlora.json` that is known before training; `extended` is the config scaled by `factor`."""
-        base = Path(self.model_name_or_path)
+        base, kind = Path(self.model_name_or_path), extended.rope_parameters.get("rope_type", "default")
+        if self.rope_type == "theta" and factor > 1:  # a config does not tell that its base frequency was raised
+            kind = "theta"
         return {
             "base_model": str(base.resolve()) if base.is_dir() else self.model_name_or_path,
             "context_tokens": self.model_max_length,
             "max_seq_length": self.max_seq_length,
-            "rope_type": extended.rope_parameters.get("rope_type", "default"),
+            "rope_type": kind,
             "rope_factor": factor,
+            "rope_theta": extended.rope_parameters["rope_theta"],
             "template": self.template if self.sft else None,
             "group_size": self.group_tokens,
             "arguments": dataclasses.asdict(self),

@@ -40,7 +40,13 @@ def describe_context(args: LongQLoRAArguments, base: PretrainedConfig, extended:
     """The lines about the scaling of positions: old -> new, and what may not be as asked."""
     old, new, target = scaling(base), scaling(extended), args.model_max_length
     lines = {"context": f"{old.context} -> {target} tokens ({old} -> {new})"}
-    warnings = scaling_warnings(base, extended, target, args.rope_type)
+    thetas = [config.rope_parameters["rope_theta"] for config in (base, extended)]
+    if thetas[0] != thetas[1]:
+        lines["rope_theta"] = "{:g} -> {:g}".format(*thetas)
+    if args.position_skipping:
+        cover = f"rows of up to {args.max_seq_length} tokens cover {target} positions"
+        lines["positions"] = f"{cover}: two chunks, a random skip between them (PoSE); none in evaluation"
+    warnings = scaling_warnings(base, extended, target, args.rope_type, args.rope_theta)
     return lines | ({"warning": "; ".join(warnings)} if warnings else {})
 
 

@@ -18,6 +18,7 @@ from transformers import EvalPrediction, PretrainedConfig, Trainer, TrainingArgu
 
 from component.checkpoint import remove_old_checkpoints, write_adapter, write_record
 from component.data import IGNORE_INDEX
+from component.data.skipping import PositionSkipping
 from component.distributed.sequence import sequence_group
 from component.distributed.strategy import Strategy
 from component.error import UserError, first_line
@@ -34,14 +35,27 @@ class LongQLoRATrainer(Trainer):
         extended_config: the config to save in adapter folders.
         record: content of `longqlora.json`; steps and tokens are added on writing.
         strategy: how training is distributed.
+        skipping_context: tokens whose positions training rows cover by skips; the collator adds what is needed. None:
+            no position is skipped.
     """
 
     eval_dtype: torch.dtype | None = None  # of autocast in evaluation, if a key asks for another than in training
 
-    def __init__(self, *args, extended_config: PretrainedConfig, record: dict, strategy: Strategy, **kwargs):
-        self.strategy = strategy
+    def __init__(
+        self,
+        *args,
+        extended_config: PretrainedConfig,
+        record: dict,
+        strategy: Strategy,
+        skipping_context: int | None = None,
+        **kwargs,
+    ):
+        self.strategy, self.skipping = strategy, None
         super().__init__(*args, compute_metrics=token_weighted_loss, **kwargs)
         self.can_chunk_evaluation = not strategy.shards_weights or use_loss_head(self.model.get_base_model())
+        if skipping_context is not None:
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            self.skipping = PositionSkipping(skipping_context, seed)
         self.extended_config = extended_config
         self.record = record
         self.speed = SpeedCallback()
@@ -76,6 +90,8 @@ class LongQLoRATrainer(Trainer):
         super().log({**logs, **self.speed.since_last_log()} if "loss" in logs else logs, start_time)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
+        if self.skipping is not None:
+            inputs = self.skipping.apply(inputs, self.state.global_step)
         loss = super().training_step(model, inputs, num_items_in_batch)
         # the Trainer reads it here too, but hides what is not finite from the logs
         check_loss(loss, self.state.global_step + 1, inputs["input_ids"], self.processing_class, self.args.output_dir)

@@ -4,14 +4,16 @@ import os
 from dataclasses import fields
 
 import torch
-from transformers import TrainingArguments
+from transformers import PretrainedConfig, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.training_args import trainer_log_levels
 
+from component.attention.interface import has_plain_attention
 from component.data import TEMPLATES
 from component.data.document import POLICIES
-from component.rope import ROPE_TYPES
+from component.error import UserError
+from component.rope import ROPE_TYPES, THETA, depends_on_length
 from component.train.zero import bad_strategy
 
 SAMPLING = ("random", "sequential", "group_by_length", "batch_rebalance")  # transformers reads any other as random
@@ -27,7 +29,8 @@ BOUNDS = {
     "group_size": (lambda v: v >= 2 and v % 2 == 0, "an even number of tokens >= 2"),
     "group_size_ratio": (lambda v: 0 < v <= 1, "a share in (0, 1], 0.25 in the paper"),
     "full_attention_ratio": (lambda v: 0 <= v <= 1, "a share of the steps in [0, 1], e.g. 0.1"),
-    "rope_type": (lambda v: v in ROPE_TYPES, "one of " + ", ".join(ROPE_TYPES)),
+    "rope_type": (lambda v: v in (*ROPE_TYPES, THETA), "one of " + ", ".join((*ROPE_TYPES, THETA))),
+    "rope_theta": (lambda v: 1 < v <= LARGEST, "a number above the model's own, e.g. 500000"),
     "truncation_policy": (lambda v: v in POLICIES, "one of " + ", ".join(POLICIES)),
     "template": (lambda v: v in TEMPLATES, "one of " + ", ".join(TEMPLATES)),
     "max_bad_fraction": (lambda v: 0 <= v < 1, "a share in [0, 1), e.g. 0.01"),
@@ -131,6 +134,14 @@ def validate(values: dict) -> list[str]:
     if longest and target and longest > target:
         cure = "raise model_max_length or shorten the samples"
         problems.append(f"max_seq_length: {longest} tokens exceed model_max_length, {target}; {cure}")
+    if values.get("position_skipping") and longest and longest == target:
+        cure = "raise model_max_length, or leave position_skipping out"
+        problems.append(f"position_skipping: true, but rows of {longest} tokens leave nothing to skip; {cure}")
+    if values.get("position_skipping") and values.get("packing"):
+        problems.append(
+            "position_skipping: true, but packing: true fills rows with short samples, which end long before "
+            "model_max_length; set one of them to false"
+        )
     if not values.get("output_dir"):
         problems.append("output_dir: missing; the folder where checkpoints and the adapter are saved")
     is_best = values.get("save_strategy") == "best" or values.get("load_best_model_at_end")
@@ -163,6 +174,28 @@ def validate(values: dict) -> list[str]:
     if (values.get("memory_budget_gib") or 0) > 0 and not torch.cuda.is_available():
         problems.append(f"memory_budget_gib: {values['memory_budget_gib']:g}, but there is no GPU; leave it out")
     return problems + _impossible_precision(values) + bad_strategy(values)
+
+
+def check_skipping(extended: PretrainedConfig, context: int) -> None:
+    """Refuse `position_skipping` for models in which a skip has another meaning.
+
+    Args:
+        context: tokens whose positions are covered.
+
+    Raises:
+        UserError: positions that depend on a row's length, or attention that does not reach over the context.
+    """
+    field = "position_skipping: true"
+    if depends_on_length(extended, context):
+        raise UserError(
+            f"{field}, but {extended.rope_parameters['rope_type']} positions are scaled by the length of a row, which "
+            "a skip would change; use rope_type: linear, yarn or theta"
+        )
+    if not has_plain_attention(extended, context):
+        raise UserError(
+            f"{field}, but {extended.model_type}'s own attention (a sliding window, softcapping, sinks) does not "
+            f"reach over {context} tokens, or is not computed with skips; set it to false"
+        )
 
 
 def _impossible_split(values: dict) -> list[str]:

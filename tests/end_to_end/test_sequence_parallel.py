@@ -102,8 +102,16 @@ CASES = {
     "embeddings and norms": (2, {"train_embedding": True, "train_norm": True}),
     "4-bit base": (2, {"load_in_4bit": True}),
     "streamed": (2, {"streaming": True}),
+    "skipped positions": (3, {"position_skipping": True}),
+    "skipped positions, full attention by heads": (2, {"position_skipping": True, "use_shift_short_attention": False}),
 }
-FAST = {"groups smaller than a part", "a group of twice a part", "full attention by heads", "packed"}
+FAST = {
+    "skipped positions",
+    "groups smaller than a part",
+    "a group of twice a part",
+    "full attention by heads",
+    "packed",
+}
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,14 @@
 """Invalid values of the right type: alone, in combination, and on this machine."""
 
+import math
+
 import pytest
 import torch
-from transformers import TrainingArguments
+from transformers import Gemma2Config, LlamaConfig, MistralConfig, TrainingArguments
 
-from component.train.validation import validate
+from component.error import UserError
+from component.rope import extend_context
+from component.train.validation import check_skipping, validate
 
 RIGHT = {"output_dir": "out", "max_seq_length": 8192, "model_max_length": 8192, "sft": False}
 
@@ -49,7 +53,8 @@ def test_valid_values():
         ("group_size", [2, 2048], [0, 1, 2047, -2]),
         ("group_size_ratio", [0.001, 1], [0, 1.01, -0.25]),
         ("full_attention_ratio", [0, 0.1, 1], [-0.1, 1.1]),
-        ("rope_type", ["linear", "dynamic", "yarn"], ["longrope"]),
+        ("rope_type", ["linear", "dynamic", "yarn", "theta"], ["longrope", "default"]),
+        ("rope_theta", [2, 5e5], [0, -5e5, 1, math.inf, math.nan, 1e17]),
         ("truncation_policy", ["truncate", "split", "drop"], ["pad"]),
         ("max_bad_fraction", [0, 0.99], [1, -0.01]),
         ("lora_rank", [1, 64], [0]),
@@ -212,3 +217,34 @@ def test_keys_that_are_not_honoured(key, tmp_path):
     (problem,) = validate(RIGHT | {key: WITHOUT_EFFECT[key]})
     assert problem.startswith(f"{key}: {WITHOUT_EFFECT[key]!r} is not supported; leave it out: ")
     assert validate(RIGHT | {key: getattr(TrainingArguments(output_dir=str(tmp_path), use_cpu=True), key)}) == []
+
+
+SKIPPING = RIGHT | {"model_max_length": 32768, "position_skipping": True}
+
+
+def test_position_skipping():
+    assert validate(SKIPPING) == []
+    (problem,) = validate(SKIPPING | {"model_max_length": 8192})
+    assert problem.startswith("position_skipping: true, but rows of 8192 tokens leave nothing to skip")
+    (problem,) = validate(SKIPPING | {"packing": True})
+    assert "packing: true" in problem
+    assert "set one of them to false" in problem
+
+
+@pytest.mark.parametrize("rope_type", ["linear", "yarn"])
+def test_models_whose_positions_can_be_skipped(rope_type):
+    config = LlamaConfig(max_position_embeddings=64)
+    extend_context(config, 192, rope_type)
+    check_skipping(config, 192)
+    check_skipping(MistralConfig(max_position_embeddings=64, sliding_window=192), 192)
+    check_skipping(MistralConfig(max_position_embeddings=64, sliding_window=None), 192)
+
+
+def test_models_whose_positions_cannot_be_skipped():
+    config = LlamaConfig(max_position_embeddings=64)
+    extend_context(config, 192, "dynamic")
+    with pytest.raises(UserError, match=r"^position_skipping: true, but dynamic positions.*rope_type: linear"):
+        check_skipping(config, 192)
+    for config in (MistralConfig(sliding_window=191), Gemma2Config()):
+        with pytest.raises(UserError, match=f"^position_skipping: true, but {config.model_type}'s own attention"):
+            check_skipping(config, 192)
