@@ -228,7 +228,7 @@ def main() -> None:
     rows = requested_rows(flags)
     waiting = [(row, seed) for row, seed in rows if not (flags.work / "results" / f"{row.name}-{seed}.json").exists()]
     print(f"{estimate(waiting, flags)}; on {hardware()}", flush=True)
-    if flags.dry_run:
+    if flags.dry_run or not waiting:
         return
     read = {"--base": [flags.base], "--texts": [flags.texts]}
     with work_folder(flags.work / "runs", "run.py", read):
