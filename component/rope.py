@@ -6,9 +6,9 @@ Linear position interpolation (arXiv 2306.15595, section 2.2): position m enters
 `max_position_embeddings` as the length *before* scaling, so it stays (or becomes) the original length; for scalings
 that a base was pretrained with (llama3, longrope) it is the length *after* scaling.
 
-A raised base frequency, rope_theta (arXiv 2309.16039, section 2), slows all rotations
-but the fastest. It can be the only change (`theta`) or come with a scaling. A config does not say that its base was
-raised, nor how many tokens it is good for: `longqlora.json` does.
+A raised base frequency, rope_theta (arXiv 2309.16039, section 2), slows all rotations but the fastest. It can be the
+only change (`theta`) or come with a scaling. A config does not say that its base was raised, nor how many tokens it is
+good for: `longqlora.json` does.
 """
 
 import math

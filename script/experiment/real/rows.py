@@ -38,6 +38,10 @@ RECIPE: dict[str, Any] = {
     "resume_from_checkpoint": None,
     "overwrite_output_dir": True,
 }
+RAISED: dict[str, Any] = {
+    "rope_type": "theta",
+    "rope_theta": 1e6,
+}  # SmolLM2's is 1e5; NTK-aware for 4 x would be 4.2e5
 CLOSE = 3  # seeds of the rows that are compared closely
 
 
@@ -67,11 +71,14 @@ def all_rows() -> dict[str, Row]:
             for kind in ("linear", "dynamic")
         ),
         Row("untrained-yarn", "yarn, untrained", program=None, rope_type="yarn", has_ruler=True),
+        Row("untrained-theta", "theta raised, untrained", RAISED, program=None, rope_type="theta"),
         Row("paper", "LongQLoRA as in the paper: linear, S2", seeds=CLOSE, has_ruler=True),
         Row("paper-last", "the same, full attention in the last 10 % of the steps", LAST),
         Row("ours", "**ours**: yarn, S2, full attention in the last 10 %", ours, seeds=CLOSE, has_ruler=True),
         Row("yarn-s2", "yarn, S2 throughout", YARN),
         Row("full-attention", "yarn, full attention throughout", YARN | NO_S2, seeds=CLOSE, has_ruler=True),
+        Row("theta", "theta raised, S2, full attention in the last 10 %", RAISED | LAST),
+        Row("pose", "yarn, PoSE: rows of 8192 tokens, positions of 32768", YARN | NO_S2 | {"position_skipping": True}),
         Row("full", "full fine-tuning, yarn, full attention", YARN | NO_S2 | {"learning_rate": 1e-4}, program=FULL),
         Row("rank-8", "ours, rank 8", ours | {"lora_rank": 8, "lora_alpha": 8}),
         Row("mixture", "ours, a third of the tokens in short texts", ours | {"packing": True}, texts="mixture"),

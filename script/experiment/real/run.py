@@ -177,7 +177,7 @@ def do(row: Row, seed: int, flags: argparse.Namespace) -> dict:
 def save_scaled(row: Row, folder: Path, flags: argparse.Namespace) -> Path:
     """Copy the base to `folder`, with scaled positions."""
     config = load_config(str(flags.base))
-    extend_context(config, length_of(row, flags), str(row.rope_type))
+    extend_context(config, length_of(row, flags), str(row.rope_type), rope_theta=row.changes.get("rope_theta"))
     shutil.copytree(flags.base, folder, dirs_exist_ok=True)
     config.save_pretrained(folder)
     return folder
@@ -192,7 +192,7 @@ def train(row: Row, seed: int, folder: Path, flags: argparse.Namespace) -> dict:
     settings |= {"model_name_or_path": str(flags.base), "output_dir": str(folder)}
     settings |= {"train_file": str(flags.work / "data" / f"{row.texts}.jsonl")}
     if settings.get("position_skipping"):
-        settings["max_seq_length"] = min(length, BASE_CONTEXT)
+        settings["max_seq_length"] = min(length // 2, BASE_CONTEXT)
     file.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     assert row.program
     execute([row.program, "--train_args_file", str(file)], file.with_suffix(".log"))
