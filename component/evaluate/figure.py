@@ -1,4 +1,4 @@
-"""How are results drawn? Passkey retrieval as a heat map, perplexity by length and by position."""
+"""How are results drawn? Passkey retrieval and RULER as heat maps, perplexity by length and by position."""
 
 from typing import Any
 
@@ -12,9 +12,16 @@ from component.storage.result import save_figure
 
 
 def heat_map(axes: Axes, shares: list[list[float]], depths: list[float], lengths: list[int], context: int) -> QuadMesh:
-    """A row per depth, a column per length, and a line where the model's context ends."""
+    """Passkeys: a row per depth, a column per length, and a line where the model's context ends."""
+    image = share_map(axes, shares, [f"{100 * depth:.0f} %" for depth in depths], lengths, context)
+    axes.set_ylabel("depth of the passkey in the text")
+    return image
+
+
+def share_map(axes: Axes, shares: list[list[float]], names: list[str], lengths: list[int], context: int) -> QuadMesh:
+    """Shares from 0 to 1 in percent: a row per name, a column per length, and a line where the context ends."""
     image = axes.pcolormesh(shares, cmap="cividis", vmin=0, vmax=1, edgecolors="white", linewidth=1.5)
-    axes.invert_yaxis()  # depth 0, the start of the text, at the top
+    axes.invert_yaxis()  # the first row at the top
     for row, line in enumerate(shares):
         for column, share in enumerate(line):
             color = "black" if share > 0.55 else "white"
@@ -23,8 +30,8 @@ def heat_map(axes: Axes, shares: list[list[float]], depths: list[float], lengths
     if has_context_line(lengths, context):
         axes.axvline(sum(length <= context for length in lengths), color="#d55e00", linewidth=3)
     axes.set_xticks([place + 0.5 for place in range(len(lengths))], [str(length) for length in lengths])
-    axes.set_yticks([place + 0.5 for place in range(len(depths))], [f"{100 * depth:.0f} %" for depth in depths])
-    axes.set(xlabel="prompt length in tokens", ylabel="depth of the passkey in the text")
+    axes.set_yticks([place + 0.5 for place in range(len(names))], names)
+    axes.set_xlabel("prompt length in tokens")
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     return image
@@ -41,11 +48,30 @@ def colour_bar(figure: Figure, image: QuadMesh, axes: Any) -> None:
 
 
 def draw(shares: list[list[float]], depths: list[float], lengths: list[int], context: int, file: str) -> None:
-    width, height = max(2.6 + 0.6 * len(lengths), 5.2), max(1.7 + 0.32 * len(depths), 3.0)
-    figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
-    colour_bar(figure, heat_map(axes, shares, depths, lengths, context), axes)
+    """Passkey retrieval by depth and length."""
+    figure, axes = _map_axes(len(depths), len(lengths))
+    image = heat_map(axes, shares, depths, lengths, context)
+    _save_map(figure, axes, image, "Passkey retrieval accuracy, %", lengths, context, file)
+
+
+def draw_tasks(scores: list[list[float]], tasks: list[str], lengths: list[int], context: int, file: str) -> None:
+    """RULER's scores by task and length."""
+    figure, axes = _map_axes(len(tasks), len(lengths))
+    image = share_map(axes, scores, tasks, lengths, context)
+    _save_map(figure, axes, image, "Score of RULER's tasks, %", lengths, context, file)
+
+
+def _map_axes(rows: int, columns: int) -> tuple[Figure, Axes]:
+    width, height = max(2.6 + 0.6 * columns, 5.2), max(1.7 + 0.32 * rows, 3.0)
+    return plt.subplots(figsize=(width, height), layout="constrained")
+
+
+def _save_map(
+    figure: Figure, axes: Axes, image: QuadMesh, title: str, lengths: list[int], context: int, file: str
+) -> None:
+    colour_bar(figure, image, axes)
     line = f" (orange line: end of the model's context of {context} tokens)"
-    figure.suptitle("Passkey retrieval accuracy, %" + line * has_context_line(lengths, context), fontsize=10)
+    figure.suptitle(title + line * has_context_line(lengths, context), fontsize=10)
     save_figure(figure, file)
 
 

@@ -59,15 +59,9 @@ def generate_batch(
         prompts: token ids; none fills the context.
         seeds: of each answer, if it is sampled.
     """
-    longest = max(map(len, prompts))
-    pads = [longest - len(prompt) for prompt in prompts]
-    for prompt in prompts:
-        check_prompt(model, tokenizer, prompt)
+    input_ids, mask, pads = _left_padded(model, tokenizer, prompts)
+    longest = input_ids.shape[1]
     room = [min(flags.max_new_tokens, free_context(model, prompt)) for prompt in prompts]
-    device = model.get_input_embeddings().weight.device
-    filler = tokenizer.eos_token_id  # any id: padding is masked
-    input_ids = torch.tensor([[filler] * pad + ids for pad, ids in zip(pads, prompts, strict=True)], device=device)
-    mask = torch.tensor([[0] * pad + [1] * len(ids) for pad, ids in zip(pads, prompts, strict=True)], device=device)
     stops = flags.stop or ()
     ends = _Ends(tokenizer, longest, room, stops)
     config = generation_config(model, tokenizer, max(room), stops, do_sample=False)  # _Rows samples
@@ -84,6 +78,38 @@ def generate_batch(
         answer_text(tokenizer, _until_end(row[longest : longest + most].cpu(), end_ids), stops)
         for row, most in zip(output, room, strict=True)
     ]
+
+
+def greedy_batch(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], max_new_tokens: int
+) -> list[list[int]]:
+    """The greedy continuation of each prompt, as generate_greedy's; may exceed the model's context.
+
+    Raises:
+        UserError: a model whose rotary frequencies follow the longest row, and several prompts.
+    """
+    if len(prompts) > 1 and not has_fixed_frequencies(model.config):
+        raise UserError("--batch_size: the model's rotary frequencies depend on the length of rows; set it to 1")
+    input_ids, mask, _ = _left_padded(model, tokenizer, prompts)
+    config = generation_config(model, tokenizer, max_new_tokens, do_sample=False)
+    output = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=config)
+    end_ids = torch.tensor(config.eos_token_id)
+    return [_until_end(row.cpu(), end_ids) for row in output[:, input_ids.shape[1] :]]
+
+
+def _left_padded(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
+) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """Ids and attention mask, (B, T) each, on the model's device, and the padding of each row."""
+    for prompt in prompts:
+        check_prompt(model, tokenizer, prompt)
+    longest = max(map(len, prompts))
+    pads = [longest - len(prompt) for prompt in prompts]
+    device = model.get_input_embeddings().weight.device
+    filler = tokenizer.eos_token_id  # any id: padding is masked
+    input_ids = torch.tensor([[filler] * pad + ids for pad, ids in zip(pads, prompts, strict=True)], device=device)
+    mask = torch.tensor([[0] * pad + [1] * len(ids) for pad, ids in zip(pads, prompts, strict=True)], device=device)
+    return input_ids, mask, pads
 
 
 def _until_end(ids: torch.Tensor, end_ids: torch.Tensor) -> list[int]:

@@ -3,7 +3,15 @@
 import matplotlib.pyplot as plt
 import pytest
 
-from component.evaluate.figure import draw_lengths, draw_positions, has_context_line, heat_map, longest_shared
+from component.evaluate.figure import (
+    draw_lengths,
+    draw_positions,
+    draw_tasks,
+    has_context_line,
+    heat_map,
+    longest_shared,
+    share_map,
+)
 
 
 @pytest.fixture
@@ -47,6 +55,15 @@ def test_a_cell_per_depth_and_length(axes):
     assert [label.get_text() for label in axes.get_xticklabels()] == ["256", "512"]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["0 %", "75 %"]
     assert axes.yaxis_inverted()
+
+
+def test_a_cell_per_task_and_length(axes, tmp_path):
+    share_map(axes, [[1.0, 0.256], [0.5, 0.0], [0.9, 0.1]], ["vt", "cwe", "fwe"], [256, 512], 300)
+    assert [text.get_text() for text in axes.texts] == ["100", "26", "50", "0", "90", "10"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["vt", "cwe", "fwe"]
+    assert [line.get_xdata()[0] for line in axes.get_lines()] == [1]
+    draw_tasks([[1.0, 0.5]], ["vt"], [256, 512], 300, str(tmp_path / "f.png"))
+    assert (tmp_path / "f.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
 def test_infinite_perplexities_are_not_drawn(axes):

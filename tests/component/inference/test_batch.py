@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from component.error import UserError
-from component.inference.batch import check_batch, generate_batch
+from component.inference.batch import check_batch, generate_batch, greedy_batch
 from component.inference.generate import generate
 from component.rope import extend_context
 from tests.conftest import TEXTS, build_llama
@@ -37,6 +37,17 @@ def test_greedy_answers_are_those_of_each_alone(penalty, model, tokenizer, promp
     assert texts == [generate(model, tokenizer, ids, words, str) for ids in prompts]
     tokens = [stock(model, ids, max_new_tokens=20, repetition_penalty=float(penalty)) for ids in prompts]
     assert texts == [tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens]
+
+
+def test_greedy_ids_beyond_the_context(model, tokenizer, prompts):
+    """In a context of 128 tokens, one prompt fills it, and one row ends early."""
+    prompts = [*prompts, [0, *range(20, 200)]]
+    answers = [stock(model, ids, max_new_tokens=9) for ids in prompts]
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(answers[2][3])
+    found = greedy_batch(model, tokenizer, prompts, 9)
+    end = answers[2][3]
+    assert found == [ids[: ids.index(end) + 1] if end in ids else ids for ids in answers]
+    assert len(found[2]) < 9
 
 
 def test_rows_that_end_early_end_there(model, tokenizer, prompts):
