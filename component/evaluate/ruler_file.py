@@ -1,0 +1,42 @@
+"""Which trials of RULER does a result file hold? Written after each cell, so that an interrupted run can go on."""
+
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from component.error import UserError
+from component.evaluate.ruler import Trial, score
+from component.storage.foreign import read_object, reading
+from component.storage.result import origin, write_json
+
+CURE = "leave out --resume, and name another --output_json"
+
+
+def write_trials(path: str, record: dict[str, Any], trials: list[Trial]) -> None:
+    write_json(path, {**record, "trials": [asdict(trial) for trial in trials], **origin()})
+
+
+def kept_trials(path: str, asked: dict[str, Any]) -> list[Trial]:
+    """The trials of the complete cells (all samples of a task at a length) in a file; none if there is no file.
+
+    Args:
+        asked: the settings that answers depend on.
+
+    Raises:
+        UserError: the file is none of ours, or another model's, or of other settings.
+    """
+    if not Path(path).is_file():
+        return []
+    found = read_object(Path(path), "is no result of ruler.py", CURE)
+    with reading(f"--resume: {path} is no result of ruler.py", CURE):
+        before = dict(found["asked"])
+        trials = [Trial(**trial) for trial in found["trials"]]
+        scores = [score(trial.answer, trial.references) for trial in trials]
+        if scores != [trial.score for trial in trials]:
+            raise ValueError("a score does not follow from its answer")
+    for name, value in asked.items():
+        if before.get(name) != value:
+            raise UserError(f"--resume: {path} was measured with {name} {before.get(name)}, not {value}; {CURE}")
+    complete = Counter((trial.length, trial.task) for trial in trials)
+    return [trial for trial in trials if complete[trial.length, trial.task] == asked["samples"]]

@@ -1,0 +1,173 @@
+"""ruler.py: the whole way from a model to the table, the JSON and the figure.
+
+python -m pytest tests/script/evaluate/test_ruler.py -m slow
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from component.evaluate.ruler_prompt import SampleMaker
+from component.evaluate.ruler_task import TASKS
+from tests.conftest import ROOT
+from tests.outcome import refused_by_us
+from tests.words import write_lines
+
+RULER = "script/evaluate/ruler.py"
+
+
+def test_results(run_program, tmp_path, adapter_folder):
+    """A tiny model with random weights fails the tasks."""
+    words = [
+        "--lengths",
+        1700,
+        1650,
+        "--samples",
+        2,
+        "--seed",
+        1,
+        "--peft_model",
+        adapter_folder,
+        "--tasks",
+        "vt",
+        "fwe",
+    ]
+    files = ["--output_json", tmp_path / "ruler.json", "--figure", tmp_path / "ruler.png"]
+    outcome = run_program(RULER, *words, *files)
+    assert outcome.status == 0, outcome.err
+    found = json.loads((tmp_path / "ruler.json").read_text())
+    assert (found["lengths"], found["tasks"]) == ([1650, 1700], ["vt", "fwe"])
+    assert found["scores"] == [[0.0, 0.0], [0.0, 0.0]]
+    assert (found["means"], found["relative_to_shortest"]) == ([0.0, 0.0], [None, None])
+    assert found["effective_length"]["tokens"] is None
+    assert (found["rope_factor"], found["context_tokens"], found["decoding"]) == (2.0, 128, "greedy")
+    assert found["asked"]["template"] == "completion"
+    maker = SampleMaker(AutoTokenizer.from_pretrained(adapter_folder), "completion", 1, None, 1700)
+    assert [(t["length"], t["task"], t["sample"], t["prompt_tokens"], t["references"]) for t in found["trials"]] == [
+        (length, task, number, len(sample.ids), sample.references)
+        for length in (1650, 1700)
+        for task in ("vt", "fwe")
+        for number in range(2)
+        for sample in [maker.sample(task, length, number)]
+    ]
+    assert all(trial["answer"] for trial in found["trials"])
+    assert {"command", "hardware", "date", "versions", "seconds"} <= found.keys()
+    assert (tmp_path / "ruler.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    lines = outcome.out.splitlines()
+    assert lines[-7].split()[-2:] == ["1650", "1700"]
+    assert [line.split()[0] for line in lines[-6:-2]] == ["vt", "fwe", "mean", "relative"]
+    assert lines[-2].endswith("RULER's bar: below 1650 tokens")
+    assert "template       completion" in lines
+
+
+def test_the_path_to_a_full_score(run_program, tmp_path, base_folder, monkeypatch):
+    """With the references in place of what the model would write, everything behind it gives 100."""
+    monkeypatch.setattr(
+        "component.evaluate.ruler.model_answer",
+        lambda *_: lambda made: [" ".join(one.references).upper() for one in made],
+    )
+    words = ["--base_model", base_folder, "--lengths", 6000, 7000, "--samples", 1, "--share", 1]
+    outcome = run_program(RULER, *words, "--output_json", tmp_path / "r.json")
+    assert outcome.status == 0, outcome.err
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert found["tasks"] == list(TASKS)
+    assert found["scores"] == [[1.0, 1.0]] * 11
+    assert found["effective_length"] == {
+        "threshold": 0.856,
+        "tokens": 7000,
+        "share": 1.0,
+        "tokens_by_share": 7000,
+    }
+
+
+def test_resume_goes_on_where_it_ended(run_program, tmp_path, base_folder):
+    file = tmp_path / "r.json"
+    words = ["--base_model", base_folder, "--samples", 2, "--tasks", "vt", "--output_json", file]
+    assert run_program(RULER, *words, "--lengths", 1650).status == 0
+    record = json.loads(file.read_text())
+    record["trials"][1]["answer"] = "marked: not computed again"
+    file.write_text(json.dumps(record))
+    refused_by_us(run_program(RULER, *words, "--lengths", 1650, 1700), "--output_json", "exists")
+    outcome = run_program(RULER, *words, "--lengths", 1650, 1700, "--resume")
+    assert outcome.status == 0, outcome.err
+    trials = json.loads(file.read_text())["trials"]
+    assert [(t["length"], t["sample"]) for t in trials] == [(1650, 0), (1650, 1), (1700, 0), (1700, 1)]
+    assert trials[1]["answer"] == "marked: not computed again"
+    outcome = run_program(RULER, *words, "--lengths", 1650, "--resume", "--seed", 1)
+    refused_by_us(outcome, "--resume", "seed 42, not 1")
+    assert "Loading weights" not in outcome.err
+
+
+def test_a_users_haystack(run_program, tmp_path, base_folder):
+    books = write_lines(tmp_path / "books.jsonl", {"text": "Whales swim. Boats sail far."})
+    words = ["--base_model", base_folder, "--lengths", 1200, "--samples", 1, "--tasks", "niah_single_2"]
+    outcome = run_program(RULER, *words, "--haystack", books, "--output_json", tmp_path / "r.json")
+    assert outcome.status == 0, outcome.err
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert found["asked"]["haystack"] == str(books)
+    refused_by_us(run_program(RULER, *words, "--haystack", books, "--output_json", books), "--haystack reads it")
+
+
+@pytest.mark.parametrize(
+    ("template", "flag", "shown"),
+    [
+        (None, [], "completion"),
+        (None, ["--template", "chat"], "vicuna"),
+        ("{{ messages[0]['content'] }}", [], "tokenizer"),
+        ("{{ messages[0]['content'] }}", ["--template", "completion"], "completion"),
+    ],
+)
+def test_which_template(template, flag, shown, run_program, own_base):
+    if template:
+        tokenizer = AutoTokenizer.from_pretrained(own_base)
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(own_base)
+    words = ["--base_model", own_base, "--lengths", 1900, "--samples", 1, "--tasks", "vt"]
+    outcome = run_program(RULER, *words, *flag)
+    assert outcome.status == 0, outcome.err
+    assert f"template       {shown}" in outcome.out.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        ([], ["--base_model", "missing"]),
+        (["--base_model", "/no/such"], ["base_model", "/no/such"]),
+        (["--base_model", "{base}", "--lengths", "0"], ["--lengths", "0", "at least 1"]),
+        (["--base_model", "{base}", "--lengths", "300"], ["--lengths", "300", "niah_single_1", "needs about"]),
+        (["--base_model", "{base}", "--samples", "0"], ["--samples", "0", "at least 1"]),
+        (["--base_model", "{base}", "--batch_size", "0"], ["--batch_size", "0", "at least 1"]),
+        (
+            ["--base_model", "{base}", "--tasks", "vt", "niah_singel_1"],
+            ["niah_singel_1", "did you mean niah_single_1?"],
+        ),
+        (["--base_model", "{base}", "--share", "1.5"], ["--share", "1.5", "at most 1"]),
+        (["--base_model", "{base}", "--resume"], ["--resume", "--output_json"]),
+        (["--base_model", "{base}", "--haystack", "/no/such.jsonl"], ["--haystack", "/no/such.jsonl"]),
+        (["--base_model", "{base}", "--figure", "{base}"], ["--figure", "is a folder"]),
+    ],
+)
+def test_mistakes(words, parts, run_program, base_folder):
+    outcome = run_program(RULER, *(word.format(base=base_folder) for word in words))
+    refused_by_us(outcome, *parts)
+    assert "Loading weights" not in outcome.err, "before anything is loaded"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parts", [1, 2])
+def test_several_processes_give_the_same_trials(run_program, tmp_path, adapter_folder, parts):
+    """Samples shared out, or each sample shared by two processes."""
+    words = ["--lengths", "1650", "1700", "--samples", "3", "--tasks", "vt", "--peft_model", str(adapter_folder)]
+    assert run_program(RULER, *words, "--output_json", tmp_path / "one.json").status == 0
+    launcher = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node=2"]
+    more = ["--sequence_parallel_size", str(parts), "--output_json", str(tmp_path / "two.json")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run([*launcher, RULER, *words, *more], cwd=ROOT, env=environment, check=True, timeout=300)
+    one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
+    assert two["trials"] == one["trials"]
+    assert two["scores"] == one["scores"]
