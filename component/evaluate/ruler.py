@@ -15,7 +15,8 @@ from component.evaluate.table import grid
 from component.inference.batch import greedy_batch
 from component.loading import end_ids
 
-THRESHOLD = 0.856  # Llama2-7B's mean score at 4096 tokens, the published bar (section 4)
+# LLaMA2-7B's mean scores at 4096 tokens, the published thresholds: of chat models (table 3), of base models (table 12)
+THRESHOLDS = {"chat models": 0.856, "base models": 0.794}
 Answer = Callable[[list[Sample]], list[str]]
 
 
@@ -92,16 +93,16 @@ def summary(scores: list[list[float]], lengths: list[int], share: float) -> dict
         share: of the mean at the shortest length, for the second effective length.
     """
     means = [fmean(column) for column in zip(*scores, strict=True)]
-    own = share * means[0]
+    bars = {f"RULER's threshold for {kind}": threshold for kind, threshold in THRESHOLDS.items()}
+    if means[0]:
+        bars[f"{share:g} of the mean at {lengths[0]} tokens"] = share * means[0]
     return {
         "means": means,
         "relative_to_shortest": [mean / means[0] for mean in means] if means[0] else [None] * len(means),
-        "effective_length": {
-            "threshold": THRESHOLD,
-            "tokens": effective_length(means, lengths, THRESHOLD),
-            "share": share,
-            "tokens_by_share": effective_length(means, lengths, own) if means[0] else None,
-        },
+        "effective_length": [
+            {"by": name, "threshold": threshold, "tokens": effective_length(means, lengths, threshold)}
+            for name, threshold in bars.items()
+        ],
     }
 
 
@@ -111,13 +112,8 @@ def report(scores: list[list[float]], tasks: list[str], lengths: list[int], foun
     rows.append(["mean", *(f"{100 * mean:.1f}" for mean in found["means"])])
     relative = ["-" if ratio is None else f"{ratio:.2f}" for ratio in found["relative_to_shortest"]]
     rows.append(["relative to the shortest", *relative])
-    effective = found["effective_length"]
-    bars = [
-        (f"a mean of {100 * effective['threshold']:.1f}, RULER's bar", effective["tokens"]),
-        (f"{effective['share']:g} of the mean at {lengths[0]} tokens", effective["tokens_by_share"]),
-    ]
-    lines = [
-        f"effective length by {name}: {f'{tokens} tokens' if tokens else f'below {lengths[0]} tokens'}"
-        for name, tokens in bars
-    ]
+    lines = []
+    for bar in found["effective_length"]:
+        tokens = f"{bar['tokens']} tokens" if bar["tokens"] else f"below {lengths[0]} tokens"
+        lines.append(f"effective length by {bar['by']} ({100 * bar['threshold']:.1f}): {tokens}")
     return "\n".join([grid(["score in % at tokens of", *map(str, lengths)], rows), *lines])

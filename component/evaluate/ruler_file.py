@@ -17,14 +17,15 @@ def write_trials(path: str, record: dict[str, Any], trials: list[Trial]) -> None
     write_json(path, {**record, "trials": [asdict(trial) for trial in trials], **origin()})
 
 
-def kept_trials(path: str, asked: dict[str, Any]) -> list[Trial]:
+def kept_trials(path: str, asked: dict[str, Any], cells: list[tuple[int, str]]) -> list[Trial]:
     """The trials of the complete cells (all samples of a task at a length) in a file; none if there is no file.
 
     Args:
         asked: the settings that answers depend on.
+        cells: (length, task) of the run; the file will hold no others.
 
     Raises:
-        UserError: the file is none of ours, or another model's, or of other settings.
+        UserError: the file is none of ours, another model's, of other settings, or would lose trials.
     """
     if not Path(path).is_file():
         return []
@@ -38,5 +39,11 @@ def kept_trials(path: str, asked: dict[str, Any]) -> list[Trial]:
     for name, value in asked.items():
         if before.get(name) != value:
             raise UserError(f"--resume: {path} was measured with {name} {before.get(name)}, not {value}; {CURE}")
+    for trial in trials:
+        if (trial.length, trial.task) not in cells:
+            raise UserError(
+                f"--resume: {path} also holds {trial.task} at {trial.length} tokens, which would be lost; add them to "
+                "--tasks and --lengths, or name another --output_json without --resume"
+            )
     complete = Counter((trial.length, trial.task) for trial in trials)
     return [trial for trial in trials if complete[trial.length, trial.task] == asked["samples"]]

@@ -36,7 +36,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=1, help="prompts answered at once (default 1)")
     template = "default: chat if the model was tuned on chats or its tokenizer has a chat template, else completion"
     parser.add_argument("--template", choices=["completion", "chat"], help=template)
-    share = "of the mean at the shortest length, for the second effective length (default 0.8)"
+    share = "of the mean at the shortest length, as a threshold of the effective length (default 0.8)"
     parser.add_argument("--share", type=float, default=0.8, help=share)
     parser.add_argument("--figure", help="PNG file for the heat map")
     parser.add_argument("--resume", action="store_true", help="keep what --output_json holds of an interrupted run")
@@ -64,7 +64,7 @@ from component.evaluate.split import attend_across_processes, check_split
 from component.loading import recorded_template, resolve_model
 from component.rope import context_length
 from component.storage.claim import claimed
-from component.tokenizer import load_tokenizer
+from component.tokenizer import UNLIMITED, load_tokenizer
 
 
 def check_flags(flags: argparse.Namespace) -> None:
@@ -108,15 +108,15 @@ def main() -> None:
 def run(spec: ModelSpec, flags: argparse.Namespace) -> None:
     source = resolve_model(flags.base_model, flags.peft_model, "base_model", "peft_model").source
     check_split(model_config(spec), flags.lengths[-1], flags.sequence_parallel_size)
-    tokenizer = load_tokenizer(source, 10**9, field="base_model")  # no warning about texts beyond the context
+    tokenizer = load_tokenizer(source, UNLIMITED, field="base_model")
     template = chosen_template(flags.template, tokenizer)
     maker = SampleMaker(tokenizer, template, flags.seed, flags.haystack, flags.lengths[-1])
-    for length in flags.lengths:
-        for task in flags.tasks:
-            maker.check(task, length, flags.samples)
+    cells = [(length, task) for length in flags.lengths for task in flags.tasks]
+    for length, task in cells:
+        maker.check(task, length, flags.samples)
     names = ("base_model", "peft_model", "context_size", "load_in_4bit", "dtype", "haystack", "seed", "samples")
     asked = {**{name: getattr(flags, name) for name in names}, "template": template}
-    kept = gathered(kept_trials(flags.output_json, asked) if flags.resume and is_first_process() else [])
+    kept = gathered(kept_trials(flags.output_json, asked, cells) if flags.resume and is_first_process() else [])
     model = load_model_spec(spec, load_in_4bit=flags.load_in_4bit, dtype=flags.dtype)
     if flags.sequence_parallel_size > 1:
         attend_across_processes(model)
@@ -142,9 +142,9 @@ def measure(
     Args:
         kept: trials of an earlier run, in complete cells.
     """
-    done = {(trial.length, trial.task): 0 for trial in kept}
+    done = {(trial.length, trial.task) for trial in kept}
     cells = [(length, task) for length in flags.lengths for task in flags.tasks]
-    trials = [trial for trial in kept if (trial.length, trial.task) in cells]
+    trials = list(kept)
     waiting = [cell for cell in cells if cell not in done]
     disable = None if is_first_process() else True  # None: without a terminal
     with tqdm(total=len(cells) * flags.samples, initial=len(trials), unit="sample", disable=disable) as bar:

@@ -4,7 +4,7 @@ import pytest
 
 from component.error import UserError
 from component.evaluate.ruler import (
-    THRESHOLD,
+    THRESHOLDS,
     Trial,
     effective_length,
     model_answer,
@@ -58,26 +58,30 @@ def test_table_and_summary():
     found = summary(scores, [100, 200], 0.75)
     assert found["means"] == pytest.approx([0.9, 0.7])
     assert found["relative_to_shortest"] == pytest.approx([1.0, 7 / 9])
-    assert found["effective_length"] == {"threshold": 0.856, "tokens": 100, "share": 0.75, "tokens_by_share": 200}
-    assert summary(scores, [100, 200], 0.8)["effective_length"]["tokens_by_share"] == 100
+    assert [(bar["by"], bar["threshold"], bar["tokens"]) for bar in found["effective_length"]] == [
+        ("RULER's threshold for chat models", 0.856, 100),
+        ("RULER's threshold for base models", 0.794, 100),
+        ("0.75 of the mean at 100 tokens", pytest.approx(0.675), 200),
+    ]
+    assert summary(scores, [100, 200], 0.8)["effective_length"][-1]["tokens"] == 100
     assert report(scores, ["cwe", "vt"], [100, 200], found).splitlines() == [
         "score in % at tokens of    100   200",
         "cwe                       90.0  80.0",
         "vt                        90.0  60.0",
         "mean                      90.0  70.0",
         "relative to the shortest  1.00  0.78",
-        "effective length by a mean of 85.6, RULER's bar: 100 tokens",
-        "effective length by 0.75 of the mean at 100 tokens: 200 tokens",
+        "effective length by RULER's threshold for chat models (85.6): 100 tokens",
+        "effective length by RULER's threshold for base models (79.4): 100 tokens",
+        "effective length by 0.75 of the mean at 100 tokens (67.5): 200 tokens",
     ]
 
 
 def test_a_model_without_any_success_has_no_effective_length():
     found = summary([[0.0, 0.0]], [100, 200], 0.8)
     assert found["relative_to_shortest"] == [None, None]
-    assert found["effective_length"]["tokens"] is None
-    assert found["effective_length"]["tokens_by_share"] is None
-    assert report([[0.0, 0.0]], ["vt"], [100, 200], found).endswith("at 100 tokens: below 100 tokens")
-    assert THRESHOLD == 0.856
+    assert [bar["tokens"] for bar in found["effective_length"]] == [None, None]
+    assert report([[0.0, 0.0]], ["vt"], [100, 200], found).endswith("base models (79.4): below 100 tokens")
+    assert len(THRESHOLDS) == 2
 
 
 class TestTrials:

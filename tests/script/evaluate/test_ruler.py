@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+import torch
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from component.evaluate.ruler_prompt import SampleMaker
 from component.evaluate.ruler_task import TASKS
@@ -44,7 +45,7 @@ def test_results(run_program, tmp_path, adapter_folder):
     assert (found["lengths"], found["tasks"]) == ([1650, 1700], ["vt", "fwe"])
     assert found["scores"] == [[0.0, 0.0], [0.0, 0.0]]
     assert (found["means"], found["relative_to_shortest"]) == ([0.0, 0.0], [None, None])
-    assert found["effective_length"]["tokens"] is None
+    assert [bar["tokens"] for bar in found["effective_length"]] == [None, None]
     assert (found["rope_factor"], found["context_tokens"], found["decoding"]) == (2.0, 128, "greedy")
     assert found["asked"]["template"] == "completion"
     maker = SampleMaker(AutoTokenizer.from_pretrained(adapter_folder), "completion", 1, None, 1700)
@@ -61,7 +62,7 @@ def test_results(run_program, tmp_path, adapter_folder):
     lines = outcome.out.splitlines()
     assert lines[-7].split()[-2:] == ["1650", "1700"]
     assert [line.split()[0] for line in lines[-6:-2]] == ["vt", "fwe", "mean", "relative"]
-    assert lines[-2].endswith("RULER's bar: below 1650 tokens")
+    assert lines[-2].endswith("chat models (85.6): below 1650 tokens")
     assert "template       completion" in lines
 
 
@@ -77,12 +78,34 @@ def test_the_path_to_a_full_score(run_program, tmp_path, base_folder, monkeypatc
     found = json.loads((tmp_path / "r.json").read_text())
     assert found["tasks"] == list(TASKS)
     assert found["scores"] == [[1.0, 1.0]] * 11
-    assert found["effective_length"] == {
-        "threshold": 0.856,
-        "tokens": 7000,
-        "share": 1.0,
-        "tokens_by_share": 7000,
-    }
+    assert [bar["tokens"] for bar in found["effective_length"]] == [7000, 7000, 7000]
+    assert found["effective_length"][2]["by"] == "1 of the mean at 6000 tokens"
+
+
+def test_a_model_that_knows_the_answers(run_program, tmp_path, own_base):
+    """Trained on the two samples of one seed: it answers these, and none of another seed."""
+    tokenizer = AutoTokenizer.from_pretrained(own_base)
+    maker = SampleMaker(tokenizer, "completion", 1, None, 400)
+    samples = [maker.sample("niah_single_1", 600, number) for number in range(2)]
+    answers = [tokenizer(f" {one.references[0]}</s>", add_special_tokens=False).input_ids for one in samples]
+    model = LlamaForCausalLM.from_pretrained(own_base)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(60):
+        for one, answer in zip(samples, answers, strict=True):
+            ids = torch.tensor([one.ids + answer])
+            logits = model(input_ids=ids, use_cache=False).logits[0, len(one.ids) - 1 : -1]
+            torch.nn.functional.cross_entropy(logits, torch.tensor(answer)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(own_base)
+    for seed, score, batch_size in ((1, 1.0, 2), (1, 1.0, 1), (2, 0.0, 2)):
+        words = ["--base_model", own_base, "--lengths", 600, "--samples", 2, "--tasks", "niah_single_1"]
+        more = ["--seed", seed, "--batch_size", batch_size, "--output_json", tmp_path / "r.json", "--overwrite"]
+        outcome = run_program(RULER, *words, *more)
+        assert outcome.status == 0, outcome.err
+        found = json.loads((tmp_path / "r.json").read_text())
+        assert found["scores"] == [[score]]
+        assert found["effective_length"][0]["tokens"] == (600 if score else None)
 
 
 def test_resume_goes_on_where_it_ended(run_program, tmp_path, base_folder):
