@@ -64,7 +64,11 @@ TARGETS: dict[str, tuple[str, str]] = {
         "",
     ),
     "component/evaluate/perplexity.py": (
-        "longlora_windows sliding_windows plan_windows mean_loss _window_losses measure_perplexity",
+        "longlora_windows sliding_windows plan_windows mean_loss _long_ppl window_losses measure_perplexity",
+        "",
+    ),
+    "component/evaluate/long_ppl.py": (
+        "KeyTokenRule.first is_key key_mask KeyTokenFinder.__call__ find_key_tokens",
         "",
     ),
     "component/evaluate/aggregate.py": ("sum_window by_position by_document perplexity_of", ""),

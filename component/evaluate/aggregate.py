@@ -20,6 +20,8 @@ class WindowSum:
     positions: np.ndarray  # (2, buckets): sums in nats, and token counts
     first_document: int
     documents: np.ndarray  # (2, documents in the window from first_document on): the same
+    key_loss: float = 0.0  # sum over the key tokens, in nats
+    key_tokens: int = 0
 
 
 @dataclass
@@ -49,6 +51,7 @@ def sum_window(
     losses: torch.Tensor,
     start: int,
     first_scored: int,
+    key_tokens: np.ndarray | None = None,
     *,
     seq_len: int,
     buckets: int,
@@ -59,10 +62,13 @@ def sum_window(
     Args:
         losses: (T - 1,), entry t is the loss of token `start + t + 1` of the file.
         start, first_scored: token indices in the file.
+        key_tokens: positions in the window, all of scored tokens.
         seq_len: the length that is divided into buckets; the window of a shorter file is shorter.
         buckets: 0 for none.
     """
-    scored = losses[first_scored - start - 1 :].double().cpu().numpy()
+    all_losses = losses.double().cpu().numpy()
+    scored = all_losses[first_scored - start - 1 :]
+    keys = all_losses[[] if key_tokens is None else key_tokens - 1]
     indices = np.arange(first_scored, first_scored + len(scored))  # in the file
     bucket_of = (indices - start) * buckets // seq_len
     positions = _grouped(scored, bucket_of, buckets) if buckets else np.zeros((2, 0))
@@ -71,7 +77,8 @@ def sum_window(
         document_of = np.searchsorted(document_starts, indices, side="right") - 1
         first = int(document_of[0])
         documents = _grouped(scored, document_of - first, int(document_of[-1]) - first + 1)
-    return WindowSum(number, float(scored.sum()), len(scored), positions, first, documents)
+    sums = (float(scored.sum()), len(scored), positions, first, documents)
+    return WindowSum(number, *sums, float(keys.sum()), len(keys))
 
 
 def _grouped(losses: np.ndarray, group_of: np.ndarray, groups: int) -> np.ndarray:

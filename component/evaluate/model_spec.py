@@ -15,11 +15,11 @@ from huggingface_hub import hf_hub_download
 from transformers import PretrainedConfig, PreTrainedModel
 
 from component.data.token_file import check_tokenizer, index_path, read_index
-from component.error import UserError
+from component.error import UserError, naming
 from component.loading import extended_config_of, load_model, resolve_model
 from component.rope import context_length, rope_factor
 from component.storage.foreign import reading
-from component.tokenizer import tokenizer_in
+from component.tokenizer import tokenizer_hash, tokenizer_in
 
 
 @dataclass(frozen=True)
@@ -28,15 +28,25 @@ class ModelSpec:
     base_model: str | None
     peft_model: str | None
     context_size: int | None
+    flag: str | None = None  # the one that named it, if none of these
 
     @property
     def field(self) -> str:
         """The flag to name in error messages."""
-        return "base_model" if self.name is None else f"--compare {self.name}"
+        return self.flag or ("base_model" if self.name is None else f"--compare {self.name}")
 
     @property
     def adapter_field(self) -> str:
-        return "peft_model" if self.name is None else f"--compare {self.name}"
+        return self.flag or ("peft_model" if self.name is None else f"--compare {self.name}")
+
+    def __str__(self) -> str:
+        """As it is written without its name, with absolute paths of folders."""
+        places = [str(Path(place).resolve()) if Path(place).is_dir() else place for place in self._places]
+        return ":".join(places) + (f"@{self.context_size}" if self.context_size else "")
+
+    @property
+    def _places(self) -> list[str]:
+        return [place for place in (self.base_model, self.peft_model) if place]
 
 
 def parse_model_spec(text: str) -> ModelSpec:
@@ -46,14 +56,37 @@ def parse_model_spec(text: str) -> ModelSpec:
         UserError: no name, or no model.
     """
     name, is_named, rest = text.partition("=")
-    context = None if Path(rest).exists() else re.fullmatch(r"(.+)@(0*[1-9]\d*)", rest)
-    path, tokens = (context[1], int(context[2])) if context else (rest, None)
-    model, has_adapter, adapter = (path, "", "") if Path(path).exists() else path.partition(":")
-    if not (name and is_named and model) or (has_adapter and not adapter):
+    places = _places_in(rest)
+    if not (name and is_named and places):
         raise UserError(f"--compare: {text!r}; use NAME=MODEL or NAME=MODEL:ADAPTER, and @TOKENS to scale a base")
+    return ModelSpec(name, *places)
+
+
+def parse_evaluator(text: str, compared: list[ModelSpec]) -> ModelSpec:
+    """The model of `--evaluator`: one of --compare by its name, or `MODEL[:ADAPTER][@TOKENS]`.
+
+    Raises:
+        UserError: no model.
+    """
+    named = next((spec for spec in compared if spec.name == text), None)
+    if named:
+        return named
+    places = _places_in(text)
+    if not places:
+        raise UserError(f"--evaluator: {text!r}; use MODEL or MODEL:ADAPTER, and @TOKENS to scale a base")
+    return ModelSpec(None, *places, flag="--evaluator")
+
+
+def _places_in(text: str) -> tuple[str | None, str | None, int | None] | None:
+    """Base, adapter and context of `MODEL[:ADAPTER][@TOKENS]`; None if it is not of this form."""
+    context = None if Path(text).exists() else re.fullmatch(r"(.+)@(0*[1-9]\d*)", text)
+    path, tokens = (context[1], int(context[2])) if context else (text, None)
+    model, has_adapter, adapter = (path, "", "") if Path(path).exists() else path.partition(":")
+    if not model or (has_adapter and not adapter):
+        return None
     if (Path(model) / "adapter_config.json").is_file() and not adapter:
-        return ModelSpec(name, None, model, tokens)
-    return ModelSpec(name, model, adapter or None, tokens)
+        return None, model, tokens
+    return model, adapter or None, tokens
 
 
 def parse_model_specs(texts: list[str]) -> list[ModelSpec]:
@@ -93,7 +126,7 @@ def check_model_spec(spec: ModelSpec, data_path: str) -> str:
         Whether the model's tokenizer is the file's, in words; recorded in the result.
     """
     model_config(spec)
-    source = resolve_model(spec.base_model, spec.peft_model, spec.field, spec.adapter_field).source
+    source = _source(spec)
     index = read_index(data_path)
     if index is None:
         return f"not checked: there is no index {Path(data_path).name}.json that says which one made the file"
@@ -102,6 +135,37 @@ def check_model_spec(spec: ModelSpec, data_path: str) -> str:
         return f"not checked: {source} holds none"
     check_tokenizer(index, tokenizer, data_path)
     return "the file's"
+
+
+def check_evaluator(evaluator: ModelSpec, measured: list[ModelSpec], data_path: str, longest: int) -> None:
+    """Refuse, before any weight is loaded, an evaluator that can't find the key tokens of the models' windows.
+
+    Args:
+        longest: tokens of the longest window.
+
+    Raises:
+        UserError: its context is shorter than a window, or its tokenizer is another one.
+    """
+    context = context_length(model_config(evaluator))
+    if context < longest:
+        raise UserError(
+            f"--evaluator: {evaluator} has a context of {context} tokens, but windows have {longest}; shorten "
+            "--seq_len, or name a model with a longer context"
+        )
+    own = tokenizer_in(_source(evaluator))
+    for spec in measured:
+        other = tokenizer_in(_source(spec))
+        if own and other and tokenizer_hash(own) != tokenizer_hash(other):
+            raise UserError(
+                f"--evaluator: the tokenizer of {evaluator} gives other ids than that of {spec}; name a model "
+                "with the same tokenizer"
+            )
+    with naming("--evaluator"):
+        check_model_spec(evaluator, data_path)
+
+
+def _source(spec: ModelSpec) -> str:
+    return resolve_model(spec.base_model, spec.peft_model, spec.field, spec.adapter_field).source
 
 
 def model_config(spec: ModelSpec) -> PretrainedConfig:

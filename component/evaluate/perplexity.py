@@ -8,7 +8,8 @@ sliding: each token of the file but the first is scored exactly once, with as mu
     all tokens weigh the same. A file of seq_len tokens or fewer is one window; with one token more there is a second
     window, shifted by one, that scores only that token.
 
-Sums by position in the window and by document: component/evaluate/aggregate.py.
+Sums by position in the window and by document: component/evaluate/aggregate.py. Key tokens, for LongPPL:
+component/evaluate/long_ppl.py.
 """
 
 import time
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -34,6 +36,10 @@ from component.evaluate.aggregate import (
 from component.evaluate.flags import PROTOCOLS
 from component.evaluate.split import losses_of
 from component.loading import default_device, free_memory, inference_dtype
+
+# (numbers of B windows, their ids (B, T), the losses of all their tokens but the first (B, T - 1))
+#     -> for each window the positions of its key tokens
+KeyTokenSource = Callable[[range, Tensor, Tensor], list[np.ndarray]]
 
 
 @dataclass
@@ -61,6 +67,9 @@ class Perplexity:
     tokens_per_second: float  # fed to the model, by all processes together
     peak_allocated_gib: float | None  # device memory of tensors, highest of all processes; None without a GPU
     peak_reserved_gib: float | None  # the same, as reserved by PyTorch's allocator
+    long_ppl: float | None = None  # perplexity over the key tokens alone; None without any
+    key_tokens: int | None = None  # None if they were not looked for
+    key_token_share: float | None = None  # of the tokens scored
 
 
 def longlora_windows(tokens: int, seq_len: int, stride: int) -> list[Window]:
@@ -116,12 +125,14 @@ def measure_perplexity(
     batch_size: int = 1,
     position_buckets: int = 16,
     document_starts: Sequence[int] | None = None,
+    key_tokens: KeyTokenSource | None = None,
 ) -> Perplexity:
     """Perplexity of `model` on `tokens`; all processes share the work, and each gets the result.
 
     Args:
         position_buckets: number of buckets for results by position, at most `seq_len`; 0 for none.
         document_starts: first token of each document, ascending from 0.
+        key_tokens: which tokens count for LongPPL; None: it is not measured.
 
     Raises:
         UserError: unknown protocol, a number below its minimum, or a file too short for one window.
@@ -132,18 +143,14 @@ def measure_perplexity(
     buckets, begin = min(position_buckets, seq_len), time.monotonic()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    own = [
-        sum_window(
-            number,
-            losses,
-            windows[number].start,
-            windows[number].first_scored,
-            seq_len=seq_len,
-            buckets=buckets,
-            document_starts=starts,
-        )
-        for number, losses in _window_losses(model, tokens, windows, batch_size)
-    ]
+    own = []
+    for batch, ids, losses in window_losses(model, tokens, windows, batch_size):
+        keys = key_tokens(batch, ids, losses) if key_tokens else [None] * len(batch)
+        for number, row, positions in zip(batch, losses, keys, strict=True):
+            edges = (windows[number].start, windows[number].first_scored)
+            own.append(
+                sum_window(number, row, *edges, positions, seq_len=seq_len, buckets=buckets, document_starts=starts)
+            )
     sums = sorted(results_once(own), key=lambda window: window.number)
     loss = mean_loss(sums, protocol)
     return Perplexity(
@@ -158,6 +165,7 @@ def measure_perplexity(
         by_document(sums, starts) if starts is not None else [],
         process_count(),
         *_cost(begin, tokens=sum(window.end - window.start for window in windows)),
+        *(_long_ppl(sums) if key_tokens else ()),
     )
 
 
@@ -168,10 +176,17 @@ def mean_loss(sums: list[WindowSum], protocol: str) -> float:
     return sum(window.loss for window in sums) / sum(window.tokens for window in sums)
 
 
-def _window_losses(
-    model: PreTrainedModel, tokens: np.ndarray, windows: list[Window], batch_size: int
-) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield each of this process's windows as (number, losses (end - start - 1,) of its tokens but the first).
+def _long_ppl(sums: list[WindowSum]) -> tuple[float | None, int, float]:
+    """LongPPL, key tokens, their share of the tokens scored; under both protocols all key tokens weigh the same."""
+    keys = sum(window.key_tokens for window in sums)
+    loss = sum(window.key_loss for window in sums)
+    return perplexity_of(loss / keys) if keys else None, keys, keys / sum(window.tokens for window in sums)
+
+
+def window_losses(
+    model: PreTrainedModel, tokens: np.ndarray, windows: list[Window], batch_size: int, task: str = ""
+) -> Iterator[tuple[range, Tensor, Tensor]]:
+    """Yield this process's windows in batches of B: numbers, ids (B, T), losses (B, T - 1) of all but the first token.
 
     All windows have the same length. Processes share whole batches, so that batches do not depend on their number.
     """
@@ -180,11 +195,12 @@ def _window_losses(
     length = windows[0].end - windows[0].start
     total = sum(map(len, batches))
     disable = None if is_first_process() else True  # None: without a terminal
-    with tqdm(total=total, desc=f"seq_len {length}", unit="window", disable=disable) as bar:
+    with tqdm(total=total, desc=f"{task}seq_len {length}", unit="window", disable=disable) as bar:
         for batch in batches:
             spans = [windows[number] for number in batch]
             rows = np.stack([tokens[window.start : window.end] for window in spans]).astype(np.int64)
-            yield from zip(batch, losses_of(model, torch.from_numpy(rows).to(device)), strict=True)
+            ids = torch.from_numpy(rows).to(device)
+            yield batch, ids, losses_of(model, ids)
             bar.update(len(batch))
 
 

@@ -63,3 +63,12 @@ def test_perplexity_of_a_loss():
     assert perplexity_of(699.5) == math.exp(699.5)
     assert perplexity_of(700.0) == perplexity_of(800.0) == math.inf
     assert math.isnan(perplexity_of(math.nan))
+
+
+def test_key_tokens_of_a_window():
+    """Tokens 102, 104 and 105 of the file: positions 2, 4 and 5."""
+    found = summed(key_tokens=np.array([2, 4, 5]))
+    assert (found.key_loss, found.key_tokens) == (26.0, 3)
+    assert (found.loss, found.tokens) == (30.0, 4)
+    for none in (np.array([], dtype=np.int64), None):
+        assert (summed(key_tokens=none).key_loss, summed(key_tokens=none).key_tokens) == (0.0, 0)

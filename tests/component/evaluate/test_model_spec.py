@@ -5,10 +5,12 @@ import pytest
 from component.error import UserError
 from component.evaluate.model_spec import (
     ModelSpec,
+    check_evaluator,
     check_model_spec,
     describe_model,
     load_model_spec,
     local_tokens,
+    parse_evaluator,
     parse_model_spec,
     parse_model_specs,
 )
@@ -53,6 +55,39 @@ def test_a_folder_with_an_at_sign_in_its_name(tmp_path):
 def test_names_must_differ():
     with pytest.raises(UserError, match=r"--compare: base names 2 models"):
         parse_model_specs(["base=a", "other=b", "base=c"])
+
+
+def test_an_evaluator_is_a_name_or_a_model(base_folder, adapter_folder):
+    compared = parse_model_specs([f"base={base_folder}", f"ours={adapter_folder}"])
+    assert parse_evaluator("ours", compared) is compared[1]
+    flag = "--evaluator"
+    for text, expected in (
+        (str(adapter_folder), ModelSpec(None, None, str(adapter_folder), None, flag)),
+        (f"{base_folder}@128", ModelSpec(None, str(base_folder), None, 128, flag)),
+        (f"{base_folder}:{adapter_folder}", ModelSpec(None, str(base_folder), str(adapter_folder), None, flag)),
+        ("owner/model", ModelSpec(None, "owner/model", None, None, flag)),
+    ):
+        found = parse_evaluator(text, compared)
+        assert found == expected
+        assert str(found) == text
+        assert found.field == found.adapter_field == "--evaluator"
+    for text in ("", "x:", "x:@128"):
+        with pytest.raises(UserError, match=r"^--evaluator: .*use MODEL or MODEL:ADAPTER"):
+            parse_evaluator(text, compared)
+
+
+def test_folders_are_written_with_absolute_paths(base_folder, monkeypatch):
+    monkeypatch.chdir(base_folder.parent)
+    assert str(ModelSpec(None, base_folder.name, "owner/adapter", None)) == f"{base_folder}:owner/adapter"
+
+
+def test_the_context_of_an_evaluator(base_folder, adapter_folder, tmp_path):
+    (tmp_path / "tokens.bin").write_bytes(bytes(64))
+    for text, context in ((str(base_folder), 64), (f"{base_folder}@100", 128), (str(adapter_folder), 128)):
+        evaluator = parse_evaluator(text, [])
+        check_evaluator(evaluator, [evaluator], str(tmp_path / "tokens.bin"), context)
+        with pytest.raises(UserError, match=f"context of {context} tokens, but windows have {context + 1};"):
+            check_evaluator(evaluator, [evaluator], str(tmp_path / "tokens.bin"), context + 1)
 
 
 @pytest.mark.parametrize("name", [None, "mine"])

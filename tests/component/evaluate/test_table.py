@@ -2,7 +2,7 @@
 
 from component.evaluate.aggregate import Document, PositionBucket
 from component.evaluate.perplexity import Perplexity
-from component.evaluate.table import comparison, document_line, length_table, position_table
+from component.evaluate.table import comparison, document_line, length_table, no_key_tokens, position_table
 
 
 def result(seq_len: int, perplexity: float, **changes) -> Perplexity:
@@ -49,3 +49,33 @@ def test_documents():
     assert document_line("ours", documents) == (
         "ours by document: 3 documents, from 3.0000 (document 7) over 4.0000 (median) to 9.5000 (document 2)"
     )
+
+
+def test_long_ppl_beside_perplexity():
+    some, none = result(256, 7.15459), result(128, 35.0)
+    some.long_ppl, some.key_tokens, some.key_token_share = 3.25, 1234, 0.09996
+    none.key_tokens, none.key_token_share = 0, 0.0
+    assert length_table([none, some]).splitlines() == [
+        "seq_len  stride  windows  tokens scored    loss  perplexity  tokens/s  LongPPL  key tokens    share",
+        "128          64       10         12,345  1.5000     35.0000     5,120        -           0   0.00 %",
+        "256          64       10         12,345  1.5000      7.1546     5,120   3.2500       1,234  10.00 %",
+    ]
+    assert comparison({"base": [none, some], "ours": [none, some]}).splitlines()[4:] == [
+        "LongPPL at a window of  128     256",
+        "base                      -  3.2500",
+        "ours                      -  3.2500",
+    ]
+
+
+def test_why_there_is_no_long_ppl():
+    results = [result(length, 7.0) for length in (63, 64, 65, 66)]
+    for found in results[:3]:
+        found.key_tokens = 0
+    results[3].key_tokens = 1
+    assert no_key_tokens(results, 64).splitlines() == [
+        "no LongPPL at seq_len 63: the first 64 tokens of a window can't be key",
+        "no LongPPL at seq_len 64: the first 64 tokens of a window can't be key",
+        "no LongPPL at seq_len 65: no token is key",
+    ]
+    assert no_key_tokens(results[3:], 64) == ""
+    assert no_key_tokens([result(256, 7.0)], 64) == "", "not looked for"

@@ -23,6 +23,7 @@ from component.data.token_file import write_tokens
 from component.evaluate.perplexity import measure_perplexity
 from component.storage.claim import claimed
 from tests.conftest import ROOT
+from tests.reference.long_ppl import key_tokens, log_likelihoods
 from tests.reference.longlora_perplexity import longlora_perplexity
 
 EVALUATE = "script/evaluate/evaluate.py"
@@ -30,6 +31,9 @@ IDS = np.random.default_rng(0).integers(2, 384, 150).tolist()
 DOCUMENTS = [IDS[:20], IDS[20:21], IDS[21:100], IDS[100:]]
 FIELDS = ["protocol", "seq_len", "stride", "windows", "tokens_scored", "loss", "perplexity", "by_position"]
 FIELDS += ["by_document", "processes", "seconds", "tokens_per_second", "peak_allocated_gib", "peak_reserved_gib"]
+FIELDS += ["long_ppl", "key_tokens", "key_token_share"]
+RULE = ["--long_ppl_context", 8, "--long_ppl_stride", 5, "--long_ppl_alpha", 0.15, "--long_ppl_beta", -7]
+LONG_PPL = ["--long_ppl", *RULE]
 
 
 @pytest.fixture
@@ -64,6 +68,8 @@ def test_everything_is_in_the_json(evaluate, base_folder, tokens):
         assert f"{row['perplexity']:.4f}" in printed
         assert len(row["by_position"]) == 4
         assert row["peak_allocated_gib"] is None
+        assert (row["long_ppl"], row["key_tokens"]) == (None, None)
+    assert "LongPPL" not in printed
     by_document = found["results"][0]["by_document"]
     assert [(d["document"], d["start"], d["tokens"]) for d in by_document] == [
         (0, 0, 18),
@@ -258,6 +264,225 @@ def test_processes_that_no_window_can_be_shared_by(run_program, tokens, base_fol
     assert "--sequence_parallel_size: 2, but this run has 1 process; start a multiple of it with" in outcome.err
     outcome = run_program(EVALUATE, *words, "--sequence_parallel_size", 0)
     assert "--sequence_parallel_size: 0; use at least 1" in outcome.err
+
+
+# ---- LongPPL
+
+
+def defined(evaluator: Path, measured: Path, seq_len: int) -> tuple[list[list[int]], float]:
+    """Key tokens by window, and LongPPL, under protocol longlora with windows side by side."""
+    models = [LlamaForCausalLM.from_pretrained(folder).eval() for folder in (evaluator, measured)]
+    of_last = log_likelihoods(models[1])
+    texts = [IDS[start : start + seq_len] for start in range(0, len(IDS) - seq_len, seq_len)][:-1]
+    keys = [key_tokens(models[0], ids, 8, 5, 0.15, -7.0) for ids in texts]
+    losses = [-of_last(ids[: key + 1]) for ids, found in zip(texts, keys, strict=True) for key in found]
+    return keys, math.exp(sum(losses) / len(losses))
+
+
+@pytest.fixture
+def other_base(tmp_path, base_folder) -> Path:
+    """Another model with the same tokenizer."""
+    folder = Path(shutil.copytree(base_folder, tmp_path / "other"))
+    model = LlamaForCausalLM.from_pretrained(base_folder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_long_ppl_of_a_model_that_is_its_own_evaluator(evaluate, base_folder):
+    found, printed = evaluate("--base_model", base_folder, "--seq_len", 13, 31, 48, *LONG_PPL)
+    short, *long = found["results"]
+    assert (short["long_ppl"], short["key_tokens"], short["key_token_share"]) == (None, 0, 0.0)
+    assert "no LongPPL at seq_len 13: the first 13 tokens of a window can't be key" in printed
+    assert printed.count("no LongPPL") == 1
+    for row in long:
+        keys, expected = defined(base_folder, base_folder, row["seq_len"])
+        assert row["key_tokens"] == sum(map(len, keys)) > 3
+        assert row["key_token_share"] == row["key_tokens"] / row["tokens_scored"]
+        assert row["long_ppl"] == pytest.approx(expected, rel=1e-5)
+        assert f"{row['long_ppl']:.4f}  {row['key_tokens']:>10}  {100 * row['key_token_share']:.2f} %" in printed
+    assert found["evaluator"] == str(base_folder)
+    names = [f"long_ppl_{name}" for name in ("context", "stride", "alpha", "beta")]
+    assert [found[name] for name in names] == [8, 5, 0.15, -7.0]
+
+
+def test_no_key_token_is_said(evaluate, base_folder):
+    found, printed = evaluate("--base_model", base_folder, "--seq_len", 31, "--long_ppl", *RULE[:4])
+    assert (found["results"][0]["long_ppl"], found["results"][0]["key_tokens"]) == (None, 0)
+    assert "no LongPPL at seq_len 31: no token is key" in printed
+    assert "nan" not in printed
+    assert (found["long_ppl_alpha"], found["long_ppl_beta"]) == (2.0, -2.0)
+
+
+def test_one_set_of_key_tokens_for_all_models(evaluate, base_folder, other_base, tmp_path, monkeypatch):
+    """The evaluator is loaded first and alone; a second run reads its file, and loads no evaluator."""
+    loaded, load = [], component.evaluate.model_spec.load_model
+
+    def load_alone(base, *words, **options):
+        assert [model for _, model in loaded if model() is not None] == []
+        model = load(base, *words, **options)
+        loaded.append((base, weakref.ref(model)))
+        return model
+
+    monkeypatch.setattr(component.evaluate.model_spec, "load_model", load_alone)
+    words = ["--seq_len", 31, 13, *LONG_PPL, "--key_tokens", tmp_path / "keys.json"]
+    models = [f"base={base_folder}", f"other={other_base}"]
+    found, printed = evaluate("--compare", *models, "--evaluator", "other", *words)
+    assert [base for base, _ in loaded] == [str(other_base), str(base_folder), str(other_base)]
+    for model, folder in zip(found["models"], (base_folder, other_base), strict=True):
+        keys, expected = defined(other_base, folder, 31)
+        assert model["evaluator"] == str(other_base)
+        assert model["results"][0]["key_tokens"] == sum(map(len, keys)) > 3
+        assert model["results"][0]["long_ppl"] == pytest.approx(expected, rel=1e-5)
+        assert [model["results"][1][name] for name in ("long_ppl", "key_tokens")] == [None, 0]
+    assert keys != defined(base_folder, base_folder, 31)[0]
+    table = printed[printed.index("LongPPL at a window of") :].splitlines()
+    assert [line.split()[0] for line in table[1:3]] == ["base", "other"]
+    assert [line.split()[1:] for line in table[1:3]] == [
+        [f"{model['results'][0]['long_ppl']:.4f}", "-"] for model in found["models"]
+    ]
+    kept = json.loads((tmp_path / "keys.json").read_text())
+    assert [row["positions"] for row in kept["lengths"]] == [keys, [[]] * 10]
+
+    loaded.clear()
+    before = (tmp_path / "keys.json").read_bytes()
+    again, _ = evaluate("--base_model", base_folder, *words)
+    assert [base for base, _ in loaded] == [str(base_folder)]
+    assert again["evaluator"] == str(other_base)
+    assert without_times(again["results"]) == without_times(found["models"][0]["results"])
+    assert (tmp_path / "keys.json").read_bytes() == before, "also with --overwrite"
+
+
+def test_a_model_keeps_its_own_key_tokens(evaluate, base_folder, adapter_folder, tmp_path):
+    words = ["--seq_len", 31, *LONG_PPL, "--key_tokens", tmp_path / "keys.json"]
+    evaluate("--base_model", base_folder, "--evaluator", base_folder, *words)
+    kept = json.loads((tmp_path / "keys.json").read_text())
+    keys, _ = defined(base_folder, base_folder, 31)
+    assert kept["lengths"] == [
+        {"seq_len": 31, "sliding_window": 31, "windows": 3, "key_tokens": sum(map(len, keys)), "positions": keys}
+    ]
+    found, _ = evaluate("--peft_model", adapter_folder, *words)
+    assert found["results"][0]["key_tokens"] == sum(map(len, keys))
+    (tmp_path / "keys.json").unlink()
+    found, _ = evaluate("--peft_model", adapter_folder, *words)
+    own = json.loads((tmp_path / "keys.json").read_text())
+    assert found["evaluator"] == own["evaluator"] == str(adapter_folder)
+    assert own["lengths"][0]["positions"] != keys
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--seq_len", 48], ["--seq_len 31 (here 48)"]),
+        (["--sliding_window", 9], ["--sliding_window 31 at --seq_len 31 (here 9)"]),
+        (["--protocol", "sliding"], ["--protocol longlora (here sliding)", "3 windows at --seq_len 31 (here 5)"]),
+        (["--long_ppl_context", 9], ["--long_ppl_context 8 (here 9)"]),
+        (["--long_ppl_stride", 4], ["--long_ppl_stride 5 (here 4)"]),
+        (["--long_ppl_alpha", 0.25], ["--long_ppl_alpha 0.15 (here 0.25)"]),
+        (["--long_ppl_beta", -5], ["--long_ppl_beta -7.0 (here -5.0)"]),
+        (["--evaluator", "{other}"], ["--evaluator {base} (here {other})"]),
+        (["--data_path", "{moved}"], ["--data_path {tokens} (here {moved}, with other content)"]),
+    ],
+)
+def test_key_tokens_of_something_else_are_refused(
+    words, parts, evaluate, run_program, base_folder, other_base, tokens, tmp_path
+):
+    moved = Path(shutil.copy(tokens, tmp_path / "moved.bin"))
+    names = {"base": base_folder, "other": other_base, "tokens": tokens, "moved": moved}
+    common = ["--base_model", base_folder, "--seq_len", 31, *LONG_PPL, "--key_tokens", tmp_path / "keys.json"]
+    evaluate(*common)
+    assert run_program(EVALUATE, *common, "--data_path", moved).status == 0, "the same content in another place"
+    np.array([5, *IDS[1:]], dtype=np.uint16).tofile(moved)
+    outcome = run_program(EVALUATE, "--data_path", tokens, *common, *[str(word).format(**names) for word in words])
+    assert outcome.status == 1
+    assert f"--key_tokens: {tmp_path}/keys.json holds the key tokens of " in outcome.err
+    for part in parts:
+        assert part.format(**names) in outcome.err, outcome.err
+    assert outcome.err.count("(here") == len(parts)
+    assert "Loading weights" not in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--evaluator", "{base}"], ["--evaluator: {base} has no effect without --long_ppl"]),
+        (["--long_ppl_alpha", 0], ["--long_ppl_alpha: 0.0 has no effect without --long_ppl"]),
+        (["--long_ppl", "--long_ppl_context", 0], ["--long_ppl_context: 0; use at least 1"]),
+        (["--long_ppl", "--long_ppl_stride", 0], ["--long_ppl_stride: 0; use at least 1"]),
+        (["--long_ppl", "--long_ppl_alpha", -1], ["--long_ppl_alpha: -1.0; use at least 0"]),
+        (["--long_ppl", "--long_ppl_alpha", "nan"], ["--long_ppl_alpha: nan; use a finite"]),
+        (["--long_ppl", "--long_ppl_beta", "inf"], ["--long_ppl_beta: inf; use a finite"]),
+        (["--long_ppl", "--evaluator", "{base}:"], ["--evaluator: '{base}:'; use MODEL or MODEL:ADAPTER"]),
+        (["--long_ppl", "--evaluator", "/no/such"], ["--evaluator", "/no/such"]),
+        (
+            ["--long_ppl", "--evaluator", "{retold}"],
+            ["--evaluator: the tokenizer of {retold} gives other ids than that of {base}"],
+        ),
+        (
+            ["--long_ppl", "--seq_len", 65],
+            ["--evaluator: {base} has a context of 64 tokens, but windows have 65; shorten"],
+        ),
+        (
+            ["--long_ppl", "--seq_len", 100, "--sliding_window", 16, "--evaluator", "{base}"],
+            ["--evaluator: {base} has a context of 64 tokens, but windows have 100"],
+        ),
+        (["--long_ppl", "--key_tokens", "{out}"], ["is written by --output_json too"]),
+        (["--long_ppl", "--key_tokens", "{base}/config.json"], ["config.json is no file of key tokens"]),
+        (["--long_ppl", "--key_tokens", "{tokens}"], ["tokens.bin is not valid JSON"]),
+    ],
+)
+def test_mistakes_about_key_tokens(words, parts, run_program, tokens, base_folder, tmp_path):
+    retold = Path(shutil.copytree(base_folder, tmp_path / "retold"))
+    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    tokenizer.add_tokens(["<other>"])
+    tokenizer.save_pretrained(retold)
+    names = {"base": base_folder, "retold": retold, "out": tmp_path / "out.json", "tokens": tokens}
+    words = [str(word).format(**names) for word in ["--base_model", "{base}", "--seq_len", 16, *words]]
+    outcome = run_program(EVALUATE, "--data_path", tokens, "--output_json", names["out"], *words)
+    assert outcome.status == 1
+    assert all(part.format(**names) in outcome.err for part in parts), outcome.err
+    assert "Loading weights" not in outcome.err
+    assert not names["out"].exists()
+
+
+def test_an_evaluator_of_another_tokenizer_than_the_models(run_program, tokens, base_folder, tmp_path):
+    """The file does not say whose tokens it holds."""
+    Path(f"{tokens}.json").unlink()
+    other = Path(shutil.copytree(base_folder, tmp_path / "retold"))
+    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    tokenizer.add_tokens(["<other>"])
+    tokenizer.save_pretrained(other)
+    words = ["--data_path", tokens, "--base_model", base_folder, "--seq_len", 31, *LONG_PPL, "--evaluator", other]
+    outcome = run_program(EVALUATE, *words)
+    assert outcome.status == 1
+    assert f"--evaluator: the tokenizer of {other} gives other ids than that of {base_folder}" in outcome.err
+    assert "Loading weights" not in outcome.err
+
+
+def test_models_in_one_table_need_one_evaluator(run_program, tokens, base_folder, other_base):
+    words = ["--data_path", tokens, "--seq_len", 31, *LONG_PPL]
+    outcome = run_program(EVALUATE, *words, "--compare", f"a={base_folder}", f"b={other_base}")
+    assert outcome.status == 1
+    assert "--evaluator: missing; all models of --compare are measured on the same key tokens" in outcome.err
+    assert "Loading weights" not in outcome.err
+
+
+@pytest.mark.parametrize(
+    "parts", [1, pytest.param(2, marks=pytest.mark.slow)], ids=["windows are shared out", "each window is split"]
+)
+def test_key_tokens_of_several_processes(parts, tokens, tmp_path, base_folder, other_base):
+    words = ["--base_model", base_folder, "--data_path", tokens, "--seq_len", 31, *LONG_PPL]
+    words += ["--evaluator", other_base, "--key_tokens", tmp_path / "keys.json", "--output_json", tmp_path / "r.json"]
+    torchrun(2, *words, "--sequence_parallel_size", parts)
+    (row,) = json.loads((tmp_path / "r.json").read_text())["results"]
+    keys, expected = defined(other_base, base_folder, 31)
+    assert json.loads((tmp_path / "keys.json").read_text())["lengths"][0]["positions"] == keys
+    assert (row["processes"], row["key_tokens"]) == (2, sum(map(len, keys)))
+    assert row["long_ppl"] == pytest.approx(expected, rel=1e-5)
+    torchrun(2, *words[:-1], tmp_path / "again.json", "--sequence_parallel_size", parts)  # both read the file
+    assert json.loads((tmp_path / "again.json").read_text())["results"][0]["long_ppl"] == row["long_ppl"]
 
 
 # ---- what exists, and what is read, is not overwritten; what is measured is not lost
