@@ -133,6 +133,16 @@ def test_long_ppl(protocol, stride, batch_size, tiny_llama, tokens):
     assert (known.long_ppl, known.key_tokens) == (ours.long_ppl, ours.key_tokens)
 
 
+def test_a_batch_of_a_first_window_and_a_later_one(tiny_llama, tokens):
+    """The first is scored from its beginning, the other one at its end alone."""
+    windows, rule = plan_windows(40, 31, 9, "sliding"), replace(RULE, alpha=0.01, beta=-100.0)
+    first, second = find_key_tokens(tiny_llama, tokens[:40], windows, rule, batch_size=2)
+    assert first == key_tokens(tiny_llama, tokens[:31].tolist(), 8, 5, 0.01, -100.0)
+    assert min(first) < 18, "in a block that the second needs not"
+    assert second == [k for k in key_tokens(tiny_llama, tokens[9:40].tolist(), 8, 5, 0.01, -100.0) if k >= 22]
+    assert second
+
+
 def test_no_key_token_is_none_and_not_nan(tiny_llama, tokens):
     windows = plan_windows(len(tokens), 31, 31, "longlora")
     finder = KeyTokenFinder(tiny_llama, windows, replace(RULE, alpha=100.0))
