@@ -68,6 +68,13 @@ def perplexities(seeds: list[dict], text: str, window: int) -> list[float]:
     return [entry["perplexity"] or float("inf") for entry in entries if entry["seq_len"] == window]
 
 
+def long_perplexities(seeds: list[dict], text: str) -> list[float]:
+    """LongPPL at the extended length, one for each seed that has it."""
+    pairs = ((result, entry) for result in seeds for entry in result["perplexity"].get(text, ()))
+    at_length = (entry for result, entry in pairs if entry["seq_len"] == result["length"])
+    return [entry["long_ppl"] for entry in at_length if entry.get("long_ppl")]
+
+
 def perplexity_table(results: Results) -> str:
     columns = sorted(
         {
@@ -77,11 +84,14 @@ def perplexity_table(results: Results) -> str:
             for entry in entries
         }
     )
-    lines = [
-        [seeds[0]["label"], *(cell(perplexities(seeds, *column)) for column in columns), *_cost(seeds[0])]
-        for seeds in results.values()
-    ]
-    return markdown(["perplexity", *(f"{text} {window}" for text, window in columns), "s/step", "GiB"], lines)
+    texts = sorted({text for text, _ in columns if any(long_perplexities(seeds, text) for seeds in results.values())})
+    lines = []
+    for seeds in results.values():
+        cells = [cell(perplexities(seeds, *column)) for column in columns]
+        cells += [cell(long_perplexities(seeds, text)) for text in texts]
+        lines.append([seeds[0]["label"], *cells, *_cost(seeds[0])])
+    head = [*(f"{text} {window}" for text, window in columns), *(f"{text} LongPPL" for text in texts)]
+    return markdown(["perplexity", *head, "s/step", "GiB"], lines)
 
 
 def _cost(result: dict) -> list[str]:

@@ -7,7 +7,8 @@
 TEXTS holds NAME-train and NAME-validation files of any kind that script/data reads (NAME: books, proof, ...); --other
 names texts unlike those, to see whether short ability is kept. Each row of rows.py is `train.py` on a YAML, then
 script/evaluate/evaluate.py over windows of several lengths, and ruler.py for some rows. Results:
-WORK/results/ROW-SEED.json; rows that have one are skipped.
+WORK/results/ROW-SEED.json; rows that have one are skipped. The key tokens of LongPPL are found by the row trained with
+full attention throughout, which therefore comes first; without it there is no LongPPL.
 """
 
 import argparse
@@ -59,19 +60,20 @@ from component.storage.result import hardware, origin, write_json
 from script.experiment.real.rows import BASE_CONTEXT, FULL, RECIPE, Row, all_rows
 from script.shared.program import execute, read_training
 
+REFERENCE = "full-attention"  # the row that finds key tokens
 HELD_OUT = 12  # pieces of each kind of text, each as long as a window and a bit more
 SHORT = 2048  # tokens: window for texts unlike the training's
 
 
 def requested_rows(flags: argparse.Namespace) -> list[tuple[Row, int]]:
-    """(row, seed): the first seed of everything before any second one."""
+    """(row, seed): the first seed of everything before any second one, and the row that finds key tokens first."""
     known = all_rows()
     names = list(known) if flags.rows == ["all"] else flags.rows
     for name in names:
         if name not in known:
             raise UserError(f"--rows: {name!r} is not in script/experiment/real/rows.py{nearest(name, known)}")
     pairs = [(known[name], seed) for name in names for seed in range(min(known[name].seeds, flags.seeds or 9))]
-    return sorted(pairs, key=lambda pair: pair[1])
+    return sorted(pairs, key=lambda pair: (pair[1], pair[0].name != REFERENCE))
 
 
 def length_of(row: Row, flags: argparse.Namespace) -> int:
@@ -210,9 +212,21 @@ def measure(row: Row, folder: Path, words: list[str], flags: argparse.Namespace)
         output = folder.with_name(f"{folder.name}-{file.stem}.json")
         lengths = [min(SHORT, *windows)] if file.stem == "other" else windows
         more = ["--data_path", str(file), "--output_json", str(output), "--overwrite", "--seq_len", *map(str, lengths)]
+        more += [] if file.stem == "other" else key_token_flags(row, file.stem, flags)
         execute(["script/evaluate/evaluate.py", *words, *more], output.with_suffix(".log"))
         found[file.stem] = json.loads(output.read_text(encoding="utf-8"))["results"]
     return found
+
+
+def key_token_flags(row: Row, text: str, flags: argparse.Namespace) -> list[str]:
+    """The flags for LongPPL; none before the key tokens are found, or with other windows than theirs."""
+    length, file = length_of(row, flags), flags.work / "data" / f"keys-{text}.json"
+    is_found = row.name == REFERENCE or file.exists()
+    if not is_found or length != length_of(all_rows()[REFERENCE], flags):
+        return []
+    context, stride = min(4096, length // 4), min(1024, length // 16)  # published, from 16384 tokens on
+    rule = ["--long_ppl_context", str(context), "--long_ppl_stride", str(stride)]
+    return ["--long_ppl", "true", "--key_tokens", str(file), *rule]
 
 
 @exit_on_user_error

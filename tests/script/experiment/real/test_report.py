@@ -49,6 +49,13 @@ def test_perplexities(results):
     ]
 
 
+def test_perplexities_of_key_tokens(results):
+    for at, seeds in enumerate(results.values()):
+        seeds[0]["perplexity"]["books"].append({"seq_len": 32768, "perplexity": 9.0, "long_ppl": 4.0 + at})
+    lines = [line.split(" | ") for line in perplexity_table(results).splitlines()]
+    assert [line[5] for line in (lines[0], *lines[2:])] == ["books LongPPL", "4.00", "5.00"]
+
+
 def test_scores_beside_full_attention(results):
     (table,) = ruler_tables(results)
     lines = table.splitlines()

@@ -32,7 +32,7 @@ def run(run_program, base_folder, texts, tmp_path):
 
 @pytest.mark.slow
 def test_rows(run, tmp_path):
-    rows = ["untrained-linear", "paper-last", "mixture", "full"]
+    rows = ["untrained-linear", "paper-last", "mixture", "full", "full-attention"]
     outcome = run("--rows", *rows)
     assert outcome.status == 0, outcome.err
     for name in rows:
@@ -43,6 +43,7 @@ def test_rows(run, tmp_path):
             "other": [48],
         }
         assert all(entry["perplexity"] > 1 for entry in found["perplexity"]["books"])
+        assert all(entry["key_tokens"] is not None for entry in found["perplexity"]["books"])
         if name != "untrained-linear":
             assert found["settings"]["max_seq_length"] == 96
             assert found["training"]["train_loss"] > 1
