@@ -58,11 +58,11 @@ class GradientGuard(TrainerCallback):
     In fp16 such steps are skipped with a smaller loss scale; then the run ends once that can't help any more.
     """
 
-    norm: Any = 0.0  # of the step's gradients, before clipping
+    norm: Any = None  # of the step's gradients, before clipping; None if the engine does not tell
     scaler: Any = None  # PyTorch's, of fp16 without DeepSpeed
 
     def on_step_end(self, args, state, control, **kwargs):
-        norm = float(self.norm)
+        norm = 0.0 if self.norm is None else float(self.norm)
         if math.isfinite(norm) and norm >= 0:  # DeepSpeed says -1
             return
         if not args.fp16:

@@ -39,8 +39,8 @@ def test_a_loss_that_is_not_finite(tokenizer, tmp_path, value):
 @pytest.mark.parametrize("norm", [float("nan"), float("inf"), -1.0, torch.tensor(float("nan"))])
 def test_gradients_that_are_not_finite(trainer, norm):
     guard = GradientGuard()
-    guard.norm = 0.5
-    guard.on_step_end(trainer.args, trainer.state, None)
+    for guard.norm in (None, 0.0, 0.5):
+        guard.on_step_end(trainer.args, trainer.state, None)
     guard.norm = norm
     with pytest.raises(UserError, match="step 6: the norm of the gradients is not finite, though the losses are"):
         guard.on_step_end(trainer.args, trainer.state, None)
