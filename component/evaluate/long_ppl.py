@@ -99,7 +99,7 @@ def find_key_tokens(
     model: PreTrainedModel, tokens: np.ndarray, windows: list[Window], rule: KeyTokenRule, batch_size: int = 1
 ) -> list[list[int]]:
     """The positions of the key tokens of each window; all processes share the work, and each gets the result."""
-    if windows[0].end - windows[0].start <= rule.first:
+    if windows[0].end <= rule.first:  # the first window starts at 0, and all have its length
         return [[] for _ in windows]
     finder = KeyTokenFinder(model, windows, rule)
     for batch, ids, losses in window_losses(model, tokens, windows, batch_size, "key tokens, "):
