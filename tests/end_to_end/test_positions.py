@@ -182,6 +182,7 @@ def test_losses_equal_those_of_a_stock_model_with_these_positions(train, basic, 
         assert min(abs(expected[a] - expected[b]) for a, b in ((1, 2), (1, 3), (2, 3))) > 1e-4
 
 
+@pytest.mark.slow
 def test_positions_do_not_depend_on_batches_nor_on_evaluation(train, basic, base_folder, tmp_path):
     """One row at a time, streamed or not, read by other processes: the same run. Evaluation skips nothing."""
     settings = {"one": {}, "apart": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}}
@@ -211,6 +212,7 @@ def test_a_resumed_run_has_the_same_positions(train, basic, tmp_path):
     assert record(tmp_path / "broken")["arguments"]["position_skipping"] is True
 
 
+@pytest.mark.slow  # fast: tests/component/data/test_skipping.py
 def test_another_seed_has_other_positions(train, basic, tmp_path):
     values = {**basic, **SKIPPING, "learning_rate": 1e-12, "max_steps": 1}
     found = []

@@ -469,9 +469,8 @@ def test_models_in_one_table_need_one_evaluator(run_program, tokens, base_folder
     assert "Loading weights" not in outcome.err
 
 
-@pytest.mark.parametrize(
-    "parts", [1, pytest.param(2, marks=pytest.mark.slow)], ids=["windows are shared out", "each window is split"]
-)
+@pytest.mark.slow  # fast: tests/component/evaluate/test_long_ppl.py, in several processes
+@pytest.mark.parametrize("parts", [1, 2], ids=["windows are shared out", "each window is split"])
 def test_key_tokens_of_several_processes(parts, tokens, tmp_path, base_folder, other_base):
     words = ["--base_model", base_folder, "--data_path", tokens, "--seq_len", 31, *LONG_PPL]
     words += ["--evaluator", other_base, "--key_tokens", tmp_path / "keys.json", "--output_json", tmp_path / "r.json"]
