@@ -118,13 +118,12 @@ def telling_termination(trainer: Trainer) -> Iterator[None]:
     threading.Thread(target=_wait_for_termination, args=(read, trainer), daemon=True).start()
     before = signal.signal(signal.SIGTERM, lambda *_: None), signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     _parents.add(os.getpid())
-    try:
-        yield
-    finally:
-        _parents.discard(os.getpid())
-        signal.set_wakeup_fd(before[1])
-        signal.signal(signal.SIGTERM, before[0])
-        os.close(write)  # ends the thread
+    yield
+    # not after an exception: until it is told, a SIGTERM must not end the process in silence
+    _parents.discard(os.getpid())
+    signal.set_wakeup_fd(before[1])
+    signal.signal(signal.SIGTERM, before[0])
+    os.close(write)  # ends the thread
 
 
 def _wait_for_termination(read: int, trainer: Trainer) -> None:

@@ -104,6 +104,13 @@ def test_a_terminated_run_says_where_it_can_go_on(train, values, tmp_path):
     assert_goes_on(train, broken, tmp_path / "whole", 1)
 
 
+def is_worker(process: psutil.Process) -> bool:
+    try:
+        return "RANK" in process.environ()
+    except psutil.Error:  # it has just ended
+        return False
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("mode", MODES)
@@ -116,7 +123,7 @@ def test_a_killed_process_ends_the_run(train, values, tmp_path, mode, seed):
     launcher = [executable("torchrun"), "--nproc_per_node=2", f"--master_port={free_port()}"]
     process = started(launcher, train, broken, tmp_path / "log")
     time.sleep(draw.random())
-    workers = [child for child in psutil.Process(process.pid).children(recursive=True) if "RANK" in child.environ()]
+    workers = [child for child in psutil.Process(process.pid).children(recursive=True) if is_worker(child)]
     assert len(workers) == 2
     draw.choice(sorted(workers, key=lambda worker: worker.environ()["RANK"])).kill()
     killed = time.monotonic()
