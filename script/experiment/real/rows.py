@@ -14,29 +14,17 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from script.experiment.rows import ATTENTION, FULL, LAST, NO_S2, YARN
+from script.experiment.rows import RECIPE as SMALL_RECIPE
 
 LENGTH = 32768  # tokens: extended context, and of a training sample
 BASE_CONTEXT = 8192  # of SmolLM2; with another base, PoSE trains at rows of its own context
-RECIPE: dict[str, Any] = {
-    "sft": False,
+RECIPE: dict[str, Any] = SMALL_RECIPE | {  # what differs from the experiments on a small model
     "max_steps": 120,
     "per_device_train_batch_size": 1,
     "gradient_accumulation_steps": 4,
     "learning_rate": 5e-4,
-    "lr_scheduler_type": "constant_with_warmup",
     "warmup_steps": 10,
-    "lora_rank": 64,
-    "lora_alpha": 64,
-    "lora_dropout": 0.0,
-    "optim": "adamw_torch",
-    "adam_beta2": 0.99,
-    "weight_decay": 0.0,
-    "max_grad_norm": 1.0,
     "logging_steps": 5,
-    "save_strategy": "no",
-    "report_to": "none",
-    "resume_from_checkpoint": None,
-    "overwrite_output_dir": True,
 }
 RAISED: dict[str, Any] = {
     "rope_type": "theta",
@@ -56,10 +44,6 @@ class Row:
     length: int = LENGTH
     has_ruler: bool = False  # at the first seed
     texts: str = "train"  # data/TEXTS.jsonl
-
-    @property
-    def tokens_per_step(self) -> int:
-        return self.length * RECIPE["gradient_accumulation_steps"]
 
 
 def all_rows() -> dict[str, Row]:
