@@ -38,7 +38,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--max_steps", type=int, help="train for fewer steps, for a quick test")
     parser.add_argument("--length", type=int, help="extend to fewer tokens, for a quick test")
     parser.add_argument("--windows", type=int, nargs="+", help="tokens per window (2048, 8192, 32768 and the length)")
-    parser.add_argument("--samples", type=int, default=25, help="of each task of RULER and length (25)")
+    parser.add_argument("--samples", type=int, default=25, help="of each task of RULER and length; 0: no RULER (25)")
     parser.add_argument("--ruler_lengths", type=int, nargs="+", help="(4096, 8192 and the length)")
     parser.add_argument("--tokens_per_second", type=float, help="measured before, for the estimate of hours")
     parser.add_argument("--price", type=float, help="of an hour, for the estimate of costs")
@@ -155,7 +155,7 @@ def do(row: Row, seed: int, flags: argparse.Namespace) -> dict:
         result |= train(row, seed, folder, flags)
         words = ["--base_model" if row.program == FULL else "--peft_model", str(folder)]
     result["perplexity"] = measure(row, folder, words, flags)
-    if row.has_ruler and seed == 0:
+    if row.has_ruler and seed == 0 and flags.samples:
         lengths = sorted({*(flags.ruler_lengths or (4096, 8192)), length_of(row, flags)})
         output = folder.with_name(f"{folder.name}-ruler.json")
         more = [
@@ -232,7 +232,8 @@ def key_token_flags(row: Row, text: str, flags: argparse.Namespace) -> list[str]
 @exit_on_user_error
 def main() -> None:
     flags, start = parse_flags(), time.monotonic()
-    check_at_least(flags, 1, "seeds", "max_steps", "length", "windows", "samples", "ruler_lengths")
+    check_at_least(flags, 1, "seeds", "max_steps", "length", "windows", "ruler_lengths")
+    check_at_least(flags, 0, "samples")
     flags.work = flags.work.resolve()
     if not Path(flags.base).is_dir():
         flags.base = snapshot_download(flags.base, allow_patterns=[f"*{suffix}" for suffix in READ_SUFFIXES])

@@ -24,7 +24,7 @@ def texts(tmp_path):
 def run(run_program, base_folder, texts, tmp_path):
     def start(*words):
         paths = ["--base", base_folder, "--texts", texts, "--work", tmp_path / "work"]
-        small = ["--length", 96, "--max_steps", 1, "--windows", 48, "--seeds", 1]
+        small = ["--length", 96, "--max_steps", 1, "--windows", 48, "--seeds", 1, "--samples", 0]
         return run_program(RUN, *paths, *small, "--other", tmp_path / "other.jsonl", "--other_key", "content", *words)
 
     return start
