@@ -62,7 +62,7 @@ instructions() { # uses the extended model merged by passkey
         --output_json "$figures/experiment_instructions.json" --overwrite
 }
 examples() {
-    part examples python3 script/experiment/downstream/examples.py --base "$base" --extended "$long" \
+    part examples python3 script/experiment/downstream/examples.py --base "$base" --about "Models of 32 M parameters, pretrained from scratch for minutes: fluent style, little sense" --extended "$long" \
         --source "$texts/books-validation.jsonl.xz" --work "$work/examples" \
         --output_json "$figures/experiment_examples.json" \
         --long_figure "$figures/longdemo.png" --short_figure "$figures/shortdemo.png" --overwrite

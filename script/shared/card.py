@@ -1,5 +1,6 @@
-"""Which GPU is this, and what is its peak matrix rate?"""
+"""Which GPUs are here, and what is the peak matrix rate of one?"""
 
+import os
 import platform
 import statistics
 
@@ -22,3 +23,10 @@ def describe_card() -> dict:
         milliseconds.append(start.elapsed_time(end))
     tflops = 2 * 8192 * 4096 * 11008 / statistics.median(milliseconds[10:]) / 1e9
     return {"hardware": torch.cuda.get_device_name(), "matrix_tflops": round(tflops, 1)}
+
+
+def visible_gpus() -> list[str]:
+    """Their names for CUDA_VISIBLE_DEVICES, to give a program one of them; empty without a GPU."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = given.split(",") if given else map(str, range(torch.cuda.device_count()))
+    return list(names) if torch.cuda.is_available() else []

@@ -72,13 +72,14 @@ def show_and_run(command: str) -> float:
     return time.monotonic() - start
 
 
-def execute(words: list[str], log: Path) -> None:
+def execute(words: list[str], log: Path, *, environment: dict[str, str] | None = None) -> None:
     """Run one of this repository's programs offline, with its output in `log`.
 
     Raises:
         UserError: the program failed; the message ends with its last line of output.
     """
-    status = run([sys.executable, *words], log, environment={"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"})
+    fixed = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
+    status = run([sys.executable, *words], log, environment=fixed | (environment or {}))
     if status:
         last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
         raise UserError(f"{shlex.join(words[:3])} ended with status {status}: {' '.join(last)[:300]}; see {log}")

@@ -37,6 +37,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--passages", type=int, default=16, help="long and short ones each (16)")
     parser.add_argument("--shown", type=int, default=2, help="passages per figure (2)")
     parser.add_argument("--temperature", type=float, default=0.7, help="of sampling, with top_p 0.9 (0.7)")
+    parser.add_argument("--about", help="a sentence about the models, for the captions (their size)")
     parser.add_argument("--seed", type=int, default=42, help="of passages and sampling (42)")
     parser.add_argument("--output_json", required=True, help="file for all continuations and perplexities")
     parser.add_argument("--long_figure", required=True, help="PNG file: long prompts")
@@ -116,9 +117,9 @@ def picture(found: list[Passage], kind: str, parameters: int, flags: argparse.Na
 
 def caption(found: list[Passage], parameters: int, flags: argparse.Namespace) -> str:
     of = {name: math.exp(mean(passage["nats"][name] for passage in found)) for name in found[0]["nats"]}
+    about = flags.about or f"Models of {parameters / 1e6:.0f} M parameters"
     return (
-        f"Models of {parameters / 1e6:.0f} M parameters, pretrained from scratch for minutes: fluent style, little "
-        f"sense. The first {flags.shown} of {len(found)} random passages, not selected; sampled at "
+        f"{about}. The first {flags.shown} of {len(found)} random passages, not selected; sampled at "
         f"temperature {flags.temperature:g}, top_p 0.9, seed {flags.seed}; line breaks are not shown. Perplexity of "
         f"the next {flags.new_tokens} true tokens over all {len(found)} passages: base on the truncated prompt "
         f"{of['base']:.1f}; on the whole prompt, base with positions scaled but untrained {of['stretched']:.1f}, "

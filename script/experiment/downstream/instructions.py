@@ -31,6 +31,8 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--held_out", type=float, default=0.2, help="share of the samples to hold out (0.2)")
     parser.add_argument("--per_document", type=int, default=10, help="maximum questions per document (10)")
     parser.add_argument("--max_answer_tokens", type=int, default=512, help="drop samples with longer answers (512)")
+    short = "held-out questions with answers of at most this many tokens are also answered, and compared (16)"
+    parser.add_argument("--short_answer_tokens", type=int, default=16, help=short)
     parser.add_argument("--epochs", type=float, default=3.0, help="(3)")
     parser.add_argument("--max_steps", type=int, default=-1, help="train for fewer steps, for a quick test")
     parser.add_argument("--samples_per_step", type=int, default=4, help="(4)")
@@ -45,22 +47,24 @@ import yaml
 from transformers import PreTrainedTokenizerBase
 
 from component.data import IGNORE_INDEX
-from component.data.chat_template import encode_chat
+from component.data.chat_template import Turns, encode_conversation
 from component.data.source import RecordTally, read_records
 from component.error import UserError
+from component.loading import recorded_template
 from component.model import load_config
 from component.rope import context_length
 from component.storage.result import origin, write_json
 from component.tokenizer import UNLIMITED, load_tokenizer
+from script.experiment.downstream.answers import answers
 from script.experiment.downstream.split import Record, documents, split
 from script.experiment.downstream.tuning import check_flags, held, tune
-from script.shared.program import execute
+from script.shared.program import execute, in_a_process
 
 
 def check(flags: argparse.Namespace) -> None:
     if not 0 < flags.held_out < 1:
         raise UserError(f"--held_out: {flags.held_out}; use a share between 0 and 1")
-    counts = ("per_document", "max_answer_tokens", "samples_per_step")
+    counts = ("per_document", "max_answer_tokens", "short_answer_tokens", "samples_per_step")
     folders = ("base", "short_base", "source", "work")
     check_flags(flags, counts=counts, folders=folders)
 
@@ -78,7 +82,8 @@ def fitting_samples(flags: argparse.Namespace, context: int) -> tuple[list[Recor
 
 def lengths(tokenizer: PreTrainedTokenizerBase, record: Record) -> tuple[int, int]:
     """(tokens of a sample, tokens of its answer)."""
-    ids, labels = encode_chat(tokenizer, [(record["input"], record["output"])])
+    turns: Turns = [(record["input"], record["output"])]
+    ids, labels = encode_conversation(tokenizer, turns, None, recorded_template(tokenizer))
     return len(ids), sum(label != IGNORE_INDEX for label in labels)
 
 
@@ -111,6 +116,8 @@ def instruct(name: str, model: Path, sides: dict[str, list[Record]], flags: argp
     files = {side: flags.work / f"{name}-{side}.jsonl" for side in sides}
     cut = {side: [end_of_question(tokenizer, record, context) for record in sides[side]] for side in sides}
     counts = {side: write_side(files[side], cut[side], tokenizer) for side in sides}
+    asked = [record for record in cut["held_out"] if lengths(tokenizer, record)[1] <= flags.short_answer_tokens]
+    before = in_a_process(answers, model, None, asked, flags.short_answer_tokens)
     run = tune(
         flags.work / name,
         model_name_or_path=str(model),
@@ -128,8 +135,11 @@ def instruct(name: str, model: Path, sides: dict[str, list[Record]], flags: argp
         learning_rate=flags.learning_rate,
         seed=flags.seed,
     )
-    before, after = run["eval_losses"][0][1], run["eval_losses"][-1][1]
-    return {"context_tokens": context, "data": counts, "loss_before": before, "loss_after": after, **run}
+    after = in_a_process(answers, model, flags.work / name, asked, flags.short_answer_tokens)
+    losses = {"loss_before": run["eval_losses"][0][1], "loss_after": run["eval_losses"][-1][1]}
+    expected = [record["output"] for record in asked]
+    short = {"short_answers": {"before": before, "after": after, "expected": expected}}
+    return {"context_tokens": context, "data": counts, **losses, **short, **run}
 
 
 @exit_on_user_error
@@ -157,7 +167,9 @@ def compare(flags: argparse.Namespace) -> None:
     print(counts)
     for name, result in results.items():
         change = f"{result['loss_before']:.3f} -> {result['loss_after']:.3f} nats per token of held-out answers"
-        print(f"{name}, {result['context_tokens']} tokens: {change}", flush=True)
+        before, after = (result["short_answers"][when] for when in ("before", "after"))
+        right = f"{before['exact']} -> {after['exact']} of {before['questions']} short answers exact"
+        print(f"{name}, {result['context_tokens']} tokens: {change}; {right}", flush=True)
 
 
 if __name__ == "__main__":

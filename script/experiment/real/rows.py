@@ -30,6 +30,7 @@ RAISED: dict[str, Any] = {
     "rope_type": "theta",
     "rope_theta": 1e6,
 }  # SmolLM2's is 1e5; NTK-aware for 4 x would be 4.2e5
+FULL_TUNING = YARN | NO_S2 | {"learning_rate": 1e-4, "gradient_checkpointing": True}
 CLOSE = 3  # seeds of the rows that are compared closely
 
 
@@ -60,10 +61,18 @@ def all_rows() -> dict[str, Row]:
         Row("paper-last", "the same, full attention in the last 10 % of the steps", LAST),
         Row("ours", "**ours**: yarn, S2, full attention in the last 10 %", ours, seeds=CLOSE, has_ruler=True),
         Row("yarn-s2", "yarn, S2 throughout", YARN),
+        *(
+            Row(
+                f"last-{share:g}",
+                f"yarn, S2, full attention in the last {share:.0%}",
+                YARN | {"full_attention_ratio": share},
+            )
+            for share in (0.05, 0.25)
+        ),
         Row("full-attention", "yarn, full attention throughout", YARN | NO_S2, seeds=CLOSE, has_ruler=True),
         Row("theta", "theta raised, S2, full attention in the last 10 %", RAISED | LAST),
         Row("pose", "yarn, PoSE: rows of 8192 tokens, positions of 32768", YARN | NO_S2 | {"position_skipping": True}),
-        Row("full", "full fine-tuning, yarn, full attention", YARN | NO_S2 | {"learning_rate": 1e-4}, program=FULL),
+        Row("full", "full fine-tuning, yarn, full attention", FULL_TUNING, program=FULL),
         Row("rank-8", "ours, rank 8", ours | {"lora_rank": 8, "lora_alpha": 8}),
         Row("mixture", "ours, a third of the tokens in short texts", ours | {"packing": True}, texts="mixture"),
         Row(

@@ -1,5 +1,6 @@
 """Rows are trained and measured on texts of one's own; what is done is not done again."""
 
+import hashlib
 import json
 
 import pytest
@@ -31,9 +32,9 @@ def run(run_program, base_folder, texts, tmp_path):
 
 
 @pytest.mark.slow
-def test_rows(run, tmp_path):
+def test_rows(run, texts, tmp_path):
     rows = ["untrained-linear", "paper-last", "mixture", "full", "full-attention"]
-    outcome = run("--rows", *rows)
+    outcome = run("--rows", *rows, "--jobs", 2, "--keep", "paper-last")
     assert outcome.status == 0, outcome.err
     for name in rows:
         found = json.loads((tmp_path / f"work/results/{name}-0.json").read_text())
@@ -47,7 +48,15 @@ def test_rows(run, tmp_path):
         if name != "untrained-linear":
             assert found["settings"]["max_seq_length"] == 96
             assert found["training"]["train_loss"] > 1
-    assert not [path for path in (tmp_path / "work/runs").iterdir() if path.is_dir()]
+        if name in ("paper-last", "mixture", "full-attention"):
+            assert found["eval_losses"][0][0] == 1
+            assert found["eval_losses"][0][1] > 1
+    assert [path.name for path in (tmp_path / "work/runs").iterdir() if path.is_dir()] == ["paper-last-0"]
+    described = json.loads((tmp_path / "work/data/texts.json").read_text())
+    counts = {entry["file"]: entry["count"] for entry in described["texts"]}
+    assert counts == {"books-train.jsonl": 40, "books-validation.jsonl": 30, "other.jsonl": 9}
+    digest = hashlib.sha256((texts / "books-train.jsonl").read_bytes()).hexdigest()
+    assert described["texts"][0]["sha256"] == digest
     again = run("--rows", *rows)
     assert again.out.splitlines()[0].startswith("0 rows, 0 of them trained")
 
@@ -57,13 +66,22 @@ def test_what_it_will_cost(run, tmp_path):
     words = ["--rows", "ours", "yarn-s2", "base", "--dry_run"]
     outcome = run(*words)
     assert outcome.status == 0, outcome.err
-    assert "3 rows, 2 of them trained on 0.0 M tokens; --tokens_per_second estimates hours; on " in outcome.out
+    assert (
+        "3 rows, 2 of them trained on 0.0 M tokens; --tokens_per_second estimates hours; 1 at a time on "
+        in outcome.out
+    )
     outcome = run(*words, "--max_steps", 1000, "--tokens_per_second", 100, "--price", 3)
-    assert "2 of them trained on 0.8 M tokens: about 2.1 hours, 6.40 at 3 an hour, besides measuring" in outcome.out
+    assert (
+        "2 of them trained on 0.8 M tokens: about 2.1 hours of a GPU, 6.40 at 3 an hour, besides measuring"
+        in outcome.out
+    )
     assert not (tmp_path / "work").exists()
 
 
 def test_wrong_names(run, texts):
     refused_by_us(run("--rows", "our"), "--rows: 'our' is not in script/experiment/real/rows.py (did you mean ours?)")
+    refused_by_us(
+        run("--rows", "ours", "--keep", "theirs"), "--keep: 'theirs' is not in script/experiment/real/rows.py"
+    )
     (texts / "books-validation.jsonl").unlink()
     refused_by_us(run("--rows", "base"), f"--texts: {texts} holds no file NAME-validation.*")

@@ -1,0 +1,142 @@
+"""How is one row trained and measured on a real model? With train.py, evaluate.py and ruler.py, on one GPU."""
+
+import argparse
+import json
+import shutil
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from component.model import load_config
+from component.rope import extend_context
+from component.storage.result import origin, write_json
+from script.experiment.real.data import common_length, length_of, measured_texts, sources
+from script.experiment.real.rows import BASE_CONTEXT, FULL, RECIPE, Row
+from script.shared.program import execute, read_training
+
+REFERENCE = "full-attention"  # the row that finds key tokens
+EVALUATIONS = 6  # during training
+BUDGET_GIB = 32  # of GPU memory for each row: several may share a larger GPU
+
+
+def steps_of(row: Row, flags: argparse.Namespace) -> int:
+    return flags.max_steps or row.changes.get("max_steps", RECIPE["max_steps"])
+
+
+def result_file(row: Row, seed: int, flags: argparse.Namespace) -> Path:
+    return flags.work / "results" / f"{row.name}-{seed}.json"
+
+
+@dataclass
+class Worker:
+    """Trains and measures rows, each on one GPU.
+
+    Attributes:
+        keys_found: set once the key tokens of LongPPL are known, or are not looked for.
+        rows_per_gpu: at most; step times of rows that share a GPU say nothing.
+    """
+
+    flags: argparse.Namespace
+    keys_found: threading.Event
+    rows_per_gpu: int = 1
+    gpu: threading.local = field(default_factory=threading.local)  # .name: for CUDA_VISIBLE_DEVICES
+
+    def do(self, row: Row, seed: int) -> dict[str, Any]:
+        """Train, measure and write the result of one row; what it trained is deleted, unless --keep names it."""
+        start, folder = time.monotonic(), self.flags.work / "runs" / f"{row.name}-{seed}"
+        length = length_of(row, self.flags)
+        result: dict[str, Any] = {"row": row.name, "label": row.label, "length": length, "seed": seed}
+        try:
+            if row.program is None:
+                words = ["--base_model", str(self.save_scaled(row, folder) if row.rope_type else self.flags.base)]
+            else:
+                result |= self.train(row, seed, folder) | {"rows_per_gpu": self.rows_per_gpu}
+                words = ["--base_model" if row.program == FULL else "--peft_model", str(folder)]
+            if row.name != REFERENCE:
+                self.keys_found.wait()
+            result["perplexity"] = self.measure(row, folder, words)
+        finally:
+            if row.name == REFERENCE:
+                self.keys_found.set()
+        if row.has_ruler and seed == 0 and self.flags.samples:
+            result["ruler"] = self.ruler(row, folder, words)
+        result |= {"seconds": round(time.monotonic() - start, 1), **origin()}
+        write_json(result_file(row, seed, self.flags), result)
+        if row.name not in self.flags.keep:
+            shutil.rmtree(folder, ignore_errors=True)
+        return result
+
+    def run(self, program: str, words: list[str], log: Path) -> None:
+        name = getattr(self.gpu, "name", None)
+        execute([program, *words], log, environment={} if name is None else {"CUDA_VISIBLE_DEVICES": name})
+
+    def save_scaled(self, row: Row, folder: Path) -> Path:
+        """Copy the base to `folder`, with scaled positions."""
+        config = load_config(str(self.flags.base))
+        length = length_of(row, self.flags)
+        extend_context(config, length, str(row.rope_type), rope_theta=row.changes.get("rope_theta"))
+        shutil.copytree(self.flags.base, folder, dirs_exist_ok=True)
+        config.save_pretrained(folder)
+        return folder
+
+    def train(self, row: Row, seed: int, folder: Path) -> dict[str, Any]:
+        """Train; returns the YAML's settings, the contents of train_results.json, and [step, loss] pairs."""
+        length, steps, data = length_of(row, self.flags), steps_of(row, self.flags), self.flags.work / "data"
+        settings = RECIPE | {"max_seq_length": length, "model_max_length": length, "seed": seed}
+        settings |= {"bf16": True, "memory_budget_gib": BUDGET_GIB} if torch.cuda.is_available() else {}
+        settings |= row.changes | {"max_steps": steps}
+        settings |= {"model_name_or_path": str(self.flags.base), "output_dir": str(folder)}
+        settings |= {"train_file": str(data / f"{row.texts}.jsonl")}
+        if row.program != FULL:
+            settings |= {"eval_file": str(data / "eval.jsonl"), "per_device_eval_batch_size": 1}
+            settings |= {"eval_strategy": "steps", "eval_steps": max(1, steps // EVALUATIONS)}
+        if settings.get("position_skipping"):
+            settings["max_seq_length"] = min(length // 2, BASE_CONTEXT)
+        file = folder.parent / f"{folder.name}.yaml"
+        file.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+        assert row.program
+        self.run(row.program, ["--train_args_file", str(file)], file.with_suffix(".log"))
+        training, losses = read_training(folder)
+        history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+        evaluations = [[entry["step"], entry["eval_loss"]] for entry in history if "eval_loss" in entry]
+        curve = [[entry["step"], entry["loss"]] for entry in losses]
+        return {"settings": settings, "training": training, "losses": curve, "eval_losses": evaluations}
+
+    def measure(self, row: Row, folder: Path, words: list[str]) -> dict[str, list[dict]]:
+        """{text: results of evaluate.py}, all from one process."""
+        data, tasks, outputs = self.flags.work / "data", [], {}
+        for text, windows in measured_texts(row, self.flags).items():
+            outputs[text] = folder.with_name(f"{folder.name}-{text}.json")
+            task = [*words, "--data_path", str(data / f"{text}.bin"), "--output_json", str(outputs[text])]
+            task += ["--overwrite", "--seq_len", *map(str, windows)]
+            task += ["--batch_size", str(max(1, self.flags.tokens_at_once // max(windows)))]
+            task += self.key_token_flags(row, text) if text in sources(self.flags.texts, "validation") else []
+            tasks.append({"words": task, "attention": None, "group_size": None})
+        file = folder.with_name(f"{folder.name}-tasks.json")
+        file.write_text(json.dumps(tasks), encoding="utf-8")
+        self.run("script/experiment/measure.py", [str(file)], file.with_suffix(".log"))
+        read = {text: json.loads(output.read_text(encoding="utf-8")) for text, output in outputs.items()}
+        return {text: found["results"] for text, found in read.items()}
+
+    def key_token_flags(self, row: Row, text: str) -> list[str]:
+        """The flags for LongPPL; none before the key tokens are found."""
+        file, length = self.flags.work / "data" / f"keys-{text}.json", common_length(self.flags)
+        if row.name != REFERENCE and not file.exists():
+            return []
+        context, stride = min(4096, length // 4), min(1024, length // 16)  # published, from 16384 tokens on
+        rule = ["--long_ppl_context", str(context), "--long_ppl_stride", str(stride)]
+        return ["--long_ppl", "true", "--key_tokens", str(file), *rule]
+
+    def ruler(self, row: Row, folder: Path, words: list[str]) -> dict[str, Any]:
+        lengths = sorted({*(self.flags.ruler_lengths or (4096, 8192)), length_of(row, self.flags)})
+        output = folder.with_name(f"{folder.name}-ruler.json")
+        more = ["--samples", str(self.flags.samples), "--batch_size", str(self.flags.ruler_batch_size)]
+        more += ["--output_json", str(output), "--overwrite", "--template", "completion"]
+        more += ["--lengths", *map(str, lengths)]
+        self.run("script/evaluate/ruler.py", [*words, *more], output.with_suffix(".log"))
+        return json.loads(output.read_text(encoding="utf-8"))

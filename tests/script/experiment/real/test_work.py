@@ -1,0 +1,63 @@
+"""One row of the experiments on a real model; whole rows: test_run.py."""
+
+import argparse
+import json
+import threading
+
+import pytest
+import torch
+import yaml
+
+from component.error import UserError
+from script.experiment.real.rows import all_rows
+from script.experiment.real.work import Worker
+from tests.words import write_lines
+
+
+@pytest.fixture
+def worker(tmp_path, base_folder):
+    (tmp_path / "work/data").mkdir(parents=True)
+    (tmp_path / "work/runs").mkdir()
+    (tmp_path / "work/results").mkdir()
+    write_lines(tmp_path / "books-validation.jsonl", {"text": "a"})
+    small = {
+        "length": 32768,
+        "max_steps": 1,
+        "windows": None,
+        "samples": 0,
+        "keep": [],
+        "other": [],
+        "tokens_at_once": 9,
+    }
+    flags = argparse.Namespace(base=base_folder, work=tmp_path / "work", texts=tmp_path, **small)
+    return Worker(flags, threading.Event())
+
+
+def test_key_tokens_are_looked_for_by_one_row(worker):
+    rows, file = all_rows(), worker.flags.work / "data/keys-books.json"
+    found = worker.key_token_flags(rows["full-attention"], "books")
+    assert found[:4] == ["--long_ppl", "true", "--key_tokens", str(file)]
+    assert found[4:] == ["--long_ppl_context", "4096", "--long_ppl_stride", "1024"]
+    assert worker.key_token_flags(rows["ours"], "books") == []
+    file.write_text("{}")
+    assert worker.key_token_flags(rows["ours"], "books") == found
+
+
+def test_a_row_that_fails(worker):
+    """Its training file is not there: nobody waits for its key tokens, and its settings can be read."""
+    with pytest.raises(UserError, match=r"train\.jsonl"):
+        worker.do(all_rows()["full-attention"], 3)
+    assert worker.keys_found.is_set()
+    settings = yaml.safe_load((worker.flags.work / "runs/full-attention-3.yaml").read_text())
+    assert (settings["max_seq_length"], settings["seed"], settings["max_steps"]) == (32768, 3, 1)
+    assert settings.get("bf16", False) == torch.cuda.is_available()
+
+
+def test_scaled_positions(worker, tmp_path):
+    folder = worker.save_scaled(all_rows()["untrained-linear"], tmp_path / "scaled")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["rope_parameters"]["rope_type"] == "linear"
+    assert (
+        config["rope_parameters"]["factor"]
+        == 32768 / json.loads((worker.flags.base / "config.json").read_text())["max_position_embeddings"]
+    )
