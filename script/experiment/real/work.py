@@ -98,9 +98,12 @@ class Worker:
         if settings.get("position_skipping"):
             settings["max_seq_length"] = min(length // 2, BASE_CONTEXT)
         file = folder.parent / f"{folder.name}.yaml"
-        file.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
-        assert row.program
-        self.run(row.program, ["--train_args_file", str(file)], file.with_suffix(".log"))
+        text = yaml.safe_dump(settings, sort_keys=False)
+        is_trained = (folder / "train_results.json").exists() and file.exists() and file.read_text("utf-8") == text
+        if not is_trained:  # else measuring failed
+            file.write_text(text, encoding="utf-8")
+            assert row.program
+            self.run(row.program, ["--train_args_file", str(file)], file.with_suffix(".log"))
         training, losses = read_training(folder)
         history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
         evaluations = [[entry["step"], entry["eval_loss"]] for entry in history if "eval_loss" in entry]
