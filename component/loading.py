@@ -170,6 +170,19 @@ def load_for_inference(
     return model, load_tokenizer(resolve_model(model_name_or_path, adapter_name_or_path).source)
 
 
+def inference_config(
+    model_name_or_path: str | None,
+    adapter_name_or_path: str | None = None,
+    *,
+    context_size: int | None = None,
+    field: str = "model_name_or_path",
+    adapter_field: str = "adapter_name_or_path",
+) -> PretrainedConfig:
+    """The config that `load_model` loads the same model with."""
+    origin = resolve_model(model_name_or_path, adapter_name_or_path, field, adapter_field)
+    return extended_config_of(origin.source, context_size, is_fixed=origin.is_ours, field=field)
+
+
 def load_model(
     model_name_or_path: str | None,
     adapter_name_or_path: str | None = None,
@@ -194,8 +207,9 @@ def load_model(
     Raises:
         UserError: a model that cannot be loaded, an adapter that does not fit, or contradictory context sizes.
     """
-    base, source, is_ours, adapter = resolve_model(model_name_or_path, adapter_name_or_path, field, adapter_field)
-    config = extended_config_of(source, context_size, is_fixed=is_ours, field=field)
+    names = {"field": field, "adapter_field": adapter_field}
+    base, _, _, adapter = resolve_model(model_name_or_path, adapter_name_or_path, **names)
+    config = inference_config(model_name_or_path, adapter_name_or_path, context_size=context_size, **names)
     config._attn_implementation = attention
     device = device or default_device()
     dtype = dtype or inference_dtype(device)

@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "corpus": "data storage tokenizer",
     "memory": "adapter attention distributed loss model",
     "merge": "adapter config loading loss model rope storage",
-    "inference": "checkpoint cli data loading rope storage",
+    "inference": "attention checkpoint cli data loading memory model rope storage tokenizer",
     "evaluate": "attention cli data distributed inference loading loss rope storage tokenizer",
     "train": "adapter attention checkpoint cli data distributed loss memory model rope storage",
 }

@@ -20,7 +20,7 @@ from component.error import UserError
 from component.inference.context import describe_context, fit_prompt
 from component.inference.conversation import Conversation
 from component.inference.flags import TRUNCATIONS, check_sampling
-from component.inference.generate import generate
+from component.inference.generate import cache_from_flags, generate
 from component.inference.kv_cache import PromptCache
 from component.inference.load import new_conversation
 from component.rope import context_length
@@ -93,7 +93,7 @@ class Engine:
     places: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(MOST_WAITING))
 
     def __post_init__(self) -> None:
-        self.cache = PromptCache(self.model.config, self.flags.cache_implementation)
+        self.cache = cache_from_flags(self.model, self.flags)
 
     @property
     def context(self) -> int:

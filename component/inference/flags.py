@@ -7,6 +7,7 @@ from component.data import TEMPLATES
 from component.error import UserError
 
 CACHES = ("dynamic", "offloaded", "fp8", "int8", "int4", "int2")  # component/inference/kv_cache.py explains them
+AUTO = "auto"  # component/inference/cache_memory.py chooses one
 TRUNCATIONS = ("middle", "left")
 ATTENTIONS = {  # attention implementation -> package that it needs
     "sdpa": None,
@@ -35,13 +36,16 @@ def generation_parser(description: str | None) -> argparse.ArgumentParser:
     stop = "end an answer before any of these strings"
     parser.add_argument("--stop", nargs="+", metavar="STRING", help=stop)
     parser.add_argument("--seed", type=int, default=42, help="seed for sampling (default 42)")
-    cache = "KV cache: as computed (dynamic, the default), in CPU memory (offloaded), or quantized"
-    parser.add_argument("--cache_implementation", choices=CACHES, default="dynamic", help=cache)
+    cache = "KV cache: as computed (dynamic), in CPU memory (offloaded), or quantized (default: the best that fits)"
+    parser.add_argument("--cache_implementation", choices=(AUTO, *CACHES), default=AUTO, help=cache)
+    budget = "GPU memory that may be used (default: all that is free)"
+    parser.add_argument("--memory_budget_gib", type=float, help=budget)
     parser.add_argument("--attn_implementation", choices=ATTENTIONS, help="attention implementation (default sdpa)")
     truncate = "part to remove from a prompt longer than the context (default: such prompts are refused)"
     parser.add_argument("--truncate", choices=TRUNCATIONS, help=truncate)
     parser.add_argument("--quiet", **QUIET)
-    parser.set_defaults(do_sample=True, template=None, system=None)
+    # tokens per forward pass while a prompt is read: component/inference/load.py sets what fits
+    parser.set_defaults(do_sample=True, template=None, system=None, prefill_tokens=None)
     return parser
 
 
@@ -62,6 +66,7 @@ def check_sampling(flags: argparse.Namespace) -> None:
         "repetition_penalty": (flags.repetition_penalty > 0, "a number above 0; 1 is no penalty"),
         "seed": (0 <= flags.seed < 2**32, "0 or more, below 2**32"),
         "stop": (all(flags.stop or ["x"]), "strings of at least one character"),
+        "memory_budget_gib": (flags.memory_budget_gib is None or flags.memory_budget_gib > 0, "a number above 0"),
         "context_size": (flags.context_size is None or flags.context_size >= 1, "at least 1 token"),
     }
     for name, (is_valid, cure) in bounds.items():

@@ -17,7 +17,7 @@ from transformers import (
 
 from component.error import UserError
 from component.inference.context import free_context
-from component.inference.kv_cache import PromptCache
+from component.inference.kv_cache import CHUNK, PromptCache
 from component.inference.stop import StopWriter, before_stop, has_stop, special_stops
 from component.loading import end_ids
 
@@ -89,18 +89,20 @@ def generate(
         {"temperature": flags.temperature, "top_p": flags.top_p, "top_k": flags.top_k} if flags.do_sample else {}
     )
     sampling |= {"do_sample": flags.do_sample, "repetition_penalty": flags.repetition_penalty}
-    cache = cache or PromptCache(model.config, flags.cache_implementation)
+    cache = cache or cache_from_flags(model, flags)
     stops = flags.stop or ()
     writer = _Writer(tokenizer, write, stops)
     checks = [check for check in (should_stop, writer.has_stop if stops else None) if check]
     input_ids = torch.tensor([prompt_ids], device=model.get_input_embeddings().weight.device)
+    past = cache.start(prompt_ids)
     try:
+        prefill(model, input_ids, past, cache.chunk)
         model.generate(
             input_ids=input_ids,
             attention_mask=torch.ones_like(input_ids),
             generation_config=generation_config(model, tokenizer, max_new_tokens, stops, **sampling),
             streamer=writer,
-            past_key_values=cache.start(prompt_ids),
+            past_key_values=past,
             stopping_criteria=StoppingCriteriaList(map(_Stop, checks)),
         )
     except KeyboardInterrupt:
@@ -109,6 +111,23 @@ def generate(
         raise Stopped(writer.text()) from None
     cache.finish(prompt_ids + writer.ids)
     return writer.text()
+
+
+def cache_from_flags(model: PreTrainedModel, flags: argparse.Namespace) -> PromptCache:
+    """An empty cache, as `component.inference.load.fit_cache` set the flags."""
+    return PromptCache(model.config, flags.cache_implementation, flags.prefill_tokens or CHUNK)
+
+
+@torch.no_grad()
+def prefill(model: PreTrainedModel, input_ids: torch.Tensor, past: Any, chunk: int) -> None:
+    """Read `input_ids` (B, T) into a cache in forward passes of `chunk` tokens, but for the last one.
+
+    `generate` does that one, of 1 to `chunk` tokens, which predicts the first new token.
+    """
+    at = past.get_seq_length()
+    while input_ids.shape[1] - at > chunk:
+        model.get_decoder()(input_ids=input_ids[:, at : at + chunk], past_key_values=past, use_cache=True)
+        at += chunk
 
 
 def answer_text(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: Sequence[str]) -> str:

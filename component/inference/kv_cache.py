@@ -1,69 +1,54 @@
-"""How are keys and values cached during generation, and how many bytes do they take?
+"""How are keys and values cached during generation, how many bytes do they take, and what of them is used again?
 
-`dynamic` stores them as computed, `offloaded` keeps all layers but one in CPU memory, and the others quantize them:
-`fp8` to 8-bit floating point with one scale per layer, `int8`, `int4` and `int2` to integers with a scale and a zero
-point per group of values (KIVI, arXiv 2402.02750, with groups within a token). All are transformers' own.
+`dynamic` stores them as computed, `offloaded` keeps all layers but one in CPU memory; both are transformers' own.
+`int8`, `fp8`, `int4` and `int2` store blocks of them with fewer bits, see component/inference/quantized_layer.py.
 """
 
-import importlib.util
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PretrainedConfig, QuantizedCache, cache_utils
+from transformers import DynamicCache, PretrainedConfig
+from transformers.cache_utils import Cache, DynamicLayer
 
 from component.error import UserError
+from component.inference.block_attention import NAME
+from component.inference.quantized_layer import BLOCK, FORMATS, BlockQuantizedLayer, BlockStore
 from component.rope import rope_parameters
 
-INTEGER_BITS = {"int8": 8, "int4": 4, "int2": 2}
-HQQ = "hqq==0.2.8.post1"  # optimum-quanto would need two minutes of C++ compilation, and has no int8
-RECENT_TOKENS = 128  # integer caches keep up to this many unquantized, and quantize them together
+CHUNK = 4096  # tokens per forward pass while a prompt is read, a multiple of BLOCK; the memory of longer ones grows
 
 
 def check_cache(implementation: str) -> None:
     """Refuse, before any weight is loaded, a cache that is not available here."""
     if implementation == "offloaded" and not torch.cuda.is_available():
         raise UserError("--cache_implementation: offloaded saves GPU memory, but there is no GPU; use dynamic")
-    if implementation == "fp8" and not hasattr(cache_utils, "Fp8QuantizedLayer"):
-        raise UserError(
-            "--cache_implementation: the installed transformers has no fp8; install the version in requirements.txt, "
-            "or use int8"
-        )
-    if implementation in INTEGER_BITS and importlib.util.find_spec("hqq") is None:
-        raise UserError(
-            f"--cache_implementation: {implementation} needs the package hqq; pip install {HQQ}, or use fp8"
-        )
 
 
-def new_cache(config: PretrainedConfig, implementation: str) -> Any:
-    """An empty cache of one of `component.inference.flags.CACHES`.
+def new_cache(config: PretrainedConfig, implementation: str) -> Cache:
+    """An empty cache of one of `component.inference.flags.CACHES`, but auto.
 
     Raises:
-        UserError: heads that cannot be divided into quantization groups.
+        UserError: quantization of a model whose layers do not all attend to every token.
     """
     if implementation in ("dynamic", "offloaded"):
         return DynamicCache(config=config, offloading=implementation == "offloaded")
-    if implementation == "fp8":
-        backend, options = "fp8", dict[str, int]()
-    else:
-        bits = INTEGER_BITS[implementation]
-        backend, options = "hqq", {"nbits": bits, "axis_key": 1, "axis_value": 1, "residual_length": RECENT_TOKENS}
-        options["q_group_size"] = group_values(config, bits)
-    return QuantizedCache(backend, config, **options)
+    assert implementation in FORMATS, implementation
+    check_quantizable(config, implementation)
+    keeps_blocks = config._attn_implementation == NAME
+    return Cache(layers=[BlockQuantizedLayer(implementation, keeps_blocks) for _ in range(config.num_hidden_layers)])
 
 
-def group_values(config: PretrainedConfig, bits: int) -> int:
-    """Quantization group size: neighboring values of a head that share a scale, at most 64.
+def is_quantizable(config: PretrainedConfig) -> bool:
+    """Whether every layer attends to all tokens; those with a sliding window forget some."""
+    return {type(layer) for layer in DynamicCache(config=config).layers} == {DynamicLayer}
 
-    hqq packs values of 8 / bits groups into a byte, so the number of groups per token must be a multiple of that.
-    """
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    for values in (64, 32, 16, 8):
-        if head % values == 0 and head * config.num_key_value_heads // values % (8 // bits) == 0:
-            return values
-    raise UserError(
-        f"--cache_implementation: {config.num_key_value_heads} heads of {head} values cannot be quantized to {bits} "
-        "bits in groups; use fp8 or dynamic"
-    )
+
+def check_quantizable(config: PretrainedConfig, implementation: str) -> None:
+    if implementation in FORMATS and not is_quantizable(config):
+        raise UserError(
+            f"--cache_implementation: {implementation} is for models with full attention in every layer, and "
+            f"{config.model_type!r} has sliding windows; use dynamic or offloaded"
+        )
 
 
 def has_fixed_frequencies(config: PretrainedConfig) -> bool:
@@ -81,6 +66,8 @@ def tensor_bytes(cache: Any) -> int:
         elif isinstance(value, dict | list | tuple):
             for inner in value.values() if isinstance(value, dict) else value:
                 visit(inner)
+        elif isinstance(value, BlockStore):
+            visit(value.segments)
 
     for layer in cache.layers:
         visit(vars(layer))
@@ -90,27 +77,35 @@ def tensor_bytes(cache: Any) -> int:
 class PromptCache:
     """The KV cache of a conversation: the prefix shared with the previous prompt and answer is not recomputed.
 
-    Only the dynamic cache can be cropped to that prefix. The others start empty for each prompt, and so does every
-    cache if the rotary frequencies depend on the current length.
+    Quantized keys and values depend on which tokens were computed in one forward pass: these attend to each other as
+    computed. So that answers are those of a cache that starts empty, only whole forward passes of a prompt are kept;
+    the tokens after them, fewer than `chunk` and the answer's, are computed again. If the rotary frequencies depend on
+    the current length, nothing is kept, and a prompt is read in one forward pass.
     """
 
-    def __init__(self, config: PretrainedConfig, implementation: str = "dynamic") -> None:
+    def __init__(self, config: PretrainedConfig, implementation: str = "dynamic", chunk: int = CHUNK) -> None:
+        assert chunk % BLOCK == 0, chunk
         self.config, self.implementation = config, implementation
-        self.is_reusable = implementation == "dynamic" and has_fixed_frequencies(config)
+        self.is_reusable = has_fixed_frequencies(config)
+        self.chunk = chunk if self.is_reusable else 2**40
         self.forget()
 
     def forget(self) -> None:
         self._cache: Any = None
         self._ids: list[int] = []
+        self._prompt_tokens = 0
 
     def start(self, prompt_ids: list[int]) -> Any:
         """The cache for generating from `prompt_ids`, filled with the prefix that was seen before."""
         shared = common_prefix(self._ids, prompt_ids[:-1])  # the last token must be computed: it predicts the next
+        if self.implementation in FORMATS:
+            shared = min(shared, self._prompt_tokens) // self.chunk * self.chunk
         if self._cache is None or not self.is_reusable or shared == 0:
+            self._cache = None  # its memory is free before that of the new one is needed
             self._cache = new_cache(self.config, self.implementation)
         elif len(self._ids) > shared:
             self._cache.crop(shared - len(self._ids))
-        self._ids = []  # unknown until `finish`
+        self._ids, self._prompt_tokens = [], len(prompt_ids)  # ids are unknown until `finish`
         return self._cache
 
     def finish(self, ids: list[int]) -> None:

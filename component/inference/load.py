@@ -5,6 +5,7 @@ import importlib.util
 import io
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,11 +13,32 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from component.checkpoint import RECORD_FILE, merged_folder, newest_run
 from component.data.chat_template import check_template
+from component.data.text import text_ids
 from component.error import UserError
+from component.inference.block_attention import NAME, supports_blocks
+from component.inference.cache_memory import (
+    CHUNKS,
+    Reading,
+    available_memory,
+    best_chunk,
+    choose_cache,
+    describe_choice,
+)
 from component.inference.conversation import Conversation
-from component.inference.flags import ATTENTIONS, check_sampling
-from component.inference.kv_cache import check_cache
-from component.loading import load_for_inference, recorded_template
+from component.inference.flags import ATTENTIONS, AUTO, check_sampling
+from component.inference.kv_cache import check_cache, check_quantizable
+from component.loading import (
+    default_device,
+    inference_config,
+    inference_dtype,
+    load_for_inference,
+    recorded_template,
+    resolve_model,
+)
+from component.memory.budget import limit_memory
+from component.model import stored_quantization
+from component.rope import context_length
+from component.tokenizer import load_tokenizer
 
 
 def check_attention(implementation: str | None) -> None:
@@ -30,11 +52,54 @@ def check_attention(implementation: str | None) -> None:
         raise UserError(f"--attn_implementation: {implementation}, but there is {missing} here; use sdpa")
 
 
-def load_from_flags(flags: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model that the flags name; by default the newest finished run's merged model, or its base and adapter."""
+def attention_from_flags(flags: argparse.Namespace) -> str | None:
+    """SDPA means the same kernels part by part, where that computes the model's attention; else what the flag says."""
+    config = inference_config(*named_model(flags), context_size=flags.context_size)
+    is_sdpa = flags.attn_implementation in (None, "sdpa")
+    return NAME if is_sdpa and supports_blocks(config, context_length(config)) else flags.attn_implementation
+
+
+def fit_cache(flags: argparse.Namespace, tokens: int | None = None, rows: int = 1) -> None:
+    """Set the cache that `--cache_implementation auto` means here, and `prefill_tokens`; prints which cache it is.
+
+    Args:
+        tokens: the longest text, answer included; None for the model's whole context.
+        rows: texts that are answered at once.
+
+    Raises:
+        UserError: no cache fits, or flags that are wrong or not supported here.
+    """
     check_sampling(flags)
     check_attention(flags.attn_implementation)
     check_cache(flags.cache_implementation)
+    limit_memory(flags.memory_budget_gib, "--memory_budget_gib")
+    config = inference_config(*named_model(flags), context_size=flags.context_size)
+    check_quantizable(config, flags.cache_implementation)
+    tokens = min(tokens or context_length(config), context_length(config))
+    device = default_device()
+    stored = flags.load_in_4bit or stored_quantization(resolve_model(*named_model(flags)).base) is not None
+    reading = Reading(config, bool(stored), inference_dtype(device).itemsize, rows)
+    available, host = available_memory(device)
+    if flags.cache_implementation == AUTO:
+        chosen = choose_cache(reading, tokens, available, host)
+        flags.cache_implementation = chosen.cache_name
+        print(describe_choice(chosen, tokens), file=sys.stderr, flush=True)
+    # a cache that was named is tried even if the longest text would not fit: others may be shorter
+    found = best_chunk(reading, flags.cache_implementation, tokens, available, host)
+    flags.prefill_tokens = min(found.chunk if found else CHUNKS[-1], CHUNKS[0])
+
+
+def fit_cache_to(flags: argparse.Namespace, prompts: Sequence[str], rows: int = 1) -> None:
+    """`fit_cache` for these prompts and their answers."""
+    tokenizer = load_tokenizer(resolve_model(*named_model(flags)).source)
+    longest = max(len(text_ids(tokenizer, prompt, add_special_tokens=True)) for prompt in prompts)
+    fit_cache(flags, longest + flags.max_new_tokens, rows)
+
+
+def load_from_flags(flags: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model that the flags name; by default the newest finished run's merged model, or its base and adapter."""
+    if flags.prefill_tokens is None:
+        fit_cache(flags)
     model_path, adapter = named_model(flags)
     print(f"model: {model_path or 'the base of'} {adapter or ''}".rstrip(), file=sys.stderr, flush=True)
     logging.getLogger("transformers").setLevel(logging.ERROR)  # warns about positions beyond the base's length
@@ -46,7 +111,7 @@ def load_from_flags(flags: argparse.Namespace) -> tuple[PreTrainedModel, PreTrai
         adapter,
         context_size=flags.context_size,
         load_in_4bit=flags.load_in_4bit,
-        attention=flags.attn_implementation,
+        attention=attention_from_flags(flags),
     )
 
 

@@ -48,7 +48,7 @@ def explaining_out_of_memory(work: Workload, plan: MemoryPlan) -> Iterator[None]
         ) from error
 
 
-def limit_memory(budget_gib: float | None) -> None:
+def limit_memory(budget_gib: float | None, field: str = "memory_budget_gib") -> None:
     """Cap PyTorch's allocator at `budget_gib` GiB: allocations beyond it fail as on a GPU of that size.
 
     Raises:
@@ -57,10 +57,10 @@ def limit_memory(budget_gib: float | None) -> None:
     if budget_gib is None:
         return
     if not torch.cuda.is_available():
-        raise UserError(f"memory_budget_gib: {budget_gib} GiB, but there is no GPU; leave it out")
+        raise UserError(f"{field}: {budget_gib} GiB, but there is no GPU; leave it out")
     total = torch.cuda.mem_get_info()[1]
     if budget_gib * 2**30 > total:
-        raise UserError(f"memory_budget_gib: {budget_gib} GiB, but this GPU has {total / 2**30:.1f}; lower it")
+        raise UserError(f"{field}: {budget_gib} GiB, but this GPU has {total / 2**30:.1f}; lower it")
     torch.cuda.set_per_process_memory_fraction(budget_gib * 2**30 / total)
 
 

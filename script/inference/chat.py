@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from component.error import UserError
 from component.inference.context import describe_context, truncate_prompt
 from component.inference.conversation import Conversation, is_command, run_command
-from component.inference.generate import Stopped, stream_generation
+from component.inference.generate import Stopped, cache_from_flags, stream_generation
 from component.inference.kv_cache import PromptCache
 from component.inference.load import load_from_flags, new_conversation
 from component.inference.terminal import line_editing, prompts
@@ -68,7 +68,7 @@ def main() -> None:
     model, tokenizer = load_from_flags(flags)
     conversation = new_conversation(tokenizer, flags)
     say(f"chat template: {conversation.template}")
-    cache = PromptCache(model.config, flags.cache_implementation)
+    cache = cache_from_flags(model, flags)
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         say("/help lists the commands")

@@ -40,9 +40,8 @@ from component.data.text import text_ids
 from component.error import UserError
 from component.inference.batch import check_batch, generate_batch
 from component.inference.context import describe_context, free_context, truncate_prompt
-from component.inference.generate import Stopped, stream_generation
-from component.inference.kv_cache import PromptCache
-from component.inference.load import load_from_flags, named_model
+from component.inference.generate import Stopped, cache_from_flags, stream_generation
+from component.inference.load import fit_cache_to, load_from_flags, named_model
 from component.inference.prompt_file import Record, answer_all, count_answered, held_output, read_prompts
 from component.inference.terminal import line_editing, prompts, read_input
 from component.inference.text_file import read_text_file
@@ -71,7 +70,7 @@ def continue_one(
 ) -> None:
     prompt_ids = truncate_prompt(model, text_ids(tokenizer, prompt, add_special_tokens=True), flags)
     say(describe_context(model, len(prompt_ids)))
-    cache = PromptCache(model.config, flags.cache_implementation)
+    cache = cache_from_flags(model, flags)
     answer = stream_generation(model, tokenizer, prompt_ids, flags, cache)
     used = len(prompt_ids) + len(text_ids(tokenizer, answer))
     say(describe_context(model, used, cache))
@@ -79,6 +78,8 @@ def continue_one(
 
 def continue_file(flags: argparse.Namespace) -> None:
     requests = read_prompts(flags.input_jsonl)
+    if requests:
+        fit_cache_to(flags, [prompt for prompt, _ in requests], flags.batch_size)
     names = dict(zip(("model_name_or_path", "adapter_name_or_path"), named_model(flags), strict=True))
     read = {"--input_jsonl": [flags.input_jsonl], **{f"--{name}": [path] for name, path in names.items()}}
     settings = {name: getattr(flags, name) for name in ANSWER_SETTINGS}
@@ -122,6 +123,8 @@ def main() -> None:
         continue_file(flags)
         return
     text = flags.prompt if flags.prompt_file is None else read_text_file(flags.prompt_file, "--prompt_file")
+    if text is not None:
+        fit_cache_to(flags, [text])
     model, tokenizer = load_from_flags(flags)
     if text is None:
         text = read_input()

@@ -7,7 +7,7 @@ import torch
 from component.error import UserError
 from component.evaluate.kv_cache import measure_cache_quantization, second_half
 
-TOKENS = np.random.default_rng(0).integers(2, 300, 200).astype(np.uint16)
+TOKENS = np.random.default_rng(0).integers(2, 300, 600).astype(np.uint16)
 
 
 def test_decoding_equals_one_forward_pass(tiny_llama):
@@ -19,21 +19,21 @@ def test_decoding_equals_one_forward_pass(tiny_llama):
 
 
 def test_figures(tiny_llama):
-    exact, int8, int4 = measure_cache_quantization(tiny_llama, TOKENS, ("dynamic", "int8", "int4"), 40, windows=3)
+    exact, int8, int4 = measure_cache_quantization(tiny_llama, TOKENS, ("dynamic", "int8", "int4"), 160, windows=3)
     losses = []
-    for start in (0, 40, 80):
-        ids = torch.from_numpy(TOKENS[start : start + 40].astype(np.int64))
+    for start in (0, 160, 320):
+        ids = torch.from_numpy(TOKENS[start : start + 160].astype(np.int64))
         with torch.no_grad():
-            logits = tiny_llama(ids[None]).logits[0, 19:39]
-        losses.append(torch.nn.functional.cross_entropy(logits, ids[20:]).item())
+            logits = tiny_llama(ids[None]).logits[0, 79:159]
+        losses.append(torch.nn.functional.cross_entropy(logits, ids[80:]).item())
     assert exact.perplexity == pytest.approx(float(np.exp(np.mean(losses))), rel=1e-5)
     assert (exact.logit_change, exact.same_choice) == (0, 1)
-    assert exact.bytes_per_window == 39 * 2 * 2 * 16 * 4, "the last token is predicted, not cached"
+    assert exact.bytes_per_window == 159 * 2 * 2 * 16 * 4, "the last token is predicted, not cached"
     assert 0 < int8.logit_change < int4.logit_change
     assert int4.same_choice <= int8.same_choice <= 1
 
 
-@pytest.mark.parametrize("seq_len", [0, 1, 201])
+@pytest.mark.parametrize("seq_len", [0, 1, 601])
 def test_no_window(seq_len, tiny_llama):
-    with pytest.raises(UserError, match=r"--seq_len: 200 tokens hold no window of"):
+    with pytest.raises(UserError, match=r"--seq_len: 600 tokens hold no window of"):
         measure_cache_quantization(tiny_llama, TOKENS, ("dynamic",), seq_len, 3)

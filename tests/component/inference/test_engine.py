@@ -10,9 +10,10 @@ import torch
 from component.data.chat_template import encode_chat
 from component.error import UserError
 from component.inference.engine import Engine
-from component.inference.flags import chat_parser, generation_parser
+from component.inference.flags import chat_parser
 from component.rope import extend_context
 from tests.conftest import build_llama
+from tests.generation_flags import flags
 from tests.reference.greedy import stock
 
 GREEDY = {"do_sample": False, "max_new_tokens": 12}
@@ -21,7 +22,7 @@ GREEDY = {"do_sample": False, "max_new_tokens": 12}
 @pytest.fixture
 def engine(tiny_llama_config, tokenizer) -> Engine:
     extend_context(tiny_llama_config, 512)
-    return Engine(build_llama(tiny_llama_config).eval(), tokenizer, generation_parser("").parse_args([]))
+    return Engine(build_llama(tiny_llama_config).eval(), tokenizer, flags())
 
 
 def never() -> bool:

@@ -1,9 +1,11 @@
 """How is text generated? Token for token as by stock transformers, in the programs too."""
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 from component.error import UserError
+from component.inference.block_attention import NAME
 from component.inference.generate import Stopped, generate, stream_generation
 from component.inference.kv_cache import PromptCache
 from component.loading import load_for_inference
@@ -47,6 +49,37 @@ class TestGreedy:
         assert len(ids) > 1
         assert text == tokenizer.decode(ids, skip_special_tokens=True)
         assert capsys.readouterr().out == text + "\n", "the streamed text equals the returned text"
+
+    @pytest.mark.parametrize("attention", ["sdpa", NAME])
+    @pytest.mark.parametrize("tokens", [257, 256, 300])
+    def test_a_prompt_read_in_parts(self, tokens, attention, tiny_llama_config, tokenizer, monkeypatch):
+        tiny_llama_config.max_position_embeddings = 512
+        model = build_llama(tiny_llama_config).eval()
+        prompt_ids = torch.randint(5, 300, (tokens,)).tolist()
+        expected = tokenizer.decode(stock(model, prompt_ids, max_new_tokens=20), skip_special_tokens=True)
+        model.set_attn_implementation(attention)
+        words, lengths = flags(*GREEDY, "--max_new_tokens", "20"), []
+        words.prefill_tokens = 64
+        model.get_decoder().register_forward_pre_hook(
+            lambda module, inputs, options: lengths.append(options["input_ids"].shape[1]), with_kwargs=True
+        )
+        assert generate(model, tokenizer, prompt_ids, words, lambda text: None) == expected
+        assert lengths[: -(-tokens // 64)] == [64] * ((tokens - 1) // 64) + [(tokens - 1) % 64 + 1]
+
+    @pytest.mark.parametrize("implementation", ["int8", "int4"])
+    def test_a_second_question(self, implementation, tiny_llama_config, tokenizer):
+        """As with an empty cache; quantized, as the answer to a long prompt shows."""
+        tiny_llama_config.max_position_embeddings = 512
+        model = build_llama(tiny_llama_config).eval()
+        words = flags(*GREEDY, "--max_new_tokens", "30", "--cache_implementation", implementation)
+        document, question = torch.randint(5, 300, (300,)).tolist(), torch.randint(5, 300, (40,)).tolist()
+        cache = PromptCache(model.config, implementation, chunk=64)
+        first = generate(model, tokenizer, document, words, lambda text: None, cache=cache)
+        second = document + tokenizer(first).input_ids[1:] + question
+        found = generate(model, tokenizer, second, words, lambda text: None, cache=cache)
+        empty = PromptCache(model.config, implementation, chunk=64)
+        assert found == generate(model, tokenizer, second, words, lambda text: None, cache=empty)
+        assert found
 
     def test_penalty_matters(self, continued, tiny_llama, tokenizer):
         prompt_ids = tokenizer(PROMPT).input_ids

@@ -5,9 +5,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig
 
 from component.error import UserError
-from component.inference.load import check_attention, load_from_flags
+from component.inference.block_attention import NAME
+from component.inference.load import check_attention, fit_cache, load_from_flags
+from component.memory.plan import IDLE_GIB
+from component.rope import extend_context
 from tests.generation_flags import flags
 
 INFERENCE, CHAT = "script/inference/inference.py", "script/inference/chat.py"
@@ -74,3 +78,63 @@ def test_defaults_are_the_originals():
 @pytest.mark.parametrize(("values", "expected"), [([], True), (["True"], True), (["false"], False)])
 def test_booleans_stand_alone_or_with_a_value(values, expected):
     assert flags("--load_in_4bit", *values).load_in_4bit is expected
+
+
+class TestFitCache:
+    """Which cache `auto` means; the GPU's free memory is set here, the rest is calculated."""
+
+    @pytest.fixture
+    def gpu(self, monkeypatch):
+        def free(mib: float) -> None:
+            monkeypatch.setattr(
+                "component.inference.load.available_memory", lambda device: (IDLE_GIB * 2**30 + mib * 2**20, 2**40)
+            )
+
+        return free
+
+    def chosen(self, folder, tokens: int, *words: str):
+        found = flags("--model_name_or_path", str(folder), "--cache_implementation", "auto", *words)
+        fit_cache(found, tokens)
+        return found
+
+    @pytest.fixture
+    def long_base(self, own_base):
+        config = AutoConfig.from_pretrained(own_base)
+        extend_context(config, 2**20)
+        config.save_pretrained(own_base)
+        return own_base
+
+    def test_on_a_cpu_it_is_dynamic(self, base_folder, capsys):
+        found = self.chosen(base_folder, 10)
+        assert (found.cache_implementation, found.prefill_tokens) == ("dynamic", 4096)
+        assert "KV cache: dynamic; at 10 tokens" in capsys.readouterr().err
+
+    def test_by_free_memory(self, long_base, gpu, capsys):
+        """fp32: 256 bytes per token of 2 layers x 2 x 16 numbers; 64 and 36 of scales in 8 bits."""
+        gpu(1000)
+        assert self.chosen(long_base, 2**20).cache_implementation == "dynamic"
+        gpu(200)
+        assert self.chosen(long_base, 2**20).cache_implementation == "int8"
+        assert "KV cache: int8, as dynamic does not fit; at 1048576 tokens 0.1 GiB" in capsys.readouterr().err
+        assert self.chosen(long_base, 2**18).cache_implementation == "dynamic"
+        assert self.chosen(long_base, 2**30).cache_implementation == "int8", "a text is no longer than the context"
+
+    def test_none_fits(self, long_base, gpu, monkeypatch):
+        gpu(1)
+        monkeypatch.setattr("component.model.load_base", None)  # no weight is loaded
+        with pytest.raises(UserError, match=r"--cache_implementation: auto finds none for 1048576 tokens: fp8 needs"):
+            load_from_flags(flags("--model_name_or_path", str(long_base), "--cache_implementation", "auto"))
+
+    def test_a_named_cache_is_tried(self, long_base, gpu):
+        gpu(1)
+        found = flags("--model_name_or_path", str(long_base), "--cache_implementation", "int8")
+        fit_cache(found)
+        assert (found.cache_implementation, found.prefill_tokens) == ("int8", 512)
+
+    def test_a_budget_without_a_gpu(self, base_folder, monkeypatch):
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+        with pytest.raises(UserError, match=r"--memory_budget_gib: 32\.0 GiB, but there is no GPU"):
+            self.chosen(base_folder, 10, "--memory_budget_gib", "32")
+
+    def test_attention(self, base_folder):
+        assert load_from_flags(flags("--model_name_or_path", str(base_folder)))[0].config._attn_implementation == NAME

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 import pytest
 
 from component.inference.engine import Engine
-from component.inference.flags import generation_parser
 from component.inference.page import Page, meter
 from component.rope import extend_context
 from tests.conftest import build_llama
+from tests.generation_flags import flags
 from tests.pdf import pdf
 
 SETTINGS = {"do_sample": False, "max_new_tokens": 6, "truncate": None}
@@ -21,7 +21,7 @@ def ids_of(ids: list[int]) -> SimpleNamespace:
 @pytest.fixture
 def page(tiny_llama_config, tokenizer) -> Page:
     extend_context(tiny_llama_config, 512)
-    return Page(Engine(build_llama(tiny_llama_config).eval(), tokenizer, generation_parser("").parse_args([])))
+    return Page(Engine(build_llama(tiny_llama_config).eval(), tokenizer, flags()))
 
 
 class TestMeter:

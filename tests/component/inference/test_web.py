@@ -4,15 +4,16 @@ import pytest
 
 from component.error import UserError
 from component.inference.engine import Engine
-from component.inference.flags import chat_parser, generation_parser
+from component.inference.flags import chat_parser
 from component.inference.web import build_page, import_gradio
 from component.rope import extend_context
 from tests.conftest import build_llama
+from tests.generation_flags import flags
 
 
 @pytest.fixture
 def blocks(tiny_llama_config, tokenizer):
-    return build_page(Engine(build_llama(tiny_llama_config), tokenizer, generation_parser("").parse_args([])))
+    return build_page(Engine(build_llama(tiny_llama_config), tokenizer, flags()))
 
 
 def test_the_page_is_built(blocks):
