@@ -1,8 +1,9 @@
-"""Does training fit on a GPU, with which memory plan, and how long may samples be? Needs only the model's config.
+"""Does training or inference fit on a GPU, and how long may texts be? Needs only the model's config.
 
 python script/estimate_memory.py --model_name_or_path NousResearch/Llama-2-7b-hf --max_seq_length 32768
 python script/estimate_memory.py --model_name_or_path M --max_seq_length 8192 --lora_rank 16 --memory_budget_gib 16
 python script/estimate_memory.py --model_name_or_path M --max_seq_length 1048576 --sequence_parallel_size 8
+python script/estimate_memory.py --model_name_or_path M --inference --context 120000 --load_in_4bit
 """
 
 import argparse
@@ -13,14 +14,19 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from component.cli import exit_on_user_error, new_parser, parsed_first
+from component.cli import BOOLEAN, exit_on_user_error, new_parser, parsed_first
 
 
 @parsed_first
 def parse_flags() -> argparse.Namespace:
     parser = new_parser(__doc__)
     parser.add_argument("--model_name_or_path", required=True, help="folder with a config.json, or a hub id")
-    parser.add_argument("--max_seq_length", type=int, required=True, help="tokens per sample")
+    parser.add_argument("--max_seq_length", type=int, help="tokens per sample; required for training")
+    inference = "estimate the memory of inference.py, chat.py and web.py with each KV cache instead"
+    parser.add_argument("--inference", action="store_true", help=inference)
+    context = "with --inference: tokens of the longest text, answer included (default: the model's context)"
+    parser.add_argument("--context", type=int, help=context)
+    parser.add_argument("--load_in_4bit", **BOOLEAN, help="with --inference: NF4 weights")
     parser.add_argument("--memory_budget_gib", type=float, default=32, help="GPU memory for tensors (default 32)")
     parser.add_argument("--host_gib", type=float, default=64, help="CPU memory to pin, per GPU (default 64)")
     parser.add_argument("--per_device_train_batch_size", type=int, default=1)
@@ -44,15 +50,32 @@ def parse_flags() -> argparse.Namespace:
 from component.adapter import check_targets_early
 from component.distributed.strategy import training_strategy
 from component.error import UserError
+from component.evaluate.table import grid
+from component.inference.cache_memory import CHUNKS, Reading, best_chunk, fits, longest_context, need
+from component.inference.flags import CACHES
 from component.memory.budget import CONTEXT_GIB, LIBRARIES_GIB, USABLE
 from component.memory.plan import choose_plan, estimate, minimum_memory_plan, next_memory_option
 from component.memory.workload import GIB, Workload, paged_bytes, workload
 from component.model import load_config
+from component.rope import context_length
 from component.storage.claim import claimed
 from component.storage.result import write_json
 from component.train.validation import out_of_bounds
 
+PARTS = ("weights", "cache", "workspace", "peak", "host")  # of inference; host: CPU memory
 STEP = 1024  # resolution, in tokens, of the longest sample
+
+
+def check_kind(flags: argparse.Namespace) -> None:
+    """Refuse flags of training with those of inference."""
+    if not flags.inference:
+        named = [name for name in ("context", "load_in_4bit") if getattr(flags, name)]
+        if named:
+            raise UserError(f"--{named[0]}: {getattr(flags, named[0])}, but no --inference; add it, or leave this out")
+        if flags.max_seq_length is None:
+            raise UserError("--max_seq_length: missing; name the tokens per sample, or estimate with --inference")
+    elif flags.max_seq_length is not None:
+        raise UserError(f"--max_seq_length: {flags.max_seq_length} is for training; with --inference use --context")
 
 
 def read_workload(flags: argparse.Namespace) -> Workload:
@@ -115,8 +138,35 @@ def main() -> None:
     flags = parse_flags()
     deepspeed = None if flags.deepspeed == "none" else flags.deepspeed
     read = {"--model_name_or_path": [flags.model_name_or_path], "--deepspeed": [deepspeed]}
+    check_kind(flags)
     with claimed({"--output_json": [flags.output_json]}, read, overwrite=flags.overwrite):
-        show_estimate(flags)
+        show_inference(flags) if flags.inference else show_estimate(flags)
+
+
+def show_inference(flags: argparse.Namespace) -> None:
+    """Print which KV caches fit, and how long texts may be with each."""
+    for name in ("memory_budget_gib", "host_gib"):
+        if not getattr(flags, name) >= 0:  # NaN too
+            raise UserError(f"--{name}: {getattr(flags, name):g}; use 0 or more")
+    config = load_config(flags.model_name_or_path)
+    tokens = flags.context or context_length(config)
+    if tokens < 1:
+        raise UserError(f"--context: {tokens} tokens; use at least 1")
+    reading, rows = Reading(config, flags.load_in_4bit), []
+    available, host = USABLE * flags.memory_budget_gib * GIB, flags.host_gib * GIB
+    for name in CACHES:
+        found = best_chunk(reading, name, tokens, available, host) or need(reading, name, tokens, CHUNKS[-1])
+        sizes = {f"{part}_gib": getattr(found, part) / GIB for part in PARTS}
+        longest = longest_context(reading, name, available, host)
+        rows.append({"cache": name, **sizes, "fits": fits(found, available, host), "longest_tokens": longest})
+    print(f"{tokens} tokens in {flags.memory_budget_gib:g} GiB of GPU and {flags.host_gib:g} GiB of CPU memory")
+    cells = []
+    for row in rows:
+        gib = [f"{row[f'{part}_gib']:.1f}" for part in PARTS]
+        cells.append([row["cache"], *gib, "yes" if row["fits"] else "no", str(row["longest_tokens"])])
+    print(grid(["cache", *(f"{part} GiB" for part in PARTS), "fits", "longest context"], cells))
+    if flags.output_json:
+        write_json(flags.output_json, {"tokens": tokens, "load_in_4bit": bool(flags.load_in_4bit), "caches": rows})
 
 
 def show_estimate(flags: argparse.Namespace) -> None:

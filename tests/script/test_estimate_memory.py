@@ -114,3 +114,63 @@ def test_k7_the_config_is_not_overwritten(tmp_path, estimate, capsys):
         estimate("--max_seq_length", "8192", "--output_json", str(config), "--overwrite")
     assert "would be overwritten, but --model_name_or_path reads it" in capsys.readouterr().err
     assert config.read_bytes() == before
+
+
+class TestInference:
+    """LLaMA2-7B: 32 layers of 2 x 4096 numbers per token."""
+
+    NUMBERS = 32 * 2 * 4096
+    LINEAR = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    EMBEDDINGS = 2 * 32000 * 4096
+
+    def caches(self, estimate, *flags: str) -> tuple[dict[str, dict], str]:
+        found, printed = estimate("--inference", *flags)
+        return {row["cache"]: row for row in found["caches"]}, printed
+
+    def test_by_hand(self, estimate):
+        found, printed = self.caches(
+            estimate, "--context", "114688", "--load_in_4bit", "--host_gib", "55"
+        )  # 14 segments of 8192
+        assert [name for name, row in found.items() if row["fits"]] == ["int4", "int2"]
+        weights = self.LINEAR * (0.5 + 1 / 64 + 4 / (64 * 256)) + 2 * self.EMBEDDINGS
+        for row in found.values():
+            assert row["weights_gib"] == pytest.approx(weights / 2**30)
+            assert row["peak_gib"] == pytest.approx(row["weights_gib"] + row["cache_gib"] + row["workspace_gib"])
+            assert f"{row['longest_tokens']}" in printed
+        assert found["dynamic"]["cache_gib"] == 114688 * self.NUMBERS * 2 / 2**30 == 56
+        assert found["int8"]["cache_gib"] == 56 / 16 * 8.5
+        assert found["int4"]["cache_gib"] == 56 / 16 * 4.5
+        assert (found["offloaded"]["cache_gib"], found["offloaded"]["host_gib"]) == (0, 56)
+        assert found["int4"]["peak_gib"] == pytest.approx(3.8 + 15.75, abs=1.2)
+
+    def test_the_longest_context_fits_and_a_longer_one_does_not(self, estimate):
+        found, _ = self.caches(estimate, "--context", "8192", "--memory_budget_gib", "24", "--load_in_4bit")
+        for name in ("dynamic", "int8", "int4", "offloaded"):
+            tokens = found[name]["longest_tokens"]
+            assert tokens > 8192
+            for length, is_short in ((tokens, True), (tokens + 1024, False)):
+                again, _ = self.caches(
+                    estimate, "--context", str(length), "--memory_budget_gib", "24", "--load_in_4bit"
+                )
+                assert again[name]["fits"] is is_short, (name, length)
+        assert found["dynamic"]["longest_tokens"] < found["int8"]["longest_tokens"] < found["int4"]["longest_tokens"]
+
+    def test_16_bit_weights_and_the_models_context(self, estimate):
+        found, printed = self.caches(estimate)
+        assert printed.startswith("2048 tokens in 32 GiB of GPU"), "LlamaConfig's default"
+        assert found["dynamic"]["weights_gib"] == 2 * (self.LINEAR + self.EMBEDDINGS) / 2**30
+
+    @pytest.mark.parametrize(
+        ("flags", "message"),
+        [
+            ((), "--max_seq_length: missing; name the tokens per sample, or estimate with --inference"),
+            (("--inference", "--max_seq_length", "9"), "--max_seq_length: 9 is for training; with --inference use"),
+            (("--max_seq_length", "9", "--context", "9"), "--context: 9, but no --inference"),
+            (("--inference", "--context", "-9"), "--context: -9 tokens; use at least 1"),
+            (("--inference", "--memory_budget_gib", "nan"), "--memory_budget_gib: nan; use 0 or more"),
+        ],
+    )
+    def test_wrong_flags(self, estimate, capsys, flags, message):
+        with pytest.raises(SystemExit):
+            estimate(*flags)
+        assert message in capsys.readouterr().err
