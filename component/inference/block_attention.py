@@ -59,11 +59,15 @@ def block_attention_forward(
     if history is None and (attention_mask is not None or old == 0 or new == 1):
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     assert attention_mask is None, "padding: blocks are for rows of equal length"
+    parts = []
     if history is None:
         parts = [(key[:, :, :old], value[:, :, :old])]
-    else:
-        parts = [(history.keys, history.values)] if history.keys.shape[2] else []
-    out, saved = attention_forward(query, key[:, :, -new:], value[:, :, -new:], scaling, is_causal=new > 1)
+    elif new == 1:  # few tokens: one call for all
+        key, value = torch.cat([history.keys, key], 2), torch.cat([history.values, value], 2)
+    elif history.keys.shape[2]:
+        parts = [(history.keys, history.values)]
+    newest = slice(-new, None) if history is None else slice(None)
+    out, saved = attention_forward(query, key[:, :, newest], value[:, :, newest], scaling, is_causal=new > 1)
     out = out.float()  # it is rounded once, not at each merge
     for part in parts:
         merge_attention(out, saved, *attention_forward(query, *part, scaling, is_causal=False))
@@ -92,12 +96,15 @@ def runs_kernel(query: Tensor, history: History) -> bool:
 
 def decoded(query: Tensor, history: History, scaling: float) -> tuple[Tensor, SavedForBackward]:
     """Attention of one token to the quantized blocks, (B, H, 1, D) fp32, and its log-sum-exp."""
-    from component.inference.decode_kernel import attend_to_blocks
+    from component.inference.decode_kernel import attend_to_blocks, split_table
 
-    keys, values = history.layer.stores
-    segments = list(zip(keys.segments, values.segments, history.segments(), strict=False))  # the last may be newer
+    layer, (keys, values) = history.layer, history.layer.stores
+    if layer.table_blocks != history.blocks:  # once in BLOCK tokens
+        segments = list(zip(keys.segments, values.segments, history.segments(), strict=False))  # the last may be newer
+        layer.table, layer.table_blocks = split_table(segments), history.blocks
     grouped = query.reshape(-1, query.shape[1] // history.keys.shape[1], query.shape[3])  # (B K, H / K, D)
-    parts, lse = attend_to_blocks(grouped, segments, keys.format.bits, scaling)
+    groups = values.segments[0].scale.shape[3]
+    parts, lse = attend_to_blocks(grouped, layer.table, keys.format.bits, groups, scaling)
     total = lse.logsumexp(2, keepdim=True)
     merged = ((lse - total).exp().unsqueeze(3) * parts).sum(2)
     return merged.view(query.shape), SavedForBackward("decode", (total.view(query.shape[:3]), None, None))

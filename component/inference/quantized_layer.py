@@ -177,6 +177,12 @@ class BlockQuantizedLayer(DynamicLayer):
         super().__init__()
         self.stores = tuple(BlockStore(FORMATS[format_name], is_key) for is_key in (True, False))
         self.keeps_blocks = keeps_blocks
+        self.forget_table()
+
+    def forget_table(self) -> None:
+        """`table` says where the first `table_blocks` blocks are, for component/inference/decode_kernel.py."""
+        self.table: Tensor | None = None
+        self.table_blocks = 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append keys and values (B, K, T, D); returns those to attend to.
@@ -219,11 +225,13 @@ class BlockQuantizedLayer(DynamicLayer):
         blocks = min(left // BLOCK, self.stores[0].blocks)
         rest = left - blocks * BLOCK
         assert rest == 0 or blocks == self.stores[0].blocks, f"{left} tokens end inside of a quantized block"
+        self.forget_table()  # what is written next may be elsewhere
         for store in self.stores:
             store.crop(blocks)
         self.keys, self.values = (part[:, :, :rest].clone() for part in (self.keys, self.values))
 
     def reset(self) -> None:
         super().reset()
+        self.forget_table()
         for store in self.stores:
             store.crop(0)
