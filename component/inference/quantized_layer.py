@@ -231,7 +231,8 @@ class BlockQuantizedLayer(DynamicLayer):
         self.keys, self.values = (part[:, :, :rest].clone() for part in (self.keys, self.values))
 
     def reset(self) -> None:
-        super().reset()
+        self.keys = self.values = None
+        self.is_initialized = False
         self.forget_table()
         for store in self.stores:
             store.crop(0)
