@@ -175,6 +175,7 @@ class BlockQuantizedLayer(DynamicLayer):
 
     def __init__(self, format_name: str, keeps_blocks: bool) -> None:
         super().__init__()
+        self.is_initialized: bool = False
         self.stores = tuple(BlockStore(FORMATS[format_name], is_key) for is_key in (True, False))
         self.keeps_blocks = keeps_blocks
         self.forget_table()
