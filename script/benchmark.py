@@ -83,7 +83,7 @@ KINDS = [*(f"ours_{name}" for name in OURS), *(f"ours_python_{name}" for name in
 def parse_flags() -> argparse.Namespace:
     parser = new_parser(__doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder for models, data and logs; kept for reuse")
-    parser.add_argument("--tokenizer", required=True, help="folder with the LLaMA2 tokenizer")
+    parser.add_argument("--tokenizer", required=True, help="folder with a tokenizer of at most the model's vocabulary")
     parser.add_argument("--sizes", nargs="+", default=[], help=", ".join(SHAPES))
     parser.add_argument("--lengths", nargs="+", type=int, default=[], help="tokens")
     parser.add_argument("--kinds", nargs="+", default=[], help=", ".join(KINDS))
@@ -105,7 +105,7 @@ from component.storage.result import LIBRARIES, library_versions, write_json
 from script.performance.report import commit, failure, read_results, speed, step_flop, table
 from script.shared.card import describe_card
 from script.shared.program import free_port, in_a_process, read_training, run
-from script.shared.random_llama import make_model
+from script.shared.random_model import make_model
 from script.shared.stdlib import default_library, split_library
 
 GPU_ONLY = {"bf16", "fp16", "memory_budget_gib", "use_flash_attn", "use_liger_kernel"}
@@ -192,7 +192,7 @@ def requested_rows(flags: argparse.Namespace) -> list[Row]:
     """The rows of --sizes x --lengths x --kinds, then those of --row, then those of --plan."""
     rows = [Row(*names) for names in product(flags.sizes, flags.lengths, flags.kinds)]
     for text in flags.row:
-        if not re.fullmatch(r"\w+:\d+:\w+(:\d+)?", text):
+        if not re.fullmatch(r"[\w.-]+:\d+:\w+(:\d+)?", text):
             raise UserError(f"--row: {text!r} is not size:length:kind or size:length:kind:steps")
         rows.append(Row(*text.split(":")))
     if flags.plan and not flags.plan.is_file():

@@ -68,9 +68,8 @@ UNTESTED = {
     "script/performance/train_by_heads.py": "script/shared/shift_short_by_heads.py has tests; the rest is train.py",
     "script/performance/real_shape.py": "runs programs that have tests on a model of 13 GB",
     "script/shared/card.py": "measures a GPU",
-    "script/shared/shape.py": "four numbers a model",
+    "script/shared/shape.py": "its numbers are tested with random_model.py",
     "script/shared/training_flags.py": "flags of programs that others test",
-    "script/shared/random_llama.py": "used by tests/script/test_benchmark.py (slow)",
 }
 READMES = {
     *("README.md", "train_args/README.md", "component/README.md", "script/README.md"),

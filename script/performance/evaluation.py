@@ -13,15 +13,16 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from component.cli import exit_on_user_error, new_parser, parsed_first
-from script.shared.shape import SHAPES
+from script.shared.shape import SHAPES, Shape
 
-SMALL = {"135m": (576, 1536, 30, 9)}  # SmolLM2's, with 3 key/value heads and 49152 tokens
+SMALL = {"135m": Shape(576, 1536, 30, 9, 3, 49152, tied=True)}  # SmolLM2's
 ROWS = ["135m:16384", "7b:8192", "7b:131072"]
 
 
@@ -40,7 +41,7 @@ def parse_flags() -> argparse.Namespace:
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from component import loss
 from component.error import UserError
@@ -48,34 +49,25 @@ from component.evaluate import perplexity
 from component.storage.claim import held_result
 from component.storage.result import origin, write_json
 from script.shared.card import describe_card
+from script.shared.random_model import config_of
 
 
-def build(shape: str, device: torch.device) -> LlamaForCausalLM:
-    hidden, mlp, layers, heads = (SHAPES | SMALL)[shape]
-    small = {"num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True} if shape in SMALL else {}
-    config = LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=mlp,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        max_position_embeddings=131072,
-        attn_implementation="sdpa",
-        **small,
-    )
-    torch.set_default_dtype(torch.float16 if device.type == "cuda" else torch.float32)
+def build(shape: str, device: torch.device) -> PreTrainedModel:
+    config = config_of(replace((SHAPES | SMALL)[shape], context=131072))
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
     with device:
-        return LlamaForCausalLM(config).eval()
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
 
 
 @torch.no_grad()
-def bare(model: LlamaForCausalLM, tokens: np.ndarray, length: int) -> None:
+def bare(model: PreTrainedModel, tokens: np.ndarray, length: int) -> None:
     ids = torch.from_numpy(tokens[:length].astype(np.int64))[None].to(model.device)
     hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
     for part in hidden.split(loss.TOKENS_PER_CHUNK, 1):
         model.get_output_embeddings()(part)
 
 
-def evaluate(model: LlamaForCausalLM, tokens: np.ndarray, length: int) -> None:
+def evaluate(model: PreTrainedModel, tokens: np.ndarray, length: int) -> None:
     perplexity.measure_perplexity(model, tokens, seq_len=length, stride=length, position_buckets=16)
 
 
@@ -104,7 +96,7 @@ def measure(row: str, windows: int, device: torch.device) -> dict[str, Any]:
     if shape not in SHAPES | SMALL or not text.isdecimal():
         raise UserError(f"--rows: {row!r}; use SHAPE:TOKENS, as in {ROWS[0]}")
     length, model = int(text), build(shape, device)
-    tokens = np.random.default_rng(0).integers(model.config.vocab_size, size=2 * length + 1, dtype=np.uint16)
+    tokens = np.random.default_rng(0).integers(model.config.vocab_size, size=2 * length + 1, dtype=np.uint32)
     found = {"bare": seconds(lambda: bare(model, tokens, length), windows)}
     found["evaluate"] = seconds(lambda: evaluate(model, tokens, length), windows)
     F.cross_entropy = transposed  # type: ignore[assignment]

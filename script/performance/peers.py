@@ -81,12 +81,11 @@ def load_transformers(path: str, kind: str, length: int, dtype, device: str):
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import AttentionInterface, AutoModelForCausalLM, BitsAndBytesConfig
 
+    factory = AutoModelForCausalLM
     if kind == "hf_liger":
-        from liger_kernel.transformers import apply_liger_kernel_to_llama
-
-        apply_liger_kernel_to_llama()
+        from liger_kernel.transformers import AutoLigerKernelForCausalLM as factory  # for any family
     AttentionInterface.register("rolled_s2", rolled_s2)
-    model = AutoModelForCausalLM.from_pretrained(
+    model = factory.from_pretrained(
         path,
         dtype=dtype,
         device_map={"": device},
@@ -104,9 +103,13 @@ def load_transformers(path: str, kind: str, length: int, dtype, device: str):
 
 
 def rolled_s2(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """(B, H, T, D) each -> (B, T, H, D): groups of T/4 tokens, half of the heads rolled by half the group size."""
+    """(B, H, T, D), keys and values of fewer heads -> (B, T, H, D): groups of T/4 tokens, half of the heads rolled.
+
+    They are rolled by half the group size. As published, keys and values are repeated for grouped-query models.
+    """
     import torch
 
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     length, half = query.shape[2], query.shape[1] // 2
     group = length // 4
 

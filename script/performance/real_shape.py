@@ -18,13 +18,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from component.cli import exit_on_user_error, new_parser, parsed_first
-from script.shared.shape import SHAPES
+
+YAMLS = {"7b": "llama2-7b-pretrain", "13b": "vicuna-13b-sft", "tiny": "vicuna-13b-sft"}
 
 
 @parsed_first
 def parse_flags() -> argparse.Namespace:
     parser = new_parser(__doc__)
-    parser.add_argument("--size", choices=SHAPES, required=True, help="shape of the model")
+    parser.add_argument("--size", choices=YAMLS, required=True, help="shape of the model")
     parser.add_argument("--tokenizer", required=True, help="folder with the LLaMA2 tokenizer")
     parser.add_argument("--work", type=Path, required=True, help="folder for model, data and runs")
     parser.add_argument("--seq_len", type=int, default=8192, help="tokens per sample and window (8192)")
@@ -40,10 +41,8 @@ from transformers import AutoTokenizer
 from component.storage.claim import held_result, work_folder
 from component.storage.result import library_versions, write_json
 from script.shared.program import read_training, show_and_run
-from script.shared.random_llama import make_model
+from script.shared.random_model import make_model
 from script.shared.stdlib import default_library, split_library
-
-YAMLS = {"7b": "llama2-7b-pretrain", "13b": "vicuna-13b-sft", "tiny": "vicuna-13b-sft"}
 
 
 def make_data(folder: Path, seq_len: int) -> None:

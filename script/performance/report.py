@@ -14,9 +14,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from component.error import UserError
-from script.shared.shape import SHAPES
+from script.shared.shape import SHAPES, Shape
 
-VOCABULARY = 32000
 ERROR = re.compile(r"^(?:\[rank\d+\]: ?)?((?:[\w.]*(?:Error|Exception)|error): .*(?:\n +- .*)*)", re.MULTILINE)
 PEAKS = ("estimated_gib", "peak_allocated_gib", "peak_reserved_gib", "device_in_use_gib", "host_peak_gib")
 
@@ -35,11 +34,11 @@ def table(rows: list[dict]) -> str:
         if row["kind"] == "unsloth" and not row["overrides"] and "error" not in row
     }
     heads = ("tokens/s", "/ unsloth", "of matrix", "estimate", "peak GiB", "reserved", "in use", "host GiB")
-    lines = [f"{'size':<6}{'tokens':>8}  {'kind':<24}" + "".join(f"{head:>11}" for head in heads)]
+    lines = [f"{'size':<12}{'tokens':>8}  {'kind':<24}" + "".join(f"{head:>11}" for head in heads)]
     for row in rows:
         label = " ".join([row["kind"], *(f"{name}={value}" for name, value in row["overrides"].items())])
         label += f" on {row['cards']} cards" if row.get("cards", 1) > 1 else ""
-        line = f"{row['size']:<6}{row['length']:>8}  {label:<24}"
+        line = f"{row['size']:<12}{row['length']:>8}  {label:<24}"
         if "error" in row:
             lines.append(f"{line}  {row['error'][:90]}")
             continue
@@ -79,19 +78,24 @@ def median_step(step_seconds: list[float]) -> float:
 
 
 def step_flop(size: str, length: int, group: int | None) -> float:
+    """FLOP of a step of a model in SHAPES that recomputes every layer once: see `flop_of`."""
+    return flop_of(SHAPES[size], length, group)
+
+
+def flop_of(shape: Shape, length: int, group: int | None) -> float:
     """FLOP of a step that recomputes every layer once: 6 T W + 4 T h V + 16 L h P.
 
-    T tokens. W = L (4 h² + 3 h m): weights of the linear layers (L layers, hidden size h, MLP size m): forward,
-    recomputed forward, and backward to activations only, since they are frozen. h V: lm_head, not recomputed. P:
+    T tokens. W: weights of the linear layers, (2 h (h + k) + 3 h m) in each of L layers of hidden size h, MLP size m
+    and k numbers per token in keys: forward, recomputed forward, and backward to activations only, since they are
+    frozen. Biases are added, which is no product. h V: lm_head, not recomputed. P:
     (query, key) pairs per head, in two matrix products forward, two recomputed and four backward: T (T + 1) / 2 with
     full attention; with groups of g, T (g + 1) / 2 - g² / 8, the mean over shifted and unshifted heads. LoRA's own
     products (3 % for 7B) are left out. Plans that recompute less count the same FLOP, so the MFU-like share of the
     matrix rate may exceed 1.
     """
-    hidden, mlp, layers, _ = SHAPES[size]
     pairs = length * (length + 1) / 2 if group is None else length * (group + 1) / 2 - group**2 / 8
-    weights = layers * (4 * hidden**2 + 3 * hidden * mlp)
-    return 6 * length * weights + 4 * length * hidden * VOCABULARY + 16 * layers * hidden * pairs
+    products = 6 * length * shape.weights + 4 * length * shape.hidden * shape.vocabulary
+    return products + 16 * shape.layers * shape.hidden * pairs
 
 
 def commit() -> str | None:

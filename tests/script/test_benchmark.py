@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 from dataclasses import fields
@@ -27,7 +28,13 @@ def test_rows_are_requested_in_three_ways(tmp_path):
     row = {"size": "13b", "length": 8192, "kind": "hf", "overrides": {"memory_budget_gib": 32}}
     plan.write_text(json.dumps([row]))
     rows = requested_rows(
-        flags(sizes=["7b"], lengths=[8192, 131072], kinds=["hf", "unsloth"], row=["tiny:256:ours_off:2"], plan=plan)
+        flags(
+            sizes=["7b"],
+            lengths=[8192, 131072],
+            kinds=["hf", "unsloth"],
+            row=["tiny:256:ours_off:2", "qwen2.5-7b:8192:hf"],
+            plan=plan,
+        )
     )
     assert [(row.size, row.length, row.kind, row.steps) for row in rows] == [
         ("7b", 8192, "hf", 4),
@@ -35,6 +42,7 @@ def test_rows_are_requested_in_three_ways(tmp_path):
         ("7b", 131072, "hf", 3),
         ("7b", 131072, "unsloth", 3),
         ("tiny", 256, "ours_off", 2),
+        ("qwen2.5-7b", 8192, "hf", 4),
         ("13b", 8192, "hf", 4),
     ]
     assert rows[-1].overrides == {"memory_budget_gib": 32}
@@ -153,6 +161,20 @@ def test_tiny_rows_end_to_end(tmp_path, base_folder):
     assert "hf ..." in first
     assert "hf ..." not in second
     assert second.splitlines()[-4:] == first.splitlines()[-4:]
+
+
+@pytest.mark.slow
+def test_tiny_rows_of_another_family(tmp_path, base_folder):
+    """Grouped-query Qwen2 with biases, and a vocabulary of which the tokenizer has a hundredth."""
+    output, plan = tmp_path / "benchmark.json", tmp_path / "plan.json"
+    row = {"size": "tiny-qwen2", "length": 256, "steps": 2}
+    full = row | {"kind": "ours_python_fastest", "overrides": {"use_shift_short_attention": False}}
+    plan.write_text(json.dumps([full, row | {"kind": "hf"}]))
+    words = ["--work", tmp_path / "work", "--tokenizer", base_folder, "--output_json", output, "--plan", plan]
+    subprocess.run([sys.executable, ROOT / "script/benchmark.py", *map(str, words)], check=True)
+    ours, theirs = (row["losses"][0] for row in json.loads(output.read_text())["rows"])
+    assert ours == pytest.approx(theirs, abs=3e-4)  # both rounded to four digits
+    assert abs(ours - math.log(40000)) > 3e-3  # not any model's
 
 
 @pytest.mark.parametrize(

@@ -29,3 +29,11 @@ def test_the_original_rolls():
                 seen = group[: place + 1]
                 weights = (query[0, head, token] @ key[0, head, seen].T * 8**-0.5).softmax(-1)
                 torch.testing.assert_close(found[0, token, head], weights @ value[0, head, seen])
+
+
+def test_the_original_repeats_keys_and_values_of_grouped_heads():
+    query, key, value = torch.randn(1, 6, 16, 8), *torch.randn(2, 1, 2, 16, 8)
+    found, _ = rolled_s2(None, query, key, value, None, scaling=8**-0.5)
+    own = [0, 0, 0, 1, 1, 1]  # the key/value head of each query head
+    expected, _ = rolled_s2(None, query, key[:, own], value[:, own], None, scaling=8**-0.5)
+    assert torch.equal(found, expected)
