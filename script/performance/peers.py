@@ -83,7 +83,9 @@ def load_transformers(path: str, kind: str, length: int, dtype, device: str):
 
     factory = AutoModelForCausalLM
     if kind == "hf_liger":
-        from liger_kernel.transformers import AutoLigerKernelForCausalLM as factory  # for any family
+        from liger_kernel.transformers import AutoLigerKernelForCausalLM  # for any family
+
+        factory = AutoLigerKernelForCausalLM
     AttentionInterface.register("rolled_s2", rolled_s2)
     model = factory.from_pretrained(
         path,

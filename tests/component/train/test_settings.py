@@ -4,6 +4,7 @@ Invalid values and their messages are in tests/end_to_end/test_wrong_inputs.py.
 """
 
 import dataclasses
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,16 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 from transformers.training_args import OptimizerNames
 
+from component.attention.interface import use_shift_short_attention
+from component.distributed.strategy import training_strategy
 from component.error import UserError
+from component.memory.plan import estimate, minimum_memory_plan
+from component.memory.workload import workload
+from component.rope import context_length, extend_context, original_context, own_rope_type
 from component.train.argument import REMOVED
 from component.train.settings import parse_arguments
+from script.shared.random_model import config_of
+from script.shared.shape import SHAPES
 from tests.conftest import ROOT
 
 MINIMAL = {
@@ -290,6 +298,55 @@ def test_a_shipped_yaml_holds_the_originals_values(name, monkeypatch):
     raw = yaml.safe_load(Path(file).read_text())
     assert raw["fp16"] is True
     assert raw["deepspeed"] == "./train_args/deepspeed/deepspeed_config_s2.json"
+
+
+FAMILIES = {  # YAML: shape, context before -> after, minimum budget in GiB, group
+    "llama2-7b-16gb": ("7b", 4096, 16384, 12.5),
+    "llama2-7b-24gb": ("7b", 4096, 32768, 21),
+    "llama2-7b-32k": ("7b", 4096, 32768, 29),
+    "llama2-7b-128k": ("7b", 4096, 131072, 29),
+    "llama2-13b-32k": ("13b", 4096, 32768, 29),
+    "llama3-8b-128k": ("llama3-8b", 8192, 131072, 29),
+    "llama3.1-8b-256k": ("llama3.1-8b", 131072, 262144, 29),
+    "qwen2.5-7b-32k": ("qwen2.5-7b", 32768, 32768, 29),
+    "mistral-7b-64k": ("mistral-7b", 32768, 65536, 29),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_shipped_yaml_extends_its_family_within_its_card(name, monkeypatch):
+    """On the published config: the context that its first line tells, and a memory plan that fits."""
+    monkeypatch.chdir(ROOT)
+    size, before, after, budget = FAMILIES[name]
+    file = f"train_args/{name}.yaml"
+    raw = yaml.safe_load(Path(file).read_text())
+    words = ["--fp16", "false", "--bf16", "false", "--deepspeed=", "--memory_budget_gib", "null"]
+    args, _ = parse_arguments(["--train_args_file", file, *words])
+    assert raw.get("memory_budget_gib", budget) == budget
+    config = config_of(replace(SHAPES[size], context=before))  # Qwen2.5's chat model tells less than its base
+    assert original_context(config) == (8192 if size == "llama3.1-8b" else before)
+    extend_context(config, args.model_max_length, args.rope_type or own_rope_type(config))
+    assert context_length(config) == after
+    use_shift_short_attention(config, args.group_tokens, args.max_seq_length)
+    strategy = training_strategy(raw["deepspeed"], 1, 1)
+    work = workload(
+        config,
+        target_names=args.target_names,
+        rank=args.lora_rank,
+        tokens=args.max_seq_length,
+        group=args.group_tokens,
+        fused=budget > 16,
+        offload_optimizer=strategy.offloads_optimizer,
+        full_steps=True,
+    )
+    plan = replace(minimum_memory_plan(), loss_chunk_tokens=1024)
+    assert estimate(work, plan).peak_gib < 0.98 * budget
+    assert estimate(work, plan).host_gib < 64
+
+
+def test_every_shipped_yaml_is_tested():
+    files = {file.stem for file in (ROOT / "train_args").glob("*.yaml")}
+    assert files == FAMILIES.keys() | {name.removesuffix(".yaml") for name in SHIPPED} | {"demo"}
 
 
 def test_the_originals_own_yaml_is_accepted(tmp_path, parse):
