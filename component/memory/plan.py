@@ -86,8 +86,7 @@ def estimate(work: Workload, plan: MemoryPlan) -> Estimate:
     in_transfer = (size.hidden + output if nothing else 0) + lse if plan.offload_activations else inputs
     kept = in_transfer + attention * size.attention + everything * (size.attention + size.gate_and_up)
     chunk = min(plan.loss_chunk_tokens, work.tokens) * work.vocabulary * (2 * work.value_bytes + 8)
-    head = work.head * (4 + work.value_bytes)  # lm_head's gradient: the fp32 sum, and one chunk's contribution
-    loss = kept + 3 * size.hidden + chunk + head + size.gathered_head
+    loss = kept + 3 * size.hidden + chunk + _head_bytes(work) + size.gathered_head
     moments = {"the loss": loss, "the optimizer's step": step_bytes(work)}
     attention_backward = size.hidden + _attention_backward(work, size)
     if attention + everything:
@@ -106,6 +105,12 @@ def estimate(work: Workload, plan: MemoryPlan) -> Estimate:
     host = (size.hidden + output) * nothing if plan.offload_activations else 0
     evaluation = always + _evaluation(work, plan) / GIB if work.eval_tokens else 0.0
     return Estimate(always + moments[moment] / GIB, host / GIB, _cost(work, plan, size, counts), moment, evaluation)
+
+
+def _head_bytes(work: Workload) -> float:
+    """Of a trained lm_head in the loss: its gradient's fp32 sum and one chunk's contribution, its 16-bit copy."""
+    is_copied = not work.zero and work.value_bytes < 4  # DeepSpeed's own are in 16 bits
+    return work.head * (4 + work.value_bytes * (1 + is_copied))
 
 
 def _evaluation(work: Workload, plan: MemoryPlan) -> float:
@@ -131,7 +136,9 @@ def _mlp_backward(work: Workload, plan: MemoryPlan, size: Sizes, is_kept: bool) 
 def _attention_backward(work: Workload, size: Sizes) -> float:
     """Bytes: gradients of the output and of q, k, v, and one kernel call's own gradients and fp32 accumulators."""
     gradients = size.query + 2 * size.key
-    share = min(0.5, max(HEAD_TOKENS / work.tokens / work.heads, 1 / work.kv_heads))
+    # of the heads in one call: of an odd number of key/value heads, the shifted half has one more
+    most = -(-work.kv_heads // 2) / work.kv_heads if work.kv_heads > 1 else 0.5
+    share = min(most, max(HEAD_TOKENS / work.tokens / work.heads, 1 / work.kv_heads))
     # a call's keys and values from the left, their gradients, and what is on its way: the next ones, and to and fro
     transfers = 5 * share * size.left
     if size.by_heads:  # copies to be sent, and received

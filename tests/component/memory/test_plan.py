@@ -2,21 +2,26 @@
 
 import dataclasses
 import math
+from itertools import accumulate
 
 import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
 
-from component.loss import eval_chunk
+from component.attention import shift_short
+from component.loss import as_loss_head, eval_chunk, next_token_loss
 from component.memory.plan import (
     MEMORY_OPTIONS,
     Estimate,
     MemoryPlan,
+    _attention_backward,
     choose_plan,
     describe_estimate,
     estimate,
     minimum_memory_plan,
     next_memory_option,
 )
-from component.memory.workload import GIB, Workload, fixed_bytes
+from component.memory.workload import GIB, Workload, fixed_bytes, sizes
 from tests.reference.llama2_7b import HIDDEN, LINEAR, LLAMA2_7B, LORA, MLP, VOCABULARY
 from tests.reference.plain_path import plan_of
 
@@ -150,6 +155,55 @@ def test_log_sums_of_kept_attention_outputs(vocabulary, offload):
         outputs -= 1
     expected = outputs * 131072 * HIDDEN * 2 + 6 * 131072 * 32 * 4
     assert (kept.peak_gib - recomputed.peak_gib) * GIB == pytest.approx(expected, rel=1e-6)
+
+
+def peak_bytes(run) -> int:
+    """The most that tensors allocated by `run` held at the same time."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        run()
+    events = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+
+
+@pytest.mark.parametrize("chunk", [16, 64, 1024])
+@pytest.mark.parametrize(("dtype", "trained"), [("bfloat16", False), ("float32", True), ("bfloat16", True)], ids=str)
+def test_the_loss_of_a_large_vocabulary_needs_what_is_estimated(chunk, dtype, trained):
+    """Logits, their gradients and a trained lm_head, of the size of Qwen2.5's relative to the hidden size.
+
+    A trained head is in 16 bits with ZeRO, else in fp32; activations are in 16 bits.
+    """
+    hidden, vocabulary, tokens = 128, 5431, 1024
+    head = torch.nn.Linear(hidden, vocabulary, bias=False, dtype=getattr(torch, dtype)).requires_grad_(trained)
+    as_loss_head(head)
+    inputs = torch.randn(1, tokens, hidden, dtype=torch.bfloat16, requires_grad=True)
+    labels = torch.randint(vocabulary, (1, tokens))
+    measured = peak_bytes(lambda: next_token_loss(inputs, labels, head, None, chunk).backward())
+    parameters = hidden * vocabulary
+    work = dataclasses.replace(
+        LLAMA2_7B, layers=1, weights=0, trained=0, embeddings=0, hidden=hidden, mlp=1, heads=2, kv_heads=1, rank=1,
+        head_size=1, group=8, tokens=tokens, vocabulary=vocabulary, head=parameters if trained else 0,
+        zero=dtype == "bfloat16",
+    )  # fmt: skip
+    found = estimate(work, plan_of(loss_chunk_tokens=chunk))
+    assert found.moment == "the loss"
+    engine = 0.15 + (0.3 if work.zero else 0)
+    gradient = parameters * head.weight.itemsize if trained else 0  # the parameter's own is counted with `trained`
+    estimated = (found.peak_gib - engine) * GIB + gradient
+    assert 0.5 < measured / estimated <= 1
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(32, 32), (32, 8), (28, 4), (9, 3), (15, 5), (4, 1), (14, 2)])
+def test_the_heads_of_one_attention_call(heads, kv_heads, monkeypatch):
+    """Its gradients are in memory at once: never of more heads than estimated."""
+    seen = []
+    monkeypatch.setattr(shift_short, "attend_segments", lambda calls, *rest: seen.extend(calls))
+    query = torch.empty(1, heads, 8, 2)
+    shift_short.attend_in_groups(query, query[:, :kv_heads], query[:, :kv_heads], 4, None, None, 0.0, None)
+    largest = max(part.heads.stop - part.heads.start for call in seen for row in call.rows for part in row)
+    work = dataclasses.replace(LLAMA2_7B, heads=heads, kv_heads=kv_heads, head_size=2, tokens=8, group=4)
+    size = sizes(work)
+    per_call = largest / heads * (size.query + 2 * size.key + size.query * 4 / 2)
+    assert _attention_backward(work, size) == pytest.approx(2 * size.query + 2 * size.key + per_call)
 
 
 @pytest.mark.parametrize(("rows", "tokens"), [(1, 8192), (8, 8192), (1, 16)])
