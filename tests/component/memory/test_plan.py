@@ -165,19 +165,24 @@ def peak_bytes(run) -> int:
     return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 
-@pytest.mark.parametrize("chunk", [16, 64, 1024])
+@pytest.mark.parametrize("chunk", [16, 64, 256])
 @pytest.mark.parametrize(("dtype", "trained"), [("bfloat16", False), ("float32", True), ("bfloat16", True)], ids=str)
 def test_the_loss_of_a_large_vocabulary_needs_what_is_estimated(chunk, dtype, trained):
     """Logits, their gradients and a trained lm_head, of the size of Qwen2.5's relative to the hidden size.
 
     A trained head is in 16 bits with ZeRO, else in fp32; activations are in 16 bits.
     """
-    hidden, vocabulary, tokens = 128, 5431, 1024
+    hidden, vocabulary, tokens = 128, 5431, 256
     head = torch.nn.Linear(hidden, vocabulary, bias=False, dtype=getattr(torch, dtype)).requires_grad_(trained)
     as_loss_head(head)
     inputs = torch.randn(1, tokens, hidden, dtype=torch.bfloat16, requires_grad=True)
     labels = torch.randint(vocabulary, (1, tokens))
-    measured = peak_bytes(lambda: next_token_loss(inputs, labels, head, None, chunk).backward())
+
+    def micro_batch() -> None:
+        next_token_loss(inputs, labels, head, None, chunk).backward()
+
+    micro_batch()  # then the head's own gradient exists, which is counted with `trained`
+    measured = peak_bytes(micro_batch)
     parameters = hidden * vocabulary
     work = dataclasses.replace(
         LLAMA2_7B, layers=1, weights=0, trained=0, embeddings=0, hidden=hidden, mlp=1, heads=2, kv_heads=1, rank=1,
@@ -187,9 +192,8 @@ def test_the_loss_of_a_large_vocabulary_needs_what_is_estimated(chunk, dtype, tr
     found = estimate(work, plan_of(loss_chunk_tokens=chunk))
     assert found.moment == "the loss"
     engine = 0.15 + (0.3 if work.zero else 0)
-    gradient = parameters * head.weight.itemsize if trained else 0  # the parameter's own is counted with `trained`
-    estimated = (found.peak_gib - engine) * GIB + gradient
-    assert 0.5 < measured / estimated <= 1
+    cast = 4 * parameters if trained else 0  # a CPU casts the 16-bit contribution in a copy, a GPU on the way
+    assert 0.5 < measured / ((found.peak_gib - engine) * GIB + cast) <= 1
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(32, 32), (32, 8), (28, 4), (9, 3), (15, 5), (4, 1), (14, 2)])
