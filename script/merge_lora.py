@@ -51,6 +51,7 @@ from transformers import PretrainedConfig
 
 from component.adapter import adapter_hash
 from component.checkpoint import check_replaceable, merged_folder, newest_run, read_record, write_record
+from component.data.chat_template import answer_end
 from component.data.token_file import read_tokens
 from component.error import UserError
 from component.evaluate.model_spec import local_tokens
@@ -173,6 +174,8 @@ def main() -> None:
     record = read_record(adapter)
     if record and record.get("template") == "vicuna":
         tokenizer.chat_template = VICUNA.read_text(encoding="utf-8")  # servers ask as training did
+    elif record and record.get("template") == "tokenizer":
+        plan.add_end(answer_end(tokenizer))
     if config.rope_parameters["rope_type"] == "dynamic":
         print(FROZEN.format(context_length(config)), file=sys.stderr, flush=True)
     with atomic_folder(target, flags.overwrite) as folder:

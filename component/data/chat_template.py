@@ -102,6 +102,18 @@ def encode_by_tokenizer(
     return encoded.input_ids, labels
 
 
+def answer_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token with which the tokenizer's own chat template ends an answer; None if it has no such.
+
+    Base models whose tokenizer has a template, such as Qwen2.5, name another end of a text.
+    """
+    try:
+        last = next((label for label in reversed(encode_by_tokenizer(tokenizer, [("a", "b")])[1]) if label >= 0), None)
+    except UserError:
+        return None
+    return last if last in tokenizer.added_tokens_decoder else None
+
+
 def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
     if not tokenizer.chat_template or not tokenizer.is_fast:
         lack = "no fast version, which has offsets" if tokenizer.chat_template else "no chat template"

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from component.checkpoint import RECORD_FILE, merged_folder, newest_run
-from component.data.chat_template import check_template
+from component.data.chat_template import answer_end, check_template
 from component.data.text import text_ids
 from component.error import UserError
 from component.inference.block_attention import NAME, supports_blocks
@@ -29,6 +29,7 @@ from component.inference.flags import ATTENTIONS, AUTO, check_sampling
 from component.inference.kv_cache import check_cache, check_quantizable
 from component.loading import (
     default_device,
+    end_ids,
     inference_config,
     inference_dtype,
     load_for_inference,
@@ -106,13 +107,17 @@ def load_from_flags(flags: argparse.Namespace) -> tuple[PreTrainedModel, PreTrai
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="strict")  # under LANG=C, invalid bytes would reach the tokenizer
     set_seed(flags.seed)
-    return load_for_inference(
+    model, tokenizer = load_for_inference(
         model_path,
         adapter,
         context_size=flags.context_size,
         load_in_4bit=flags.load_in_4bit,
         attention=attention_from_flags(flags),
     )
+    end = answer_end(tokenizer) if recorded_template(tokenizer) == "tokenizer" else None
+    if end is not None:
+        model.generation_config.eos_token_id = sorted({*end_ids(model), end})
+    return model, tokenizer
 
 
 def named_model(flags: argparse.Namespace) -> tuple[str | None, str | None]:

@@ -46,6 +46,15 @@ class MergePlan:
     changes: dict[str, TensorUpdate]
     quantized: set[str] = field(default_factory=set)  # replaced by the NF4 weights that training used
 
+    def add_end(self, token: int | None) -> None:
+        """Let generation also stop at `token`, if there is one."""
+        if token is None or self.generation_config is None:
+            return
+        known = self.generation_config.eos_token_id
+        known = known if isinstance(known, list) else [] if known is None else [known]
+        if token not in known:
+            self.generation_config.eos_token_id = [*known, token]
+
     @property
     def layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Dtype and shape of every tensor of the merged model."""
