@@ -47,7 +47,7 @@ from component.train.failure import explained_failures, telling_termination
 from component.train.rehearsal import explained_settings, rehearse
 from component.train.resume import check_continuation, distribution
 from component.train.settings import parse_arguments
-from component.train.summary import print_summary
+from component.train.summary import describe_cost, print_summary
 from component.train.trainer import LongQLoRATrainer
 from component.train.validation import check_skipping
 from component.train.zero import single_process_environment
@@ -122,6 +122,7 @@ def run(args: LongQLoRAArguments, training_args: TrainingArguments) -> None:
         data_lines | {"processes": strategy.describe(args.max_seq_length)} if strategy.processes > 1 else data_lines
     )
     lines |= {"memory": f"no plan ({fallback})" if fallback else memory.line}
+    lines |= describe_cost(args, training_args, trainer, memory.work, None if fallback else memory.plan)
     print_summary(args, training_args, trainer, base, lines)
     train(trainer, resume, memory, fallback)
 

@@ -1,8 +1,11 @@
-"""Does training or inference fit on a GPU, and how long may texts be? Needs only the model's config.
+"""Does training or inference fit on a GPU, how long may texts be, and how long does training take?
+
+Needs only the model's config.
 
 python script/estimate_memory.py --model_name_or_path NousResearch/Llama-2-7b-hf --max_seq_length 32768
 python script/estimate_memory.py --model_name_or_path M --max_seq_length 8192 --lora_rank 16 --memory_budget_gib 16
 python script/estimate_memory.py --model_name_or_path M --max_seq_length 1048576 --sequence_parallel_size 8
+python script/estimate_memory.py --model_name_or_path M --max_seq_length 32768 --card rtx4090 --memory_budget_gib 21
 python script/estimate_memory.py --model_name_or_path M --inference --context 120000 --load_in_4bit
 """
 
@@ -37,6 +40,10 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--train_embedding", action="store_true")
     parser.add_argument("--train_norm", action="store_true")
     parser.add_argument("--group_size_ratio", type=float, default=0.25, help="of S2-Attn; 1 for full attention")
+    parser.add_argument("--full_attention_ratio", type=float, default=0, help="share of steps with full attention")
+    parser.add_argument("--max_steps", type=int, default=1000, help="optimizer steps, to tell hours (default 1000)")
+    parser.add_argument("--gradient_accumulation_steps", type=int, default=1)
+    parser.add_argument("--card", help="card to estimate time on, e.g. h100, rtx4090, t4; default: this GPU, if any")
     parser.add_argument("--no_4bit", action="store_true", help="16-bit base weights")
     parser.add_argument("--no_liger", action="store_true", help="without Liger's kernels, as on a V100")
     parser.add_argument("--optim", default="paged_adamw_32bit")
@@ -47,6 +54,8 @@ def parse_flags() -> argparse.Namespace:
     return parser.parse_args()
 
 
+import torch
+
 from component.adapter import check_targets_early
 from component.distributed.strategy import training_strategy
 from component.error import UserError
@@ -54,7 +63,9 @@ from component.evaluate.table import grid
 from component.inference.cache_memory import CHUNKS, Reading, best_chunk, fits, longest_context, need
 from component.inference.flags import CACHES
 from component.memory.budget import CONTEXT_GIB, LIBRARIES_GIB, USABLE
-from component.memory.plan import choose_plan, estimate, minimum_memory_plan, next_memory_option
+from component.memory.cost import checkpoint_bytes, describe_time
+from component.memory.plan import MemoryPlan, choose_plan, estimate, minimum_memory_plan, next_memory_option
+from component.memory.rate import measured_rate, published_rate
 from component.memory.workload import GIB, Workload, paged_bytes, workload
 from component.model import load_config
 from component.rope import context_length
@@ -112,7 +123,7 @@ def read_workload(flags: argparse.Namespace) -> Workload:
         sequence_processes=parts,
         shards=strategy.shards,
         rows=rows,
-        full_steps=flags.group_size_ratio >= 1,
+        full_steps=flags.group_size_ratio >= 1 or flags.full_attention_ratio > 0,
     )
 
 
@@ -169,20 +180,47 @@ def show_inference(flags: argparse.Namespace) -> None:
         write_json(flags.output_json, {"tokens": tokens, "load_in_4bit": bool(flags.load_in_4bit), "caches": rows})
 
 
+def estimated_time(flags: argparse.Namespace, work: Workload, plan: MemoryPlan) -> dict[str, float]:
+    """Print seconds of a step and hours, if the card is known; returns them by name."""
+    dtype, device = torch.float16 if flags.no_liger else torch.bfloat16, torch.device("cuda")
+    if not (flags.card or torch.cuda.is_available()):
+        return {}
+    rate = published_rate(flags.card) if flags.card else measured_rate(work, device, dtype)
+    if rate is None:
+        return {}
+    label = f"{flags.card}, from its published rates" if flags.card else "this GPU"
+    text, found = describe_time(
+        work,
+        plan,
+        rate,
+        steps=flags.max_steps,
+        micro_batches=flags.gradient_accumulation_steps,
+        is_full=flags.group_size_ratio >= 1,
+        full_ratio=flags.full_attention_ratio,
+    )
+    print(f"  time on {label}: {text}")
+    return found
+
+
 def show_estimate(flags: argparse.Namespace) -> None:
+    if flags.card:
+        published_rate(flags.card)  # a wrong name is told first
+    if flags.max_steps < 1:
+        raise UserError(f"--max_steps: {flags.max_steps}; use 1 or more")
     work = read_workload(flags)
     budget = USABLE * flags.memory_budget_gib
     rows = []
     for name, label, limit in (("fastest", "fastest plan", budget), ("leanest", "minimum-memory plan", 0.0)):
         plan, found = choose_plan(work, limit, flags.host_gib)
-        rows.append({"name": name, "plan": asdict(plan), **asdict(found)})
         fit = "fits" if found.peak_gib <= budget else f"does NOT fit; to save memory: {next_memory_option(work, plan)}"
         print(f"{label}: peak {found.peak_gib:.1f} of {flags.memory_budget_gib:g} GiB, at {found.moment}: {fit}")
         print(f"  {plan.describe(work.layers)}")
         if found.host_gib:
             print(f"  {found.host_gib:.1f} GiB of pinned CPU memory")
+        rows.append({"name": name, "plan": asdict(plan), **asdict(found), **estimated_time(flags, work, plan)})
     outside = LIBRARIES_GIB + CONTEXT_GIB + paged_bytes(work) / GIB
     print(f"outside PyTorch's allocator: about {outside:.1f} GiB of CUDA context, libraries, paged optimizer states")
+    print(f"disk: {checkpoint_bytes(work) / GIB:.2g} GiB per checkpoint, of all GPUs")
     tokens = longest(work, budget, flags.host_gib) // work.rows * work.sequence_processes
     each = " on each GPU" if work.processes > 1 else ""
     limits = f"{flags.memory_budget_gib:g} GiB of GPU and {flags.host_gib:g} GiB of pinned CPU memory{each}"

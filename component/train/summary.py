@@ -1,10 +1,16 @@
 """What does a run print before its first step?"""
 
+import math
+
 from torch import nn
 from transformers import PretrainedConfig, TrainingArguments
 
 from component.adapter import trainable_counts
 from component.attention.kernel import describe_kernels
+from component.memory.cost import checkpoint_bytes, describe_time
+from component.memory.plan import MemoryPlan
+from component.memory.rate import measured_rate
+from component.memory.workload import Workload
 from component.model import compute_dtype
 from component.rope import scaling, scaling_warnings
 from component.train.argument import LongQLoRAArguments
@@ -55,6 +61,54 @@ def describe_attention(args: LongQLoRAArguments) -> str:
         return "full" + (" in every step; full_attention_ratio has no effect" if args.full_attention_ratio else "")
     last = f"in the last {100 * args.full_attention_ratio:g} % of the steps and " if args.full_attention_ratio else ""
     return f"S2-Attn with groups of {args.group_tokens} tokens; full attention {last}in evaluation"
+
+
+def describe_cost(
+    args: LongQLoRAArguments,
+    training_args: TrainingArguments,
+    trainer: LongQLoRATrainer,
+    work: Workload,
+    plan: MemoryPlan | None,
+) -> dict[str, str]:
+    """The lines about expected time, where it can be known, and disk; without a `plan`, only disk."""
+    steps, lines = total_steps(training_args, trainer), {}
+    dtype = compute_dtype(training_args.fp16, training_args.bf16)
+    rate = measured_rate(work, training_args.device, dtype) if plan else None
+    if plan and rate:
+        text, _ = describe_time(
+            work,
+            plan,
+            rate,
+            steps=steps,
+            micro_batches=training_args.gradient_accumulation_steps,
+            is_full=not args.use_shift_short_attention,
+            full_ratio=args.full_attention_ratio,
+        )
+        lines["time"] = f"expected from this GPU's rate: {text}"
+    count = checkpoint_count(training_args, steps)
+    if count:
+        each = checkpoint_bytes(work) / 2**30
+        lines["disk"] = f"up to {count * each:.3g} GiB: {count} checkpoints of {each:.2g} GiB at the same time"
+    return lines
+
+
+def total_steps(training_args: TrainingArguments, trainer: LongQLoRATrainer) -> int:
+    """Optimizer steps of the run."""
+    if training_args.max_steps > 0:
+        return training_args.max_steps
+    per_epoch = math.ceil(len(trainer.train_dataset) / trainer.get_total_train_batch_size(training_args))
+    return math.ceil(training_args.num_train_epochs * max(1, per_epoch))
+
+
+def checkpoint_count(training_args: TrainingArguments, steps: int) -> int:
+    """How many checkpoints exist at the same time: a new one is written before the oldest is removed."""
+    strategy = training_args.save_strategy.value
+    if strategy == "steps":
+        every = training_args.save_steps if training_args.save_steps >= 1 else training_args.save_steps * steps
+        written = math.ceil(steps / every)  # the last step's too
+    else:
+        written = {"no": 0, "epoch": math.ceil(training_args.num_train_epochs)}.get(strategy, 1)
+    return min(written, training_args.save_total_limit + 1 if training_args.save_total_limit else written)
 
 
 def summary_lines(

@@ -2,26 +2,17 @@
 
 import os
 import platform
-import statistics
 
 import torch
+
+from component.memory.rate import matrix_rate
 
 
 def describe_card() -> dict:
     """Name, and measured bf16 TFLOP/s of one matrix product of a 7B model (MLP up projection of 8192 tokens)."""
     if not torch.cuda.is_available():
         return {"hardware": platform.processor() or platform.machine(), "matrix_tflops": None}
-    left = torch.randn(8192, 4096, device="cuda", dtype=torch.bfloat16)
-    right = torch.randn(4096, 11008, device="cuda", dtype=torch.bfloat16)
-    milliseconds = []
-    for _ in range(50):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        left @ right
-        end.record()
-        torch.cuda.synchronize()
-        milliseconds.append(start.elapsed_time(end))
-    tflops = 2 * 8192 * 4096 * 11008 / statistics.median(milliseconds[10:]) / 1e9
+    tflops = matrix_rate(8192, 4096, 11008, torch.device("cuda"), torch.bfloat16) / 1e12
     return {"hardware": torch.cuda.get_device_name(), "matrix_tflops": round(tflops, 1)}
 
 

@@ -4,6 +4,7 @@ python -m pytest tests/end_to_end/test_data.py
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from component.data.token_file import write_tokens
+from component.memory.cost import Rate
 from tests.conftest import TEXTS
 from tests.reference.shift_short import LOOP
 from tests.train_run import (
@@ -283,6 +285,26 @@ def test_chats_by_the_models_own_template(run, base_folder, tmp_path, packing):
         assert "".join(pieces[1::2]) == tokenizer.decode([label for label in labels if label != -100])
         rows.append((torch.tensor([encoded.input_ids]), torch.tensor([labels])))
     assert_equals_plain(out, base_folder, rows, LOOP)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_what_a_run_will_cost_is_told_before_its_first_step(run, packing, monkeypatch):
+    """Disk; and time where a GPU's rate is known, with the steps of both kinds of attention."""
+    lines = of_texts(PACKED_TEXTS)
+    out, printed = run(lines, packing=packing, max_steps=4, save_steps=1, save_total_limit=2)
+    assert re.search(r"^ +disk +up to .* GiB: 3 checkpoints of .* GiB at the same time$", printed, re.MULTILINE)
+    assert not re.search(r"^ +time ", printed, re.MULTILINE)
+    saved = [out / "checkpoint-4" / name for name in ("adapter_model.safetensors", "optimizer.pt")]
+    gib = float(re.search(r"3 checkpoints of (\S+) GiB", printed)[1])
+    assert gib * 2**30 == pytest.approx(sum(file.stat().st_size for file in saved), rel=0.5)  # with names, and headers
+
+    rate = Rate(matrix=1e9, attention=1e9, full_attention=1e9, bandwidth=1e9, link=1e9)
+    monkeypatch.setattr("component.train.summary.measured_rate", lambda *_: rate)
+    _, printed = run(lines, packing=packing, max_steps=4, full_attention_ratio=0.25)
+    told = r"expected from this GPU's rate: (\S+) s per step, (\S+) s in the last 1 with full attention; (\S+) h for 4"
+    step, full, hours = (float(number) for number in re.search(told, printed).groups())
+    assert full > step
+    assert hours == pytest.approx((3 * step + full) / 3600, rel=0.02)
 
 
 @pytest.mark.slow

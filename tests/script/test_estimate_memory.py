@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from transformers import LlamaConfig
 
 from script.estimate_memory import main
@@ -78,6 +79,10 @@ def test_host_memory_is_a_limit_too(estimate):
         ),
         (("--max_seq_length", "8192", "--data_parallel_size", "0"), "--data_parallel_size: 0; use 1 or more"),
         (("--max_seq_length", "1"), "max_seq_length"),
+        (("--max_seq_length", "8192", "--max_steps", "-1"), "--max_steps: -1; use 1 or more"),
+        (("--max_seq_length", "8192", "--card", "rtx4900"), "--card: 'rtx4900' is none of"),
+        (("--max_seq_length", "8192", "--full_attention_ratio", "2"), "--full_attention_ratio: 2.0; use a share"),
+        (("--max_seq_length", "8192", "--gradient_accumulation_steps", "0"), "--gradient_accumulation_steps: 0; use"),
         (("--max_seq_length", "8192", "--target_modules", "q_prj"), "q_proj"),
         (("--max_seq_length", "8192", "--deepspeed", "nowhere.json"), "nowhere.json"),
         (("--max_seq_length", "8192", "--lora_rank", "0"), "lora_rank"),
@@ -116,6 +121,7 @@ def test_k7_the_config_is_not_overwritten(tmp_path, estimate, capsys):
     assert config.read_bytes() == before
 
 
+<<<<<<< HEAD
 class TestInference:
     """LLaMA2-7B: 32 layers of 2 x 4096 numbers per token."""
 
@@ -174,3 +180,24 @@ class TestInference:
         with pytest.raises(SystemExit):
             estimate(*flags)
         assert message in capsys.readouterr().err
+=======
+def test_time_on_a_card(estimate):
+    """LLaMA2-7B on an H200 took 2.67 s at 32768 tokens with S2-Attn, and 4.02 s with full attention."""
+    words = ("--max_seq_length", "32768", "--card", "h200", "--max_steps", "500")
+    zero = ("--deepspeed", "train_args/deepspeed/deepspeed_config_s2_no_offload.json", "--full_attention_ratio", "0.1")
+    found, printed = estimate(*words, *zero)
+    fastest, leanest = found["plans"]
+    assert fastest["seconds_per_step"] == pytest.approx(2.67, rel=0.15)
+    assert fastest["seconds_per_full_step"] == pytest.approx(4.02, rel=0.15)
+    seconds = 450 * fastest["seconds_per_step"] + 50 * fastest["seconds_per_full_step"]
+    assert fastest["hours"] == pytest.approx(seconds / 3600)
+    assert leanest["seconds_per_step"] > fastest["seconds_per_step"]
+    assert "time on h200, from its published rates: " in printed
+    assert "per checkpoint" in printed
+
+
+def test_no_time_without_a_card(estimate):
+    found, printed = estimate("--max_seq_length", "8192")
+    assert "seconds_per_step" not in found["plans"][0] or torch.cuda.is_available()
+    assert ("time on" in printed) == torch.cuda.is_available()
+>>>>>>> 57aaeb3 (What a run will cost: seconds per step, hours and disk, before the first step and by card)

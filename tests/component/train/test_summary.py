@@ -1,7 +1,12 @@
 """The summary that a run prints before its first step."""
 
+from types import SimpleNamespace
+
+import pytest
+from transformers import TrainingArguments
+
 from component.adapter import add_adapter
-from component.train.summary import aligned, describe_trainable
+from component.train.summary import aligned, checkpoint_count, describe_trainable, total_steps
 
 
 def test_summary_is_aligned():
@@ -11,3 +16,27 @@ def test_summary_is_aligned():
 def test_describe_trainable(tiny_llama):
     model = add_adapter(tiny_llama, rank=4, alpha=16, dropout=0.0, train_embedding=True, train_norm=True)
     assert describe_trainable(model) == "28,832 parameters (LoRA 4,096, embeddings 24,576, norms 160)"
+
+
+@pytest.mark.parametrize(
+    ("values", "steps"), [({"max_steps": 7}, 7), ({"num_train_epochs": 2}, 26), ({"num_train_epochs": 0.1}, 2)]
+)
+def test_steps_of_a_run(values, steps, tmp_path):
+    """100 samples, 8 in each step."""
+    trainer = SimpleNamespace(train_dataset=range(100), get_total_train_batch_size=lambda args: 8)
+    assert total_steps(TrainingArguments(tmp_path, use_cpu=True, **values), trainer) == steps
+
+
+@pytest.mark.parametrize(
+    ("values", "count"),
+    [
+        ({"save_strategy": "no"}, 0),
+        ({"save_steps": 50, "save_total_limit": 3}, 4),  # a new one is written before the oldest is removed
+        ({"save_steps": 300}, 4),  # after 300, 600, 900 and 1000 steps
+        ({"save_steps": 5000, "save_total_limit": 3}, 1),
+        ({"save_steps": 0.25, "save_total_limit": 9}, 4),
+        ({"save_strategy": "epoch", "num_train_epochs": 2}, 2),
+    ],
+)
+def test_checkpoints_on_disk(values, count, tmp_path):
+    assert checkpoint_count(TrainingArguments(tmp_path, use_cpu=True, **values), 1000) == count

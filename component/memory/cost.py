@@ -1,0 +1,122 @@
+"""How long will a training step take, and how much disk do checkpoints? Arithmetic on the workload and its plan.
+
+Seconds are those of rows of full length, and leave out what GPUs send each other. The constants below are fitted to
+the recorded steps of LLaMA2-7B and 13B on an H200 (tests/component/memory/test_cost.py), and meet those within 15 %;
+UNFUSED and LAUNCH rest on one row each, HOST_UPDATE on three.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from component.memory.plan import MemoryPlan, estimate
+from component.memory.workload import GIB, Workload
+
+LORA = 1 / 6.5  # share of the matrix rate that products with a thin matrix reach
+ATTENTION = 0.69  # the same of attention, where it was not measured by itself
+PASSES = 2.85  # each tensor of a layer is read or written this often, outside of products, per pass over the layer
+UNFUSED = 3  # as often without Liger's kernels
+DEQUANTIZED = 4.0  # passes over a weight to turn it from 4 bits to 16 bits
+FIXED = 0.041  # s of an optimizer step on the GPU
+HOST_UPDATE = 1.1e-9  # s per parameter of an optimizer step on the CPU: its memory is read and written
+LAUNCH = 9e-3  # s in which the CPU launches the kernels of a layer, forward and backward
+
+
+@dataclass(frozen=True)
+class Rate:
+    """What a GPU does in a second."""
+
+    matrix: float  # FLOP in products of 16-bit matrices
+    attention: float  # FLOP in attention inside groups, forward and backward
+    full_attention: float  # the same over whole rows
+    bandwidth: float  # bytes read and written in its memory
+    link: float  # bytes to or from pinned CPU memory
+
+
+class StepFlop(NamedTuple):
+    """FLOP of a micro-batch on one GPU, without what LoRA's own thin matrices take in `lora`."""
+
+    products: float
+    lora: float
+    attention: float
+    passes: float  # over all layers: 2, forward and backward, and what is recomputed
+
+
+def step_flop(work: Workload, plan: MemoryPlan, *, full: bool = False) -> StepFlop:
+    """FLOP of a micro-batch under `plan`, of a step with full attention if `full`.
+
+    A product of N tokens and W weights takes 2 N W, and as much in the backward pass, since frozen weights need no
+    gradient; LoRA's matrices do. Attention takes 4 D FLOP per pair of query and key in a head of D numbers, and in the
+    backward pass 2.5 times as many.
+    """
+    nothing, attention, _ = plan.counts(work.layers)
+    n, layers = work.tokens, work.layers
+    products = 2 * n * work.weights / layers
+    mlp = 2 * n * work.hidden * work.mlp  # of one of its three matrices; `down` is never recomputed
+    recomputed = nothing * (products - mlp) + attention * 2 * mlp
+    head = 2 * n * work.hidden * work.vocabulary * (3 if work.head else 2)
+    lora = 2 * n * (work.trained - (work.embeddings if work.head else 0))
+    share = recomputed / products / layers
+    pairs = 4 * work.heads * work.head_size * _pairs(work, full)
+    kernels = 3.5 * layers + (0 if plan.keep_attention_output else nothing)
+    return StepFlop(2 * products * layers + recomputed + head, lora * (3 + share), pairs * kernels, 2 + share)
+
+
+def _pairs(work: Workload, full: bool) -> float:
+    """(query, key) pairs in one head of a micro-batch, on one GPU; the mean over shifted and unshifted heads."""
+    row = work.tokens / work.rows * work.sequence_processes
+    group = row if full else min(work.group, row)
+    pairs = row * (row + 1) / 2 if group == row else row * (group + 1) / 2 - group**2 / 8
+    return work.rows * pairs / work.sequence_processes
+
+
+def step_seconds(work: Workload, plan: MemoryPlan, rate: Rate, *, micro_batches: int = 1, full: bool = False) -> float:
+    """Seconds of an optimizer step over `micro_batches`; `full`: of one with full attention."""
+    flop = step_flop(work, plan, full=full)
+    attention_rate = rate.full_attention if full else rate.attention
+    tile = min(plan.mlp_tile_tokens or work.tokens, work.tokens)
+    tiling = 1 + (80 / tile if tile < work.tokens else 0)  # as in the choice of a plan
+    products = tiling * (flop.products + flop.lora / LORA) / rate.matrix
+    values = work.tokens * (10 * work.hidden + 2 * work.heads * work.head_size + 6 * work.mlp) * work.value_bytes
+    moved = values * work.layers * PASSES * (1 if work.fused else UNFUSED)
+    moved += work.weights * (0.5 + work.value_bytes) * DEQUANTIZED if work.in_4bit else 0
+    busy = products + flop.attention / attention_rate + flop.passes * moved / rate.bandwidth
+    busy += _waiting(work, plan, rate, busy / flop.passes)
+    update = HOST_UPDATE * work.trained / work.processes if work.offload_optimizer else 0
+    return micro_batches * max(busy, LAUNCH * work.layers) + FIXED + update
+
+
+def _waiting(work: Workload, plan: MemoryPlan, rate: Rate, a_pass: float) -> float:
+    """Seconds in which the GPU waits for offloaded activations; `a_pass`: of one pass over the layers."""
+    copy = estimate(work, plan).host_gib * GIB / rate.link
+    return max(0.0, copy - a_pass) + (max(0.0, copy - a_pass) if plan.fetch_ahead else copy)
+
+
+def describe_time(
+    work: Workload, plan: MemoryPlan, rate: Rate, *, steps: int, micro_batches: int, is_full: bool, full_ratio: float
+) -> tuple[str, dict[str, float]]:
+    """Seconds of a step and hours of `steps` of them: a line, and its numbers by name.
+
+    Args:
+        is_full: full attention in all steps, else S2-Attn but for the last `full_ratio` of them.
+    """
+    short, long = (step_seconds(work, plan, rate, micro_batches=micro_batches, full=f) for f in (is_full, True))
+    count = 0 if is_full else full_steps(steps, full_ratio)
+    hours = ((steps - count) * short + count * long) / 3600
+    found = {"seconds_per_step": short} | ({"seconds_per_full_step": long} if count else {}) | {"hours": hours}
+    more = f", {long:.3g} s in the last {count} with full attention" if count else ""
+    without = ", without what GPUs send each other" if work.processes > 1 else ""
+    return f"{short:.3g} s per step{more}; {hours:.3g} h for {steps} steps of full rows{without}", found
+
+
+def full_steps(steps: int, ratio: float) -> int:
+    """How many of `steps` train with full attention, of those that begin with S2-Attn."""
+    return max(1, round(ratio * steps)) if ratio else 0
+
+
+def checkpoint_bytes(work: Workload) -> float:
+    """Disk for a checkpoint: the adapter and the optimizer's states, of all processes."""
+    name = work.optimizer
+    moments = 0 if "sgd" in name else 2 if "8bit" in name else 8
+    if work.zero:  # in 16 bits, twice: the adapter and DeepSpeed's own copy; with fp32 master weights
+        return work.trained * (work.value_bytes * 2 + 4 + (8 if work.offload_optimizer else moments))
+    return work.trained * (4 + moments)

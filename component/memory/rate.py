@@ -1,0 +1,127 @@
+"""How fast is a GPU? Measured in a few seconds with the model's own shapes, or from published numbers."""
+
+import statistics
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from component.attention.kernel import attention_backward, attention_forward, select_kernel
+from component.error import UserError, nearest
+from component.memory.cost import ATTENTION, Rate
+from component.memory.workload import Workload
+
+TOKENS = 8192  # of the measured product
+LONGEST = 32768  # tokens of measured attention
+COPY = 2**28  # bytes of the measured copies
+EFFICIENCY = 0.78  # of the published matrix rate, as measured on an H200; much less on a card that its power limits
+MEMORY, LINK = 0.87, 0.85  # of the published bandwidths
+
+
+class Card(NamedTuple):
+    """Published: dense 16-bit TFLOP/s with fp32 sums, GB/s of GPU memory, GB/s of PCIe in one direction."""
+
+    tflops: float
+    memory: float
+    pcie: float
+    efficiency: float = EFFICIENCY
+
+
+CARDS = {
+    "t4": Card(65, 320, 16, 0.4),  # 70 W
+    "v100": Card(125, 900, 16),
+    "a100": Card(312, 2039, 32),
+    "l4": Card(121, 300, 32, 0.4),  # 72 W
+    "l40s": Card(362, 864, 32, 0.6),
+    "rtx3090": Card(71, 936, 32),
+    "rtx4090": Card(165, 1008, 32),
+    "rtx5090": Card(210, 1792, 64),
+    "h100": Card(989, 3350, 64, 0.7),  # SXM
+    "h200": Card(989, 4800, 64),
+}
+
+
+def published_rate(name: str) -> Rate:
+    """The rate to expect of a card in `CARDS`.
+
+    Raises:
+        UserError: there is no such card.
+    """
+    if name not in CARDS:
+        raise UserError(f"--card: {name!r} is none of {', '.join(CARDS)}{nearest(name, CARDS)}")
+    card = CARDS[name]
+    matrix = card.efficiency * card.tflops * 1e12
+    attention = ATTENTION * matrix
+    return Rate(matrix, attention, attention, MEMORY * card.memory * 1e9, LINK * card.pcie * 1e9)
+
+
+def measured_rate(work: Workload, device: torch.device, dtype: torch.dtype) -> Rate | None:
+    """The rate of this GPU in `dtype`; None where it cannot be known: without a GPU, or without memory for it.
+
+    Random numbers drawn later are the same as without it.
+    """
+    if device.type != "cuda" or dtype.itemsize != 2:
+        return None
+    try:
+        matrix = matrix_rate(TOKENS, work.hidden, work.mlp, device, dtype)
+        row = work.tokens // work.rows
+        attention = _attention_rate(work, min(work.group, row), device, dtype) or ATTENTION * matrix
+        full = attention
+        if work.full_steps and work.group < row:
+            full = _attention_rate(work, row, device, dtype) or ATTENTION * matrix
+        source = torch.empty(COPY, dtype=torch.uint8, device=device)
+        bandwidth = 2 * COPY / gpu_seconds(lambda: source.clone())
+        host = torch.empty(COPY, dtype=torch.uint8, pin_memory=True)
+        link = COPY / gpu_seconds(lambda: host.copy_(source, non_blocking=True), runs=5)
+        return Rate(matrix, attention, full, bandwidth, link)
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        torch.cuda.empty_cache()
+
+
+def gpu_seconds(run: Callable[[], object], runs: int = 20) -> float:
+    """Median seconds of `run` on the GPU, after a quarter more to warm up."""
+    found = []
+    for _ in range(runs + runs // 4):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        found.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(found[runs // 4 :])
+
+
+def matrix_rate(tokens: int, inputs: int, outputs: int, device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of the product of a (tokens, inputs) and an (inputs, outputs) matrix."""
+    left, right = _random((tokens, inputs), device, dtype), _random((inputs, outputs), device, dtype)
+    return 2 * tokens * inputs * outputs / gpu_seconds(lambda: left @ right)
+
+
+def _attention_rate(work: Workload, tokens: int, device: torch.device, dtype: torch.dtype) -> float | None:
+    """FLOP/s of causal attention over `tokens` tokens, forward and backward; None without a fused kernel.
+
+    Of enough heads to fill the GPU, and of at most 32768 tokens: beyond, the rate hardly changes, and a small card
+    would take long.
+    """
+    tokens, per_kv = min(tokens, LONGEST), work.heads // work.kv_heads
+    kv_heads = max(1, min(work.kv_heads // 2, 4 * LONGEST // tokens // per_kv))
+    shapes = [(1, heads, tokens, work.head_size) for heads in (kv_heads * per_kv, kv_heads, kv_heads)]
+    query, key, value = (_random(shape, device, dtype) for shape in shapes)
+    kernel = select_kernel(query, key, value)
+    if kernel is None:
+        return None
+
+    def run() -> None:
+        out, saved = attention_forward(query, key, value, kernel=kernel)
+        attention_backward(query, query, key, value, out, saved, None)
+
+    flop = 3.5 * 4 * query.shape[1] * work.head_size * tokens * (tokens + 1) / 2
+    return flop / gpu_seconds(run, runs=4)
+
+
+def _random(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Normally distributed: zeros would take less power. From its own generator, to leave the run's alone."""
+    generator = torch.Generator(device).manual_seed(0)
+    return torch.empty(shape, device=device, dtype=dtype).normal_(generator=generator)
