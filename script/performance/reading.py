@@ -63,7 +63,7 @@ from component.rope import context_length
 from component.storage.claim import held_result
 from component.storage.result import origin, write_json
 from script.shared.card import describe_card
-from script.shared.random_llama import make_model
+from script.shared.random_model import make_model
 
 QUESTION = 32  # tokens
 
@@ -77,7 +77,6 @@ def model_path(flags: argparse.Namespace) -> str:
     path = flags.work / f"llama-{flags.size}"
     if not (path / "config.json").is_file():
         make_model(flags.size, flags.tokenizer, path)
-        torch.set_default_dtype(torch.float32)
         free_memory()
     return str(path)
 

@@ -121,7 +121,6 @@ def test_k7_the_config_is_not_overwritten(tmp_path, estimate, capsys):
     assert config.read_bytes() == before
 
 
-<<<<<<< HEAD
 class TestInference:
     """LLaMA2-7B: 32 layers of 2 x 4096 numbers per token."""
 
@@ -180,7 +179,8 @@ class TestInference:
         with pytest.raises(SystemExit):
             estimate(*flags)
         assert message in capsys.readouterr().err
-=======
+
+
 def test_time_on_a_card(estimate):
     """LLaMA2-7B on an H200 took 2.67 s at 32768 tokens with S2-Attn, and 4.02 s with full attention."""
     words = ("--max_seq_length", "32768", "--card", "h200", "--max_steps", "500")
@@ -200,4 +200,3 @@ def test_no_time_without_a_card(estimate):
     found, printed = estimate("--max_seq_length", "8192")
     assert "seconds_per_step" not in found["plans"][0] or torch.cuda.is_available()
     assert ("time on" in printed) == torch.cuda.is_available()
->>>>>>> 57aaeb3 (What a run will cost: seconds per step, hours and disk, before the first step and by card)
