@@ -127,3 +127,17 @@ def test_frequencies_of_the_longest_row_are_refused(tiny_llama_config):
     words.batch_size = 2
     with pytest.raises(UserError, match="--batch_size: 2, but the model's rotary frequencies depend on the length"):
         check_batch(build_llama(tiny_llama_config), words)
+
+
+def test_prompts_are_read_one_by_one(model, tokenizer, prompts):
+    """A pass over many tokens has one row and no mask; a pass over all rows has one token each."""
+    shapes = []
+
+    def record(module, args, kwargs):
+        shapes.append((tuple(kwargs["input_ids"].shape), kwargs.get("attention_mask") is None))
+
+    hook = model.model.register_forward_pre_hook(record, with_kwargs=True)
+    greedy_batch(model, tokenizer, prompts, 3)
+    hook.remove()
+    assert shapes[: len(prompts)] == [((1, len(prompt) - 1), True) for prompt in prompts]
+    assert {shape for shape, _ in shapes[len(prompts) :]} == {(len(prompts), 1)}
