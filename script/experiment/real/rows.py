@@ -61,15 +61,17 @@ def all_rows() -> dict[str, Row]:
         Row("paper-last", "the same, full attention in the last 10 % of the steps", LAST),
         Row("ours", "**ours**: yarn, S2, full attention in the last 10 %", ours, seeds=CLOSE, has_ruler=True),
         Row("yarn-s2", "yarn, S2 throughout", YARN),
-        *(
-            Row(
-                f"last-{share:g}",
-                f"yarn, S2, full attention in the last {share:.0%}",
-                YARN | {"full_attention_ratio": share},
-            )
-            for share in (0.05, 0.25)
+        Row("last-0.05", "yarn, S2, full attention in the last 5 %", YARN | {"full_attention_ratio": 0.05}),
+        Row(
+            "last-0.25",
+            "yarn, S2, full attention in the last 25 %",
+            YARN | {"full_attention_ratio": 0.25},
+            seeds=CLOSE,
+            has_ruler=True,
         ),
         Row("full-attention", "yarn, full attention throughout", YARN | NO_S2, seeds=CLOSE, has_ruler=True),
+        Row("ours-300", "ours, 300 steps", ours | {"max_steps": 300}),
+        Row("full-attention-300", "yarn, full attention throughout, 300 steps", YARN | NO_S2 | {"max_steps": 300}),
         Row("theta", "theta raised, S2, full attention in the last 10 %", RAISED | LAST),
         Row("pose", "yarn, PoSE: rows of 8192 tokens, positions of 32768", YARN | NO_S2 | {"position_skipping": True}),
         Row("full", "full fine-tuning, yarn, full attention", FULL_TUNING, program=FULL),
@@ -89,4 +91,4 @@ def all_rows() -> dict[str, Row]:
 if __name__ == "__main__":
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for row in all_rows().values():
-        print(f"{row.name:<18}{row.label:<82}{row.length:>7} x {row.seeds}{'  RULER' if row.has_ruler else ''}")
+        print(f"{row.name:<20}{row.label:<82}{row.length:>7} x {row.seeds}{'  RULER' if row.has_ruler else ''}")

@@ -75,7 +75,7 @@ def requested_rows(flags: argparse.Namespace) -> list[tuple[Row, int]]:
             if name not in known:
                 raise UserError(f"--{flag}: {name!r} is not in script/experiment/real/rows.py{nearest(name, known)}")
     pairs = [(known[name], seed) for name in names for seed in range(min(known[name].seeds, flags.seeds or 9))]
-    return sorted(pairs, key=lambda pair: (pair[1], pair[0].name != REFERENCE))
+    return sorted(pairs, key=lambda pair: (pair[1], (pair[0].name, pair[1]) != REFERENCE))
 
 
 def estimate(waiting: list[tuple[Row, int]], flags: argparse.Namespace) -> str:
@@ -105,7 +105,7 @@ def check_flags(flags: argparse.Namespace) -> None:
 def do_all(waiting: list[tuple[Row, int]], flags: argparse.Namespace, start: float) -> None:
     """Do the rows, --jobs at a time, on the visible GPUs in turn; `start`: from when --time_limit_s counts."""
     gpus, keys_found, failures = visible_gpus(), threading.Event(), list[str]()
-    if (REFERENCE, 0) not in [(row.name, seed) for row, seed in waiting]:
+    if REFERENCE not in [(row.name, seed) for row, seed in waiting]:
         keys_found.set()
     worker = Worker(flags, keys_found, -(-flags.jobs // max(1, len(gpus))))
     names = itertools.cycle(gpus or [None])

@@ -19,7 +19,7 @@ from script.experiment.real.data import common_length, length_of, measured_texts
 from script.experiment.real.rows import BASE_CONTEXT, FULL, RECIPE, Row
 from script.shared.program import execute, read_training
 
-REFERENCE = "full-attention"  # the row that finds key tokens
+REFERENCE = ("full-attention", 0)  # the row and seed that find key tokens
 EVALUATIONS = 6  # during training
 BUDGET_GIB = 32  # of GPU memory for each row: several may share a larger GPU
 
@@ -57,11 +57,11 @@ class Worker:
             else:
                 result |= self.train(row, seed, folder) | {"rows_per_gpu": self.rows_per_gpu}
                 words = ["--base_model" if row.program == FULL else "--peft_model", str(folder)]
-            if row.name != REFERENCE:
+            if (row.name, seed) != REFERENCE:
                 self.keys_found.wait()
-            result["perplexity"] = self.measure(row, folder, words)
+            result["perplexity"] = self.measure(row, seed, folder, words)
         finally:
-            if row.name == REFERENCE:
+            if (row.name, seed) == REFERENCE:
                 self.keys_found.set()
         if row.has_ruler and seed == 0 and self.flags.samples:
             result["ruler"] = self.ruler(row, folder, words)
@@ -110,7 +110,7 @@ class Worker:
         curve = [[entry["step"], entry["loss"]] for entry in losses]
         return {"settings": settings, "training": training, "losses": curve, "eval_losses": evaluations}
 
-    def measure(self, row: Row, folder: Path, words: list[str]) -> dict[str, list[dict]]:
+    def measure(self, row: Row, seed: int, folder: Path, words: list[str]) -> dict[str, list[dict]]:
         """{text: results of evaluate.py}, all from one process."""
         data, tasks, outputs = self.flags.work / "data", [], {}
         for text, windows in measured_texts(row, self.flags).items():
@@ -118,7 +118,7 @@ class Worker:
             task = [*words, "--data_path", str(data / f"{text}.bin"), "--output_json", str(outputs[text])]
             task += ["--overwrite", "--seq_len", *map(str, windows)]
             task += ["--batch_size", str(max(1, self.flags.tokens_at_once // max(windows)))]
-            task += self.key_token_flags(row, text) if text in sources(self.flags.texts, "validation") else []
+            task += self.key_token_flags(row, seed, text) if text in sources(self.flags.texts, "validation") else []
             tasks.append({"words": task, "attention": None, "group_size": None})
         file = folder.with_name(f"{folder.name}-tasks.json")
         file.write_text(json.dumps(tasks), encoding="utf-8")
@@ -126,10 +126,10 @@ class Worker:
         read = {text: json.loads(output.read_text(encoding="utf-8")) for text, output in outputs.items()}
         return {text: found["results"] for text, found in read.items()}
 
-    def key_token_flags(self, row: Row, text: str) -> list[str]:
+    def key_token_flags(self, row: Row, seed: int, text: str) -> list[str]:
         """The flags for LongPPL; none before the key tokens are found."""
         file, length = self.flags.work / "data" / f"keys-{text}.json", common_length(self.flags)
-        if row.name != REFERENCE and not file.exists():
+        if (row.name, seed) != REFERENCE and not file.exists():
             return []
         context, stride = min(4096, length // 4), min(1024, length // 16)  # published, from 16384 tokens on
         rule = ["--long_ppl_context", str(context), "--long_ppl_stride", str(stride)]

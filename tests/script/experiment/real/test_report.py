@@ -4,7 +4,15 @@ import json
 
 import pytest
 
-from script.experiment.real.report import difference, perplexity_table, ruler_tables, scores
+from script.experiment.real.report import (
+    able_table,
+    able_tasks,
+    difference,
+    perplexity_table,
+    ruler_tables,
+    scores,
+    tokens_until_near,
+)
 from tests.outcome import refused_by_us
 
 REPORT = "script/experiment/real/report.py"
@@ -20,7 +28,9 @@ def result(row: str, seed: int, perplexity: float, right: list[int] | None = Non
             "books": [{"seq_len": n, "perplexity": perplexity + n / 1000} for n in (1000, 2000)],
             "other": [{"seq_len": 1000, "perplexity": None}],
         },
-        "training": {"step_seconds": [9.0, 1.0, 3.0, 2.0], "peak_reserved_gib": 7.5},
+        "training": {"step_seconds": [9.0, 1.0, 3.0, 2.0], "peak_reserved_gib": 7.5, "num_input_tokens_seen": 12e6},
+        "rows_per_gpu": 1 + seed,
+        "eval_losses": [[1, 2.0], [2, 1.5], [3, 1.508], [4, 1.5]],
     }
     if right is not None:
         trials = [
@@ -42,11 +52,24 @@ def results() -> dict:
 
 def test_perplexities(results):
     assert perplexity_table(results).splitlines() == [
-        "| perplexity | books 1000 | books 2000 | other 1000 | s/step | GiB |",
-        "|---|---|---|---|---|---|",
-        "| the ours | 12.00 ± 1.00 | 13.00 ± 1.00 | > 1000 | 2.00 | 7.50 |",
-        "| the full-attention | 12.00 | 13.00 | > 1000 | 2.00 | 7.50 |",
+        "| perplexity | books 1000 | books 2000 | other 1000 | s/step | GiB | M tokens | to 1 % |",
+        "|---|---|---|---|---|---|---|---|",
+        "| the ours | 12.00 ± 1.00 | 13.00 ± 1.00 | > 1000 | 2.00 | 7.5 | 12.0 | 6.0 |",
+        "| the full-attention | 12.00 | 13.00 | > 1000 | 2.00 | 7.5 | 12.0 | 6.0 |",
     ]
+
+
+def test_time_beside_other_rows_is_not_shown(results):
+    results["ours"] = results["ours"][1:]
+    assert "| the ours | 13.00 | 14.00 | > 1000 | - | 7.5 |" in perplexity_table(results)
+
+
+def test_tokens_until_near_the_end(results):
+    one = results["ours"][0]
+    assert tokens_until_near(one) == 6e6
+    assert tokens_until_near(one, share=1.0) == 3e6
+    assert tokens_until_near(one, share=0.005) == 12e6  # it had been there before
+    assert tokens_until_near(one | {"eval_losses": []}) is None
 
 
 def test_perplexities_of_key_tokens(results):
@@ -68,6 +91,31 @@ def test_scores_beside_full_attention(results):
     assert 0 < low < 50 < high < 100
     assert difference(mine, theirs, 4000) is None
     assert difference(mine, mine, 2000) == (0.0, 0.0, 0.0)
+
+
+def test_tasks_that_the_base_can_do():
+    """The base scores 100 % and 25 % at the shortest length; only the first task counts."""
+
+    def trials(*scored) -> dict:
+        each = [
+            {"task": t, "length": n, "sample": at, "score": s} for t, n, many in scored for at, s in enumerate(many)
+        ]
+        return {"trials": each}
+
+    base = result("base", 0, 9.0) | {"ruler": trials(("vt", 40, [1, 1]), ("vt", 80, [1, 0]), ("cwe", 40, [0.5, 0]))}
+    ours = result("ours", 0, 9.0) | {"ruler": trials(("vt", 40, [1, 0]), ("vt", 80, [0, 0]), ("cwe", 80, [1, 1]))}
+    found = {"base": [base], "ours": [ours]}
+    assert able_tasks(found) == ["vt"]
+    assert able_table(found).splitlines() == [
+        "| RULER: vt | 40 | 80 | 80 / 40 | against full attention |",
+        "|---|---|---|---|---|",
+        "| the base | 100.0 | 50.0 | 0.50 | - |",
+        "| the ours | 50.0 | 0.0 | 0.00 | - |",
+    ]
+    assert able_table({"ours": [ours]}) == ""
+    full = base | {"row": "full-attention", "label": "full"}
+    table = able_table({**found, "full-attention": [full]}).splitlines()
+    assert table[3].startswith("| the ours | 50.0 | 0.0 | 0.00 | -50.0 (")
 
 
 def test_files(run_program, results, tmp_path):

@@ -35,21 +35,25 @@ def worker(tmp_path, base_folder):
 
 def test_key_tokens_are_looked_for_by_one_row(worker):
     rows, file = all_rows(), worker.flags.work / "data/keys-books.json"
-    found = worker.key_token_flags(rows["full-attention"], "books")
+    found = worker.key_token_flags(rows["full-attention"], 0, "books")
     assert found[:4] == ["--long_ppl", "true", "--key_tokens", str(file)]
     assert found[4:] == ["--long_ppl_context", "4096", "--long_ppl_stride", "1024"]
-    assert worker.key_token_flags(rows["ours"], "books") == []
+    assert (
+        worker.key_token_flags(rows["ours"], 0, "books")
+        == worker.key_token_flags(rows["full-attention"], 1, "books")
+        == []
+    )
     file.write_text("{}")
-    assert worker.key_token_flags(rows["ours"], "books") == found
+    assert worker.key_token_flags(rows["ours"], 0, "books") == found
 
 
 def test_a_row_that_fails(worker):
     """Its training file is not there: nobody waits for its key tokens, and its settings can be read."""
     with pytest.raises(UserError, match=r"train\.jsonl"):
-        worker.do(all_rows()["full-attention"], 3)
+        worker.do(all_rows()["full-attention"], 0)
     assert worker.keys_found.is_set()
-    settings = yaml.safe_load((worker.flags.work / "runs/full-attention-3.yaml").read_text())
-    assert (settings["max_seq_length"], settings["seed"], settings["max_steps"]) == (32768, 3, 1)
+    settings = yaml.safe_load((worker.flags.work / "runs/full-attention-0.yaml").read_text())
+    assert (settings["max_seq_length"], settings["seed"], settings["max_steps"]) == (32768, 0, 1)
     assert settings.get("bf16", False) == torch.cuda.is_available()
 
 
