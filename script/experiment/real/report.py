@@ -189,15 +189,24 @@ def ruler_tables(results: Results) -> list[str]:
 
 
 def draw(results: Results, file: Path) -> None:
+    """Perplexity by window length; lines of untrained rows may leave the frame."""
     texts = sorted({text for seeds in results.values() for text in seeds[0]["perplexity"]} - {"other"})
-    figure, panels = plt.subplots(1, len(texts), figsize=(5.5 * len(texts), 4.4), layout="constrained", squeeze=False)
+    texts = [
+        text for text in texts if any(text in results[name][0]["perplexity"] for name in DRAWN if name in results)
+    ]
+    drawn = {name: style for name, style in DRAWN.items() if name in results}
+    figure, panels = plt.subplots(1, len(texts), figsize=(5.5 * len(texts), 4.6), layout="constrained", squeeze=False)
     for axes, text in zip(panels[0], texts, strict=True):
-        for name, (color, marker) in DRAWN.items():
-            entries = results[name][0]["perplexity"].get(text, ()) if name in results else ()
+        trained = []
+        for name, (color, marker) in drawn.items():
+            entries = results[name][0]["perplexity"].get(text, ())
             windows = sorted({entry["seq_len"] for entry in entries})
             values = [statistics.mean(perplexities(results[name], text, window)) for window in windows]
+            trained += values if results[name][0].get("training") else []
             axes.plot(windows, values, color=color, marker=marker, label=all_rows()[name].label.replace("**", ""))
-        axes.set(xscale="log", yscale="log", title=text, xlabel="tokens per window", ylabel="perplexity")
+        if trained:
+            axes.set_ylim(0.95 * min(trained), 1.1 * max(trained))
+        axes.set(xscale="log", title=text, xlabel="tokens per window", ylabel="perplexity")
         axes.set_xticks(sorted({line for drawn in axes.lines for line in drawn.get_xdata()}))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.minorticks_off()

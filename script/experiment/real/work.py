@@ -32,6 +32,11 @@ def result_file(row: Row, seed: int, flags: argparse.Namespace) -> Path:
     return flags.work / "results" / f"{row.name}-{seed}.json"
 
 
+def without_documents(result: dict) -> dict:
+    """Thousands of numbers that no table shows."""
+    return {key: value for key, value in result.items() if key != "by_document"}
+
+
 @dataclass
 class Worker:
     """Trains and measures rows, each on one GPU.
@@ -124,7 +129,7 @@ class Worker:
         file.write_text(json.dumps(tasks), encoding="utf-8")
         self.run("script/experiment/measure.py", [str(file)], file.with_suffix(".log"))
         read = {text: json.loads(output.read_text(encoding="utf-8")) for text, output in outputs.items()}
-        return {text: found["results"] for text, found in read.items()}
+        return {text: [without_documents(one) for one in found["results"]] for text, found in read.items()}
 
     def key_token_flags(self, row: Row, seed: int, text: str) -> list[str]:
         """The flags for LongPPL; none before the key tokens are found."""
