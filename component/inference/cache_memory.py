@@ -15,6 +15,7 @@ from component.memory.budget import HOST_SHARE, USABLE
 from component.memory.host import free_host_bytes
 from component.memory.plan import IDLE_GIB
 from component.memory.workload import GIB, NF4_BYTES, Workload, workload
+from component.rope import context_length
 
 # Best first. Integers with a scale per 64 numbers are more exact than fp8, and those of 8 bits change next to nothing.
 # `offloaded` is exact, but each token waits until all keys and values have crossed the bus: 64 GiB for LLaMA2-7B at
@@ -118,6 +119,11 @@ def best_chunk(reading: Reading, name: str, tokens: int, available: float, host:
     return None
 
 
+def candidates(reading: Reading) -> tuple[str, ...]:
+    """The caches that `auto` may choose, best first."""
+    return PREFERENCE if reading.rows == 1 and is_quantizable(reading.config) else EXACT
+
+
 def choose_cache(reading: Reading, tokens: int, available: float, host: float) -> Need:
     """The first cache of PREFERENCE that fits.
 
@@ -128,7 +134,7 @@ def choose_cache(reading: Reading, tokens: int, available: float, host: float) -
     Raises:
         UserError: none does.
     """
-    names = PREFERENCE if reading.rows == 1 and is_quantizable(reading.config) else EXACT
+    names = candidates(reading)
     for name in names:
         found = best_chunk(reading, name, tokens, available, host)
         if found:
@@ -145,6 +151,26 @@ def choose_cache(reading: Reading, tokens: int, available: float, host: float) -
         f"values), and of GPU memory {available / GIB:.1f} GiB are free, of CPU memory {host / GIB:.1f}; "
         f"{', '.join([*cures, 'free memory'])}, or name a cache to try it with shorter texts"
     )
+
+
+def choose_for_context(reading: Reading, available: float, host: float) -> tuple[Need, int]:
+    """The cache for the model's whole context, or for the longest texts that fit, and their tokens.
+
+    Raises:
+        UserError: not even short texts fit.
+    """
+    context = context_length(reading.config)
+    try:
+        return choose_cache(reading, context, available, host), context
+    except UserError:
+        # of those with which equally long texts fit, the best; offloaded would make short texts slow too
+        names = [name for name in candidates(reading) if name != "offloaded"]
+        longest = {name: longest_context(reading, name, available, host) for name in names}
+        name = max(longest, key=lambda name: longest[name])
+        found = best_chunk(reading, name, longest[name], available, host) if longest[name] else None
+        if found is None:
+            raise
+        return found, longest[name]
 
 
 def _peak(found: Need) -> float:
@@ -179,10 +205,11 @@ def available_memory(device: torch.device) -> tuple[float, float]:
     return USABLE * min(free - OUTSIDE_GIB * GIB, capped), HOST_SHARE * free_host_bytes()
 
 
-def describe_choice(found: Need, tokens: int) -> str:
-    """One line for the start of a program."""
+def describe_choice(found: Need, tokens: int, context: int) -> str:
+    """One line for the start of a program; `tokens` of the model's `context` fit."""
     first = "" if found.cache_name == PREFERENCE[0] else f", as {PREFERENCE[0]} does not fit"
+    limit = f"; longer texts do not fit, of the model's {context}" if tokens < context else ""
     return (
         f"KV cache: {found.cache_name}{first}; at {tokens} tokens {found.cache / GIB:.1f} GiB, with weights and "
-        f"workspace {found.peak / GIB:.1f} GiB"
+        f"workspace {found.peak / GIB:.1f} GiB{limit}"
     )

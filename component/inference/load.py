@@ -22,6 +22,7 @@ from component.inference.cache_memory import (
     available_memory,
     best_chunk,
     choose_cache,
+    choose_for_context,
     describe_choice,
 )
 from component.inference.conversation import Conversation
@@ -64,7 +65,7 @@ def fit_cache(flags: argparse.Namespace, tokens: int | None = None, rows: int = 
     """Set the cache that `--cache_implementation auto` means here, and `prefill_tokens`; prints which cache it is.
 
     Args:
-        tokens: the longest text, answer included; None for the model's whole context.
+        tokens: the longest text, answer included; None for the model's whole context, or as much of it as fits.
         rows: texts that are answered at once.
 
     Raises:
@@ -76,17 +77,21 @@ def fit_cache(flags: argparse.Namespace, tokens: int | None = None, rows: int = 
     limit_memory(flags.memory_budget_gib, "--memory_budget_gib")
     config = inference_config(*named_model(flags), context_size=flags.context_size)
     check_quantizable(config, flags.cache_implementation)
-    tokens = min(tokens or context_length(config), context_length(config))
+    context = context_length(config)
     device = default_device()
     stored = flags.load_in_4bit or stored_quantization(resolve_model(*named_model(flags)).base) is not None
     reading = Reading(config, bool(stored), inference_dtype(device).itemsize, rows)
     available, host = available_memory(device)
+    longest = min(tokens or context, context)
     if flags.cache_implementation == AUTO:
-        chosen = choose_cache(reading, tokens, available, host)
+        if tokens is None:
+            chosen, longest = choose_for_context(reading, available, host)
+        else:
+            chosen = choose_cache(reading, longest, available, host)
         flags.cache_implementation = chosen.cache_name
-        print(describe_choice(chosen, tokens), file=sys.stderr, flush=True)
+        print(describe_choice(chosen, longest, context if tokens is None else longest), file=sys.stderr, flush=True)
     # a cache that was named is tried even if the longest text would not fit: others may be shorter
-    found = best_chunk(reading, flags.cache_implementation, tokens, available, host)
+    found = best_chunk(reading, flags.cache_implementation, longest, available, host)
     flags.prefill_tokens = min(found.chunk if found else CHUNKS[-1], CHUNKS[0])
 
 

@@ -15,6 +15,8 @@ from component.inference.cache_memory import (
     best_chunk,
     cache_bytes,
     choose_cache,
+    choose_for_context,
+    describe_choice,
     longest_context,
     need,
 )
@@ -131,6 +133,17 @@ class TestChooseCache:
         assert choose_cache(Reading(seven, False), longest, 20 * GIB, GIB).cache_name == "int4"
         with pytest.raises(UserError):
             choose_cache(Reading(seven, False), longest + 1024, 20 * GIB, GIB)
+
+    def test_as_much_of_the_context_as_fits(self, seven):
+        found, tokens = choose_for_context(Reading(seven, False), 20 * GIB, GIB)
+        assert (found.cache_name, tokens) == ("int4", longest_context(Reading(seven, False), "int4", 20 * GIB, GIB))
+        assert found.peak <= 20 * GIB
+        assert "longer texts do not fit, of the model's 131072" in describe_choice(found, tokens, 131072)
+        found, tokens = choose_for_context(Reading(seven, True), 32 * GIB, GIB)
+        assert (found.cache_name, tokens) == ("int4", 131072)
+        assert "longer" not in describe_choice(found, tokens, 131072)
+        with pytest.raises(UserError, match="for 131072 tokens"):
+            choose_for_context(Reading(seven, False), 12 * GIB, GIB)
 
     def test_rows_are_never_quantized(self, seven):
         assert choose_cache(Reading(seven, True, rows=8), 16_384, 31 * GIB, HOST).cache_name == "offloaded"

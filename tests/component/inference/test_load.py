@@ -120,10 +120,19 @@ class TestFitCache:
         assert self.chosen(long_base, 2**30).cache_implementation == "int8", "a text is no longer than the context"
 
     def test_none_fits(self, long_base, gpu, monkeypatch):
-        gpu(1)
+        gpu(-1)
         monkeypatch.setattr("component.model.load_base", None)  # no weight is loaded
         with pytest.raises(UserError, match=r"--cache_implementation: auto finds none for 1048576 tokens: fp8 needs"):
             load_from_flags(flags("--model_name_or_path", str(long_base), "--cache_implementation", "auto"))
+
+    def test_a_part_of_the_context(self, long_base, gpu, capsys):
+        gpu(20)
+        found = flags("--model_name_or_path", str(long_base), "--cache_implementation", "auto")
+        fit_cache(found)
+        assert found.cache_implementation == "fp8"  # in fp32, scales of integers take more
+        assert "longer texts do not fit, of the model's 1048576" in capsys.readouterr().err
+        with pytest.raises(UserError, match="finds none for 1048576 tokens"):
+            self.chosen(long_base, 2**20)
 
     def test_a_named_cache_is_tried(self, long_base, gpu):
         gpu(1)
