@@ -48,7 +48,7 @@ def parse_flags() -> argparse.Namespace:
     at_once = "of windows that are measured at once (32768)"
     parser.add_argument("--tokens_at_once", type=int, default=32768, help=at_once)
     parser.add_argument("--jobs", type=int, default=1, help="rows at a time, on the visible GPUs in turn (1)")
-    parser.add_argument("--keep", nargs="+", default=[], help="rows whose trained folders in WORK/runs are kept")
+    parser.add_argument("--keep", nargs="+", default=[], help="rows whose first seed is kept, in WORK/runs")
     parser.add_argument("--time_limit_s", type=float, help="start no row after this many seconds")
     parser.add_argument("--dry_run", action="store_true", help="say what would be done, and end")
     return parser.parse_args()

@@ -72,7 +72,7 @@ class Worker:
             result["ruler"] = self.ruler(row, folder, words)
         result |= {"seconds": round(time.monotonic() - start, 1), **origin()}
         write_json(result_file(row, seed, self.flags), result)
-        if row.name not in self.flags.keep:
+        if row.name not in self.flags.keep or seed:
             shutil.rmtree(folder, ignore_errors=True)
         return result
 
