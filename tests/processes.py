@@ -1,6 +1,8 @@
-"""Runs a function in several processes that share a process group: gloo, or NCCL with a GPU each."""
+"""Runs a function or a program in several processes that share a process group: gloo, or NCCL with a GPU each."""
 
 import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from multiprocessing import forkserver, get_context
@@ -39,3 +41,13 @@ def _call(rank: int, processes: int, store: Path, backend: str, function: Callab
         function(*args)
     finally:
         dist.destroy_process_group()
+
+
+def torchrun(program: str, processes: int, *words: object, timeout: float = 300) -> str:
+    """Run one of this repository's programs on the CPU; returns its output."""
+    launcher = [str(Path(sys.executable).parent / "torchrun"), "--standalone", f"--nproc_per_node={processes}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [*launcher, program, *map(str, words)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stderr
+    return done.stdout

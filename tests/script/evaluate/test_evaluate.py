@@ -6,7 +6,6 @@ python -m pytest tests/script/evaluate/test_evaluate.py -m slow     # torchrun w
 import errno
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from component.data.token_file import write_tokens
 from component.evaluate.perplexity import measure_perplexity
 from component.storage.claim import claimed
 from tests.conftest import ROOT
+from tests.processes import torchrun
 from tests.reference.long_ppl import key_tokens, log_likelihoods
 from tests.reference.longlora_perplexity import longlora_perplexity
 
@@ -196,17 +196,6 @@ def without_times(results: list[dict]) -> list[dict]:
     return [{**row, "processes": 0, "seconds": 0, "tokens_per_second": 0} for row in results]
 
 
-def torchrun(processes: int, *words: object) -> str:
-    launcher = [str(Path(sys.executable).parent / "torchrun"), "--standalone", f"--nproc_per_node={processes}"]
-    done = subprocess.run(
-        [*launcher, EVALUATE, *map(str, words)],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.mark.parametrize(
     ("batch_size", "protocol", "processes"),
     [
@@ -219,7 +208,7 @@ def test_several_processes_give_the_same_numbers(batch_size, protocol, processes
     """Bit-identical; printed once and written once."""
     words = ["--base_model", base_folder, "--data_path", tokens, "--seq_len", 16, 64, "--sliding_window", 11]
     words += ["--batch_size", batch_size, "--protocol", protocol]
-    printed = torchrun(processes, *words, "--output_json", tmp_path / "several.json")
+    printed = torchrun(EVALUATE, processes, *words, "--output_json", tmp_path / "several.json")
     found = json.loads((tmp_path / "several.json").read_text())
     assert [row["processes"] for row in found["results"]] == [processes, processes]
     model = LlamaForCausalLM.from_pretrained(base_folder).eval()
@@ -243,7 +232,7 @@ def test_several_processes_give_the_same_numbers(batch_size, protocol, processes
 def test_windows_that_two_processes_share(processes, tokens, tmp_path, base_folder):
     words = ["--base_model", base_folder, "--data_path", tokens, "--seq_len", 16, 63, "--sliding_window", 11]
     words += ["--sequence_parallel_size", 2, "--output_json", tmp_path / "shared.json"]
-    torchrun(processes, *words)
+    torchrun(EVALUATE, processes, *words)
     found = json.loads((tmp_path / "shared.json").read_text())
     assert found["sequence_parallel_size"] == 2
     model = LlamaForCausalLM.from_pretrained(base_folder).eval()
@@ -474,13 +463,15 @@ def test_models_in_one_table_need_one_evaluator(run_program, tokens, base_folder
 def test_key_tokens_of_several_processes(parts, tokens, tmp_path, base_folder, other_base):
     words = ["--base_model", base_folder, "--data_path", tokens, "--seq_len", 31, *LONG_PPL]
     words += ["--evaluator", other_base, "--key_tokens", tmp_path / "keys.json", "--output_json", tmp_path / "r.json"]
-    torchrun(2, *words, "--sequence_parallel_size", parts)
+    torchrun(EVALUATE, 2, *words, "--sequence_parallel_size", parts)
     (row,) = json.loads((tmp_path / "r.json").read_text())["results"]
     keys, expected = defined(other_base, base_folder, 31)
     assert json.loads((tmp_path / "keys.json").read_text())["lengths"][0]["positions"] == keys
     assert (row["processes"], row["key_tokens"]) == (2, sum(map(len, keys)))
     assert row["long_ppl"] == pytest.approx(expected, rel=1e-5)
-    torchrun(2, *words[:-1], tmp_path / "again.json", "--sequence_parallel_size", parts)  # both read the file
+    torchrun(
+        EVALUATE, 2, *words[:-1], tmp_path / "again.json", "--sequence_parallel_size", parts
+    )  # both read the file
     assert json.loads((tmp_path / "again.json").read_text())["results"][0]["long_ppl"] == row["long_ppl"]
 
 

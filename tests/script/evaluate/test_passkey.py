@@ -4,15 +4,11 @@ python -m pytest tests/script/evaluate/test_passkey.py -m slow     # trains for 
 """
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from component.storage.atomic import atomic_folder
-from tests.conftest import ROOT
+from tests.processes import torchrun
 
 PASSKEY, MODEL = "script/evaluate/passkey.py", "script/evaluate/passkey_model.py"
 
@@ -111,10 +107,7 @@ def test_several_processes_give_the_same_answers(run_program, tmp_path, adapter_
     """Prompts shared out, or each prompt shared by two processes."""
     words = ["--lengths", "330", "310", "--depths", "3", "--trials", "2", "--peft_model", str(adapter_folder)]
     assert run_program(PASSKEY, *words, "--output_json", tmp_path / "one.json").status == 0
-    launcher = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node=2"]
-    more = ["--sequence_parallel_size", str(parts), "--output_json", str(tmp_path / "two.json")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run([*launcher, PASSKEY, *words, *more], cwd=ROOT, env=environment, check=True, timeout=120)
+    torchrun(PASSKEY, 2, *words, "--sequence_parallel_size", parts, "--output_json", tmp_path / "two.json")
     one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
     assert two["trials"] == one["trials"]
     assert two["accuracy"] == one["accuracy"]

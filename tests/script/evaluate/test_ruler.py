@@ -4,10 +4,6 @@ python -m pytest tests/script/evaluate/test_ruler.py -m slow
 """
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +11,8 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from component.evaluate.ruler_prompt import SampleMaker
 from component.evaluate.ruler_task import TASKS
-from tests.conftest import ROOT
 from tests.outcome import refused_by_us
+from tests.processes import torchrun
 from tests.words import write_lines
 
 RULER = "script/evaluate/ruler.py"
@@ -187,10 +183,7 @@ def test_several_processes_give_the_same_trials(run_program, tmp_path, adapter_f
     """Samples shared out, or each sample shared by two processes."""
     words = ["--lengths", "1650", "1700", "--samples", "3", "--tasks", "vt", "--peft_model", str(adapter_folder)]
     assert run_program(RULER, *words, "--output_json", tmp_path / "one.json").status == 0
-    launcher = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node=2"]
-    more = ["--sequence_parallel_size", str(parts), "--output_json", str(tmp_path / "two.json")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run([*launcher, RULER, *words, *more], cwd=ROOT, env=environment, check=True, timeout=300)
+    torchrun(RULER, 2, *words, "--sequence_parallel_size", parts, "--output_json", tmp_path / "two.json")
     one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
     assert two["trials"] == one["trials"]
     assert two["scores"] == one["scores"]
