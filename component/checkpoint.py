@@ -2,7 +2,8 @@
 
 `output_dir` and each `checkpoint-N` hold PEFT's files (adapter_config.json, adapter_model.safetensors), the tokenizer,
 the extended config.json and the record `longqlora.json`: base model, scaling, group size, steps, versions. The record
-is written last and lists every file with its size, so an incomplete folder is recognized.
+is written last and lists every file with its size, so an incomplete folder is recognized; but not the model card,
+README.md, which its owner may edit.
 """
 
 import contextlib
@@ -21,8 +22,9 @@ from component.error import UserError
 from component.storage.atomic import atomic_file, open_to_readers
 from component.storage.claim import locked, make_writable
 from component.storage.foreign import read_object, reading
+from component.storage.generated import is_unchanged
 
-RECORD_FILE = "longqlora.json"
+RECORD_FILE, CARD_FILE = "longqlora.json", "README.md"
 RECORDED = {"files": dict, "base_model": str, "rope_type": str, "rope_factor": int | float}  # in every record
 OUTPUT_ROOT = Path(__file__).resolve().parents[1] / "output"  # of the shipped YAMLs
 
@@ -54,7 +56,7 @@ def write_adapter(
         tokenizer.save_pretrained(temporary)
         config.save_pretrained(temporary)
         open_to_readers(Path(temporary))
-        files = [file for file in sorted(Path(temporary).iterdir()) if file.name != "README.md"]  # empty model card
+        files = [file for file in sorted(Path(temporary).iterdir()) if file.name != CARD_FILE]  # empty
         (folder / RECORD_FILE).unlink(missing_ok=True)  # incomplete until the new record is written
         for file in files:
             file.replace(folder / file.name)
@@ -65,11 +67,15 @@ def write_record(folder: Path, record: dict, names: Iterable[str] | None = None)
     """Write `longqlora.json`, with the sizes in bytes of the files that make the folder complete.
 
     Args:
-        names: of those files; None for all files in the folder.
+        names: of those files; None for all files in the folder but the model card.
     """
     if names is None:
         found = (file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
-        names = [str(file) for file in found if not file.parts[0].startswith(".") and str(file) != RECORD_FILE]
+        names = [
+            str(file)
+            for file in found
+            if not file.parts[0].startswith(".") and str(file) not in (RECORD_FILE, CARD_FILE)
+        ]
     files = {name: (folder / name).stat().st_size for name in sorted(names)}
     with atomic_file(folder / RECORD_FILE) as writing:
         writing.write_text(json.dumps({**record, "files": files}, indent=2) + "\n", encoding="utf-8")
@@ -209,6 +215,8 @@ def prepare_output_dir(output_dir: str, resume: str | None, overwrite: bool) -> 
             for pattern in (RECORD_FILE, "adapter_*", "trainer_state.json", "*_results.json"):
                 for old in folder.glob(pattern):
                     old.unlink()
+            if is_unchanged(folder / CARD_FILE):
+                (folder / CARD_FILE).unlink()
         return None
     start = checkpoint_to_resume(output_dir, resume)
     is_finished = (folder / "adapter_config.json").is_file()
@@ -229,7 +237,7 @@ def check_replaceable(target: Path, field: str) -> None:
     """Refuse to replace a folder unless a merge wrote it, and all that is in it.
 
     Raises:
-        UserError: no record of a merge, or files that the record does not list.
+        UserError: no record of a merge, files that the record does not list, or a model card that somebody changed.
     """
     record = read_json(target / RECORD_FILE)
     if "merged_from" not in record or not isinstance(record.get("files"), dict):
@@ -237,7 +245,9 @@ def check_replaceable(target: Path, field: str) -> None:
             f"{field}: {target} was not written by a merge, so it is not overwritten; name another folder or remove it"
         )
     found = (str(file.relative_to(target)) for file in target.rglob("*") if not file.is_dir())
-    others = sorted(name for name in found if name not in record["files"] and name != RECORD_FILE)
+    written = {*record["files"], RECORD_FILE} - {CARD_FILE}
+    written |= {CARD_FILE} if is_unchanged(target / CARD_FILE) else set()
+    others = sorted(name for name in found if name not in written)
     if others:
         raise UserError(
             f"{field}: {target} holds {len(others)} files that no merge wrote, such as {others[0]}, so it is not "

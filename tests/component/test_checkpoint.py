@@ -28,6 +28,7 @@ from component.checkpoint import (
 )
 from component.error import UserError
 from component.model import load_base, load_config
+from component.storage.generated import marked
 
 RECORD = {"base_model": "/models/base", "rope_type": "linear", "rope_factor": 2.0}
 
@@ -132,6 +133,16 @@ def test_record_comes_back(tmp_path):
     assert record["files"] == {
         "adapter_config.json": 2, "adapter_model.safetensors": 1000, "global_step2/optim_states.pt": 500,
     }  # fmt: skip
+
+
+def test_the_card_may_be_edited(tmp_path):
+    """Its size is in no record, or the folder would count as incomplete; nor does PEFT's empty one come into it."""
+    folder = make_checkpoint(tmp_path / "checkpoint-2")
+    (folder / "README.md").write_text("Mine.")
+    write_record(folder, RECORD)
+    assert "README.md" not in read_record(folder)["files"]
+    (folder / "README.md").write_text("Mine, changed.")
+    assert read_record(folder) is not None
 
 
 def test_a_folder_without_a_record(tmp_path):
@@ -336,10 +347,18 @@ def finished(run: Path) -> Path:
 
 @pytest.mark.parametrize("resume", [None, "auto"])
 def test_overwriting_deletes_only_the_old_run(run, resume):
+    (run / "README.md").write_text(marked("# The old run"))
     assert prepare_output_dir(str(finished(run)), resume, overwrite=True) is None
     assert names(run) == {"checkpoint-final", "tmp-checkpoint-200", "train.log"}
     with pytest.raises(UserError, match="no finished run"):
         newest_run(run.parent)
+
+
+def test_overwriting_keeps_a_card_that_a_user_changed(run):
+    changed = marked("# The old run") + "Mine.\n"
+    (finished(run) / "README.md").write_text(changed)
+    assert prepare_output_dir(str(run), None, overwrite=True) is None
+    assert (run / "README.md").read_text() == changed
 
 
 def test_only_the_first_process_overwrites(run, monkeypatch):
