@@ -50,6 +50,7 @@ import torch
 from transformers import PretrainedConfig
 
 from component.adapter import adapter_hash
+from component.card.write import write_card
 from component.checkpoint import check_replaceable, merged_folder, newest_run, read_record, write_record
 from component.data.chat_template import answer_end
 from component.data.token_file import read_tokens
@@ -106,7 +107,8 @@ def check_flags(flags: argparse.Namespace, target: Path, base: str, adapter: Pat
 def foreign_record(base: str, config: PretrainedConfig) -> dict:
     """What is known of a merge whose adapter has no record: another project's."""
     scaling = {"rope_type": config.rope_parameters["rope_type"], "rope_factor": rope_factor(config)}
-    return {"base_model": base, "context_tokens": context_length(config), **scaling}
+    place = str(Path(base).resolve()) if Path(base).is_dir() else base
+    return {"base_model": place, "context_tokens": context_length(config), **scaling}
 
 
 def flags_to_check(flags: argparse.Namespace, adapter: Path, target: Path) -> str:
@@ -130,6 +132,7 @@ def renew(target: Path) -> None:
         renew_config(target, config)
         if record is not None:
             write_record(target, record)  # it has the sizes of all files
+            write_card(target)
     print(f"{target}: {'; '.join(problems) or 'nothing was wrong'}; config renewed, weights untouched")
 
 
@@ -192,6 +195,7 @@ def main() -> None:
         merged_from = {"merged_from": place, "merged_sha256": adapter_hash(str(adapter))}
         merged_from |= {"base_weights": flags.base, "dtype": flags.dtype}
         write_record(folder, {**(record or foreign_record(base, config)), **merged_from})
+        write_card(folder, target.absolute().name)
     print(f"{target}: merged model, {plan.parameters:,} parameters in {flags.dtype}")
 
 

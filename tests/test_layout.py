@@ -34,13 +34,14 @@ MAY_IMPORT = {
     "shard": "config model rope storage",
     "data": "storage tokenizer",
     "loss": "data distributed",  # from data only IGNORE_INDEX, see LOSS_IMPORTS
+    "card": "checkpoint model rope storage",
     "loading": "adapter checkpoint model rope storage tokenizer",
     "corpus": "data storage tokenizer",
     "memory": "adapter attention distributed loss model",
     "merge": "adapter config loading loss model rope storage",
     "inference": "attention checkpoint cli data loading memory model rope storage tokenizer",
     "evaluate": "attention cli data distributed inference loading loss rope storage tokenizer",
-    "train": "adapter attention checkpoint cli data distributed loss memory model rope storage",
+    "train": "adapter attention card checkpoint cli data distributed loss memory model rope storage",
 }
 LOSS_IMPORTS = "component.data"
 # What a package must not import indirectly either.

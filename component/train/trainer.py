@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import EvalPrediction, PretrainedConfig, Trainer, TrainingArguments
 
+from component.card.write import write_card
 from component.checkpoint import remove_old_checkpoints, write_adapter, write_record
 from component.data import IGNORE_INDEX
 from component.data.skipping import PositionSkipping
@@ -111,10 +112,15 @@ class LongQLoRATrainer(Trainer):
         return 6 * inputs["input_ids"].numel() * self._parameter_count
 
     def report(self, split: str, metrics: dict[str, float]) -> None:
-        """Print `metrics` and save them as `split`_results.json; those of "train" with step_seconds."""
+        """Print `metrics` and save them as `split`_results.json; those of "train" with step_seconds.
+
+        The card has those of "eval" too.
+        """
         self.log_metrics(split, metrics)
         steps = {"step_seconds": [round(seconds, 4) for seconds in self.speed.step_seconds]}
         self.save_metrics(split, {**metrics, **steps} if split == "train" else metrics)
+        if split == "eval":
+            self._write_card()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter's files; in checkpoints the record follows once the Trainer's own files are written."""
@@ -128,6 +134,7 @@ class LongQLoRATrainer(Trainer):
             names = write_adapter(folder, self.model, self.processing_class, self.extended_config, state_dict)
         if not _internal_call:
             self._write_record(folder, names)
+            self._write_card()
 
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
         # delete old checkpoints only after this one is complete
@@ -148,6 +155,10 @@ class LongQLoRATrainer(Trainer):
             seen = {"steps": self.state.global_step, "trained_tokens": self.state.num_input_tokens_seen}
             write_record(folder, {**self.record, **seen}, names)
         self.accelerator.wait_for_everyone()
+
+    def _write_card(self) -> None:
+        if self.args.should_save:
+            write_card(Path(self.args.output_dir))
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         # the Trainer would cast the weights themselves, and cannot cast 4-bit ones; `prediction_step` uses autocast

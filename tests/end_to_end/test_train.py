@@ -56,7 +56,7 @@ ADAPTER_FILES = {
     "tokenizer_config.json",
 }
 CHECKPOINT_FILES = ADAPTER_FILES | {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
-RUN_FILES = ADAPTER_FILES | {"trainer_state.json", "train_results.json", "all_results.json"}
+RUN_FILES = ADAPTER_FILES | {"README.md", "trainer_state.json", "train_results.json", "all_results.json"}
 EVAL_TEXTS = [
     "Half of the heads attend inside groups; the other half attend inside groups moved by half a group. " * 7,
     "Dogs.",

@@ -34,6 +34,7 @@ from component.rope import extend_context
 from tests.conftest import ROOT
 
 FILES = {
+    "README.md",
     "config.json",
     "generation_config.json",
     "longqlora.json",
@@ -219,7 +220,7 @@ def test_the_record_names_base_and_adapter(cases):
     assert record["merged_from"] == str(case.adapter)
     weights = (case.adapter / "adapter_model.safetensors").read_bytes()
     assert record["merged_sha256"] == hashlib.sha256(weights).hexdigest()
-    assert record["files"].keys() == FILES - {"longqlora.json"}
+    assert record["files"].keys() == FILES - {"longqlora.json", "README.md"}
 
 
 def test_k22_an_adapter_is_not_merged_twice(cases, tmp_path, capsys):
