@@ -19,6 +19,7 @@ from component.storage.foreign import read_object
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN_FROM = (".", str(ROOT), str(ROOT / "script/evaluate"))  # where the programs run, which relative paths start from
+MOST_FILES, LARGEST = 200, 2**24  # files; bytes of one
 PROTOCOLS = {
     "longlora": "windows of a fixed length, every token but the first scored, mean loss per window averaged, the last "
     "window left out",
@@ -37,15 +38,21 @@ class Results:
 def results_of(folder: Path) -> Results:
     """The evaluation results of the model or adapter in `folder`."""
     found, written = Results(), _written(folder)
-    files = sorted({*folder.glob("*.json"), *folder.absolute().parent.glob("*.json")} - {folder / RECORD_FILE})
-    for file in files:
-        with contextlib.suppress(UserError, OSError):
+    for file in _candidates(folder):
+        with contextlib.suppress(UserError, OSError, RuntimeError):  # the last: links that form a loop
             sections = sections_in(read_object(file), folder, file)
             if sections and file.stat().st_mtime < written:
                 found.outdated.append(file)
             else:
                 found.sections.extend(sections)
     return found
+
+
+def _candidates(folder: Path) -> list[Path]:
+    """The newest JSON files in a folder and beside it, by name; data may lie there too, so not all are read."""
+    found = [*folder.glob("*.json"), *folder.absolute().parent.glob("*.json")]
+    small = [file for file in found if file.is_file() and file.stat().st_size <= LARGEST and file.name != RECORD_FILE]
+    return sorted(sorted(small, key=lambda file: file.stat().st_mtime)[-MOST_FILES:])
 
 
 def _written(folder: Path) -> float:

@@ -109,9 +109,21 @@ def test_files_in_the_folder_and_beside_it(folder):
     for place in (folder / "a.json", folder.parent / "b.json", folder.parent / "deeper/c.json", folder / "d.txt"):
         place.parent.mkdir(exist_ok=True)
         place.write_text(result)
+    os.mkfifo(folder.parent / "pipe.json")  # reading it would wait forever
+    (folder.parent / "loop.json").symlink_to("loop.json")
     for name, text in (("broken", "{"), ("list", "[]"), ("deep", "[" * 100000), ("other", '{"a": 1}')):
         (folder.parent / f"{name}.json").write_text(text)
     assert len(results_of(folder).sections) == 2
+
+
+def test_of_many_files_the_newest_are_read(folder, monkeypatch):
+    monkeypatch.setattr("component.card.result.MOST_FILES", 2)
+    for age, name in enumerate("cab"):
+        file = folder.parent / f"{name}.json"
+        file.write_text(json.dumps({**perplexity(folder, data_path=name), **ORIGIN}))
+        os.utime(file, (2e9 - age, 2e9 - age))
+    found = [section.splitlines()[0] for section in results_of(folder).sections]
+    assert found == ["### Perplexity of `a`", "### Perplexity of `c`"]
 
 
 def test_results_of_earlier_weights(folder):

@@ -304,6 +304,7 @@ FAMILIES = {  # YAML: shape, context before -> after, minimum budget in GiB, gro
     "llama2-7b-16gb": ("7b", 4096, 16384, 12.5),
     "llama2-7b-24gb": ("7b", 4096, 32768, 21),
     "llama2-7b-32k": ("7b", 4096, 32768, 29),
+    "llama2-7b-32k-sft": ("7b", 32768, 32768, 29),  # of the merged llama2-7b-32k
     "llama2-7b-128k": ("7b", 4096, 131072, 29),
     "llama2-13b-32k": ("13b", 4096, 32768, 29),
     "llama3-8b-128k": ("llama3-8b", 8192, 131072, 29),
