@@ -92,7 +92,8 @@ def fit_cache(flags: argparse.Namespace, tokens: int | None = None, rows: int = 
         print(describe_choice(chosen, longest, context if tokens is None else longest), file=sys.stderr, flush=True)
     # a cache that was named is tried even if the longest text would not fit: others may be shorter
     found = best_chunk(reading, flags.cache_implementation, longest, available, host)
-    flags.prefill_tokens = min(found.chunk if found else CHUNKS[-1], CHUNKS[0])
+    chunk = found.chunk if found else CHUNKS[-1]
+    flags.prefill_tokens = chunk if chunk in CHUNKS else CHUNKS[0]  # else prompts are read at once, whatever it says
 
 
 def fit_cache_to(flags: argparse.Namespace, prompts: Sequence[str], rows: int = 1) -> None:

@@ -9,10 +9,12 @@ from transformers import AutoConfig
 
 from component.error import UserError
 from component.inference.block_attention import NAME
+from component.inference.generate import generate
 from component.inference.load import check_attention, fit_cache, load_from_flags
 from component.memory.plan import IDLE_GIB
 from component.rope import extend_context
 from tests.generation_flags import flags
+from tests.reference.greedy import stock
 
 INFERENCE, CHAT = "script/inference/inference.py", "script/inference/chat.py"
 
@@ -108,6 +110,17 @@ class TestFitCache:
         found = self.chosen(base_folder, 10)
         assert (found.cache_implementation, found.prefill_tokens) == ("dynamic", 4096)
         assert "KV cache: dynamic; at 10 tokens" in capsys.readouterr().err
+
+    def test_a_prompt_that_is_read_at_once(self, own_base):
+        """With frequencies that depend on the length, in whatever number of tokens: the prompt's and its answer's."""
+        config = AutoConfig.from_pretrained(own_base)
+        extend_context(config, 256, "dynamic")
+        config.save_pretrained(own_base)
+        found = self.chosen(own_base, 11, "--max_new_tokens", "4", "--do_sample", "false")
+        model, tokenizer = load_from_flags(found)
+        ids = tokenizer("The dog").input_ids
+        expected = tokenizer.decode(stock(model, ids, max_new_tokens=4), skip_special_tokens=True)
+        assert generate(model, tokenizer, ids, found, lambda piece: None) == expected
 
     def test_by_free_memory(self, long_base, gpu, capsys):
         """fp32: 256 bytes per token of 2 layers x 2 x 16 numbers; 64 and 36 of scales in 8 bits."""
