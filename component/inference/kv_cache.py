@@ -80,7 +80,8 @@ class PromptCache:
     Quantized keys and values depend on which tokens were computed in one forward pass: these attend to each other as
     computed. So that answers are those of a cache that starts empty, only whole forward passes of a prompt are kept;
     the tokens after them, fewer than `chunk` and the answer's, are computed again. If the rotary frequencies depend on
-    the current length, nothing is kept, and a prompt is read in one forward pass.
+    the current length, nothing is kept, and a prompt is read in one forward pass. Of a sliding window that has moved
+    on, everything is kept or nothing.
     """
 
     def __init__(self, config: PretrainedConfig, implementation: str = "dynamic", chunk: int = CHUNK) -> None:
@@ -100,10 +101,11 @@ class PromptCache:
         shared = common_prefix(self._ids, prompt_ids[:-1])  # the last token must be computed: it predicts the next
         if self.implementation in FORMATS:
             shared = min(shared, self._prompt_tokens) // self.chunk * self.chunk
-        if self._cache is None or not self.is_reusable or shared == 0:
+        is_cropped = len(self._ids) > shared
+        if self._cache is None or not self.is_reusable or shared == 0 or (is_cropped and has_forgotten(self._cache)):
             self._cache = None  # its memory is free before that of the new one is needed
             self._cache = new_cache(self.config, self.implementation)
-        elif len(self._ids) > shared:
+        elif is_cropped:
             self._cache.crop(shared - len(self._ids))
         self._ids, self._prompt_tokens = [], len(prompt_ids)  # ids are unknown until `finish`
         return self._cache
@@ -115,6 +117,11 @@ class PromptCache:
     @property
     def nbytes(self) -> int:
         return 0 if self._cache is None else tensor_bytes(self._cache)
+
+
+def has_forgotten(cache: Cache) -> bool:
+    """Whether a sliding window has left tokens behind: without its last tokens, it would lack those before it."""
+    return any(layer.is_sliding and layer.get_seq_length() >= layer.sliding_window for layer in cache.layers)
 
 
 def common_prefix(first: list[int], second: list[int]) -> int:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import DynamicCache, MistralConfig
+from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 
 from component.error import UserError
 from component.inference import quantized_layer
@@ -148,6 +148,23 @@ class TestPromptCache:
         cache = PromptCache(model.config)
         self.feed(model, cache, [5, 6, 7, 8])
         assert cache.start([5, 6, 7, 8, 9]).get_seq_length() == 0
+
+    @pytest.mark.parametrize(("first", "kept"), [(15, 12), (16, 0), (40, 0)])
+    def test_a_sliding_window_that_has_moved_on_starts_empty(self, first, kept):
+        """transformers cannot take tokens out of it again."""
+        config = MistralConfig(
+            **{"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
+            **{"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 16, "initializer_range": 0.2},
+        )
+        model, cache = MistralForCausalLM(config).eval(), PromptCache(config)
+        ids = torch.randint(5, 300, (80,), generator=torch.Generator().manual_seed(1)).tolist()
+        self.feed(model, cache, ids[:first])
+        second = [*ids[:12], 7, *ids[13:30]]  # not as before from token 12 on
+        with torch.no_grad():
+            expected = model(torch.tensor([second])).logits[0, -1]
+        torch.testing.assert_close(self.read(model, cache, second, kept), expected)
+        longer = [*second, 8, 9]
+        self.read(model, cache, longer, len(second))  # goes on from its end
 
     def test_bytes(self, tiny_llama):
         cache = PromptCache(tiny_llama.config)
