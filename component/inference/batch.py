@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
@@ -31,8 +32,8 @@ from component.inference.kv_cache import has_fixed_frequencies, is_quantizable, 
 from component.inference.stop import has_stop
 
 
-def check_batch(model: PreTrainedModel, flags: argparse.Namespace) -> None:
-    """Refuse a batch in which answers would depend on their neighbors.
+def check_batch(config: PretrainedConfig, flags: argparse.Namespace) -> None:
+    """Refuse a batch in which answers would depend on their neighbors, once `fit_cache` has chosen the cache.
 
     Raises:
         UserError: quantized keys and values share scales, or rotary frequencies follow the longest row.
@@ -41,7 +42,7 @@ def check_batch(model: PreTrainedModel, flags: argparse.Namespace) -> None:
         return
     if flags.cache_implementation not in ("dynamic", "offloaded"):
         reason = f"--cache_implementation {flags.cache_implementation} quantizes rows"
-    elif not has_fixed_frequencies(model.config):
+    elif not has_fixed_frequencies(config):
         reason = "the model's rotary frequencies depend on the length of rows"
     else:
         return

@@ -45,6 +45,7 @@ from component.inference.load import fit_cache_to, load_from_flags, named_model
 from component.inference.prompt_file import Record, answer_all, count_answered, held_output, read_prompts
 from component.inference.terminal import line_editing, prompts, read_input
 from component.inference.text_file import read_text_file
+from component.loading import inference_config
 
 # whatever an answer depends on, besides the model
 ANSWER_SETTINGS = (
@@ -80,6 +81,7 @@ def continue_file(flags: argparse.Namespace) -> None:
     requests = read_prompts(flags.input_jsonl)
     if requests:
         fit_cache_to(flags, [prompt for prompt, _ in requests], flags.batch_size)
+        check_batch(inference_config(*named_model(flags), context_size=flags.context_size), flags)
     names = dict(zip(("model_name_or_path", "adapter_name_or_path"), named_model(flags), strict=True))
     read = {"--input_jsonl": [flags.input_jsonl], **{f"--{name}": [path] for name, path in names.items()}}
     settings = {name: getattr(flags, name) for name in ANSWER_SETTINGS}
@@ -95,7 +97,6 @@ def answer_file(
     requests: list[tuple[str, Record]],
     flags: argparse.Namespace,
 ) -> None:
-    check_batch(model, flags)
     records = [record for _, record in requests]
     start = count_answered(flags.output_jsonl, records)
     encoded = (text_ids(tokenizer, prompt, add_special_tokens=True) for prompt, _ in requests)

@@ -116,9 +116,9 @@ def test_quantized_caches_are_refused(cache, model):
     words = flags("--cache_implementation", cache)
     words.batch_size = 2
     with pytest.raises(UserError, match=f"--batch_size: 2, but --cache_implementation {cache} quantizes rows"):
-        check_batch(model, words)
+        check_batch(model.config, words)
     words.batch_size = 1
-    check_batch(model, words)
+    check_batch(model.config, words)
 
 
 def test_frequencies_of_the_longest_row_are_refused(tiny_llama_config):
@@ -126,7 +126,7 @@ def test_frequencies_of_the_longest_row_are_refused(tiny_llama_config):
     words = flags()
     words.batch_size = 2
     with pytest.raises(UserError, match="--batch_size: 2, but the model's rotary frequencies depend on the length"):
-        check_batch(build_llama(tiny_llama_config), words)
+        check_batch(tiny_llama_config, words)
 
 
 def test_prompts_are_read_one_by_one(model, tokenizer, prompts):

@@ -147,6 +147,15 @@ class TestManyPrompts:
         refused(infer("--prompt", "a", "--batch_size", 2), "--batch_size: 2, but there is no --input_jsonl")
         refused(infer("--prompt", "a", "--batch_size", 0), "--batch_size: 0; use at least 1")
 
+    def test_a_batch_whose_answers_would_differ_is_refused_before_loading(self, infer, asked, tmp_path):
+        words = ("--input_jsonl", asked, "--output_jsonl", tmp_path / "out.jsonl", "--batch_size", 2)
+        outcome = infer(*words, "--cache_implementation", "int8")
+        refused(
+            outcome, "--batch_size: 2, but --cache_implementation int8 quantizes rows together; use --batch_size 1"
+        )
+        assert "model:" not in outcome.err
+        assert [path.name for path in tmp_path.glob("out*")] == []
+
     def test_input_without_output(self, infer, asked):
         refused(infer("--input_jsonl", asked), "--input_jsonl and --output_jsonl belong together")
 
