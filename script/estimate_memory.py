@@ -10,6 +10,7 @@ python script/estimate_memory.py --model_name_or_path M --inference --context 12
 """
 
 import argparse
+import math
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -51,7 +52,9 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--deepspeed", default=zero_2, help="DeepSpeed config file (default ZeRO-2), or none")
     parser.add_argument("--output_json", type=Path, help="also write the estimate here")
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
-    return parser.parse_args()
+    flags = parser.parse_args()
+    flags.given = {name: value for name, value in vars(flags).items() if value != parser.get_default(name)}
+    return flags
 
 
 import torch
@@ -60,8 +63,9 @@ from component.adapter import check_targets_early
 from component.distributed.strategy import training_strategy
 from component.error import UserError
 from component.evaluate.table import grid
-from component.inference.cache_memory import CHUNKS, Reading, best_chunk, fits, longest_context, need
+from component.inference.cache_memory import CHUNKS, EXACT, Reading, best_chunk, fits, longest_context, need
 from component.inference.flags import CACHES
+from component.inference.kv_cache import is_quantizable
 from component.memory.budget import CONTEXT_GIB, LIBRARIES_GIB, USABLE
 from component.memory.cost import checkpoint_bytes, describe_time
 from component.memory.plan import MemoryPlan, choose_plan, estimate, minimum_memory_plan, next_memory_option
@@ -74,19 +78,21 @@ from component.storage.result import write_json
 from component.train.validation import out_of_bounds
 
 PARTS = ("weights", "cache", "workspace", "peak", "host")  # of inference; host: CPU memory
+OF_INFERENCE = ("context", "load_in_4bit")
+OF_BOTH = ("model_name_or_path", "inference", "memory_budget_gib", "host_gib", "output_json", "overwrite")
 STEP = 1024  # resolution, in tokens, of the longest sample
 
 
 def check_kind(flags: argparse.Namespace) -> None:
     """Refuse flags of training with those of inference."""
-    if not flags.inference:
-        named = [name for name in ("context", "load_in_4bit") if getattr(flags, name)]
-        if named:
-            raise UserError(f"--{named[0]}: {getattr(flags, named[0])}, but no --inference; add it, or leave this out")
-        if flags.max_seq_length is None:
-            raise UserError("--max_seq_length: missing; name the tokens per sample, or estimate with --inference")
-    elif flags.max_seq_length is not None:
-        raise UserError(f"--max_seq_length: {flags.max_seq_length} is for training; with --inference use --context")
+    named = [name for name in flags.given if (name in OF_INFERENCE) != flags.inference and name not in OF_BOTH]
+    if named and not flags.inference:
+        raise UserError(f"--{named[0]}: {flags.given[named[0]]}, but no --inference; add it, or leave this out")
+    if named:
+        cure = "use --context" if named[0] == "max_seq_length" else "leave it out"
+        raise UserError(f"--{named[0]}: {flags.given[named[0]]} is for training; with --inference {cure}")
+    if not flags.inference and flags.max_seq_length is None:
+        raise UserError("--max_seq_length: missing; name the tokens per sample, or estimate with --inference")
 
 
 def read_workload(flags: argparse.Namespace) -> Workload:
@@ -157,15 +163,16 @@ def main() -> None:
 def show_inference(flags: argparse.Namespace) -> None:
     """Print which KV caches fit, and how long texts may be with each."""
     for name in ("memory_budget_gib", "host_gib"):
-        if not getattr(flags, name) >= 0:  # NaN too
-            raise UserError(f"--{name}: {getattr(flags, name):g}; use 0 or more")
+        if not 0 <= getattr(flags, name) < math.inf:  # NaN too
+            raise UserError(f"--{name}: {getattr(flags, name):g}; use 0 or more, and a finite number")
     config = load_config(flags.model_name_or_path)
-    tokens = flags.context or context_length(config)
+    tokens = context_length(config) if flags.context is None else flags.context
     if tokens < 1:
         raise UserError(f"--context: {tokens} tokens; use at least 1")
     reading, rows = Reading(config, flags.load_in_4bit), []
     available, host = USABLE * flags.memory_budget_gib * GIB, flags.host_gib * GIB
-    for name in CACHES:
+    names = CACHES if is_quantizable(config) else EXACT
+    for name in names:
         found = best_chunk(reading, name, tokens, available, host) or need(reading, name, tokens, CHUNKS[-1])
         sizes = {f"{part}_gib": getattr(found, part) / GIB for part in PARTS}
         longest = longest_context(reading, name, available, host)
@@ -176,6 +183,8 @@ def show_inference(flags: argparse.Namespace) -> None:
         gib = [f"{row[f'{part}_gib']:.1f}" for part in PARTS]
         cells.append([row["cache"], *gib, "yes" if row["fits"] else "no", str(row["longest_tokens"])])
     print(grid(["cache", *(f"{part} GiB" for part in PARTS), "fits", "longest context"], cells))
+    if names == EXACT:
+        print("The model has sliding windows: its keys and values cannot be quantized.")
     if flags.output_json:
         write_json(flags.output_json, {"tokens": tokens, "load_in_4bit": bool(flags.load_in_4bit), "caches": rows})
 

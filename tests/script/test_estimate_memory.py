@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MistralConfig
 
 from script.estimate_memory import main
 
@@ -165,6 +165,13 @@ class TestInference:
         assert printed.startswith("2048 tokens in 32 GiB of GPU"), "LlamaConfig's default"
         assert found["dynamic"]["weights_gib"] == 2 * (self.LINEAR + self.EMBEDDINGS) / 2**30
 
+    def test_sliding_windows_are_never_quantized(self, estimate, tmp_path):
+        config = MistralConfig(**SEVEN, sliding_window=4096, architectures=["MistralForCausalLM"])
+        config.save_pretrained(tmp_path / "7b")
+        found, printed = self.caches(estimate, "--context", "32768")
+        assert list(found) == ["dynamic", "offloaded"]
+        assert "cannot be quantized" in printed
+
     @pytest.mark.parametrize(
         ("flags", "message"),
         [
@@ -172,7 +179,13 @@ class TestInference:
             (("--inference", "--max_seq_length", "9"), "--max_seq_length: 9 is for training; with --inference use"),
             (("--max_seq_length", "9", "--context", "9"), "--context: 9, but no --inference"),
             (("--inference", "--context", "-9"), "--context: -9 tokens; use at least 1"),
+            (("--inference", "--context", "0"), "--context: 0 tokens; use at least 1"),
+            (("--max_seq_length", "9", "--context", "0"), "--context: 0, but no --inference"),
+            (("--inference", "--card", "h100"), "--card: h100 is for training; with --inference leave it out"),
+            (("--inference", "--no_4bit"), "--no_4bit: True is for training; with --inference leave it out"),
             (("--inference", "--memory_budget_gib", "nan"), "--memory_budget_gib: nan; use 0 or more"),
+            (("--inference", "--memory_budget_gib", "inf"), "--memory_budget_gib: inf; use 0 or more, and a finite"),
+            (("--inference", "--host_gib", "inf"), "--host_gib: inf; use 0 or more, and a finite number"),
         ],
     )
     def test_wrong_flags(self, estimate, capsys, flags, message):
