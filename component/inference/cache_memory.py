@@ -35,6 +35,11 @@ class Reading:
     in_4bit: bool
     value_bytes: int = 2  # of the compute dtype
     rows: int = 1  # answered at once
+    attention: str = "sdpa"  # `--attn_implementation`
+
+    def reads_parts(self, tokens: int) -> bool:
+        """Whether new tokens attend to earlier ones part by part, see component/inference/block_attention.py."""
+        return self.attention == "sdpa" and supports_blocks(self.config, tokens)
 
     @cached_property
     def work(self) -> Workload:
@@ -90,18 +95,21 @@ def need(reading: Reading, name: str, tokens: int, chunk: int) -> Need:
     logits = 3 * 4 * work.vocabulary  # fp32, and copies while sampling
     workspace = IDLE_GIB * GIB + reading.rows * (chunk_tokens * max(attention, mlp) + logits)
     workspace += work.hidden * work.mlp * size if reading.in_4bit else 0  # the largest matrix, dequantized
+    if not reading.reads_parts(tokens):  # a mask; and eagerly, scores of each head, and their softmax in fp32
+        pair = {"sdpa": 1 + size, "eager": 1 + size + work.heads * (2 * size + 4)}.get(reading.attention, 0)
+        workspace += reading.rows * chunk_tokens * tokens * pair
     cache, host = float(reading.rows * cache_bytes(reading.config, name, tokens, size)), 0.0
     if name == "offloaded":
         # this layer's and the next one's keys and values, one of them twice while it grows; a stored copy on its way
         cache, host, workspace = 0, cache, workspace + 7 * layer
     elif name == "dynamic":
         workspace += layer  # it grows by copying
-    elif supports_blocks(reading.config, tokens):
+    elif reading.reads_parts(tokens):
         segment = min(tokens, SEGMENT * BLOCK)
         # a dequantized segment and its codes in bytes; or what quantizing a forward pass's keys takes, in fp32
         workspace += max(segment * numbers * (2 * size + 2), chunk_tokens * numbers * 4 * 4)
     else:
-        workspace += 5 * layer + chunk_tokens * tokens * (1 + size)  # all keys and values dequantized, and a mask
+        workspace += 5 * layer  # all keys and values dequantized
     return Need(name, chunk, weight_bytes(work, size), cache, workspace, host)
 
 

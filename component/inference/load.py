@@ -80,7 +80,9 @@ def fit_cache(flags: argparse.Namespace, tokens: int | None = None, rows: int = 
     context = context_length(config)
     device = default_device()
     stored = flags.load_in_4bit or stored_quantization(resolve_model(*named_model(flags)).base) is not None
-    reading = Reading(config, bool(stored), inference_dtype(device).itemsize, rows)
+    reading = Reading(
+        config, bool(stored), inference_dtype(device).itemsize, rows, flags.attn_implementation or "sdpa"
+    )
     available, host = available_memory(device)
     longest = min(tokens or context, context)
     if flags.cache_implementation == AUTO:

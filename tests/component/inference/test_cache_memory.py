@@ -87,6 +87,21 @@ class TestNeed:
         assert large - small >= 3584 * (4096 * 8 + 3 * 11008 * 2)
         assert large < 2 * GIB
 
+    def test_other_attentions_hold_all_at_once(self, seven):
+        """A chunk of 1024 tokens to 65536: their mask, scores of 32 heads, and keys and values as computed."""
+        pairs, layer = 1024 * 65536, 65536 * 4096 * 2
+        extra = {}
+        for attention in ("sdpa", "eager", "flash_attention_2"):
+            for name in ("dynamic", "int8"):
+                found = need(Reading(seven, True, attention=attention), name, 65536, 1024)
+                extra[attention, name] = found.workspace
+        eager = pairs * (3 + 32 * 8)
+        for name in ("dynamic", "int8"):
+            assert extra["eager", name] - extra["flash_attention_2", name] == eager
+        assert extra["flash_attention_2", "dynamic"] == extra["sdpa", "dynamic"]
+        segment = 8192 * 4096 * 6
+        assert extra["flash_attention_2", "int8"] - extra["sdpa", "int8"] == 5 * layer - segment
+
 
 class TestChooseCache:
     @pytest.mark.parametrize(

@@ -132,6 +132,15 @@ class TestFitCache:
         assert self.chosen(long_base, 2**18).cache_implementation == "dynamic"
         assert self.chosen(long_base, 2**30).cache_implementation == "int8", "a text is no longer than the context"
 
+    def test_eager_attention_needs_more(self, long_base, gpu):
+        """A forward pass of 512 tokens has scores of 4 heads for each of 65536 tokens."""
+        gpu(2000)
+        for words, chunk in (((), 4096), (("--attn_implementation", "eager"), 512)):
+            assert self.chosen(long_base, 2**12, *words).prefill_tokens == 4096
+            found = flags("--model_name_or_path", str(long_base), *words)
+            fit_cache(found, 2**16)
+            assert found.prefill_tokens == chunk
+
     def test_none_fits(self, long_base, gpu, monkeypatch):
         gpu(-1)
         monkeypatch.setattr("component.model.load_base", None)  # no weight is loaded
