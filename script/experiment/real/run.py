@@ -58,7 +58,8 @@ from huggingface_hub import snapshot_download
 
 from component.error import UserError, nearest
 from component.storage.claim import work_folder
-from component.storage.hub import READ_SUFFIXES
+from component.storage.foreign import reading
+from component.storage.hub import READ_SUFFIXES, check_source
 from component.storage.result import hardware
 from script.experiment.real.data import length_of, prepare_data
 from script.experiment.real.rows import RECIPE, Row, all_rows
@@ -96,8 +97,14 @@ def check_flags(flags: argparse.Namespace) -> None:
     names = ("seeds", "max_steps", "length", "windows", "ruler_lengths", "ruler_batch_size", "tokens_at_once", "jobs")
     check_at_least(flags, 1, *names)
     check_at_least(flags, 0, "samples")
+    for name in ("tokens_per_second", "price"):
+        value = getattr(flags, name)
+        if value is not None and not value > 0:  # NaN too
+            raise UserError(f"--{name}: {value:g}; use a number above 0")
+    check_source(flags.base, "--base")
     if not Path(flags.base).is_dir():
-        flags.base = snapshot_download(flags.base, allow_patterns=[f"*{suffix}" for suffix in READ_SUFFIXES])
+        with reading(f"--base: {flags.base!r} can't be read", "name a folder, or check the hub id and the network"):
+            flags.base = snapshot_download(flags.base, allow_patterns=[f"*{suffix}" for suffix in READ_SUFFIXES])
     flags.work, flags.base, flags.texts = (Path(path).resolve() for path in (flags.work, flags.base, flags.texts))
     flags.other = [str(Path(file).resolve()) for file in flags.other]
 

@@ -61,6 +61,19 @@ def test_rows(run, texts, tmp_path):
     assert again.out.splitlines()[0].startswith("0 rows, 0 of them trained")
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--base", "no/such/folder"), "--base: there is no model folder 'no/such/folder'"),
+        (("--base", "owner/no-such-model"), "--base: 'owner/no-such-model' can't be read"),
+        (("--tokens_per_second", 0), "--tokens_per_second: 0; use a number above 0"),
+        (("--tokens_per_second", 5, "--price", "nan"), "--price: nan; use a number above 0"),
+    ],
+)
+def test_wrong_flags(words, message, run):
+    refused_by_us(run("--rows", "ours", "--dry_run", *words), message)
+
+
 def test_what_it_will_cost(run, tmp_path):
     """Two rows of 1 step of 4 x 96 tokens."""
     words = ["--rows", "ours", "yarn-s2", "base", "--dry_run"]
