@@ -113,8 +113,10 @@ def full_steps(steps: int, ratio: float) -> int:
     return max(1, round(ratio * steps)) if ratio else 0
 
 
-def checkpoint_bytes(work: Workload) -> float:
-    """Disk for a checkpoint: the adapter and the optimizer's states, of all processes."""
+def checkpoint_bytes(work: Workload, *, only_model: bool = False) -> float:
+    """Disk for a checkpoint: the adapter and, unless `only_model`, the optimizer's states, of all processes."""
+    if only_model:
+        return work.trained * (work.value_bytes if work.zero else 4)
     name = work.optimizer
     moments = 0 if "sgd" in name else 2 if "8bit" in name else 8
     if work.zero:  # in 16 bits, twice: the adapter and DeepSpeed's own copy; with fp32 master weights

@@ -87,7 +87,7 @@ def describe_cost(
         lines["time"] = f"expected from this GPU's rate: {text}"
     count = checkpoint_count(training_args, steps)
     if count:
-        each = checkpoint_bytes(work) / 2**30
+        each = checkpoint_bytes(work, only_model=training_args.save_only_model) / 2**30
         lines["disk"] = f"up to {count * each:.3g} GiB: {count} checkpoints of {each:.2g} GiB at the same time"
     return lines
 

@@ -202,3 +202,4 @@ def test_disk_of_a_checkpoint_without_deepspeed(tmp_path):
     tensors = sum(p.nbytes + sum(s.nbytes for s in optimizer.state[p].values() if s.dim()) for p in trained)
     work = workload(config, target_names=None, rank=4, tokens=TOKENS, group=GROUP, zero=False, optimizer="adamw_torch")
     assert checkpoint_bytes(work) == tensors
+    assert checkpoint_bytes(work, only_model=True) == sum(p.nbytes for p in trained)

@@ -1,12 +1,14 @@
 """The summary that a run prints before its first step."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 from transformers import TrainingArguments
 
 from component.adapter import add_adapter
-from component.train.summary import aligned, checkpoint_count, describe_trainable, total_steps
+from component.train.summary import aligned, checkpoint_count, describe_cost, describe_trainable, total_steps
+from tests.reference.llama2_7b import LLAMA2_7B
 
 
 def test_summary_is_aligned():
@@ -40,3 +42,13 @@ def test_steps_of_a_run(values, steps, tmp_path):
 )
 def test_checkpoints_on_disk(values, count, tmp_path):
     assert checkpoint_count(TrainingArguments(tmp_path, use_cpu=True, **values), 1000) == count
+
+
+@pytest.mark.parametrize(("only_model", "each"), [(False, 3), (True, 1)])
+def test_disk_of_the_checkpoints(only_model, each, tmp_path):
+    """2**28 parameters in fp32, with two moments or without."""
+    work = replace(LLAMA2_7B, trained=2**28, zero=False, optimizer="adamw_torch")
+    words = {"max_steps": 100, "save_steps": 50, "save_only_model": only_model}
+    training_args = TrainingArguments(tmp_path, use_cpu=True, **words)
+    lines = describe_cost(None, training_args, None, work, None)
+    assert lines == {"disk": f"up to {2 * each:g} GiB: 2 checkpoints of {each:g} GiB at the same time"}
