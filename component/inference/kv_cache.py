@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache, PretrainedConfig
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from component.error import UserError
 from component.inference.block_attention import NAME
@@ -121,7 +121,8 @@ class PromptCache:
 
 def has_forgotten(cache: Cache) -> bool:
     """Whether a sliding window has left tokens behind: without its last tokens, it would lack those before it."""
-    return any(layer.is_sliding and layer.get_seq_length() >= layer.sliding_window for layer in cache.layers)
+    sliding = [layer for layer in cache.layers if isinstance(layer, DynamicSlidingWindowLayer)]
+    return any(layer.get_seq_length() >= layer.sliding_window for layer in sliding)
 
 
 def common_prefix(first: list[int], second: list[int]) -> int:
