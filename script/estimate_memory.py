@@ -71,7 +71,7 @@ from component.memory.cost import checkpoint_bytes, describe_time
 from component.memory.plan import MemoryPlan, choose_plan, estimate, minimum_memory_plan, next_memory_option
 from component.memory.rate import measured_rate, published_rate
 from component.memory.workload import GIB, Workload, paged_bytes, workload
-from component.model import load_config
+from component.model import load_config, stored_quantization
 from component.rope import context_length
 from component.storage.claim import claimed
 from component.storage.result import write_json
@@ -169,7 +169,8 @@ def show_inference(flags: argparse.Namespace) -> None:
     tokens = context_length(config) if flags.context is None else flags.context
     if tokens < 1:
         raise UserError(f"--context: {tokens} tokens; use at least 1")
-    reading, rows = Reading(config, flags.load_in_4bit), []
+    in_4bit = bool(flags.load_in_4bit or stored_quantization(flags.model_name_or_path))
+    reading, rows = Reading(config, in_4bit), []
     available, host = USABLE * flags.memory_budget_gib * GIB, flags.host_gib * GIB
     names = CACHES if is_quantizable(config) else EXACT
     for name in names:
@@ -186,7 +187,7 @@ def show_inference(flags: argparse.Namespace) -> None:
     if names == EXACT:
         print("The model has sliding windows: its keys and values cannot be quantized.")
     if flags.output_json:
-        write_json(flags.output_json, {"tokens": tokens, "load_in_4bit": bool(flags.load_in_4bit), "caches": rows})
+        write_json(flags.output_json, {"tokens": tokens, "load_in_4bit": in_4bit, "caches": rows})
 
 
 def estimated_time(flags: argparse.Namespace, work: Workload, plan: MemoryPlan) -> dict[str, float]:

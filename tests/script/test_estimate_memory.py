@@ -165,6 +165,13 @@ class TestInference:
         assert printed.startswith("2048 tokens in 32 GiB of GPU"), "LlamaConfig's default"
         assert found["dynamic"]["weights_gib"] == 2 * (self.LINEAR + self.EMBEDDINGS) / 2**30
 
+    def test_weights_stored_in_4_bits(self, estimate, tmp_path):
+        in_4bit, _ = self.caches(estimate, "--load_in_4bit")
+        file = tmp_path / "7b" / "config.json"
+        stored = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+        file.write_text(json.dumps(json.loads(file.read_text()) | stored))
+        assert self.caches(estimate)[0] == in_4bit
+
     def test_sliding_windows_are_never_quantized(self, estimate, tmp_path):
         config = MistralConfig(**SEVEN, sliding_window=4096, architectures=["MistralForCausalLM"])
         config.save_pretrained(tmp_path / "7b")
