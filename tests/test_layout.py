@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "rope": "",
     "storage": "",
     "distributed": "",
+    "float8": "",
     "cli": "",
     "attention": "distributed",
     "config": "storage",
@@ -33,15 +34,15 @@ MAY_IMPORT = {
     "adapter": "adapter_config model storage",
     "shard": "config model rope storage",
     "data": "storage tokenizer",
-    "loss": "data distributed",  # from data only IGNORE_INDEX, see LOSS_IMPORTS
+    "loss": "data distributed float8",  # from data only IGNORE_INDEX, see LOSS_IMPORTS
     "card": "checkpoint model rope storage",
     "loading": "adapter checkpoint model rope storage tokenizer",
     "corpus": "data storage tokenizer",
-    "memory": "adapter attention distributed loss model",
+    "memory": "adapter attention distributed float8 loss model",
     "merge": "adapter config loading loss model rope storage",
     "inference": "attention checkpoint cli data loading memory model rope storage tokenizer",
     "evaluate": "attention cli data distributed inference loading loss rope storage tokenizer",
-    "train": "adapter attention card checkpoint cli data distributed loss memory model rope storage",
+    "train": "adapter attention card checkpoint cli data distributed float8 loss memory model rope storage",
 }
 LOSS_IMPORTS = "component.data"
 # What a package must not import indirectly either.

@@ -1,0 +1,141 @@
+"""How is a product with a frozen weight computed in FP8? Both factors are quantized by row, sums are in fp32.
+
+The rows of both factors run along the sum of the product. Each has a scale of its own: its largest absolute value
+/ 448, which is the largest number of e4m3. So a token's result depends on no other token: tiles, chunks, padding and
+the processes that share a row change nothing. GPUs of compute capability 8.9 and newer (Ada, Hopper, Blackwell)
+multiply FP8 twice as fast as bf16; elsewhere the same numbers are multiplied in fp32, slowly, to try what FP8 costs in
+quality.
+
+Shapes: M rows, K numbers in each; O, I the outputs and inputs of a linear layer.
+"""
+
+import copy
+import functools
+import importlib.util
+from typing import NamedTuple
+
+import bitsandbytes as bnb
+import torch
+from torch import Tensor, nn
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+CAPABILITY = (8, 9)  # of the first GPUs that multiply FP8
+MULTIPLE = 16  # torch._scaled_mm takes weights whose sides are multiples of it
+TINY = 1e-30  # the smallest absolute value that gets a scale of its own: rows of zeros have one too
+
+
+class Float8Matrix(NamedTuple):
+    """A matrix (M, K) with a scale for each row. Rows are added up to a multiple of 16, all zeros."""
+
+    values: Tensor  # (M rounded up, K), row-major
+    scales: Tensor  # (M rounded up, 1) fp32; the matrix is values * scales
+    rows: int  # M
+
+    def dequantized(self) -> Tensor:
+        """(M, K) in fp32."""
+        return (self.values.float() * self.scales)[: self.rows]
+
+
+def fits(layer: nn.Linear) -> bool:
+    """Whether the products of `layer` can be computed in FP8; else they stay in the training precision."""
+    return layer.in_features % MULTIPLE == 0 == layer.out_features % MULTIPLE
+
+
+def quantize(x: Tensor, dtype: torch.dtype = E4M3) -> Float8Matrix:
+    """(M, K) with a scale for each row, rounded to the nearest number of `dtype`, ties to even."""
+    if _runs_kernels(x):
+        from component.float8.kernel import quantize_rows
+
+        values = x.new_empty(len(x) + -len(x) % MULTIPLE, x.shape[1], dtype=dtype)
+        return Float8Matrix(values, quantize_rows(x, values, torch.finfo(dtype).max), len(x))
+    return _rounded(x.float(), x.abs().amax(1, keepdim=True).float(), dtype)
+
+
+def quantize_weight(weight: Tensor, *, transposed: bool) -> Float8Matrix:
+    """A weight (O, I), in NF4 or not: for x W^T, with a scale for each output, or as (I, O), for dL/dy W.
+
+    A scale per input needs no look at the weights of NF4, since a block's largest absolute value is stored with it:
+    64 neighbouring inputs share the scale of the largest of them. In floating point that costs no precision but in
+    weights 2^15 times smaller.
+    """
+    if not isinstance(weight, bnb.nn.Params4bit):
+        return quantize(weight.detach().t().contiguous() if transposed else weight.detach())
+    state = weight.quant_state
+    outputs, inputs = state.shape
+    if inputs % state.blocksize:  # blocks that span rows
+        full = _dequantized(weight)
+        return quantize(full.t().contiguous() if transposed else full)
+    sizes = _block_sizes(state)
+    blocks = sizes.abs().view(outputs, -1)
+    largest = blocks.amax(0).repeat_interleave(state.blocksize) if transposed else blocks.amax(1)
+    if not _runs_kernels(weight):
+        full = _dequantized(weight)
+        return _rounded(full.t() if transposed else full, largest[:, None], E4M3)
+    from component.float8.kernel import nf4_to_float8
+
+    inverse, scales = scale_of(largest[:, None], E4M3)
+    values = weight.new_empty((inputs, outputs) if transposed else (outputs, inputs), dtype=E4M3)
+    nf4_to_float8(weight.data, sizes, inverse, state, values, transposed)
+    return Float8Matrix(values, scales, len(values))
+
+
+def multiply(
+    left: Float8Matrix, right: Float8Matrix, dtype: torch.dtype, bias: Tensor | None = None, *, fast: bool = True
+) -> Tensor:
+    """left right^T (+ bias): (M, K), (N, K) -> (M, N) in `dtype`.
+
+    Args:
+        fast: on Hopper, sum in the tensor cores alone, with fewer bits than fp32 has. That errs by some thousandths,
+            an order of magnitude less than rounding to FP8 does.
+    """
+    if not (left.values.is_cuda and torch.cuda.get_device_capability(left.values.device) >= CAPABILITY):
+        y = left.values.float() @ right.values.float().t() * left.scales * right.scales.t()
+        y = y if bias is None else y + bias.float()
+        return y[: left.rows, : right.rows].to(dtype)
+    y = torch._scaled_mm(
+        left.values,
+        right.values.t(),
+        scale_a=left.scales,
+        scale_b=right.scales.t(),
+        bias=None if bias is None else bias.to(torch.bfloat16),
+        out_dtype=torch.bfloat16,  # the only one that all versions can write here
+        use_fast_accum=fast,
+    )
+    return y[: left.rows, : right.rows].to(dtype)
+
+
+def scale_of(largest: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What rows are multiplied by before they are rounded, and their scales, from their largest absolute values."""
+    largest, limit = largest.clamp(min=TINY), torch.finfo(dtype).max
+    return limit / largest, largest * (1 / limit)
+
+
+def _rounded(x: Tensor, largest: Tensor, dtype: torch.dtype) -> Float8Matrix:
+    """`x` (M, K) in fp32, by plain operations; `largest` (M, 1): an upper bound of each row's absolute values."""
+    inverse, scales = scale_of(largest, dtype)
+    more = (0, 0, 0, -len(x) % MULTIPLE)
+    values = nn.functional.pad((x * inverse).contiguous(), more).to(dtype)
+    return Float8Matrix(values, nn.functional.pad(scales, more), len(x))
+
+
+def _block_sizes(state: bnb.functional.QuantState) -> Tensor:
+    """The largest absolute values of all blocks, in fp32; double quantization stores them in 8 bits."""
+    if not state.nested:
+        return state.absmax
+    return bnb.functional.dequantize_blockwise(state.absmax, state.state2).float() + state.offset
+
+
+def _dequantized(weight: bnb.nn.Params4bit) -> Tensor:
+    """(O, I) in fp32: rounded to bf16 first, one in thirty would be another number of FP8."""
+    state = copy.copy(weight.quant_state)
+    state.dtype = torch.float32
+    return bnb.functional.dequantize_4bit(weight.data, state)
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _runs_kernels(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= CAPABILITY and _has_triton()
