@@ -9,9 +9,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from component.distributed.strategy import Strategy
-from component.loss import use_chunked_loss
+from component.loss import use_chunked_loss, use_float8_head
 from component.memory.layer import LeanLayer, lean_layers
-from component.memory.linear import fuse_lora
+from component.memory.linear import fuse_lora, use_float8
 from component.memory.offload import ActivationOffloader
 from component.memory.plan import MemoryPlan
 
@@ -19,13 +19,14 @@ ONE_PROCESS = Strategy()
 
 
 def use_memory_plan(
-    model: nn.Module, plan: MemoryPlan, *, fused: bool, strategy: Strategy = ONE_PROCESS
+    model: nn.Module, plan: MemoryPlan, *, fused: bool, strategy: Strategy = ONE_PROCESS, in_float8: bool = False
 ) -> str | None:
     """Make `model`, a PEFT-wrapped causal language model, train as `plan` says; evaluation is unchanged.
 
     Args:
         fused: use Liger's kernels; see `liger_runs`.
         strategy: how training is distributed.
+        in_float8: compute products with frozen weights in FP8, on decoder layers that memory plans support.
 
     Returns:
         None, or the reason why Hugging Face's own layers stay; the caller may enable checkpointing for those.
@@ -39,6 +40,11 @@ def use_memory_plan(
         _use_liger_kernels(base, layers)
     if not layers:
         return f"memory plans do not support the decoder layers of {type(base).__name__}"
+    if in_float8:
+        use_float8(base.get_decoder())
+        use_float8_head(base)
+        for layer in layers:
+            layer.fused_mlp.use_float8()
     if strategy.shards_weights:
         _gather_whole_layers(base, layers)
     offloader = ActivationOffloader(plan.fetch_ahead) if plan.offload_activations else None

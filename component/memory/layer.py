@@ -89,6 +89,10 @@ class FusedMLP:
         self.activate = lambda gate, up: mlp.act_fn(gate) * up  # replaced by Liger's kernel where it is available
         self.gate, self.up, self.down = (LoRALinear(p) for p in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
 
+    def use_float8(self) -> None:
+        for projection in (self.gate, self.up, self.down):
+            projection.use_float8()
+
     @property
     def parameters(self) -> list[nn.Parameter]:
         """The trainable ones."""
@@ -98,7 +102,7 @@ class FusedMLP:
         """(B, T, H) -> the same shape, and for each tile what `backward` needs; with gate and up if `keep`."""
         flat = hidden.reshape(-1, hidden.shape[-1])
         out, kept, tiles = torch.empty_like(flat), [], _tiles(len(flat), tile)
-        with self._holding_weights(to_autocast_dtype(flat[:0]).dtype, uses=len(tiles)):
+        with self._holding_weights(uses=len(tiles)):
             for start, end in tiles:
                 saved: dict[str, Any] = {
                     "seeds": {name: getattr(self, name).draw_seed() for name in ("gate", "up", "down")}
@@ -119,7 +123,9 @@ class FusedMLP:
         """dL/dh (B, T, H) from dL/dy, overwriting dL/dy if `in_place`; weight gradients are added to `sums`."""
         flat, grad_flat = hidden.reshape(-1, hidden.shape[-1]), grad.reshape(-1, grad.shape[-1])
         out, tiles = grad_flat if in_place else torch.empty_like(flat), _tiles(len(flat), tile)
-        with self._holding_weights(kept[0]["dtype"], uses=len(tiles) if "gate" in kept[0] else 2 * len(tiles)):
+        # in FP8, the recomputed forward products and those of the gradients use different copies of a weight
+        is_reused = "gate" not in kept[0] and not self.gate.in_float8
+        with self._holding_weights(uses=2 * len(tiles) if is_reused else len(tiles)):
             for (start, end), saved in zip(tiles, kept, strict=True):
                 self._tile_backward(flat[start:end], grad_flat[start:end], saved, sums, out[start:end])
                 saved.clear()
@@ -151,14 +157,15 @@ class FusedMLP:
         torch.add(grad, through_norm, out=out)
 
     def _gate_and_up(self, normed: Tensor, saved: dict) -> tuple[tuple, tuple]:
-        seeds = saved["seeds"]
-        return self.gate.forward(normed, seeds["gate"]), self.up.forward(normed, seeds["up"])
+        seeds, quantized = saved["seeds"], self.gate.quantized(normed)
+        gate, up = (getattr(self, name).forward(normed, seeds[name], quantized) for name in ("gate", "up"))
+        return gate, up
 
     @contextmanager
-    def _holding_weights(self, dtype: torch.dtype, uses: int) -> Iterator[None]:
+    def _holding_weights(self, uses: int) -> Iterator[None]:
         with ExitStack() as stack:
             for projection in (self.gate, self.up, self.down) if uses > 1 else ():
-                stack.enter_context(projection.holding_weight(dtype))
+                stack.enter_context(projection.holding_weight())
             yield
 
 

@@ -2,12 +2,13 @@
 
 PEFT computes the layer's output, scales LoRA's, and adds the two: three more passes over (tokens, out) in the forward
 pass and as many in the backward pass. Here matrix products accumulate in place (BLAS with beta = 1), W is dequantized
-when needed and freed right after, and the dropout mask is regenerated from a seed instead of being saved.
+when needed and freed right after, and the dropout mask is regenerated from a seed instead of being saved. The products
+with W alone may be computed in FP8 (component/float8/product.py); LoRA's see unquantized activations and gradients.
 
 Shapes: N tokens of all rows, I and O the layer's input and output features, r the LoRA rank.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+
+from component.float8.product import Float8Matrix, fits, multiply, quantize, quantize_weight
 
 Gradients = dict[nn.Parameter, Tensor]  # summed over tiles of tokens in fp32
 
@@ -30,7 +33,8 @@ class LoRALinear:
     def __init__(self, module: nn.Module):
         self.base = module.get_base_layer() if isinstance(module, LoraLayer) else module
         self.lora: Any = module if isinstance(module, LoraLayer) else None
-        self._held: Tensor | None = None
+        self.in_float8 = False  # whether products with the frozen weight are computed in FP8
+        self._held: dict[Any, Any] | None = None
 
     @property
     def factors(self) -> tuple[nn.Parameter, nn.Parameter] | None:
@@ -65,19 +69,36 @@ class LoRALinear:
             base = module.get_base_layer()
         return isinstance(base, nn.Linear) and not any(p.requires_grad for p in base.parameters())
 
+    def use_float8(self) -> None:
+        """From now on, compute products with the frozen weight in FP8, if its shape allows it."""
+        self.in_float8 = fits(self.base)
+
     def weight(self, dtype: torch.dtype) -> Tensor:
         """(O, I) in `dtype`, dequantized if the base is in 4 bits."""
-        if self._held is not None:
-            return self._held
+        return self._once(dtype, lambda: self._dequantized().to(dtype))
+
+    def _dequantized(self) -> Tensor:
         weight = self.base.weight
         if isinstance(weight, bnb.nn.Params4bit):
-            weight = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
-        return weight.to(dtype)
+            return bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+        return weight
+
+    def float8_weight(self, *, transposed: bool) -> Float8Matrix:
+        """(O, I), or (I, O) for the gradient of the input."""
+        name = "transposed" if transposed else "float8"
+        return self._once(name, lambda: quantize_weight(self.base.weight, transposed=transposed))
+
+    def _once(self, name: Any, make: Callable[[], Any]) -> Any:
+        if self._held is None:
+            return make()
+        if name not in self._held:
+            self._held[name] = make()
+        return self._held[name]
 
     @contextmanager
-    def holding_weight(self, dtype: torch.dtype) -> Iterator[None]:
+    def holding_weight(self) -> Iterator[None]:
         """Dequantize once for all calls inside: holds 90 MiB for a 7B's gate, and saves 0.06 ms per call."""
-        self._held = self.weight(dtype)
+        self._held = {}
         try:
             yield
         finally:
@@ -87,10 +108,19 @@ class LoRALinear:
         """The seed of one call's dropout mask, from torch's CPU generator; None without dropout."""
         return int(torch.randint(2**62, ())) if self.dropout else None
 
-    def forward(self, x: Tensor, seed: int | None = None) -> tuple[Tensor, Tensor | None]:
-        """(N, I) -> (N, O), and A dropout(x) (N, r) for `backward`."""
+    def quantized(self, x: Tensor) -> Float8Matrix | None:
+        """`x` (N, I) for `forward`, to be shared by layers with the same input; None unless in FP8."""
+        return quantize(x) if self.in_float8 else None
+
+    def forward(
+        self, x: Tensor, seed: int | None = None, quantized: Float8Matrix | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """(N, I) -> (N, O), and A dropout(x) (N, r) for `backward`; `quantized`: x, if it is there already."""
         bias = None if self.base.bias is None else self.base.bias.to(x.dtype)
-        y = F.linear(x, self.weight(x.dtype), bias)
+        if self.in_float8:
+            y = multiply(quantized or quantize(x), self.float8_weight(transposed=False), x.dtype, bias)
+        else:
+            y = F.linear(x, self.weight(x.dtype), bias)
         low, factors = self.low(x, seed), self.factors
         if low is not None and factors is not None:
             y.addmm_(low, factors[1].to(x.dtype).t(), alpha=self.scaling)
@@ -104,7 +134,7 @@ class LoRALinear:
     def backward(
         self,
         grad: Tensor,
-        x: Tensor,
+        x: Tensor | None,
         low: Tensor | None,
         seed: int | None,
         sums: Gradients,
@@ -114,14 +144,11 @@ class LoRALinear:
     ) -> Any:
         """dL/dx (N, I) from dL/dy (N, O), accumulated in `add_to` if given; None unless `need_x`.
 
-        The gradients of A and B are added to `sums`.
+        The gradients of A and B are added to `sums`; without LoRA, `x` is not needed.
         """
-        dx = None
-        if need_x:
-            weight = self.weight(grad.dtype)
-            dx = grad @ weight if add_to is None else add_to.addmm_(grad, weight)
+        dx = self._input_gradient(grad, add_to) if need_x else None
         factors = self.factors
-        if factors is None:
+        if factors is None or x is None:
             return dx
         (a, b), scaling, dropout = factors, self.scaling, self.dropout
         grad_low = grad @ b.to(grad.dtype)
@@ -132,6 +159,13 @@ class LoRALinear:
         if dropout:
             return dx.add_(_drop(grad_low @ a.to(grad.dtype), dropout, seed), alpha=scaling)
         return dx.addmm_(grad_low, a.to(grad.dtype), alpha=scaling)
+
+    def _input_gradient(self, grad: Tensor, add_to: Tensor | None) -> Tensor:
+        if self.in_float8:
+            dx = multiply(quantize(grad), self.float8_weight(transposed=True), grad.dtype)
+            return dx if add_to is None else add_to.add_(dx)
+        weight = self.weight(grad.dtype)
+        return grad @ weight if add_to is None else add_to.addmm_(grad, weight)
 
 
 def _accumulate(sums: Gradients, parameter: nn.Parameter, left: Tensor, right: Any, scale: float) -> None:
@@ -163,14 +197,14 @@ class _LoRALinearFunction(torch.autograd.Function):
         ctx.seed, ctx.projection, ctx.shape, ctx.trained = projection.draw_seed(), projection, x.shape, trained
         flat = x.reshape(-1, x.shape[-1])
         y, low = projection.forward(flat, ctx.seed)
-        ctx.save_for_backward(x, low)
+        ctx.save_for_backward(x if trained else None, low)
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, low = ctx.saved_tensors
         sums: Gradients = {}
-        grad, x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        grad, x = grad.reshape(-1, grad.shape[-1]), None if x is None else x.reshape(-1, x.shape[-1])
         dx = ctx.projection.backward(grad, x, low, ctx.seed, sums, need_x=ctx.needs_input_grad[0])
         return None if dx is None else dx.view(ctx.shape), None, *as_returned(sums, ctx.trained)
 
@@ -193,9 +227,32 @@ class FusedLoRALayer(nn.Module):
         return _LoRALinearFunction.apply(to_autocast_dtype(x), self.projection, *self.projection.parameters)
 
 
+class FusedFrozenLayer(nn.Module):
+    """The same for a frozen linear layer without LoRA."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        return _LoRALinearFunction.apply(to_autocast_dtype(x), self.projection)
+
+
 def fuse_lora(model: nn.Module) -> None:
     """Mix `FusedLoRALayer` into every LoRA layer of `model` that `LoRALinear` supports."""
     for layer in model.modules():
         if isinstance(layer, LoraLayer) and LoRALinear.supports(layer):
-            layer.__class__ = type(f"Fused{type(layer).__name__}", (FusedLoRALayer, type(layer)), {})
-            layer.projection = LoRALinear(layer)
+            _fuse(layer, FusedLoRALayer)
+
+
+def _fuse(layer: nn.Module, mixin: type[nn.Module]) -> None:
+    layer.__class__ = type(f"Fused{type(layer).__name__}", (mixin, type(layer)), {})
+    layer.projection = LoRALinear(layer)
+
+
+def use_float8(decoder: nn.Module) -> None:
+    """Compute all products with frozen weights in `decoder`, whose LoRA layers are fused, in FP8."""
+    of_lora = {id(part) for layer in decoder.modules() if isinstance(layer, LoraLayer) for part in layer.modules()}
+    for layer in decoder.modules():
+        if isinstance(layer, nn.Linear) and id(layer) not in of_lora and LoRALinear.supports(layer):
+            _fuse(layer, FusedFrozenLayer)
+        if isinstance(projection := getattr(layer, "projection", None), LoRALinear):
+            projection.use_float8()

@@ -84,10 +84,10 @@ def tiny_nf4_model(folder: Path, family: str = "llama", dtype: torch.dtype = tor
     return with_lora(base, **options)
 
 
-def under_plan(model: PeftModel, **memory_options) -> PeftModel:
+def under_plan(model: PeftModel, *, in_float8: bool = False, **memory_options) -> PeftModel:
     """A copy of `model` under the plan with these memory options."""
     lean = copy.deepcopy(model)
-    assert use_memory_plan(lean, plan_of(**memory_options), fused=False) is None
+    assert use_memory_plan(lean, plan_of(**memory_options), fused=False, in_float8=in_float8) is None
     return lean
 
 

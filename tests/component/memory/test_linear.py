@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from component.memory import linear
-from component.memory.linear import FusedLoRALayer, LoRALinear, _accumulate, as_returned, fuse_lora
+from component.memory.linear import FusedLoRALayer, LoRALinear, _accumulate, as_returned, fuse_lora, use_float8
 from component.model import disable_cpu_repacking
 
 INPUTS, OUTPUTS, RANK, ALPHA = 64, 112, 5, 8
@@ -151,11 +151,11 @@ def test_autocast_and_half_precision():
 def test_weight_is_held_only_inside():
     _, ours = lora(kind="nf4")
     projection = ours.projection
-    with projection.holding_weight(torch.float32):
+    with projection.holding_weight():
         assert projection.weight(torch.float32) is projection.weight(torch.float32)
     assert projection._held is None
     assert projection.weight(torch.float32) is not projection.weight(torch.float32)
-    with pytest.raises(ZeroDivisionError), projection.holding_weight(torch.float32):
+    with pytest.raises(ZeroDivisionError), projection.holding_weight():
         raise ZeroDivisionError
     assert projection._held is None
 
@@ -184,6 +184,55 @@ def test_sums_over_many_tiles_are_in_fp32():
         _accumulate(sums, parameter, ones, value * ones, 1.0)
     assert (sums[parameter].dtype, float(sums[parameter])) == (torch.float32, 319.0)
     assert [gradient.dtype for gradient in as_returned(sums, [parameter])] == [torch.bfloat16]
+
+
+# ---- FP8
+
+
+def rounded(x):
+    """Each row to the nearest numbers of e4m3 after its largest is scaled to 448."""
+    scale = x.abs().amax(1, keepdim=True) / 448
+    return (x / scale).to(torch.float8_e4m3fn).float() * scale
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", ["fp32", "nf4"])
+def test_products_in_float8(kind, bias):
+    """The frozen weight meets rounded numbers, LoRA's matrices and gradients exact ones."""
+    theirs, ours = lora(bias, kind)
+    use_float8(nn.ModuleList([ours]))
+    x, grad = torch.randn(3, TOKENS, INPUTS), torch.randn(3, TOKENS, OUTPUTS)
+    y, dx, *trained = run(ours, x, grad)
+    exact = run(theirs, x, grad)
+    assert_close(trained, exact[2:])
+    flat, flat_grad = x.flatten(0, 1), grad.flatten(0, 1)
+    weight = LoRALinear(theirs).weight(torch.float32).detach()
+    of_rows, of_columns = rounded(weight), rounded(weight.t()).t()
+    if kind == "nf4":  # all 64 inputs share the largest's scale
+        of_columns = rounded(weight.reshape(1, -1)).view_as(weight)
+    more = exact[0].flatten(0, 1) - flat @ weight.t()  # bias and LoRA
+    more_dx = exact[1].flatten(0, 1) - flat_grad @ weight
+    found = y.flatten(0, 1), dx.flatten(0, 1)
+    expected = rounded(flat) @ of_rows.t() + more, rounded(flat_grad) @ of_columns + more_dx
+    for ours_, wanted, unrounded in zip(found, expected, exact[:2], strict=True):
+        off = (ours_ - wanted).norm() / wanted.norm()
+        assert float(off) < 2e-3, "but for numbers next to a middle"
+        assert float((ours_ - unrounded.flatten(0, 1)).norm() / wanted.norm()) > 1e-2
+
+
+def test_float8_without_lora_and_in_evaluation():
+    model = nn.Sequential(nn.Linear(INPUTS, OUTPUTS), nn.Linear(OUTPUTS, 33)).requires_grad_(False)
+    plain = copy.deepcopy(model)
+    use_float8(model)
+    x = torch.randn(TOKENS, INPUTS, requires_grad=True)
+    y, exact = model(x), plain(x)
+    hidden = rounded(x) @ rounded(plain[0].weight).t() + plain[0].bias
+    torch.testing.assert_close(y, plain[1](hidden), rtol=0, atol=5e-3)  # 33 outputs are no multiple of 16
+    assert not torch.allclose(y, exact, rtol=0, atol=1e-2)
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    off = dx - torch.ones(TOKENS, 33) @ plain[1].weight @ plain[0].weight
+    assert 1e-3 < float(off.norm() / dx.norm()) < 0.06
+    assert torch.equal(model.eval()(x), exact)
 
 
 # ---- dropout

@@ -1,0 +1,172 @@
+"""Training with products in FP8: Hugging Face's layers with each factor rounded by itself are the reference."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from component import loss
+from component.float8.product import quantize_weight
+from component.memory import linear
+from tests.reference.plain_path import (
+    LAYERS,
+    TOKENS,
+    random_batch,
+    tiny_model,
+    tiny_nf4_model,
+    train_pass,
+    under_plan,
+)
+
+PLANS = {
+    "nothing": {},
+    "nothing, in tiles": {"mlp_tile_tokens": 17, "loss_chunk_tokens": 11},
+    "attention output, offloaded": {"keep_attention_output": True, "offload_activations": True},
+    "attention": {"keep_attention_layers": LAYERS},
+    "everything": {"keep_layers": LAYERS},
+    "mixed": {"keep_layers": 1, "keep_attention_layers": 1, "mlp_tile_tokens": 7, "loss_chunk_tokens": 32},
+}
+# A number next to the middle between two of FP8 may be rounded up here and down there. What follows differs by more,
+# so that more is rounded otherwise: a reference with weights 1e-6 larger is up to 0.06 from itself, FP8's error 0.3.
+FLIPS = 0.1
+
+
+def rounded(x: torch.Tensor) -> torch.Tensor:
+    """Each row to the nearest numbers of e4m3 after its largest is scaled to 448."""
+    scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 448
+    return (x / scale).to(torch.float8_e4m3fn).to(x.dtype) * scale
+
+
+class Rounded(torch.autograd.Function):
+    """x W^T of rounded x and W, with the gradient d W of rounded d and W."""
+
+    @staticmethod
+    def forward(ctx, x, forward_weight, backward_weight):
+        ctx.weight = backward_weight
+        return rounded(x) @ forward_weight.t()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return rounded(grad) @ ctx.weight, None, None
+
+
+def round_products(model: nn.Module) -> nn.Module:
+    """A copy of `model` whose frozen linear layers multiply rounded numbers; LoRA's own are exact."""
+    model = copy.deepcopy(model)
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear) and not isinstance(layer, LoraLayer) and not layer.weight.requires_grad:
+            weight = layer.weight.detach()
+            pair = (rounded(weight), rounded(weight.t()).t())
+            if weight.shape != (layer.out_features, layer.in_features):  # NF4
+                pair = tuple(quantize_weight(layer.weight, transposed=t).dequantized() for t in (False, True))
+                pair = pair[0], pair[1].t()
+
+            def forward(x, pair=pair, bias=layer.bias):
+                y = Rounded.apply(x, *pair)
+                return y if bias is None else y + bias
+
+            assert name
+            layer.forward = forward
+    return model
+
+
+def relative_errors(found: tuple, expected: tuple) -> list[float]:
+    """Of the loss, and the norm of each gradient's error."""
+    errors = [abs(found[0][0] / expected[0][0] - 1)]
+    return errors + [float((found[1][n] - g).norm() / g.norm()) for n, g in expected[1].items()]
+
+
+def assert_rounded(found: tuple, expected: tuple) -> None:
+    assert found[1].keys() == expected[1].keys()
+    assert max(relative_errors(found, expected)) < FLIPS
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_each_plan(plan):
+    model, batch = tiny_model(), random_batch()
+    expected = train_pass(round_products(model), batch)
+    assert_rounded(train_pass(under_plan(model, in_float8=True, **plan), batch), expected)
+    off = relative_errors(expected, train_pass(model, batch))
+    assert sum(off) / len(off) > 2 * FLIPS, "rounding must be seen"
+
+
+def test_all_products_with_frozen_weights_are_rounded(monkeypatch):
+    """In a layer forward 7, again 6 at level `nothing` or 2 at level `attention`, and backward 7; two with the head.
+
+    The input of the first layer's q, k and v needs no gradient.
+    """
+    calls = []
+    for module in (linear, loss):
+        multiply = module.multiply
+        monkeypatch.setattr(module, "multiply", lambda *args, of=multiply: calls.append(1) or of(*args))
+    products = []
+    for plan in (PLANS["nothing"], PLANS["attention"], PLANS["everything"]):
+        train_pass(under_plan(tiny_model(), in_float8=True, **plan), random_batch())
+        products.append(len(calls))
+        calls.clear()
+    assert products == [LAYERS * (7 + more + 7) - 3 + 2 for more in (6, 2, 0)]
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("qwen2", {}),  # biases
+        ("qwen3", {"train_norm": True}),
+        ("mistral", {"train_embedding": True}),  # a trained head is multiplied exactly
+        ("llama", {"target_names": ["q_proj", "v_proj", "up_proj"]}),  # frozen layers without LoRA
+        ("llama", {"changes": {"num_key_value_heads": 1}}),
+        ("llama", {"changes": {"vocab_size": 97}}),  # a head that does not fit
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("plan", [PLANS["nothing, in tiles"], PLANS["everything"]], ids=["nothing", "everything"])
+def test_models(family, options, plan):
+    model, batch = tiny_model(family, **options), random_batch(2)
+    reference = round_products(model)
+    if "vocab_size" in options.get("changes", {}):
+        del reference.get_base_model().lm_head.forward
+    expected = train_pass(reference, batch)
+    assert_rounded(train_pass(under_plan(model, in_float8=True, **plan), batch), expected)
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_nf4(plan, tmp_path):
+    model, batch = tiny_nf4_model(tmp_path, "qwen2"), random_batch()
+    expected = train_pass(round_products(model), batch)
+    assert_rounded(train_pass(under_plan(model, in_float8=True, **plan), batch), expected)
+
+
+def test_errors_of_a_model_are_those_of_its_products():
+    """One product errs by 2^-4 sqrt(2 / 3) at most, and n in a row by sqrt(n) as much if each passes errors on.
+
+    A random model amplifies them, less than twice.
+    """
+    model, batch = tiny_model(), random_batch(2)
+    errors = relative_errors(train_pass(under_plan(model, in_float8=True), batch), train_pass(model, batch))
+    in_a_row = LAYERS * 4 * 2  # q or k, o, up, down, and back
+    assert 0 < errors[0] < 0.02
+    assert 0.05 < max(errors[1:]) < 2 * 2**-4 * (2 / 3 * in_a_row) ** 0.5
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_recomputed_layers_give_the_same(dropout):
+    model, batch = tiny_model(dropout=dropout), random_batch(2)
+    kept = train_pass(under_plan(model, in_float8=True, keep_layers=LAYERS), batch)
+    assert_rounded(train_pass(under_plan(model, in_float8=True), batch), kept)
+
+
+def test_padding_changes_nothing():
+    """Neither that of rows to a multiple of 16 tokens, nor that of a batch."""
+    model, batch = under_plan(tiny_model(), in_float8=True), random_batch()
+    longer = {name: F.pad(t, (0, 11), value=-100 if name == "labels" else 3) for name, t in batch.items()}
+    longer["attention_mask"] = (torch.arange(TOKENS + 11) < TOKENS).long()[None]
+    assert_rounded(train_pass(model, longer), train_pass(model, batch))
+
+
+def test_evaluation_is_not_rounded():
+    model = tiny_model()
+    lean, batch = under_plan(model, in_float8=True).eval(), random_batch()
+    torch.testing.assert_close(lean(**batch).logits, model.eval()(**batch).logits)
