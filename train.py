@@ -49,7 +49,7 @@ from component.train.resume import check_continuation, distribution
 from component.train.settings import parse_arguments
 from component.train.summary import describe_cost, print_summary
 from component.train.trainer import LongQLoRATrainer
-from component.train.validation import check_skipping
+from component.train.validation import check_float8, check_skipping
 from component.train.zero import single_process_environment
 
 
@@ -94,6 +94,8 @@ def run(args: LongQLoRAArguments, training_args: TrainingArguments) -> None:
     factor = extend_context(extended, args.model_max_length, rope_type, rope_theta=args.rope_theta)
     if args.position_skipping:
         check_skipping(extended, args.model_max_length)
+    if args.in_float8:
+        check_float8(extended)
     check_split(args, extended)
     check_batches(args, training_args, extended)
     memory = plan_memory(args, training_args, strategy, extended)
@@ -186,6 +188,7 @@ def plan_memory(
         group=args.group_tokens or args.max_seq_length,
         value_bytes=compute_dtype(training_args.fp16, training_args.bf16).itemsize,
         in_4bit=args.load_in_4bit,
+        in_float8=args.in_float8,
         fused=liger_runs() if args.use_liger_kernel is None else args.use_liger_kernel,
         optimizer=training_args.optim.value,
         zero=strategy.zero_stage is not None,
@@ -269,9 +272,10 @@ def apply_plan(
     """Apply the memory plan to `model`; None, or the reason why Hugging Face's own layers are used instead."""
     if not args.memory_plan:
         return "memory_plan: false"
-    fallback = use_memory_plan(model, memory.plan, fused=memory.work.fused, strategy=strategy)
+    work = memory.work
+    fallback = use_memory_plan(model, memory.plan, fused=work.fused, strategy=strategy, in_float8=work.in_float8)
     # layers under a plan recompute by themselves; on fallback transformers' checkpointing does (5.23: activation_*)
-    is_checkpointed = fallback is not None and memory.plan.keep_layers < memory.work.layers
+    is_checkpointed = fallback is not None and memory.plan.keep_layers < work.layers
     training_args.gradient_checkpointing = training_args.activation_checkpointing = is_checkpointed
     return fallback
 

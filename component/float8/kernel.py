@@ -12,8 +12,6 @@ import triton.language as tl
 from bitsandbytes.functional import QuantState
 from torch import Tensor
 
-from component.float8.product import TINY
-
 WHOLE = 16384  # numbers of a row that one program holds; longer rows are read twice
 ROWS, COLUMNS = 64, 128  # of a weight, in one program
 
@@ -53,11 +51,12 @@ def _quantize_rows(
     tl.store(scales + row, largest * (1 / limit))
 
 
-def quantize_rows(x: Tensor, out: Tensor, limit: float) -> Tensor:
+def quantize_rows(x: Tensor, out: Tensor, limit: float, tiny: float) -> Tensor:
     """Write (M, K), each row scaled to at most `limit`, to `out` (at least M, K); rows beyond M are zeros.
 
     Args:
         out: in FP8; rounding is left out if it is in fp32.
+        tiny: the smallest absolute value that is scaled to `limit`.
 
     Returns:
         The rows' scales (rows of `out`, 1), fp32.
@@ -68,7 +67,7 @@ def quantize_rows(x: Tensor, out: Tensor, limit: float) -> Tensor:
     is_whole = columns <= WHOLE
     block = triton.next_power_of_2(columns) if is_whole else WHOLE // 2
     _quantize_rows[(rows,)](
-        *(x, out, scales, len(x), columns, x.stride(0), limit, TINY),
+        *(x, out, scales, len(x), columns, x.stride(0), limit, tiny),
         BLOCK=block,
         IS_WHOLE=is_whole,
         num_warps=max(1, min(16, block // 512)),

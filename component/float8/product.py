@@ -47,7 +47,7 @@ def quantize(x: Tensor, dtype: torch.dtype = E4M3) -> Float8Matrix:
         from component.float8.kernel import quantize_rows
 
         values = x.new_empty(len(x) + -len(x) % MULTIPLE, x.shape[1], dtype=dtype)
-        return Float8Matrix(values, quantize_rows(x, values, torch.finfo(dtype).max), len(x))
+        return Float8Matrix(values, quantize_rows(x, values, torch.finfo(dtype).max, TINY), len(x))
     return _rounded(x.float(), x.abs().amax(1, keepdim=True).float(), dtype)
 
 

@@ -20,10 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
+from transformers import PretrainedConfig
 
 from component.attention.shift_short import SavedAttention
 from component.memory.linear import Gradients, LoRALinear, as_returned, to_autocast_dtype
 from component.memory.offload import ActivationOffloader
+from component.model import without_weights
 
 LEVELS = ("nothing", "attention", "everything")
 LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
@@ -72,6 +74,12 @@ def lean_layers(model: nn.Module) -> list[LeanLayer]:
         layer.__class__ = type(f"Lean{type(layer).__name__}", (LeanLayer, type(layer)), {})
         layer.prepare()
     return layers
+
+
+def supports_layers_of(config: PretrainedConfig) -> bool:
+    """Whether `lean_layers` supports the decoder layers of the model of `config`, without its weights."""
+    names = {type(module).__name__ for module in without_weights(config).modules()}
+    return {name for name in names if name.endswith("DecoderLayer")} <= set(LAYERS)
 
 
 def _is_supported(layer: nn.Module) -> bool:

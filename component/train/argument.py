@@ -65,6 +65,9 @@ class LongQLoRAArguments:
         "true: flash kernels or an error; false: never flash; empty: the fastest available kernel", None
     )
     load_in_4bit: bool = _key("frozen base in NF4 with double quantization; false: in the training precision", True)
+    frozen_matmul: str = _key(
+        "products with frozen weights: auto (in the training precision) or fp8 (Ada, Hopper, Blackwell)", "auto"
+    )
     target_modules: str | list[str] | None = _key(
         "linear layers that get LoRA: comma-separated names or a list; empty: all but lm_head", None
     )
@@ -90,6 +93,10 @@ class LongQLoRAArguments:
         """The fields of `component.data.dataset.SampleOptions`."""
         names = ("max_seq_length", "sft", "truncation_policy", "template", "max_bad_fraction")
         return {name: getattr(self, name) for name in names}
+
+    @property
+    def in_float8(self) -> bool:
+        return self.frozen_matmul == "fp8"
 
     @property
     def group_tokens(self) -> int | None:

@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from torch import nn
 from transformers import PretrainedConfig, TrainingArguments
 
@@ -54,6 +55,14 @@ def describe_context(args: LongQLoRAArguments, base: PretrainedConfig, extended:
         lines["positions"] = f"{cover}: two chunks, a random skip between them (PoSE); none in evaluation"
     warnings = scaling_warnings(base, extended, target, args.rope_type, args.rope_theta)
     return lines | ({"warning": "; ".join(warnings)} if warnings else {})
+
+
+def describe_base(args: LongQLoRAArguments, training_args: TrainingArguments, dtype: torch.dtype) -> str:
+    line = f"{'NF4, double quantization' if args.load_in_4bit else dtype}, compute dtype {dtype}"
+    if args.in_float8:
+        place = ", simulated in fp32" if training_args.device.type != "cuda" else ""
+        line += f", products with frozen weights in FP8 (e4m3{place})"
+    return line
 
 
 def describe_attention(args: LongQLoRAArguments) -> str:
@@ -122,7 +131,7 @@ def summary_lines(
         **describe_context(args, base, trainer.extended_config),
         "attention": describe_attention(args),
         "kernel": describe_kernels(training_args.device, dtype),
-        "base": f"{'NF4, double quantization' if args.load_in_4bit else dtype}, compute dtype {dtype}",
+        "base": describe_base(args, training_args, dtype),
         "trainable": describe_trainable(trainer.model),
         "weights": f"{trainer.model.get_memory_footprint() / 2**30:.2f} GiB on {training_args.device}",
         "optimizer": optimizer,

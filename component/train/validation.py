@@ -13,6 +13,8 @@ from component.attention.interface import has_plain_attention
 from component.data import TEMPLATES
 from component.data.document import POLICIES
 from component.error import UserError
+from component.float8.product import CAPABILITY
+from component.memory.layer import supports_layers_of
 from component.rope import ROPE_TYPES, THETA, depends_on_length
 from component.train.zero import bad_strategy
 
@@ -33,6 +35,7 @@ BOUNDS = {
     "rope_theta": (lambda v: 1 < v <= LARGEST, "a number above the model's own, e.g. 500000"),
     "truncation_policy": (lambda v: v in POLICIES, "one of " + ", ".join(POLICIES)),
     "template": (lambda v: v in TEMPLATES, "one of " + ", ".join(TEMPLATES)),
+    "frozen_matmul": (lambda v: v in ("auto", "fp8"), "auto or fp8"),
     "max_bad_fraction": (lambda v: 0 <= v < 1, "a share in [0, 1), e.g. 0.01"),
     "lora_rank gradient_accumulation_steps eval_accumulation_steps": (lambda v: v >= 1, "at least 1"),
     "sequence_parallel_size": (lambda v: v >= 1, "at least 1"),
@@ -173,7 +176,7 @@ def validate(values: dict) -> list[str]:
     problems += _impossible_split(values)
     if (values.get("memory_budget_gib") or 0) > 0 and not torch.cuda.is_available():
         problems.append(f"memory_budget_gib: {values['memory_budget_gib']:g}, but there is no GPU; leave it out")
-    return problems + _impossible_precision(values) + bad_strategy(values)
+    return problems + _impossible_precision(values) + _impossible_float8(values) + bad_strategy(values)
 
 
 def check_skipping(extended: PretrainedConfig, context: int) -> None:
@@ -195,6 +198,19 @@ def check_skipping(extended: PretrainedConfig, context: int) -> None:
         raise UserError(
             f"{field}, but {extended.model_type}'s own attention (a sliding window, softcapping, sinks) does not "
             f"reach over {context} tokens, or is not computed with skips; set it to false"
+        )
+
+
+def check_float8(extended: PretrainedConfig) -> None:
+    """Refuse `frozen_matmul: fp8` for models whose layers Hugging Face's own code computes.
+
+    Raises:
+        UserError: memory plans do not support its decoder layers.
+    """
+    if not supports_layers_of(extended):
+        raise UserError(
+            f"frozen_matmul: fp8, but memory plans, which multiply in FP8, do not support the decoder layers of model "
+            f"type {extended.model_type!r}; set it to auto"
         )
 
 
@@ -238,4 +254,22 @@ def _impossible_precision(values: dict) -> list[str]:
     if values.get("use_flash_attn") and (is_old or not on_gpu or not (fp16 or bf16)):
         need = "an Ampere or newer GPU and fp16: true or bf16: true"
         return [f"use_flash_attn: true needs {need}, here is {name}; leave it out for the fastest available kernel"]
+    return []
+
+
+def _impossible_float8(values: dict) -> list[str]:
+    """Without a GPU, FP8 is allowed: its numbers are multiplied in fp32, to try what it costs in quality."""
+    if values.get("frozen_matmul") != "fp8":
+        return []
+    if values.get("memory_plan") is False:
+        cure = "set it to auto, or leave memory_plan out"
+        return [f"frozen_matmul: fp8, but with memory_plan: false Hugging Face's layers multiply; {cure}"]
+    if not torch.cuda.is_available() or values.get("use_cpu"):
+        return []
+    name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+    if capability < CAPABILITY:
+        need = "an Ada, Hopper or Blackwell GPU (compute capability 8.9 or newer)"
+        return [f"frozen_matmul: fp8 needs {need}, here is {name} ({capability[0]}.{capability[1]}); set it to auto"]
+    if not values.get("bf16"):
+        return ["frozen_matmul: fp8, but its products are rounded to bf16; set bf16: true, or frozen_matmul: auto"]
     return []

@@ -1,12 +1,14 @@
 """Training with products in FP8: Hugging Face's layers with each factor rounded by itself are the reference."""
 
 import copy
+import json
 
 import pytest
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers import AutoTokenizer, Gemma2Config
 
 from component import loss
 from component.float8.product import quantize_weight
@@ -20,6 +22,7 @@ from tests.reference.plain_path import (
     train_pass,
     under_plan,
 )
+from tests.train_run import BASIC, TRAIN_TEXTS, Launcher, finish, losses, record
 
 PLANS = {
     "nothing": {},
@@ -170,3 +173,37 @@ def test_evaluation_is_not_rounded():
     model = tiny_model()
     lean, batch = under_plan(model, in_float8=True).eval(), random_batch()
     torch.testing.assert_close(lean(**batch).logits, model.eval()(**batch).logits)
+
+
+# ---- train.py
+
+
+def test_train_py(base_folder, tmp_path):
+    """Losses near those in the training precision, a summary that says so, a record, and the same adapter folder."""
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in TRAIN_TEXTS))
+    found, train = {}, Launcher(tmp_path)
+    for kind in ("auto", "fp8"):
+        folder = tmp_path / kind
+        values = BASIC | {"model_name_or_path": str(base_folder), "train_file": str(data), "output_dir": str(folder)}
+        output = finish(train(values | {"frozen_matmul": kind}))
+        assert ("products with frozen weights in FP8 (e4m3, simulated in fp32)" in output) == (kind == "fp8")
+        assert record(folder)["arguments"]["frozen_matmul"] == kind
+        found[kind] = list(losses(folder).values())
+    assert len(found["fp8"]) == 3
+    assert found["fp8"] == pytest.approx(found["auto"], rel=0.02)
+    assert found["fp8"][0] != found["auto"][0]
+    left = [sorted(path.name for path in (tmp_path / kind).iterdir()) for kind in found]
+    assert left[0] == left[1]
+
+
+def test_train_py_refuses_layers_without_a_plan(base_folder, tmp_path):
+    """Before weights are looked for: this folder has none."""
+    config = Gemma2Config(hidden_size=64, intermediate_size=112, num_hidden_layers=2, vocab_size=96)
+    config.save_pretrained(tmp_path / "gemma2")
+    AutoTokenizer.from_pretrained(base_folder).save_pretrained(tmp_path / "gemma2")
+    values = BASIC | {"model_name_or_path": str(tmp_path / "gemma2"), "train_file": "x.jsonl", "frozen_matmul": "fp8"}
+    values |= {"output_dir": str(tmp_path / "out"), "model_max_length": 8192, "use_shift_short_attention": False}
+    run = Launcher(tmp_path)(values)
+    assert run.returncode == 1
+    assert "frozen_matmul: fp8, but memory plans" in run.stdout

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from component.float8 import product
-from component.float8.product import E4M3, E5M2, Float8Matrix, quantize, quantize_weight, scale_of
+from component.float8.product import E4M3, E5M2, TINY, Float8Matrix, quantize, quantize_weight, scale_of
 from tests.reference.float8 import assert_same_numbers, card, nf4
 
 pytest.importorskip("triton")
@@ -32,7 +32,7 @@ def test_rows(shape, dtype, device):
     for x in (wide[:, : shape[1]], wide[:, ::2], wide.float()[:, : shape[1]]):  # strided, too
         expected = quantize(x, dtype)
         out = torch.full(expected.values.shape, 7.0, device=device).to(dtype if device == "cuda" else torch.float32)
-        scales = quantize_rows(x.to(device), out, torch.finfo(dtype).max)
+        scales = quantize_rows(x.to(device), out, torch.finfo(dtype).max, TINY)
         assert_same_numbers(Float8Matrix(out.to(dtype), scales, len(x)), expected)
         assert not out[len(x) :].float().any()
         assert bool(scales.isfinite().all())

@@ -8,7 +8,7 @@ from transformers import Gemma2Config, LlamaConfig, MistralConfig, TrainingArgum
 
 from component.error import UserError
 from component.rope import extend_context
-from component.train.validation import check_skipping, validate
+from component.train.validation import check_float8, check_skipping, validate
 
 RIGHT = {"output_dir": "out", "max_seq_length": 8192, "model_max_length": 8192, "sft": False}
 
@@ -115,6 +115,8 @@ def test_bounds(key, right, wrong):
         ({"fp16": True, "use_cpu": True}, "fp16", "no GPU here"),
         ({"bf16": True}, "bf16", "no GPU here"),
         ({"use_flash_attn": True}, "use_flash_attn", "an Ampere or newer GPU"),
+        ({"frozen_matmul": "fp4"}, "frozen_matmul", "'fp4'; use auto or fp8"),
+        ({"frozen_matmul": "fp8", "memory_plan": False}, "frozen_matmul", "leave memory_plan out"),
     ],
 )
 def test_contradictions(changes, key, words):
@@ -134,6 +136,8 @@ def test_contradictions(changes, key, words):
         {"dataloader_num_workers": 2, "dataloader_multiprocessing_context": "spawn"},
         {"bf16": True, "use_cpu": True},
         {"use_flash_attn": False},
+        {"frozen_matmul": "fp8"},
+        {"frozen_matmul": "auto", "memory_plan": False},
     ],
 )
 def test_valid_combinations(changes):
@@ -149,6 +153,12 @@ def test_valid_combinations(changes):
         ((8, 0), {"bf16": True, "use_flash_attn": True, "memory_budget_gib": 32.0}, None),
         ((8, 0), {"use_flash_attn": True}, "fp16: true or bf16: true, here is Card"),
         ((8, 0), {"fp16": True, "use_cpu": True}, "no GPU here"),
+        ((8, 6), {"bf16": True, "frozen_matmul": "fp8"}, "fp8 needs an Ada, Hopper or Blackwell GPU"),
+        ((8, 6), {"bf16": True, "frozen_matmul": "fp8"}, "here is Card (8.6); set it to auto"),
+        ((8, 6), {"bf16": True, "use_cpu": True, "frozen_matmul": "fp8"}, None),
+        ((8, 9), {"bf16": True, "frozen_matmul": "fp8"}, None),
+        ((12, 0), {"bf16": True, "frozen_matmul": "fp8"}, None),
+        ((9, 0), {"fp16": True, "frozen_matmul": "fp8"}, "set bf16: true, or frozen_matmul: auto"),
     ],
 )
 def test_gpu_capabilities(capability, changes, words, card):
@@ -248,3 +258,11 @@ def test_models_whose_positions_cannot_be_skipped():
     for config in (MistralConfig(sliding_window=191), Gemma2Config()):
         with pytest.raises(UserError, match=f"^position_skipping: true, but {config.model_type}'s own attention"):
             check_skipping(config, 192)
+
+
+def test_models_that_cannot_be_multiplied_in_float8():
+    sizes = {"hidden_size": 64, "intermediate_size": 112, "vocab_size": 96}
+    check_float8(LlamaConfig(**sizes))
+    check_float8(MistralConfig(**sizes))
+    with pytest.raises(UserError, match=r"^frozen_matmul: fp8, but .* model type 'gemma2'; set it to auto"):
+        check_float8(Gemma2Config(**sizes, pad_token_id=0))
