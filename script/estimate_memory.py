@@ -46,6 +46,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--gradient_accumulation_steps", type=int, default=1)
     parser.add_argument("--card", help="card to estimate time on, e.g. h100, rtx4090, t4; default: this GPU, if any")
     parser.add_argument("--no_4bit", action="store_true", help="16-bit base weights")
+    parser.add_argument("--fp8", action="store_true", help="products with frozen weights in FP8 (frozen_matmul: fp8)")
     parser.add_argument("--no_liger", action="store_true", help="without Liger's kernels, as on a V100")
     parser.add_argument("--optim", default="paged_adamw_32bit")
     zero_2 = str(ROOT / "train_args/deepspeed/deepspeed_config_s2.json")
@@ -121,6 +122,7 @@ def read_workload(flags: argparse.Namespace) -> Workload:
         tokens=rows * -(-flags.max_seq_length // parts),
         group=int(flags.group_size_ratio * flags.max_seq_length),
         in_4bit=not flags.no_4bit,
+        in_float8=flags.fp8,
         fused=not flags.no_liger,
         optimizer=flags.optim,
         zero=strategy.zero_stage is not None,
@@ -196,7 +198,7 @@ def estimated_time(flags: argparse.Namespace, work: Workload, plan: MemoryPlan) 
     if not (flags.card or torch.cuda.is_available()):
         return {}
     rate = published_rate(flags.card) if flags.card else measured_rate(work, device, dtype)
-    if rate is None:
+    if rate is None or (flags.fp8 and not rate.float8):
         return {}
     label = f"{flags.card}, from its published rates" if flags.card else "this GPU"
     text, found = describe_time(
@@ -214,7 +216,9 @@ def estimated_time(flags: argparse.Namespace, work: Workload, plan: MemoryPlan) 
 
 def show_estimate(flags: argparse.Namespace) -> None:
     if flags.card:
-        published_rate(flags.card)  # a wrong name is told first
+        rate = published_rate(flags.card)  # a wrong name is told first
+        if flags.fp8 and not rate.float8:
+            raise UserError(f"--fp8: {flags.card} has no FP8; leave it out, or name an Ada, Hopper or Blackwell card")
     if flags.max_steps < 1:
         raise UserError(f"--max_steps: {flags.max_steps}; use 1 or more")
     work = read_workload(flags)

@@ -30,6 +30,7 @@ class Rate:
     full_attention: float  # the same over whole rows
     bandwidth: float  # bytes read and written in its memory
     link: float  # bytes to or from pinned CPU memory
+    float8: float = 0.0  # FLOP in products of FP8 matrices; 0: it has none
 
 
 class StepFlop(NamedTuple):
@@ -53,12 +54,16 @@ def step_flop(work: Workload, plan: MemoryPlan, *, full: bool = False) -> StepFl
     products = 2 * n * work.weights / layers
     mlp = 2 * n * work.hidden * work.mlp  # of one of its three matrices; `down` is never recomputed
     recomputed = nothing * (products - mlp) + attention * 2 * mlp
-    head = 2 * n * work.hidden * work.vocabulary * (3 if work.head else 2)
+    head = _head_flop(work)
     lora = 2 * n * (work.trained - (work.embeddings if work.head else 0))
     share = recomputed / products / layers
     pairs = 4 * work.heads * work.head_size * _pairs(work, full)
     kernels = 3.5 * layers + (0 if plan.keep_attention_output else nothing)
     return StepFlop(2 * products * layers + recomputed + head, lora * (3 + share), pairs * kernels, 2 + share)
+
+
+def _head_flop(work: Workload) -> int:
+    return 2 * work.tokens * work.hidden * work.vocabulary * (3 if work.head else 2)
 
 
 def _pairs(work: Workload, full: bool) -> float:
@@ -75,10 +80,19 @@ def step_seconds(work: Workload, plan: MemoryPlan, rate: Rate, *, micro_batches:
     attention_rate = rate.full_attention if full else rate.attention
     tile = min(plan.mlp_tile_tokens or work.tokens, work.tokens)
     tiling = 1 + (80 / tile if tile < work.tokens else 0)  # as in the choice of a plan
-    products = tiling * (flop.products + flop.lora / LORA) / rate.matrix
-    values = work.tokens * (10 * work.hidden + 2 * work.heads * work.head_size + 6 * work.mlp) * work.value_bytes
+    in_float8 = flop.products - (_head_flop(work) if work.head else 0) if work.in_float8 else 0
+    products = (flop.products - in_float8 + flop.lora / LORA) / rate.matrix
+    products = tiling * (products + (in_float8 / rate.float8 if in_float8 else 0))
+    query = work.heads * work.head_size
+    values = work.tokens * (10 * work.hidden + 2 * query + 6 * work.mlp) * work.value_bytes
     moved = values * work.layers * PASSES * (1 if work.fused else UNFUSED)
-    moved += work.weights * (0.5 + work.value_bytes) * DEQUANTIZED if work.in_4bit else 0
+    stored, copied = 0.5 if work.in_4bit else work.value_bytes, 1 if work.in_float8 else work.value_bytes
+    moved += work.weights * (stored + copied) * DEQUANTIZED if work.in_4bit or work.in_float8 else 0
+    if (
+        work.in_float8
+    ):  # the mean of the inputs of all products, which q, k and v quantize one by one, and of gradients
+        quantized = 3 * work.hidden + query + work.kv_heads * work.head_size + 1.5 * work.mlp
+        moved += work.tokens * quantized * work.layers * (work.value_bytes + 1)
     busy = products + flop.attention / attention_rate + flop.passes * moved / rate.bandwidth
     busy += _waiting(work, plan, rate, busy / flop.passes)
     update = HOST_UPDATE * work.trained / work.processes if work.offload_optimizer else 0

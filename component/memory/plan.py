@@ -19,6 +19,7 @@ from component.memory.workload import GIB, Sizes, Workload, gathered_bytes, size
 IDLE_GIB = 0.15  # held by PyTorch's allocator beyond tensors
 ENGINE_GIB = 0.3  # DeepSpeed's buckets and copies
 TILES = (0, 32768, 16384, 8192, 4096, 2048, 1024)  # tokens per MLP tile; 0: no tiling
+FLOAT8 = 0.6  # time of a product in FP8, with that of quantizing its factors, of the time in bf16
 CHUNKS = (4096, 1024, 256)  # tokens whose logits exist at the same time
 
 
@@ -85,8 +86,8 @@ def estimate(work: Workload, plan: MemoryPlan) -> Estimate:
     inputs = on_gpu * (size.hidden + output) + lse
     in_transfer = (size.hidden + output if nothing else 0) + lse if plan.offload_activations else inputs
     kept = in_transfer + attention * size.attention + everything * (size.attention + size.gate_and_up)
-    chunk = min(plan.loss_chunk_tokens, work.tokens) * work.vocabulary * (2 * work.value_bytes + 8)
-    loss = kept + 3 * size.hidden + chunk + _head_bytes(work) + size.gathered_head
+    chunk = min(plan.loss_chunk_tokens, work.tokens) * work.vocabulary
+    loss = kept + 3 * size.hidden + _loss_bytes(work, chunk) + size.gathered_head
     moments = {"the loss": loss, "the optimizer's step": step_bytes(work)}
     attention_backward = size.hidden + _attention_backward(work, size)
     if attention + everything:
@@ -107,10 +108,18 @@ def estimate(work: Workload, plan: MemoryPlan) -> Estimate:
     return Estimate(always + moments[moment] / GIB, host / GIB, _cost(work, plan, size, counts), moment, evaluation)
 
 
-def _head_bytes(work: Workload) -> float:
-    """Of a trained lm_head in the loss: its gradient's fp32 sum and one chunk's contribution, its 16-bit copy."""
+def _loss_bytes(work: Workload, chunk: int) -> float:
+    """Logits and their gradients, `chunk` numbers each, and copies of lm_head.
+
+    Of a trained one: its gradient's fp32 sum and one chunk's contribution, its 16-bit copy. Of a frozen one in FP8:
+    two layouts, of which the second is made from a transposed copy.
+    """
+    logits = chunk * (2 * work.value_bytes + 8)
+    if work.in_float8 and not work.head:
+        head = work.vocabulary * work.hidden
+        return max(logits + chunk + 2 * head, (2 + work.value_bytes) * head)
     is_copied = not work.zero and work.value_bytes < 4  # DeepSpeed's own are in 16 bits
-    return work.head * (4 + work.value_bytes * (1 + is_copied))
+    return logits + work.head * (4 + work.value_bytes * (1 + is_copied))
 
 
 def _evaluation(work: Workload, plan: MemoryPlan) -> float:
@@ -130,7 +139,13 @@ def _mlp_backward(work: Workload, plan: MemoryPlan, size: Sizes, is_kept: bool) 
     buffers = 4 if work.fused else 8  # Liger's kernels work in place, eager functions allocate
     # all three weights stay dequantized while they are used more than once
     weights = size.mlp_weights / 3 if is_kept and share == 1 else size.mlp_weights
-    return share * (buffers * size.mlp + 2 * size.hidden + size.norm) + weights
+    quantized = 0.0  # one activation or gradient in FP8
+    if work.in_float8:
+        # a weight in two layouts, if its forward product is recomputed; 16-bit weights are transposed first
+        copies = 1 if share == 1 else 3 if is_kept else 5
+        weights = work.hidden * work.mlp * (copies + (0 if work.in_4bit else work.value_bytes))
+        quantized = size.mlp / work.value_bytes
+    return share * (buffers * size.mlp + 2 * size.hidden + size.norm + quantized) + weights
 
 
 def _attention_backward(work: Workload, size: Sizes) -> float:
@@ -143,12 +158,15 @@ def _attention_backward(work: Workload, size: Sizes) -> float:
     transfers = 5 * share * size.left
     if size.by_heads:  # copies to be sent, and received
         transfers += 2 * gradients
-    return size.query + gradients + transfers + share * (gradients + size.query * 4 / work.value_bytes)
+    kernel = share * (gradients + size.query * 4 / work.value_bytes)
+    quantized = max(size.query, size.hidden) / work.value_bytes if work.in_float8 else 0  # a gradient in FP8
+    return size.query + gradients + transfers + kernel + quantized
 
 
 def _cost(work: Workload, plan: MemoryPlan, size: Sizes, counts: tuple[int, int, int]) -> float:
-    n, per_layer = work.tokens, work.weights / work.layers
-    matrix = work.hidden * work.mlp
+    n, per_layer, matrix = work.tokens, work.weights / work.layers, work.hidden * work.mlp
+    if work.in_float8:
+        per_layer, matrix = FLOAT8 * per_layer, FLOAT8 * matrix
     products, pairs = 2 * n * per_layer, 2 * n * work.group * work.heads * work.head_size * 1.7
     recomputed = (  # by a layer at level nothing, attention, everything
         products - 2 * n * matrix + (0 if plan.keep_attention_output else pairs),

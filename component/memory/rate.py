@@ -8,6 +8,7 @@ import torch
 
 from component.attention.kernel import attention_backward, attention_forward, select_kernel
 from component.error import UserError, nearest
+from component.float8.product import CAPABILITY, multiply, quantize
 from component.memory.cost import ATTENTION, Rate
 from component.memory.workload import Workload
 
@@ -15,6 +16,7 @@ TOKENS = 8192  # of the measured product
 LONGEST = 32768  # tokens of measured attention
 COPY = 2**28  # bytes of the measured copies
 EFFICIENCY = 0.78  # of the published matrix rate, as measured on an H200; much less on a card that its power limits
+FLOAT8 = 1.95  # rate of FP8 products, of that in 16 bits, as measured on an H100
 MEMORY, LINK = 0.87, 0.85  # of the published bandwidths
 
 
@@ -25,19 +27,20 @@ class Card(NamedTuple):
     memory: float
     pcie: float
     efficiency: float = EFFICIENCY
+    has_float8: bool = False
 
 
 CARDS = {
     "t4": Card(65, 320, 16, 0.4),  # 70 W
     "v100": Card(125, 900, 16),
     "a100": Card(312, 2039, 32),
-    "l4": Card(121, 300, 32, 0.4),  # 72 W
-    "l40s": Card(362, 864, 32, 0.6),
+    "l4": Card(121, 300, 32, 0.4, True),  # 72 W
+    "l40s": Card(362, 864, 32, 0.6, True),
     "rtx3090": Card(71, 936, 32),
-    "rtx4090": Card(165, 1008, 32),
-    "rtx5090": Card(210, 1792, 64),
-    "h100": Card(989, 3350, 64, 0.7),  # SXM
-    "h200": Card(989, 4800, 64),
+    "rtx4090": Card(165, 1008, 32, has_float8=True),
+    "rtx5090": Card(210, 1792, 64, has_float8=True),
+    "h100": Card(989, 3350, 64, 0.7, True),  # SXM
+    "h200": Card(989, 4800, 64, has_float8=True),
 }
 
 
@@ -51,8 +54,8 @@ def published_rate(name: str) -> Rate:
         raise UserError(f"--card: {name!r} is none of {', '.join(CARDS)}{nearest(name, CARDS)}")
     card = CARDS[name]
     matrix = card.efficiency * card.tflops * 1e12
-    attention = ATTENTION * matrix
-    return Rate(matrix, attention, attention, MEMORY * card.memory * 1e9, LINK * card.pcie * 1e9)
+    attention, float8 = ATTENTION * matrix, FLOAT8 * matrix if card.has_float8 else 0.0
+    return Rate(matrix, attention, attention, MEMORY * card.memory * 1e9, LINK * card.pcie * 1e9, float8)
 
 
 def measured_rate(work: Workload, device: torch.device, dtype: torch.dtype) -> Rate | None:
@@ -64,6 +67,8 @@ def measured_rate(work: Workload, device: torch.device, dtype: torch.dtype) -> R
         return None
     try:
         matrix = matrix_rate(TOKENS, work.hidden, work.mlp, device, dtype)
+        has_float8 = work.in_float8 and torch.cuda.get_device_capability(device) >= CAPABILITY
+        float8 = float8_rate(TOKENS, work.hidden, work.mlp, device) if has_float8 else 0.0
         row = work.tokens // work.rows
         attention = _attention_rate(work, min(work.group, row), device, dtype) or ATTENTION * matrix
         full = attention
@@ -73,7 +78,7 @@ def measured_rate(work: Workload, device: torch.device, dtype: torch.dtype) -> R
         bandwidth = 2 * COPY / gpu_seconds(lambda: source.clone())
         host = torch.empty(COPY, dtype=torch.uint8, pin_memory=True)
         link = COPY / gpu_seconds(lambda: host.copy_(source, non_blocking=True), runs=5)
-        return Rate(matrix, attention, full, bandwidth, link)
+        return Rate(matrix, attention, full, bandwidth, link, float8)
     except RuntimeError:  # out of memory too; an estimate is no reason not to train
         return None
     finally:
@@ -97,6 +102,13 @@ def matrix_rate(tokens: int, inputs: int, outputs: int, device: torch.device, dt
     """FLOP/s of the product of a (tokens, inputs) and an (inputs, outputs) matrix."""
     left, right = _random((tokens, inputs), device, dtype), _random((inputs, outputs), device, dtype)
     return 2 * tokens * inputs * outputs / gpu_seconds(lambda: left @ right)
+
+
+def float8_rate(tokens: int, inputs: int, outputs: int, device: torch.device) -> float:
+    """The same in FP8, of matrices that are quantized already."""
+    shapes = (tokens, inputs), (outputs, inputs)
+    left, right = (quantize(_random(shape, device, torch.bfloat16)) for shape in shapes)
+    return 2 * tokens * inputs * outputs / gpu_seconds(lambda: multiply(left, right, torch.bfloat16))
 
 
 def _attention_rate(work: Workload, tokens: int, device: torch.device, dtype: torch.dtype) -> float | None:

@@ -26,7 +26,7 @@ def dequantized(weight: bnb.nn.Params4bit) -> torch.Tensor:
     return bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
 
 
-def card():
+def float8_card():
     if torch.cuda.get_device_capability() < CAPABILITY:
         pytest.skip("needs an Ada, Hopper or Blackwell GPU")
     return "cuda"

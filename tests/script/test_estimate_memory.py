@@ -81,6 +81,7 @@ def test_host_memory_is_a_limit_too(estimate):
         (("--max_seq_length", "1"), "max_seq_length"),
         (("--max_seq_length", "8192", "--max_steps", "-1"), "--max_steps: -1; use 1 or more"),
         (("--max_seq_length", "8192", "--card", "rtx4900"), "--card: 'rtx4900' is none of"),
+        (("--max_seq_length", "8192", "--card", "a100", "--fp8"), "--fp8: a100 has no FP8; leave it out"),
         (("--max_seq_length", "8192", "--full_attention_ratio", "2"), "--full_attention_ratio: 2.0; use a share"),
         (("--max_seq_length", "8192", "--gradient_accumulation_steps", "0"), "--gradient_accumulation_steps: 0; use"),
         (("--max_seq_length", "8192", "--target_modules", "q_prj"), "q_proj"),
@@ -214,6 +215,12 @@ def test_time_on_a_card(estimate):
     assert leanest["seconds_per_step"] > fastest["seconds_per_step"]
     assert "time on h200, from its published rates: " in printed
     assert "per checkpoint" in printed
+
+
+def test_float8_is_faster_on_a_card(estimate):
+    words = ("--max_seq_length", "8192", "--card", "h100", "--memory_budget_gib", "24")
+    exact, rounded = (estimate(*words, *more)[0]["plans"][0]["seconds_per_step"] for more in ((), ("--fp8",)))
+    assert 0.5 < rounded / exact < 0.9
 
 
 def test_no_time_without_a_card(estimate):

@@ -11,7 +11,7 @@ import torch
 
 from component.float8 import product
 from component.float8.product import E4M3, E5M2, TINY, Float8Matrix, quantize, quantize_weight, scale_of
-from tests.reference.float8 import assert_same_numbers, card, nf4
+from tests.reference.float8 import assert_same_numbers, float8_card, nf4
 
 pytest.importorskip("triton")
 on_cpu = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
@@ -26,7 +26,7 @@ devices = pytest.mark.parametrize(
 def test_rows(shape, dtype, device):
     from component.float8.kernel import quantize_rows
 
-    device = card() if device == "cuda" else device
+    device = float8_card() if device == "cuda" else device
     wide = torch.randn(shape[0], 2 * shape[1], dtype=torch.bfloat16) * torch.logspace(-9, 2, shape[0])[:, None]
     wide[0, 0] = 0
     for x in (wide[:, : shape[1]], wide[:, ::2], wide.float()[:, : shape[1]]):  # strided, too
@@ -45,7 +45,7 @@ def test_rows(shape, dtype, device):
 def test_nf4(shape, transposed, storage, device):
     from component.float8.kernel import nf4_to_float8
 
-    weight = nf4(*shape, card() if device == "cuda" else device, storage)
+    weight = nf4(*shape, float8_card() if device == "cuda" else device, storage)
     largest = product._block_sizes(weight.quant_state)
     blocks = largest.abs().view(shape[0], -1)
     rows = (blocks.amax(0).repeat_interleave(64) if transposed else blocks.amax(1))[:, None]
@@ -64,7 +64,7 @@ def test_nf4(shape, transposed, storage, device):
 @pytest.mark.gpu
 def test_a_gpu_uses_them(monkeypatch):
     """Without the plain operations."""
-    device = card()
+    device = float8_card()
     monkeypatch.setattr(product, "_rounded", None)
     assert quantize(torch.randn(3, 64, device=device)).rows == 3
     assert quantize_weight(nf4(64, 128, device), transposed=True).values.shape == (128, 64)

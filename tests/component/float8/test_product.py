@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from component.float8.product import E4M3, E5M2, Float8Matrix, fits, multiply, quantize, quantize_weight
-from tests.reference.float8 import card, dequantized, nf4
+from tests.reference.float8 import dequantized, float8_card, nf4
 
 HALF_STEP = 2**-4  # of e4m3, which has 3 bits behind the point: the largest relative error of a rounded number
 
@@ -129,7 +129,10 @@ def on_cpu(matrix: Float8Matrix) -> Float8Matrix:
 @pytest.mark.parametrize("dtype", [E4M3, E5M2], ids=str)
 @pytest.mark.parametrize("bias", [False, True])
 def test_kernel_multiplies(tokens, dtype, bias):
-    left, right = quantize(torch.randn(tokens, 4096, device=card()), dtype), quantize(torch.randn(1024, 4096).cuda())
+    left, right = (
+        quantize(torch.randn(tokens, 4096, device=float8_card()), dtype),
+        quantize(torch.randn(1024, 4096).cuda()),
+    )
     added = torch.randn(1024, device="cuda", dtype=torch.bfloat16) if bias else None
     expected = multiply(on_cpu(left), on_cpu(right), torch.float32, None if added is None else added.cpu()).cuda()
     for fast, tolerance in ((False, 3e-3), (True, 2e-2)):  # bf16's rounding is 2^-9 / sqrt(3) of it

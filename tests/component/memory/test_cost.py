@@ -168,6 +168,25 @@ def test_copies_cost_time_only_where_computation_does_not_hide_them():
     assert late - fast == pytest.approx(moved / 25e9)
 
 
+@pytest.mark.parametrize("head", [0, 32000 * 4096], ids=["frozen", "trained"])
+def test_products_in_float8(head):
+    """Twice as fast but for LoRA's and a trained head's; and activations are quantized in memory."""
+    quick = replace(RATE, float8=200e12, bandwidth=1e30)
+    exact = replace(LLAMA2_7B, head=head, trained=LLAMA2_7B.trained + 2 * head, embeddings=2 * head)
+    rounded, flop = replace(exact, in_float8=True), step_flop(exact, plan_of())
+    saved = step_seconds(exact, plan_of(), quick) - step_seconds(rounded, plan_of(), quick)
+    products = 8192 * 2 * 32 * (3 * (4 * 4096**2 + 3 * 4096 * 11008) - 4096 * 11008)  # down is not recomputed
+    if not head:
+        products += 2 * 2 * 8192 * 32000 * 4096
+    assert saved == pytest.approx(products * (1 / 100e12 - 1 / 200e12))
+    assert flop == step_flop(rounded, plan_of())
+    slow = replace(quick, bandwidth=1e12)
+    written = step_seconds(rounded, plan_of(), slow) - step_seconds(exact, plan_of(), slow) + saved
+    quantized = 8192 * 32 * (5 * 4096 + 1.5 * 11008) * (2 + 1)  # in a pass over the layers, on average
+    halved = 4 * 32 * (4 * 4096**2 + 3 * 4096 * 11008)  # bytes of weights that are one byte instead of two
+    assert written * 1e12 == pytest.approx(flop.passes * (quantized - halved))
+
+
 def test_short_rows_take_as_long_as_launching_their_kernels():
     work = replace(LLAMA2_7B, tokens=64, group=16)
     assert step_seconds(work, plan_of(), RATE, micro_batches=4) == pytest.approx(4 * 32 * 9e-3 + 0.041)

@@ -137,6 +137,50 @@ def test_differences_between_estimates():
     assert (chunks[0] - chunks[1]) * GIB == pytest.approx(logits, rel=0.03)
 
 
+@pytest.mark.parametrize(
+    ("options", "copies"),
+    [
+        ({"keep_layers": 6}, 1),
+        ({}, 1),
+        ({"mlp_tile_tokens": 1024}, 5),  # gate and up in two layouts, down in one
+        ({"mlp_tile_tokens": 1024, "keep_layers": 6}, 3),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("in_4bit", [True, False])
+def test_copies_in_float8(options, copies, in_4bit):
+    """In the MLP's backward pass: of weights and of a tile's activations, one byte for each number."""
+    work = dataclasses.replace(SMALL, tokens=1100, in_4bit=in_4bit, vocabulary=512, mlp=16 * MLP)
+    plan = plan_of(**options, loss_chunk_tokens=256)
+    exact, rounded = (estimate(dataclasses.replace(work, in_float8=in_float8), plan) for in_float8 in (False, True))
+    assert "MLP" in exact.moment
+    assert "MLP" in rounded.moment
+    matrix, tile = HIDDEN * 16 * MLP, options.get("mlp_tile_tokens") or 1100
+    dequantized = (1 if options == {"keep_layers": 6} else 3) * 2 * matrix if in_4bit else 0
+    expected = (copies if in_4bit else copies + 2) * matrix + tile * 16 * MLP - dequantized
+    assert (rounded.peak_gib - exact.peak_gib) * GIB == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_lm_head_in_float8(trained):
+    """Two copies, and a chunk's gradient of the logits; none of a trained head."""
+    head = 50 * VOCABULARY * HIDDEN
+    wide = dataclasses.replace(SMALL, vocabulary=50 * VOCABULARY, head=head if trained else 0)
+    plan = plan_of(loss_chunk_tokens=4096)
+    exact, rounded = (estimate(dataclasses.replace(wide, in_float8=in_float8), plan) for in_float8 in (False, True))
+    assert {exact.moment, rounded.moment} == {"the loss"}
+    expected = 0 if trained else 2 * head + 4096 * 50 * VOCABULARY
+    assert (rounded.peak_gib - exact.peak_gib) * GIB == pytest.approx(expected)
+
+
+def test_float8_makes_recomputation_cheaper():
+    """But not attention: only products with weights are faster."""
+    long = dataclasses.replace(SMALL, tokens=131072, group=131072)
+    for work, least, most in ((SMALL, 0.6, 0.65), (long, 0.8, 1)):
+        exact, rounded = (estimate(dataclasses.replace(work, in_float8=on), plan_of()).cost for on in (False, True))
+        assert least < rounded / exact < most
+
+
 @pytest.mark.parametrize("vocabulary", [VOCABULARY, 50 * VOCABULARY], ids=["backward", "loss"])
 @pytest.mark.parametrize("offload", [False, True])
 def test_log_sums_of_kept_attention_outputs(vocabulary, offload):

@@ -1,5 +1,6 @@
 """Published rates of cards, and the measured rate of this one."""
 
+import dataclasses
 import time
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from component.error import UserError
 from component.memory.rate import CARDS, measured_rate, published_rate
+from tests.reference.float8 import float8_card
 from tests.reference.llama2_7b import LLAMA2_7B
 
 
@@ -17,6 +19,13 @@ def test_published_rates():
         rate = published_rate(name)
         assert 0.3 < rate.matrix / card.tflops / 1e12 < 0.8
         assert rate.link < rate.bandwidth < rate.attention < rate.matrix
+
+
+def test_cards_with_float8():
+    """Published: Ada, Hopper and Blackwell."""
+    assert {name for name in CARDS if published_rate(name).float8} == set(CARDS) - {"t4", "v100", "a100", "rtx3090"}
+    rate = published_rate("h100")
+    assert 1.8 < rate.float8 / rate.matrix < 2
 
 
 def test_an_unknown_card_is_refused():
@@ -36,4 +45,14 @@ def test_a_gpu_is_measured_in_seconds_and_leaves_random_numbers_alone():
     assert time.monotonic() - start < 10  # with the start of CUDA
     assert torch.equal(torch.cuda.get_rng_state(device), state)
     assert rate is not None
+    assert rate.float8 == 0, "not asked for"
     assert rate.link < rate.bandwidth < rate.attention < rate.matrix
+
+
+@pytest.mark.gpu
+def test_float8_is_faster_than_bf16():
+    """By a third at least, on a card that its power limits too."""
+    device = torch.device(float8_card())
+    rate = measured_rate(dataclasses.replace(LLAMA2_7B, in_float8=True), device, torch.bfloat16)
+    assert rate is not None
+    assert 1.3 < rate.float8 / rate.matrix < 2.3
