@@ -6,12 +6,13 @@
     python script/benchmark.py ... --plan rows.json  # [{"size", "length", "kind", "steps", "overrides", "cards"}, ...]
 
 Each row (size, length, kind) runs in its own process on a random-weight model; results are rewritten after each row.
-ours_* is `deepspeed train.py` with the settings in OURS (by_heads: another program, for several cards); ours_python_*
-is `python train.py` without DeepSpeed; the other kinds are baselines in script/performance/peers.py. `overrides` are
-keys of train.py's YAML (for a baseline: memory_budget_gib). On several `cards`, ours_* trains one row per card, or
-splits rows with the override sequence_parallel_size; ours_python_* is then torchrun, and memory is that of the card
-with the most. All kinds: batch size 1, no gradient accumulation, rank 64 on all linear layers, NF4 with double
-quantization, no dropout, gradient clipping.
+ours_* is `deepspeed train.py` with the settings in script/shared/benchmark_row.py (by_heads: another program, for
+several cards; fp8: fastest, with frozen weights multiplied in FP8); ours_python_* is `python train.py` without
+DeepSpeed; the other kinds are baselines in script/performance/peers.py. `overrides` are keys of train.py's YAML (for a
+baseline: memory_budget_gib). On several `cards`, ours_* trains one row per card, or splits rows with the override
+sequence_parallel_size; ours_python_* is then torchrun, and memory is that of the card with the most. All kinds: batch
+size 1, no gradient accumulation, rank 64 on all linear layers, NF4 with double quantization, no dropout, gradient
+clipping.
 """
 
 import argparse
@@ -23,7 +24,7 @@ import shutil
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, fields
 from datetime import date
 from itertools import product
 from pathlib import Path
@@ -33,50 +34,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from component.cli import exit_on_user_error, new_parser, parsed_first
-from script.performance.peers import PEERS
+from script.shared.benchmark_row import KINDS, OURS, RECIPE, Row, is_done, key
 from script.shared.shape import SHAPES
-
-RECIPE = {
-    "sft": False,
-    "per_device_train_batch_size": 1,
-    "gradient_accumulation_steps": 1,
-    "learning_rate": 1e-4,
-    "lr_scheduler_type": "constant",
-    "lora_rank": 64,
-    "lora_alpha": 16,
-    "lora_dropout": 0.0,
-    "optim": "paged_adamw_32bit",
-    "weight_decay": 0.0,
-    "max_grad_norm": 0.3,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": "none",
-    "overwrite_output_dir": True,
-}
-ON_CARD = "./train_args/deepspeed/deepspeed_config_s2_no_offload.json"
-ON_HOST = "./train_args/deepspeed/deepspeed_config_s2.json"
-MINIMUM_MEMORY = {
-    "keep_layers": 0,
-    "keep_attention_layers": 0,
-    "keep_attention_output": False,
-    "offload_activations": True,
-    "mlp_tile_tokens": 2048,
-    "loss_chunk_tokens": 1024,
-}
-OURS = {
-    "fastest": {"bf16": True, "memory_budget_gib": 32, "deepspeed": ON_CARD},
-    "leanest": {"bf16": True, "memory_budget_gib": 32, "deepspeed": ON_HOST, **MINIMUM_MEMORY},
-    "v100": {
-        "fp16": True,
-        "use_flash_attn": False,
-        "use_liger_kernel": False,
-        "memory_budget_gib": 10,
-        "deepspeed": ON_CARD,
-    },
-    "by_heads": {"bf16": True, "memory_budget_gib": 32, "deepspeed": ON_CARD},
-    "off": {"bf16": True, "memory_plan": False, "gradient_checkpointing": True, "deepspeed": ON_CARD},
-}
-KINDS = [*(f"ours_{name}" for name in OURS), *(f"ours_python_{name}" for name in OURS), *PEERS]
 
 
 @parsed_first
@@ -99,61 +58,16 @@ def parse_flags() -> argparse.Namespace:
 import torch
 import yaml
 
-from component.error import UserError, nearest
+from component.error import UserError
 from component.storage.claim import held_result, work_folder
 from component.storage.result import LIBRARIES, library_versions, write_json
-from script.performance.report import commit, failure, read_results, speed, step_flop, table
+from script.performance.report import commit, failure, mfu, published_flop, read_results, speed, step_flop, table
 from script.shared.card import describe_card
 from script.shared.program import free_port, in_a_process, read_training, run
 from script.shared.random_model import make_model
 from script.shared.stdlib import default_library, split_library
 
 GPU_ONLY = {"bf16", "fp16", "memory_budget_gib", "use_flash_attn", "use_liger_kernel"}
-
-
-@dataclass
-class Row:
-    size: str
-    length: int  # tokens
-    kind: str
-    steps: int = 0  # the first is warm-up; 0: 3 or 4, enough for a median
-    overrides: dict = field(default_factory=dict)
-    cards: int = 1
-
-    def __post_init__(self) -> None:
-        for name, value, known in (("size", self.size, SHAPES), ("kind", self.kind, KINDS)):
-            if value not in known:
-                raise UserError(f"{name}: {value!r} is none of {', '.join(known)}{nearest(str(value), known)}")
-        parts = self.overrides.get("sequence_parallel_size", 1)
-        if not (isinstance(self.cards, int) and isinstance(parts, int) and self.cards >= parts >= 1):
-            raise UserError(f"cards: {self.cards!r}; use a number of at least 1 and of sequence_parallel_size")
-        if self.cards % parts:
-            raise UserError(f"cards: {self.cards}; use a multiple of sequence_parallel_size, {parts}")
-        if self.cards > 1 and self.kind in PEERS:
-            raise UserError(f"cards: {self.cards}; {self.kind} runs on one")
-        self.length = int(self.length)
-        self.steps = int(self.steps) or (4 if self.length <= 65536 else 3)
-        if self.kind in PEERS and set(self.overrides) - {"memory_budget_gib"}:
-            raise UserError(f"overrides: {self.overrides}; {self.kind} takes memory_budget_gib alone")
-
-    @property
-    def group(self) -> int | None:
-        """Group size of S2-Attn in tokens; None with full attention."""
-        has_groups = self.kind == "original" or self.kind.startswith("ours")
-        if not (has_groups and self.overrides.get("use_shift_short_attention", True)):
-            return None
-        return self.overrides.get("group_size") or self.length // 4
-
-    @property
-    def rows_per_step(self) -> int:
-        return self.cards // self.overrides.get("sequence_parallel_size", 1)
-
-    @property
-    def name(self) -> str:
-        """Identifies the measurement: rows with the same name are the same; also the name of its files."""
-        words = [self.size, self.length, self.kind, *(f"{k}={v}" for k, v in sorted(self.overrides.items()))]
-        words += [f"{self.cards}-cards"] if self.cards > 1 else []
-        return re.sub(r"[^\w.=-]+", "_", "-".join(map(str, words)))
 
 
 @exit_on_user_error
@@ -181,7 +95,7 @@ def measure_rows(flags: argparse.Namespace, start: float) -> None:
         limit = flags.row_limit_s
         if flags.time_limit_s is not None:
             limit = min(limit, flags.time_limit_s + start - time.monotonic())
-        found = asdict(row) | measure(row, work, flags.tokenizer, limit, card["matrix_tflops"])
+        found = asdict(row) | measure(row, work, flags.tokenizer, limit, card)
         print(f"  {found.get('error') or found['tokens_per_second']}", flush=True)
         results["rows"] = [old for old in results["rows"] if Row(**key(old)).name != row.name] + [found]
         write_json(flags.output_json, results)
@@ -208,7 +122,7 @@ def requested_rows(flags: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def measure(row: Row, work: Path, tokenizer: str, limit_s: float, matrix_tflops: float | None) -> dict:
+def measure(row: Row, work: Path, tokenizer: str, limit_s: float, card: dict) -> dict:
     """Run `row` in its own process. Returns its speed and memory, or a one-line error."""
     model = work / row.size
     if not model.exists():
@@ -235,8 +149,12 @@ def measure(row: Row, work: Path, tokenizer: str, limit_s: float, matrix_tflops:
     else:
         found = json.loads((output / "one.json").read_text())
     shutil.rmtree(output)
-    flop = row.rows_per_step * step_flop(row.size, row.length, row.group)
-    return base | speed(row.length * row.rows_per_step, row.steps, found, flop, matrix_tflops, row.cards)
+    flop, published = (row.rows_per_step * of(row.size, row.length, row.group) for of in (step_flop, published_flop))
+    tokens = row.length * row.rows_per_step
+    results = speed(tokens, row.steps, found, flop, card["matrix_tflops"], row.cards)
+    if "error" not in results:
+        results["mfu"] = mfu(published, results["step_seconds"], card["peak_tflops"], row.cards)
+    return base | results
 
 
 def make_rows(folder: Path, length: int, count: int) -> Path:
@@ -282,18 +200,6 @@ def command_of(row: Row, model: Path, data: Path, output: Path) -> tuple[dict, l
         )
     program = "script/performance/train_by_heads.py" if row.kind.endswith("by_heads") else "train.py"
     return settings, [*launcher, program, "--train_args_file", str(file)]
-
-
-def key(found: dict) -> dict:
-    return {name: found[name] for name in ("size", "length", "kind", "overrides", "cards") if name in found}
-
-
-def is_done(row: Row, found: list[dict]) -> bool:
-    """Whether `row` was measured or ran out of memory. Rows with other errors are retried."""
-    return any(
-        Row(**key(old)).name == row.name and ("error" not in old or "out of memory" in old["error"].lower())
-        for old in found
-    )
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ NEVER = {
 }
 # Imports between programs, besides those from script/shared and within script/experiment.
 AMONG_PROGRAMS = {
-    ("script/benchmark.py", "script/performance/peers.py"): "names of the baselines to run",
+    ("script/shared/benchmark_row.py", "script/performance/peers.py"): "names of the baselines to run",
     ("script/benchmark.py", "script/performance/report.py"): "its table and figures",
     ("script/experiment/measure.py", "script/evaluate/evaluate.py"): "many evaluations in one process",
 }
@@ -69,7 +69,6 @@ UNTESTED = {
     "script/performance/merge.py": "times merge_lora.py, which has tests, on a model of 2.7 GB",
     "script/performance/train_by_heads.py": "script/shared/shift_short_by_heads.py has tests; the rest is train.py",
     "script/performance/real_shape.py": "runs programs that have tests on a model of 13 GB",
-    "script/shared/card.py": "measures a GPU",
     "script/shared/shape.py": "its numbers are tested with random_model.py",
     "script/shared/training_flags.py": "flags of programs that others test",
 }

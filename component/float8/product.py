@@ -88,8 +88,9 @@ def multiply(
         fast: on Hopper, sum in the tensor cores alone, with fewer bits than fp32 has. That errs by some thousandths,
             an order of magnitude less than rounding to FP8 does.
     """
-    if not (left.values.is_cuda and torch.cuda.get_device_capability(left.values.device) >= CAPABILITY):
-        y = left.values.float() @ right.values.float().t() * left.scales * right.scales.t()
+    if not _has_float8(left.values):
+        with torch.autocast(left.values.device.type, enabled=False):
+            y = left.values.float() @ right.values.float().t() * left.scales * right.scales.t()
         y = y if bias is None else y + bias.float()
         return y[: left.rows, : right.rows].to(dtype)
     y = torch._scaled_mm(
@@ -137,5 +138,10 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def _has_float8(x: Tensor) -> bool:
+    """Whether the device of `x` multiplies FP8."""
+    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= CAPABILITY
+
+
 def _runs_kernels(x: Tensor) -> bool:
-    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= CAPABILITY and _has_triton()
+    return _has_float8(x) and _has_triton()

@@ -164,9 +164,8 @@ def _attention_backward(work: Workload, size: Sizes) -> float:
 
 
 def _cost(work: Workload, plan: MemoryPlan, size: Sizes, counts: tuple[int, int, int]) -> float:
-    n, per_layer, matrix = work.tokens, work.weights / work.layers, work.hidden * work.mlp
-    if work.in_float8:
-        per_layer, matrix = FLOAT8 * per_layer, FLOAT8 * matrix
+    n, time = work.tokens, FLOAT8 if work.in_float8 else 1.0
+    per_layer, matrix = time * work.weights / work.layers, time * work.hidden * work.mlp
     products, pairs = 2 * n * per_layer, 2 * n * work.group * work.heads * work.head_size * 1.7
     recomputed = (  # by a layer at level nothing, attention, everything
         products - 2 * n * matrix + (0 if plan.keep_attention_output else pairs),

@@ -33,8 +33,21 @@ def table(rows: list[dict]) -> str:
         for row in rows
         if row["kind"] == "unsloth" and not row["overrides"] and "error" not in row
     }
-    heads = ("tokens/s", "/ unsloth", "of matrix", "estimate", "peak GiB", "reserved", "in use", "host GiB")
-    lines = [f"{'size':<12}{'tokens':>8}  {'kind':<24}" + "".join(f"{head:>11}" for head in heads)]
+    heads = (
+        "tokens/s",
+        "/ unsloth",
+        "of matrix",
+        "MFU",
+        "tokens/s/GiB",
+        "estimate",
+        "peak GiB",
+        "reserved",
+        "in use",
+        "host GiB",
+    )
+    lines = [
+        f"{'size':<12}{'tokens':>8}  {'kind':<24}" + "".join(f"{head:>{max(11, len(head) + 2)}}" for head in heads)
+    ]
     for row in rows:
         label = " ".join([row["kind"], *(f"{name}={value}" for name, value in row["overrides"].items())])
         label += f" on {row['cards']} cards" if row.get("cards", 1) > 1 else ""
@@ -45,9 +58,29 @@ def table(rows: list[dict]) -> str:
         base = unsloth.get((row["size"], row["length"]))
         ratio = f"{row['tokens_per_second'] / base:.2f}" if base else "-"
         peaks = (row.get(name) for name in PEAKS)
-        cells = (f"{row['tokens_per_second']:.0f}", ratio, row["share_of_matrix_rate"], *peaks)
-        lines.append(line + "".join(f"{'-' if cell is None else cell:>11}" for cell in cells))
+        cells = (
+            f"{row['tokens_per_second']:.0f}",
+            ratio,
+            row["share_of_matrix_rate"],
+            row.get("mfu"),
+            per_gib(row),
+            *peaks,
+        )
+        widths = (max(11, len(head) + 2) for head in heads)
+        texts = ("-" if cell is None else str(cell) for cell in cells)
+        lines.append(line + "".join(f"{text:>{width}}" for text, width in zip(texts, widths, strict=True)))
     return "\n".join(lines)
+
+
+def per_gib(row: dict) -> float | None:
+    """Tokens per second for each GiB that PyTorch reserved on the GPU with the most."""
+    reserved = row.get("peak_reserved_gib")
+    return round(row["tokens_per_second"] / reserved, 1) if reserved else None
+
+
+def mfu(flop: float, step_seconds: list[float], peak_tflops: float | None, cards: int = 1) -> float | None:
+    """Model FLOP utilization of a step on all cards, of `published_flop`: over the dense bf16 peak, if known."""
+    return round(flop / median_step(step_seconds) / 1e12 / peak_tflops / cards, 3) if peak_tflops else None
 
 
 def speed(tokens: int, steps: int, found: dict, flop: float, matrix_tflops: float | None, cards: int = 1) -> dict:
@@ -93,9 +126,26 @@ def flop_of(shape: Shape, length: int, group: int | None) -> float:
     products (3 % for 7B) are left out. Plans that recompute less count the same FLOP, so the MFU-like share of the
     matrix rate may exceed 1.
     """
-    pairs = length * (length + 1) / 2 if group is None else length * (group + 1) / 2 - group**2 / 8
+    pairs = attention_pairs(length, group)
     products = 6 * length * shape.weights + 4 * length * shape.hidden * shape.vocabulary
     return products + 16 * shape.layers * shape.hidden * pairs
+
+
+def attention_pairs(length: int, group: int | None) -> float:
+    """(query, key) pairs per head of a row of `length` tokens; `group` None: full attention."""
+    return length * (length + 1) / 2 if group is None else length * (group + 1) / 2 - group**2 / 8
+
+
+def published_flop(size: str, length: int, group: int | None) -> float:
+    """FLOP of a step as model FLOP utilization is published (PaLM, arXiv 2204.02311, appendix B): 6 T N + 12 L h P.
+
+    N parameters that multiply: linear layers and lm_head; P as in `flop_of`, so attention is causal, and in groups
+    where it is. Nothing that is recomputed counts. Gradients of all weights do, also of frozen ones, which nobody
+    computes: so a third of 6 T N is not done in QLoRA.
+    """
+    shape = SHAPES[size]
+    parameters = shape.weights + shape.hidden * shape.vocabulary
+    return 6 * length * parameters + 12 * shape.layers * shape.hidden * attention_pairs(length, group)
 
 
 def commit() -> str | None:

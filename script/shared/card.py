@@ -1,19 +1,29 @@
-"""Which GPUs are here, and what is the peak matrix rate of one?"""
+"""Which GPUs are here, and what is the matrix rate of one, measured and published?"""
 
 import os
 import platform
 
 import torch
 
-from component.memory.rate import matrix_rate
+from component.memory.rate import CARDS, matrix_rate
 
 
 def describe_card() -> dict:
-    """Name, and measured bf16 TFLOP/s of one matrix product of a 7B model (MLP up projection of 8192 tokens)."""
+    """Name, bf16 TFLOP/s of one matrix product of a 7B model (MLP up projection of 8192 tokens), published TFLOP/s."""
     if not torch.cuda.is_available():
-        return {"hardware": platform.processor() or platform.machine(), "matrix_tflops": None}
+        return {"hardware": platform.processor() or platform.machine(), "matrix_tflops": None, "peak_tflops": None}
     tflops = matrix_rate(8192, 4096, 11008, torch.device("cuda"), torch.bfloat16) / 1e12
-    return {"hardware": torch.cuda.get_device_name(), "matrix_tflops": round(tflops, 1)}
+    name = torch.cuda.get_device_name()
+    return {"hardware": name, "matrix_tflops": round(tflops, 1), "peak_tflops": peak_tflops(name)}
+
+
+def peak_tflops(name: str) -> float | None:
+    """Published dense 16-bit TFLOP/s of the GPU that calls itself `name`; None if it is not known."""
+    parts = set(name.lower().replace("rtx ", "rtx").replace("-", " ").split())
+    # other versions of a chip have other rates than the one in CARDS
+    if "laptop" in parts or ({"h100", "h200", "v100"} & parts and {"pcie", "nvl"} & parts):
+        return None
+    return next((card.tflops for key, card in CARDS.items() if key in parts), None)
 
 
 def visible_gpus() -> list[str]:

@@ -11,8 +11,10 @@ from torch import nn
 from transformers import AutoTokenizer, Gemma2Config
 
 from component import loss
+from component.float8 import product
 from component.float8.product import quantize_weight
 from component.memory import linear
+from tests.reference.float8 import float8_card
 from tests.reference.plain_path import (
     LAYERS,
     TOKENS,
@@ -207,3 +209,28 @@ def test_train_py_refuses_layers_without_a_plan(base_folder, tmp_path):
     run = Launcher(tmp_path)(values)
     assert run.returncode == 1
     assert "frozen_matmul: fp8, but memory plans" in run.stdout
+
+
+# ---- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_kernels_err_as_plain_operations_do(family, plan, tmp_path, monkeypatch):
+    """bf16 on an NF4 base, with Triton and torch._scaled_mm, and with the same numbers multiplied in fp32.
+
+    Rounding to bf16 alone makes the two differ by 0.16 on average, as many numbers are rounded to other ones of FP8.
+    """
+    device = float8_card()
+    model = tiny_nf4_model(tmp_path, family, torch.bfloat16).to(device)
+    batch = {name: tensor.to(device) for name, tensor in random_batch(2).items()}
+    lean = under_plan(model, in_float8=True, **plan)
+    with torch.autocast("cuda", torch.bfloat16):
+        found = train_pass(lean, batch)
+        unrounded = train_pass(under_plan(model, **plan), batch)
+        monkeypatch.setattr(product, "_has_float8", lambda _: False)
+        expected = train_pass(lean, batch)
+    errors, plain = relative_errors(found, unrounded), relative_errors(expected, unrounded)
+    assert 0.5 < sum(errors) / sum(plain) < 1.3
+    assert errors[0] < 0.02

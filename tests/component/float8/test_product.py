@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from component.float8 import product
 from component.float8.product import E4M3, E5M2, Float8Matrix, fits, multiply, quantize, quantize_weight
 from tests.reference.float8 import dequantized, float8_card, nf4
 
@@ -115,6 +116,21 @@ def test_which_layers_fit():
     assert fits(nn.Linear(64, 112))
     assert not fits(nn.Linear(64, 33))
     assert not fits(nn.Linear(72, 64))
+
+
+@pytest.mark.parametrize("tokens", [1, 37])
+@pytest.mark.parametrize("bias", [False, True])
+def test_torch_accepts_the_layouts(tokens, bias, monkeypatch):
+    """torch._scaled_mm checks types, strides and sides also of tensors without data, as on a GPU."""
+    x, weight = quantize(torch.randn(tokens, 64)), quantize_weight(nf4(48, 64), transposed=False)
+    left, right = (Float8Matrix(m.values.to("meta"), m.scales.to("meta"), m.rows) for m in (x, weight))
+    monkeypatch.setattr(product, "_has_float8", lambda _: True)
+    y = multiply(left, right, torch.bfloat16, torch.empty(48, device="meta") if bias else None)
+    assert (y.shape, y.dtype) == ((tokens, 48), torch.bfloat16)
+    assert y.is_contiguous(), "LoRA's product is added in place"
+    for wrong in (left.values[:, :40], left.values.t().contiguous().t()):
+        with pytest.raises(RuntimeError, match=r"divisible by 16|row_major|cannot be multiplied"):
+            multiply(left._replace(values=wrong), right, torch.bfloat16)
 
 
 # ---- on a GPU

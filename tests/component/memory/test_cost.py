@@ -13,7 +13,7 @@ from component.memory.cost import ATTENTION, Rate, checkpoint_bytes, describe_ti
 from component.memory.plan import MEMORY_OPTIONS, choose_plan
 from component.memory.rate import published_rate
 from component.memory.workload import workload
-from script.benchmark import ON_HOST
+from script.shared.benchmark_row import ON_HOST
 from script.shared.random_model import config_of
 from script.shared.shape import SHAPES
 from tests.conftest import ROOT

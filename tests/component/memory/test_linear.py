@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from component.float8 import product
 from component.memory import linear
 from component.memory.linear import FusedLoRALayer, LoRALinear, _accumulate, as_returned, fuse_lora, use_float8
 from component.model import disable_cpu_repacking
+from tests.reference.float8 import float8_card
 
 INPUTS, OUTPUTS, RANK, ALPHA = 64, 112, 5, 8
 TOKENS = 37
@@ -218,6 +220,23 @@ def test_products_in_float8(kind, bias):
         off = (ours_ - wanted).norm() / wanted.norm()
         assert float(off) < 2e-3, "but for numbers next to a middle"
         assert float((ours_ - unrounded.flatten(0, 1)).norm() / wanted.norm()) > 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", ["bf16", "nf4"])
+def test_float8_on_a_gpu(kind, bias, monkeypatch):
+    """As the same numbers multiplied in fp32, forward and for each gradient."""
+    device = float8_card()
+    ours = lora(bias, kind)[1].to(device)
+    use_float8(nn.ModuleList([ours]))
+    x = torch.randn(3, TOKENS, INPUTS, device=device, dtype=torch.bfloat16)
+    grad = torch.randn(3, TOKENS, OUTPUTS, device=device, dtype=torch.bfloat16)
+    found = run(ours, x, grad)
+    monkeypatch.setattr(product, "_has_float8", lambda _: False)
+    for name, ours_, expected in zip(("y", "dx", "dA", "dB"), found, run(ours, x, grad), strict=True):
+        off = float((ours_.float() - expected.float()).norm() / expected.float().norm())
+        assert off < 1e-2, f"{name}: off by {off:.1e}"
 
 
 def test_float8_without_lora_and_in_evaluation():

@@ -3,7 +3,18 @@
 import pytest
 
 from component.error import UserError
-from script.performance.report import failure, median_step, read_results, speed, step_flop, table
+from script.performance.report import (
+    attention_pairs,
+    failure,
+    median_step,
+    mfu,
+    per_gib,
+    published_flop,
+    read_results,
+    speed,
+    step_flop,
+    table,
+)
 
 
 def test_the_first_step_is_warm_up():
@@ -46,6 +57,27 @@ def test_attention_is_counted_pair_by_pair(group):
     assert step_flop("tiny", length, group) - linear == 16 * layers * hidden * seen / 2
 
 
+def test_model_flop_utilization_as_published():
+    """LLaMA2-7B has 6.74e9 parameters, of which 131e6 are the embedding, whose lookup is no product."""
+    length = 8192
+    attention = 6 * 32 * 4096 * (length + 1)  # per token
+    expected = length * (6 * (6_738_415_616 - 131_072_000 - 65 * 4096) + attention)
+    assert published_flop("7b", length, None) == pytest.approx(expected, rel=1e-9)
+    assert attention_pairs(4, None) == 10
+    grouped = published_flop("7b", length, 2048)
+    assert published_flop("7b", length, None) - grouped == pytest.approx(
+        12 * 32 * 4096 * (attention_pairs(length, None) - attention_pairs(length, 2048))
+    )
+    assert mfu(expected, [9.0, 1.0, 0.8, 1.2], 989.0) == round(expected / 989e12, 3)
+    assert mfu(2 * expected, [1.0], 989.0, cards=2) == round(expected / 989e12, 3)
+    assert mfu(expected, [1.0], None) is None
+
+
+def test_tokens_per_second_and_gib():
+    assert per_gib({"tokens_per_second": 100.0, "peak_reserved_gib": 8.0}) == 12.5
+    assert per_gib({"tokens_per_second": 100.0, "peak_reserved_gib": None}) is None
+
+
 def test_the_program_prints_the_table(run_program):
     outcome = run_program("script/performance/report.py", "figure/benchmark.json")
     assert (outcome.status, outcome.out.split()[:3]) == (0, ["size", "tokens", "kind"])
@@ -67,7 +99,8 @@ def test_the_table_compares_with_unsloth_at_the_same_length():
             measured("ours_fastest", tokens_per_second=12000.0, overrides={"keep_layers": 3}),
         ]
     ).splitlines()
-    assert lines[1].split() == ["7b", "8192", "ours_fastest", "15000", "1.50", "-", "-", "6.7", "7.1", "-", "3.0"]
+    assert lines[1].split()[:5] == ["7b", "8192", "ours_fastest", "15000", "1.50"]
+    assert lines[1].split()[5:] == ["-", "-", "2112.7", "-", "6.7", "7.1", "-", "3.0"]
     assert lines[2].split()[3:5] == ["10000", "1.00"]
     assert lines[3].split()[3:5] == ["15000", "-"]
     assert lines[4].split()[3:] == ["torch.OutOfMemoryError:", "CUDA", "out", "of", "memory."]
