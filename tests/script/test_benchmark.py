@@ -114,7 +114,7 @@ def test_tiny_rows_end_to_end(tmp_path, base_folder):
     output = tmp_path / "benchmark.json"
     words = ["--work", tmp_path / "work", "--tokenizer", base_folder, "--output_json", output, "--resume"]
     command = [sys.executable, ROOT / "script/benchmark.py", *words, "--sizes", "tiny", "--lengths", "256"]
-    command += ["--kinds", "ours_python_fastest", "ours_python_leanest", "hf", "unsloth"]
+    command += ["--kinds", "ours_python_fastest", "ours_python_leanest", "ours_python_fp8", "hf", "unsloth"]
     first = subprocess.run([*map(str, command)], capture_output=True, text=True, check=True).stdout
     results = json.loads(output.read_text())
     rows = {row["kind"]: row for row in results["rows"]}
@@ -124,11 +124,13 @@ def test_tiny_rows_end_to_end(tmp_path, base_folder):
         assert len(row["step_seconds"]) == len(row["losses"]) == 4
         assert row["host_peak_gib"] > 0.1
         assert row["peak_reserved_gib"] is None
+    losses = [rows[f"ours_python_{kind}"]["losses"][0] for kind in ("fastest", "fp8")]
+    assert 0 < abs(losses[1] / losses[0] - 1) < 0.01
     assert rows["hf"]["losses"][0] == pytest.approx(rows["ours_python_fastest"]["losses"][0], rel=0.02)
     second = subprocess.run([*map(str, command)], capture_output=True, text=True, check=True).stdout
     assert "hf ..." in first
     assert "hf ..." not in second
-    assert second.splitlines()[-4:] == first.splitlines()[-4:]
+    assert second.splitlines()[-5:] == first.splitlines()[-5:]
 
 
 @pytest.mark.slow
