@@ -78,13 +78,17 @@ def quantize_rows(x: Tensor, out: Tensor, limit: float, tiny: float) -> Tensor:
 @triton.jit
 def _nf4_to_float8(
     packed,  # (O, I / 2) uint8: the first of two numbers in the upper bits
-    largest,  # (O, I / BLOCK) fp32, of each block
+    largest,  # (O, I / BLOCK): the largest absolute value of each block, fp32; if NESTED, uint8
+    nested_code,  # (256) fp32, for NESTED: of these 8 bits
+    nested_largest,  # fp32, of each NESTED blocks' largest values
+    offset,  # fp32, added to them
     inverse,  # (O), or (I) if TRANSPOSED, fp32
     code,  # (16) fp32
     out,  # (O, I), or (I, O) if TRANSPOSED, FP8
     outputs,
     inputs,
     BLOCK: tl.constexpr,
+    NESTED: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -95,7 +99,11 @@ def _nf4_to_float8(
     inside = (row < outputs)[:, None] & (byte < inputs // 2)[None, :]
     pair = tl.load(packed + row[:, None] * (inputs // 2) + byte[None, :], mask=inside, other=0).to(tl.int32)
     # both numbers of a byte are in the same block
-    size = tl.load(largest + row[:, None] * (inputs // BLOCK) + (byte * 2 // BLOCK)[None, :], mask=inside, other=0.0)
+    block = row[:, None] * (inputs // BLOCK) + (byte * 2 // BLOCK)[None, :]
+    size = tl.load(largest + block, mask=inside, other=0)
+    if NESTED:
+        scale = tl.load(nested_largest + block // NESTED, mask=inside, other=0.0)
+        size = tl.load(nested_code + size.to(tl.int32)) * scale + tl.load(offset)
     number = tl.interleave(tl.load(code + (pair >> 4)) * size, tl.load(code + (pair & 15)) * size)
     column = first + tl.arange(0, COLUMNS)
     if TRANSPOSED:
@@ -110,20 +118,20 @@ def _nf4_to_float8(
         tl.store(out + row[:, None] * inputs + column[None, :], value.to(out.dtype.element_ty), inside)
 
 
-def nf4_to_float8(
-    packed: Tensor, largest: Tensor, inverse: Tensor, state: QuantState, out: Tensor, transposed: bool
-) -> None:
+def nf4_to_float8(packed: Tensor, inverse: Tensor, state: QuantState, out: Tensor, transposed: bool) -> None:
     """Write a weight to `out` (O, I), or (I, O) if `transposed`, in FP8; rounding is left out if it is in fp32.
 
     Args:
         packed: as bitsandbytes stores it, in any dtype; I is a multiple of the block.
-        largest: absolute value of each block, in fp32.
         inverse: what each row of the result is multiplied by before it is rounded.
     """
     outputs, inputs = state.shape
+    inner = state.state2 if state.nested else state  # without double quantization, none of it is read
+    nested = (inner.code, inner.absmax, state.offset if state.nested else inner.absmax)
     _nf4_to_float8[(triton.cdiv(outputs, ROWS), triton.cdiv(inputs, COLUMNS))](
-        *(packed.view(torch.uint8), largest, inverse, state.code, out, outputs, inputs),
+        *(packed.view(torch.uint8), state.absmax, *nested, inverse, state.code, out, outputs, inputs),
         BLOCK=state.blocksize,
+        NESTED=inner.blocksize if state.nested else 0,
         TRANSPOSED=transposed,
         ROWS=ROWS,
         COLUMNS=COLUMNS,

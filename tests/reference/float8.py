@@ -8,14 +8,16 @@ from component.float8.product import CAPABILITY, Float8Matrix
 from component.model import disable_cpu_repacking
 
 
-def nf4(outputs: int, inputs: int, device: str = "cpu", storage: torch.dtype = torch.uint8) -> bnb.nn.Params4bit:
-    """A double-quantized weight, whose rows and columns differ in size by orders of magnitude."""
+def nf4(
+    outputs: int, inputs: int, device: str = "cpu", storage: torch.dtype = torch.uint8, nested: bool = True
+) -> bnb.nn.Params4bit:
+    """A weight, double-quantized if `nested`, whose rows and columns differ in size by orders of magnitude."""
     weight = torch.randn(outputs, inputs) * torch.logspace(-2, 1, outputs)[:, None] * torch.logspace(0, -2, inputs)
     layer = bnb.nn.Linear4bit(
-        inputs, outputs, bias=False, compute_dtype=torch.float32, compress_statistics=True, quant_type="nf4"
+        inputs, outputs, bias=False, compute_dtype=torch.float32, compress_statistics=nested, quant_type="nf4"
     )
     layer.weight = bnb.nn.Params4bit(
-        weight, requires_grad=False, quant_type="nf4", compress_statistics=True, quant_storage=storage
+        weight, requires_grad=False, quant_type="nf4", compress_statistics=nested, quant_storage=storage
     )
     layer.to(device)
     disable_cpu_repacking(layer)

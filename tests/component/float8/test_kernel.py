@@ -41,18 +41,16 @@ def test_rows(shape, dtype, device):
 @devices
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("shape", [(16, 64), (1040, 192), (80, 4096)])
-@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16], ids=str)
-def test_nf4(shape, transposed, storage, device):
+@pytest.mark.parametrize(("storage", "nested"), [(torch.uint8, True), (torch.bfloat16, True), (torch.uint8, False)])
+def test_nf4(shape, transposed, storage, nested, device):
     from component.float8.kernel import nf4_to_float8
 
-    weight = nf4(*shape, float8_card() if device == "cuda" else device, storage)
-    largest = product._block_sizes(weight.quant_state)
-    blocks = largest.abs().view(shape[0], -1)
-    rows = (blocks.amax(0).repeat_interleave(64) if transposed else blocks.amax(1))[:, None]
-    inverse, scales = scale_of(rows, E4M3)
+    weight = nf4(*shape, float8_card() if device == "cuda" else device, storage, nested)
+    assert weight.quant_state.nested == nested
+    inverse, scales = scale_of(product._largest_values(weight.quant_state, transposed), E4M3)
     found = torch.empty(shape[::-1] if transposed else shape, device=device)
     found = found.to(E4M3) if device == "cuda" else found
-    nf4_to_float8(weight.data, largest, inverse, weight.quant_state, found, transposed)
+    nf4_to_float8(weight.data, inverse, weight.quant_state, found, transposed)
     found = found.to(E4M3)
     full = product._dequantized(weight)
     expected = ((full.t() if transposed else full) * inverse).to(E4M3)
