@@ -64,9 +64,19 @@ def default_device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def inference_dtype(device: torch.device) -> torch.dtype:
-    """fp16 on a GPU, as in the published models; fp32 on a CPU, where half precision is slow."""
-    return torch.float16 if device.type == "cuda" else torch.float32
+def inference_dtype(device: torch.device, stored: torch.dtype | None = None) -> torch.dtype:
+    """fp32 on a CPU, where half precision is slow; on a GPU bf16 for models stored in it, fp16 for all others.
+
+    fp16 is more exact, but activations of models trained in bf16 may exceed its range. GPUs without bf16 (V100,
+    Turing) compute in fp16 all the same.
+
+    Args:
+        stored: the config's dtype.
+    """
+    if device.type != "cuda":
+        return torch.float32
+    is_wide = stored == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.bfloat16 if is_wide else torch.float16
 
 
 class ModelSource(NamedTuple):
@@ -212,7 +222,7 @@ def load_model(
     config = inference_config(model_name_or_path, adapter_name_or_path, context_size=context_size, **names)
     config._attn_implementation = attention
     device = device or default_device()
-    dtype = dtype or inference_dtype(device)
+    dtype = dtype or inference_dtype(device, load_config(base, field).dtype)
     model = load_base(base, config, dtype=dtype, load_in_4bit=load_in_4bit, device=device).eval()
     # of the model's own settings only the tokens that end a text count; transformers would use the others as defaults
     model.generation_config = GenerationConfig(eos_token_id=end_ids(model))

@@ -190,7 +190,7 @@ def main() -> None:
             with variants_on_disk(folder, plans, flags.base) as merged:
                 models = {f"adapter on {kind}": load for kind, load in load_adapted.items()}
                 models |= {f"merged into {kind}": partial(load_model, str(merged[kind])) for kind in kinds}
-                print(comparison(measure_all(models, tokens, seq_len)), flush=True)
+                print(comparison(measure_all(models, tokens, seq_len, plan.config.dtype)), flush=True)
         place = str(adapter.resolve() if adapter.is_dir() else adapter)
         merged_from = {"merged_from": place, "merged_sha256": adapter_hash(str(adapter))}
         merged_from |= {"base_weights": flags.base, "dtype": flags.dtype}

@@ -215,13 +215,13 @@ def _cost(begin: float, tokens: int) -> tuple[float, float, float | None, float 
 
 
 def measure_all(
-    loaders: Mapping[str, Callable[..., PreTrainedModel]], tokens, seq_len: int
+    loaders: Mapping[str, Callable[..., PreTrainedModel]], tokens, seq_len: int, stored: torch.dtype | None = None
 ) -> dict[str, list[Perplexity]]:
-    """Perplexity of several models, with one in memory at a time."""
+    """Perplexity of several models, with one in memory at a time, all in one dtype; `stored`: their config's."""
     device = default_device()
-    results = {}
+    dtype, results = inference_dtype(device, stored), {}
     for name, load in loaders.items():
-        model = load(dtype=inference_dtype(device), device=device)
+        model = load(dtype=dtype, device=device)
         results[name] = [measure_perplexity(model, tokens, seq_len=seq_len, stride=seq_len, position_buckets=0)]
         del model
         free_memory()

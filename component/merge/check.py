@@ -111,9 +111,11 @@ def check_merged(
         if hint_if_skipped and (problem := _short_memory(plan, device)):
             print(f"not compared with the adapter: {problem}; {hint_if_skipped}", file=sys.stderr)
             return []
-        bound = max(bound, BOUNDS[inference_dtype(device)])
+        dtype = inference_dtype(device, plan.config.dtype)
+        bound = max(bound, BOUNDS[dtype])
         ours, theirs = (
-            _logits(load, device, ids, positions) for load in (load_adapted, partial(load_model, str(folder)))
+            _logits(load, dtype, ids.to(device), positions.to(device))
+            for load in (load_adapted, partial(load_model, str(folder)))
         )
     results = [agreement(*place) for place in zip(ours, theirs, positions, strict=True)]
     for result in results:
@@ -141,11 +143,11 @@ def _short_memory(plan: MergePlan, device: torch.device) -> str:
 
 @torch.no_grad()
 def _logits(
-    load: Callable[..., PreTrainedModel], device: torch.device, ids: torch.Tensor, positions: torch.Tensor
+    load: Callable[..., PreTrainedModel], dtype: torch.dtype, ids: torch.Tensor, positions: torch.Tensor
 ) -> torch.Tensor:
     """Logits (places, T, V) of a whole model, which is loaded and released."""
-    model = load(dtype=inference_dtype(device), device=device)
-    logits = model(input_ids=ids.to(device), position_ids=positions.to(device), use_cache=False).logits
+    model = load(dtype=dtype, device=ids.device)
+    logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
     del model
     free_memory()
     return logits

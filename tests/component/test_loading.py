@@ -14,7 +14,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from component.adapter import adapter_hash, add_adapter
 from component.checkpoint import write_adapter, write_record
 from component.error import UserError
-from component.loading import extended_config_of, load_for_inference, recorded_template, resolve_model
+from component.loading import (
+    extended_config_of,
+    inference_dtype,
+    load_for_inference,
+    load_model,
+    recorded_template,
+    resolve_model,
+)
 from component.model import load_base, load_config
 from component.rope import context_length, extend_context
 
@@ -334,3 +341,35 @@ def test_k15_adapter_weights_that_are_not_finite(adapter_folder, base_folder, va
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=f"{folder}/adapter_model.safetensors: {name} holds infinite or NaN values"):
         load_for_inference(str(base_folder), str(folder), device=CPU)
+
+
+@pytest.mark.parametrize(
+    ("capability", "stored", "expected"),
+    [
+        ((9, 0), torch.float16, torch.float16),
+        ((9, 0), torch.float32, torch.float16),
+        ((9, 0), None, torch.float16),
+        ((9, 0), torch.bfloat16, torch.bfloat16),
+        ((7, 5), torch.bfloat16, torch.float16),
+    ],
+)
+def test_models_trained_in_bf16_keep_its_range(capability, stored, expected, monkeypatch):
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    assert inference_dtype(torch.device("cuda"), stored) == expected
+    assert inference_dtype(CPU, stored) == torch.float32
+
+
+def test_the_dtype_of_a_base_decides_for_its_adapter(adapter_folder, own_base, monkeypatch):
+    """An adapter's config has the dtype of its training."""
+    asked = []
+    monkeypatch.setattr(
+        "component.loading.inference_dtype", lambda device, stored: asked.append(stored) or torch.float32
+    )
+    adapter, _ = adapter_folder(base=own_base)
+    assert load_config(str(adapter)).dtype == torch.float32
+    config = json.loads((own_base / "config.json").read_text())
+    (own_base / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    load_model(str(own_base))
+    load_model(str(own_base), str(adapter))
+    load_model(None, str(adapter))
+    assert asked == [torch.bfloat16] * 3
