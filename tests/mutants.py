@@ -85,6 +85,15 @@ TARGETS: dict[str, tuple[str, str]] = {
         "",
     ),
     "component/merge/check.py": ("agreement", ""),
+    "component/inference/quantized_layer.py": (
+        "capacities BlockStore.append BlockStore._quantize BlockStore.dequantize BlockStore.crop History.segments "
+        "BlockQuantizedLayer.update BlockQuantizedLayer._append BlockQuantizedLayer.crop",
+        "tests/component/inference/test_block_attention.py tests/component/inference/test_kv_cache.py",
+    ),
+    "component/inference/block_attention.py": ("block_mask block_attention_forward merge_blocks", ""),
+    "component/inference/cache_memory.py": ("cache_bytes longest_context", ""),
+    "component/inference/batch.py": ("_read_each _left_padded _until_end", ""),
+    "component/float8/product.py": ("quantize_weight scale_of _rounded _largest_values", ""),
     "component/data/packing.py": ("pack PackedRows.__init__ pack_stream", ""),
     "component/data/sample.py": ("fit split", ""),
     "component/data/collator.py": ("RightPadCollator.__call__", ""),
@@ -229,11 +238,11 @@ def _changed_call(source: _Source, node: ast.Call) -> Iterator[tuple[int, int, s
             yield source.bytes.rindex(b".", 0, end), source.span(node)[1], ""
 
 
-def draw(seed: int, count: int) -> list[Mutant]:
+def draw(seed: int, count: int, only: str = "") -> list[Mutant]:
     """`count` mutants, from as many functions as possible; a function's do not depend on other modules."""
     piles = []
     for path, (functions, _) in TARGETS.items():
-        for function in functions.split():
+        for function in functions.split() if only in path else ():
             pile = mutants(path, function)
             random.Random(f"{seed} {path} {function}").shuffle(pile)
             piles.append(pile)
@@ -290,9 +299,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--seed", type=int, default=0, help="of the draw (default 0)")
     parser.add_argument("--count", type=int, default=30, help="number of mutants (default 30)")
+    parser.add_argument("--only", default="", help="of modules whose path contains this (default all)")
     parser.add_argument("--jobs", type=int, default=2, help="test processes at a time (default 2)")
     flags = parser.parse_args()
-    drawn, begin = draw(flags.seed, flags.count), time.monotonic()
+    drawn, begin = draw(flags.seed, flags.count, flags.only), time.monotonic()
     described = [describe(mutant) for mutant in drawn]
     paths = list(dict.fromkeys(mutant.path for mutant in drawn))
     with tempfile.TemporaryDirectory(prefix="mutants-") as temporary, ThreadPoolExecutor(flags.jobs) as pool:

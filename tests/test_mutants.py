@@ -56,6 +56,7 @@ def test_a_draw_repeats_and_spreads():
     drawn = draw(0, 30)
     assert drawn == draw(0, 30)
     assert draw(1, 30) != drawn
+    assert {mutant.path for mutant in draw(0, 5, "loss.py")} == {"component/loss.py"}
     assert max(Counter((mutant.path, mutant.function) for mutant in drawn).values()) == 1
 
 
