@@ -86,7 +86,7 @@ TARGETS: dict[str, tuple[str, str]] = {
     ),
     "component/merge/check.py": ("agreement", ""),
     "component/inference/quantized_layer.py": (
-        "capacities BlockStore.append BlockStore._quantize BlockStore.dequantize BlockStore.crop History.segments "
+        "capacities BlockStore.append BlockStore._quantize BlockStore.dequantize History.segments "
         "BlockQuantizedLayer.update BlockQuantizedLayer._append BlockQuantizedLayer.crop",
         "tests/component/inference/test_block_attention.py tests/component/inference/test_kv_cache.py",
     ),
