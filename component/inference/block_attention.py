@@ -78,8 +78,9 @@ def block_attention_forward(
 
 def merge_blocks(out: Tensor, saved: SavedForBackward, query: Tensor, history: History, scaling: float | None) -> None:
     """Merge attention to the quantized blocks into `out` (B, H, t, D) fp32 and its log-sum-exp."""
+    scaling = scaling or query.shape[3] ** -0.5
     if runs_kernel(query, history):
-        merge_attention(out, saved, *decoded(query, history, scaling or query.shape[3] ** -0.5))
+        merge_attention(out, saved, *decoded(query, history, scaling))
         return
     for segment, blocks in enumerate(history.segments()):
         part = history.dequantized(segment, blocks)

@@ -208,7 +208,7 @@ class BlockQuantizedLayer(DynamicLayer):
     def _append(self, key_states: Tensor, value_states: Tensor) -> None:
         rest = []
         for store, old, new in zip(self.stores, (self.keys, self.values), (key_states, value_states), strict=True):
-            numbers = torch.cat([old, new], 2) if old.shape[2] else new
+            numbers = torch.cat([old, new], 2) if old.numel() else new
             full = numbers.shape[2] // BLOCK * BLOCK
             if full:
                 store.append(numbers[:, :, :full].flatten(0, 1))

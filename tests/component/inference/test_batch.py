@@ -141,3 +141,15 @@ def test_prompts_are_read_one_by_one(model, tokenizer, prompts):
     hook.remove()
     assert shapes[: len(prompts)] == [((1, len(prompt) - 1), True) for prompt in prompts]
     assert {shape for shape, _ in shapes[len(prompts) :]} == {(len(prompts), 1)}
+
+
+def test_a_prompt_of_one_token(model, tokenizer):
+    """There is nothing to read before its last token, and no pass over none."""
+    prompts, lengths = [[5], [6, 7, 8]], []
+    hook = model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    found = greedy_batch(model, tokenizer, prompts, 4)
+    hook.remove()
+    assert min(lengths) > 0
+    assert found == [greedy_batch(model, tokenizer, [prompt], 4)[0] for prompt in prompts]

@@ -5,7 +5,7 @@ import torch
 from transformers import MistralConfig
 
 from component.inference import quantized_layer
-from component.inference.block_attention import NAME, supports_blocks
+from component.inference.block_attention import NAME, block_attention_forward, supports_blocks
 from component.inference.kv_cache import new_cache
 from tests.conftest import build_llama
 
@@ -65,3 +65,23 @@ def test_which_models(tiny_llama_config):
     assert not supports_blocks(tiny_llama_config, 10**6), "no fused kernel on a GPU"
     assert supports_blocks(MistralConfig(sliding_window=4096), 4096)
     assert not supports_blocks(MistralConfig(sliding_window=4096), 4097)
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_the_scale_is_that_of_the_head_size_unless_told(tokens, model):
+    llama = model(2)
+    heads, size = 4, 16
+    llama.config._attn_implementation = NAME
+    cache = new_cache(llama.config, "int8")
+    past = torch.randn(2, 1, 2, 200, size)
+    cache.update(*past, 0)
+    query, new = torch.randn(1, heads, tokens, size), torch.randn(2, 1, 2, tokens, size)
+
+    def attend(scaling: float | None) -> torch.Tensor:
+        keys, values = cache.update(*new, 0)
+        out = block_attention_forward(llama, query, keys, values, None, scaling=scaling)[0]
+        cache.crop(-tokens)
+        return out
+
+    assert torch.equal(attend(None), attend(size**-0.5))
+    assert not torch.allclose(attend(None), attend(1.0), atol=1e-3)
