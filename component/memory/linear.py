@@ -197,7 +197,7 @@ class _LoRALinearFunction(torch.autograd.Function):
         ctx.seed, ctx.projection, ctx.shape, ctx.trained = projection.draw_seed(), projection, x.shape, trained
         flat = x.reshape(-1, x.shape[-1])
         y, low = projection.forward(flat, ctx.seed)
-        ctx.save_for_backward(x if trained else None, low)
+        ctx.save_for_backward(None if projection.factors is None else x, low)
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod

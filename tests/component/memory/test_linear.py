@@ -128,6 +128,15 @@ def test_half_of_lora_frozen(frozen):
     assert_close([getattr(ours, trained)["default"].weight.grad], [getattr(theirs, trained)["default"].weight.grad])
 
 
+def test_all_of_lora_frozen():
+    """Gradients flow through it to the layers below."""
+    theirs, ours = lora()
+    for layer in (theirs, ours):
+        layer.requires_grad_(False)
+    x, grad = torch.randn(TOKENS, INPUTS), torch.randn(TOKENS, OUTPUTS)
+    assert_close(run(ours, x, grad)[:2], run(theirs, x, grad)[:2])
+
+
 def test_input_without_gradient():
     theirs, ours = lora()
     x, grad = torch.randn(TOKENS, INPUTS), torch.randn(TOKENS, OUTPUTS)
