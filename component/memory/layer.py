@@ -79,7 +79,8 @@ def lean_layers(model: nn.Module) -> list[LeanLayer]:
 def supports_layers_of(config: PretrainedConfig) -> bool:
     """Whether `lean_layers` supports the decoder layers of the model of `config`, without its weights."""
     names = {type(module).__name__ for module in without_weights(config).modules()}
-    return {name for name in names if name.endswith("DecoderLayer")} <= set(LAYERS)
+    layers = {name for name in names if name.endswith("DecoderLayer")}
+    return bool(layers) and layers <= set(LAYERS)
 
 
 def _is_supported(layer: nn.Module) -> bool:

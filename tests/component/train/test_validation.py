@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from transformers import Gemma2Config, LlamaConfig, MistralConfig, TrainingArguments
+from transformers import Gemma2Config, GPTNeoXConfig, LlamaConfig, MistralConfig, TrainingArguments
 
 from component.error import UserError
 from component.rope import extend_context
@@ -266,3 +266,5 @@ def test_models_that_cannot_be_multiplied_in_float8():
     check_float8(MistralConfig(**sizes))
     with pytest.raises(UserError, match=r"^frozen_matmul: fp8, but .* model type 'gemma2'; set it to auto"):
         check_float8(Gemma2Config(**sizes, pad_token_id=0))
+    with pytest.raises(UserError, match="model type 'gpt_neox'"):  # whose layers have other names
+        check_float8(GPTNeoXConfig(**sizes, num_attention_heads=4))
