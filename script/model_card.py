@@ -23,11 +23,10 @@ def parse_flags() -> argparse.Namespace:
     return parser.parse_args()
 
 
-from component.card.write import write_card
+from component.card.write import is_users, write_card
 from component.checkpoint import CARD_FILE, RECORD_FILE, read_record
 from component.error import UserError
 from component.storage.claim import make_writable
-from component.storage.generated import is_unchanged
 
 
 @exit_on_user_error
@@ -40,7 +39,7 @@ def main() -> None:
             "project; name one"
         )
     card = folder / CARD_FILE
-    if card.exists() and not flags.overwrite and not is_unchanged(card):
+    if is_users(card) and not flags.overwrite:
         raise UserError(f"--folder: you wrote or changed {card}; move it away, or replace it with --overwrite")
     make_writable(folder, "--folder", card)
     write_card(folder, overwrite=flags.overwrite)

@@ -1,6 +1,7 @@
 """How does a folder get its model card? README.md, atomically, and never in place of what a user wrote."""
 
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def write_card(folder: Path, name: str | None = None, *, overwrite: bool = False
         Whether it was written: not if there is one that a user wrote or changed, which a line on standard error says.
     """
     file = folder / CARD_FILE
-    if os.path.lexists(file) and not overwrite and not is_unchanged(file):
+    if is_users(file) and not overwrite:
         say(f"{file} is kept: you wrote or changed it; for a new one: {new_card_command(folder)} --overwrite")
         return False
     results = results_of(folder)
@@ -33,8 +34,13 @@ def write_card(folder: Path, name: str | None = None, *, overwrite: bool = False
     return True
 
 
+def is_users(file: Path) -> bool:
+    """Whether there is a card that a user wrote or changed; a link counts, wherever it leads."""
+    return os.path.lexists(file) and not is_unchanged(file)
+
+
 def new_card_command(folder: Path) -> str:
-    return f"python script/model_card.py --folder {folder}"
+    return f"python script/model_card.py --folder {shlex.quote(str(folder))}"
 
 
 def say(text: str) -> None:

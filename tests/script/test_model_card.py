@@ -33,6 +33,15 @@ def test_a_users_card_needs_overwrite(run_program, folder):
     assert is_unchanged(folder / "README.md")
 
 
+def test_a_link_to_nothing_is_a_users(run_program, folder, tmp_path):
+    (folder / "README.md").symlink_to(tmp_path / "not here yet.md")
+    done = run_program(PROGRAM, "--folder", folder)
+    assert (done.status, done.out) == (1, "")
+    assert "replace it with --overwrite" in done.err
+    assert run_program(PROGRAM, "--folder", folder, "--overwrite").status == 0
+    assert is_unchanged(folder / "README.md")
+
+
 @pytest.mark.parametrize("what", ["base", "nothing", "incomplete"])
 def test_other_folders_are_refused(run_program, folder, base_folder, tmp_path, what):
     (folder / "tokenizer.json").unlink()

@@ -1,5 +1,6 @@
 """README.md appears complete, and never in place of a user's."""
 
+import shlex
 import shutil
 from pathlib import Path
 
@@ -43,6 +44,14 @@ def test_a_users_card_is_replaced_only_when_asked(folder, kind, tmp_path, capsys
     assert write_card(folder, overwrite=True)
     assert is_unchanged(card)
     assert kind != "link" or (tmp_path / "notes.md").read_text() == before
+
+
+def test_the_command_for_a_new_one_can_be_pasted(folder, capsys):
+    folder = folder.rename(folder.with_name("my run; 1"))
+    (folder / "README.md").write_text("Mine.")
+    write_card(folder)
+    command = capsys.readouterr().err.split("for a new one: ")[1]
+    assert shlex.split(command)[-3:] == ["--folder", str(folder), "--overwrite"]
 
 
 def test_a_failure_keeps_the_old_one(folder, monkeypatch):
