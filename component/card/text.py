@@ -111,7 +111,9 @@ def recipe(record: dict[str, Any], model: Loaded) -> list[tuple[str, str]]:
         rows.append(("attention in training", _attention(_whole(record["group_size"]), arguments)))
     if arguments:
         rows.append(("LoRA", _lora(arguments)))
-        rows.append(("base weights in training", "NF4" if arguments.get("load_in_4bit") is True else "not quantized"))
+        stored = "NF4" if arguments.get("load_in_4bit") is True else "not quantized"
+        multiplied = ", multiplied in FP8 (e4m3)" if arguments.get("frozen_matmul") == "fp8" else ""
+        rows.append(("base weights in training", stored + multiplied))
     if steps := _whole(record.get("steps")):
         batch = _whole(_object(record.get("distribution")).get("samples_per_step"))
         rows.append(("steps", f"{steps}, each of {batch} samples" if batch else f"{steps}"))

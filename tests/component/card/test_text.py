@@ -71,14 +71,14 @@ def test_recipe(card):
 
 def test_another_recipe(card):
     changed = {"sft": True, "target_modules": "q_proj,v_proj", "train_embedding": True, "train_norm": True,
-               "load_in_4bit": False, "position_skipping": True}  # fmt: skip
+               "load_in_4bit": False, "position_skipping": True, "frozen_matmul": "fp8"}  # fmt: skip
     text = card({**RECORD, "arguments": ARGUMENTS | changed, "template": "vicuna", "group_size": None})
     for row in (
         "| training data | chats, template `vicuna`: `books.jsonl` |",
         "| training samples | up to 128 tokens, with skipped positions (PoSE) |",
         "| attention in training | full |",
         "| LoRA | rank 64, alpha 16, on `q_proj,v_proj`; embeddings and norms trained in full |",
-        "| base weights in training | not quantized |",
+        "| base weights in training | not quantized, multiplied in FP8 (e4m3) |",
     ):
         assert f"\n{row}\n" in text
     assert "belongs to training alone" not in text
