@@ -50,9 +50,12 @@ def results_of(folder: Path) -> Results:
 
 def _candidates(folder: Path) -> list[Path]:
     """The newest JSON files in a folder and beside it, by name; data may lie there too, so not all are read."""
-    found = [*folder.glob("*.json"), *folder.absolute().parent.glob("*.json")]
-    small = [file for file in found if file.is_file() and file.stat().st_size <= LARGEST and file.name != RECORD_FILE]
-    return sorted(sorted(small, key=lambda file: file.stat().st_mtime)[-MOST_FILES:])
+    small = []
+    for file in [*folder.glob("*.json"), *folder.absolute().parent.glob("*.json")]:
+        with contextlib.suppress(OSError):  # removed meanwhile: other programs work beside this one
+            if file.is_file() and file.stat().st_size <= LARGEST and file.name != RECORD_FILE:
+                small.append((file.stat().st_mtime, file))
+    return sorted(file for _, file in sorted(small)[-MOST_FILES:])
 
 
 def _written(folder: Path) -> float:

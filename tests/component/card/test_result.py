@@ -126,6 +126,22 @@ def test_of_many_files_the_newest_are_read(folder, monkeypatch):
     assert found == ["### Perplexity of `a`", "### Perplexity of `c`"]
 
 
+def test_a_file_that_is_removed_meanwhile(folder, monkeypatch):
+    """A card is written at the end of a run, while others go on beside it."""
+    (folder.parent / "a.json").write_text(json.dumps({**perplexity(folder), **ORIGIN}))
+    (folder.parent / "b.json").write_text("{}")
+    is_file = Path.is_file
+
+    def removed_after(file):
+        found = is_file(file)
+        if file.name == "b.json":
+            file.unlink(missing_ok=True)
+        return found
+
+    monkeypatch.setattr(Path, "is_file", removed_after)
+    assert len(results_of(folder).sections) == 1
+
+
 def test_results_of_earlier_weights(folder):
     file = folder.parent / "result.json"
     file.write_text(json.dumps({**perplexity(folder), **ORIGIN}))
