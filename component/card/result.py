@@ -146,8 +146,15 @@ def _held_out(result: dict[str, Any], is_this: IsThis, file: Path) -> list[str]:
 
 
 def _how(setting: dict[str, Any], result: dict[str, Any]) -> str:
-    """Weights, attention, hardware, versions and date of a measurement."""
+    """Weights, context, attention, hardware, versions and date of a measurement.
+
+    The context tells results of the model as it is from those with `--context_size`, by which some can be scaled.
+    """
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if name != "deepspeed")
     day = date.fromisoformat(result["date"])
-    how = [f"Weights {quoted(setting['weights'])}", f"attention {quoted(setting['attention'])}"]
+    how = [
+        f"Weights {quoted(setting['weights'])}",
+        f"context of {int(setting['context_tokens'])} tokens",
+        f"attention {quoted(setting['attention'])}",
+    ]
     return ", ".join([*how, quoted(result["hardware"]), quoted(versions), f"{day}."])

@@ -282,7 +282,7 @@ def test_results_of_all_three_programs(own, merge, run_program, tmp_path, monkey
     perplexity = found["evaluate"]["results"][0]
     assert f"| 192 | 192 | {perplexity['windows']} | 599 | {perplexity['perplexity']:.3f} |" in card
     assert "### Perplexity of `heldout.bin`\n\nProtocol `sliding`: every token of the file scored once" in card
-    assert "Weights `float32`, attention `full (sdpa)`" in card
+    assert "Weights `float32`, context of 192 tokens, attention `full (sdpa)`" in card
     shares = found["passkey"]["accuracy"][0]
     row = f"| 50 % | {100 * shares[0]:.0f} % | {100 * shares[1]:.0f} % |"
     assert f"| depth, tokens | 150 | 180 |\n| --- | --- | --- |\n{row}\n" in card
