@@ -64,7 +64,8 @@ def round_products(model: nn.Module) -> nn.Module:
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear) and not isinstance(layer, LoraLayer) and not layer.weight.requires_grad:
             weight = layer.weight.detach()
-            pair = (rounded(weight), rounded(weight.t()).t())
+            centered = weight - weight.mean(0) if name.endswith("lm_head") else weight
+            pair = (rounded(weight), rounded(centered.t()).t())
             if weight.shape != (layer.out_features, layer.in_features):  # NF4
                 pair = tuple(quantize_weight(layer.weight, transposed=t).dequantized() for t in (False, True))
                 pair = pair[0], pair[1].t()

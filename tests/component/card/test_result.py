@@ -14,9 +14,7 @@ SETTING = {
     "context_tokens": 32768,
 }  # fmt: skip
 ORIGIN = {"command": "python x", "hardware": "NVIDIA H200", "date": "2026-11-23", "versions": {"torch": "2.11.0"}}
-HOW = (
-    "Weights `float16`, context of 32768 tokens, attention `full (sdpa)`, `NVIDIA H200`, `torch 2.11.0`, 2026-11-23."
-)
+HOW = "Weights `float16`, context of 32768 tokens, attention `full (sdpa)`, `NVIDIA H200`, `torch 2.11.0`, 2026-11-23."
 ROW = {"protocol": "longlora", "seq_len": 8192, "stride": 8192, "windows": 3, "tokens_scored": 24573, "loss": 2.0,
        "perplexity": 7.38906}  # fmt: skip
 
