@@ -91,7 +91,7 @@ TARGETS: dict[str, tuple[str, str]] = {
         "tests/component/inference/test_block_attention.py tests/component/inference/test_kv_cache.py",
     ),
     "component/inference/block_attention.py": ("block_mask block_attention_forward merge_blocks", ""),
-    "component/inference/cache_memory.py": ("cache_bytes longest_context", ""),
+    "component/inference/cache_memory.py": ("cache_bytes", ""),
     "component/inference/batch.py": ("_read_each _left_padded _until_end", ""),
     "component/float8/product.py": ("quantize_weight scale_of _rounded _largest_values", ""),
     "component/data/packing.py": ("pack PackedRows.__init__ pack_stream", ""),
