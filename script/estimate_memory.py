@@ -67,7 +67,7 @@ from component.evaluate.table import grid
 from component.inference.cache_memory import CHUNKS, EXACT, Reading, best_chunk, fits, longest_context, need
 from component.inference.flags import CACHES
 from component.inference.kv_cache import is_quantizable
-from component.memory.budget import CONTEXT_GIB, LIBRARIES_GIB, USABLE
+from component.memory.budget import CONTEXT_GIB, LIBRARIES_GIB, USABLE, most_tokens
 from component.memory.cost import checkpoint_bytes, describe_time
 from component.memory.plan import MemoryPlan, choose_plan, estimate, minimum_memory_plan, next_memory_option
 from component.memory.rate import measured_rate, published_rate
@@ -81,7 +81,6 @@ from component.train.validation import out_of_bounds
 PARTS = ("weights", "cache", "workspace", "peak", "host")  # of inference; host: CPU memory
 OF_INFERENCE = ("context", "load_in_4bit")
 OF_BOTH = ("model_name_or_path", "inference", "memory_budget_gib", "host_gib", "output_json", "overwrite")
-STEP = 1024  # resolution, in tokens, of the longest sample
 
 
 def check_kind(flags: argparse.Namespace) -> None:
@@ -143,13 +142,7 @@ def longest(work: Workload, budget_gib: float, host_gib: float) -> int:
         found = estimate(replace(work, tokens=tokens, group=int(share * tokens)), minimum_memory_plan())
         return found.peak_gib <= budget_gib and found.host_gib <= host_gib
 
-    low, high = 0, STEP
-    while fits(high):
-        low, high = high, 2 * high
-    while high - low > STEP:
-        middle = (low + high) // 2 // STEP * STEP
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    return most_tokens(fits)
 
 
 @exit_on_user_error

@@ -11,7 +11,7 @@ from component.error import UserError
 from component.inference.block_attention import supports_blocks
 from component.inference.kv_cache import CHUNK, has_fixed_frequencies, is_quantizable
 from component.inference.quantized_layer import BLOCK, FORMATS, SEGMENT, capacities
-from component.memory.budget import HOST_SHARE, USABLE
+from component.memory.budget import HOST_SHARE, USABLE, most_tokens
 from component.memory.host import free_host_bytes
 from component.memory.plan import IDLE_GIB
 from component.memory.workload import GIB, NF4_BYTES, Workload, workload
@@ -24,7 +24,6 @@ PREFERENCE = ("dynamic", "int8", "fp8", "int4", "offloaded")
 EXACT = ("dynamic", "offloaded")  # for several rows, which differ in length, and for sliding windows
 CHUNKS = (CHUNK, 2048, 1024, 512)  # tokens per forward pass while a prompt is read
 OUTSIDE_GIB = 0.6  # cuBLAS, cuDNN, Triton's and bitsandbytes' kernels: outside PyTorch's allocator
-STEP = 1024  # resolution, in tokens, of the longest context
 
 
 @dataclass(frozen=True)
@@ -186,18 +185,9 @@ def _peak(found: Need) -> float:
 
 
 def longest_context(reading: Reading, name: str, available: float, host: float) -> int:
-    """The longest context with which a cache fits, in tokens, rounded down to STEP; 0 if none."""
+    """The longest context with which a cache fits, as `most_tokens` counts it."""
 
-    def does(tokens: int) -> bool:
-        return best_chunk(reading, name, tokens, available, host) is not None
-
-    low, high = 0, STEP
-    while does(high):
-        low, high = high, 2 * high
-    while high - low > STEP:
-        middle = (low + high) // 2 // STEP * STEP
-        low, high = (middle, high) if does(middle) else (low, middle)
-    return low
+    return most_tokens(lambda tokens: best_chunk(reading, name, tokens, available, host) is not None)
 
 
 def available_memory(device: torch.device) -> tuple[float, float]:

@@ -2,7 +2,7 @@
 
 import math
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -17,6 +17,18 @@ CONTEXT_GIB = 0.6  # CUDA context; `mem_get_info` does not count it as free
 LIBRARIES_GIB = 1.2  # NCCL buffers, cuDNN and Triton kernels: outside PyTorch's allocator
 USABLE = 0.98  # of a budget: the accuracy of the estimates
 HOST_SHARE = 0.8  # of free CPU memory: pinned memory cannot be swapped out
+STEP = 1024  # resolution, in tokens, of the longest text that fits
+
+
+def most_tokens(fits: Callable[[int], bool]) -> int:
+    """The largest multiple of STEP that fits, 0 if none; whatever fits, fewer tokens do too."""
+    low, high = 0, STEP
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > STEP:
+        middle = (low + high) // 2 // STEP * STEP
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 def available_memory(work: Workload, budget_gib: float | None, device: torch.device) -> tuple[float, float]:

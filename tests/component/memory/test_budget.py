@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from component.error import UserError
-from component.memory.budget import available_memory, explaining_out_of_memory, limit_memory
+from component.memory.budget import available_memory, explaining_out_of_memory, limit_memory, most_tokens
 from component.memory.workload import Workload
 from tests.reference.plain_path import LAYERS, plan_of
 
@@ -69,3 +69,8 @@ def test_k11_available_memory(free, monkeypatch, changes, budget, processes, gpu
 def test_k11_all_processes_plan_with_the_least(free, monkeypatch):
     monkeypatch.setattr("component.distributed.world.gathered", lambda own: [*own, (11.0, 90.0), (30.0, 5.0)])
     assert available_memory(WORK, None, GPU) == (11.0, 5.0)
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(0, 0), (1023, 0), (1024, 1024), (5000, 4096), (131072, 131072)])
+def test_the_most_tokens_that_fit(limit, expected):
+    assert most_tokens(lambda tokens: tokens <= limit) == expected
