@@ -2,10 +2,13 @@
 
 import os
 import platform
+from typing import Any
 
 import torch
 
 from component.memory.rate import CARDS, matrix_rate
+
+BUDGET_GIB = 32  # the memory that this project is made for
 
 
 def describe_card() -> dict:
@@ -24,6 +27,14 @@ def peak_tflops(name: str) -> float | None:
     if "laptop" in parts or ({"h100", "h200", "v100"} & parts and {"pcie", "nvl"} & parts):
         return None
     return next((card.tflops for key, card in CARDS.items() if key in parts), None)
+
+
+def run_settings() -> dict[str, Any]:
+    """Keys of train.py's YAML for an experiment's run on a GPU, which several may share."""
+    if not torch.cuda.is_available():
+        return {}
+    total = torch.cuda.get_device_properties(0).total_memory // 2**30
+    return {"bf16": True, "memory_budget_gib": min(BUDGET_GIB, total)}
 
 
 def visible_gpus() -> list[str]:

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from component.cli import check_at_least
@@ -15,6 +14,7 @@ from component.error import UserError
 from component.storage.claim import claimed, work_folder
 from component.storage.result import origin
 from script.experiment.rows import RECIPE
+from script.shared.card import run_settings
 from script.shared.program import execute
 
 INPUTS = ("base", "short_base", "adapter", "extended", "source")  # flags
@@ -50,9 +50,8 @@ def tune(folder: Path, **settings: Any) -> dict[str, Any]:
     Returns:
         {"settings", "training": train_results.json, "losses", "eval_losses"}, losses as [step, nats per token].
     """
-    precision = {"bf16": True} if torch.cuda.is_available() else {}
     schedule = {"lr_scheduler_type": "cosine"}  # short runs need the learning rate to decay
-    settings = RECIPE | precision | schedule | {"sft": True, "output_dir": str(folder)} | settings
+    settings = RECIPE | run_settings() | schedule | {"sft": True, "output_dir": str(folder)} | settings
     file = folder.with_name(f"{folder.name}.yaml")
     file.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     execute(["train.py", "--train_args_file", str(file)], folder.with_name(f"{folder.name}.log"))

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from component.model import load_config
@@ -17,11 +16,11 @@ from component.rope import extend_context
 from component.storage.result import origin, write_json
 from script.experiment.real.data import common_length, length_of, measured_texts, sources
 from script.experiment.real.rows import BASE_CONTEXT, FULL, RECIPE, Row
+from script.shared.card import run_settings
 from script.shared.program import execute, read_training
 
 REFERENCE = ("full-attention", 0)  # the row and seed that find key tokens
 EVALUATIONS = 6  # during training
-BUDGET_GIB = 32  # of GPU memory for each row: several may share a larger GPU
 
 
 def steps_of(row: Row, flags: argparse.Namespace) -> int:
@@ -93,8 +92,7 @@ class Worker:
         """Train; returns the YAML's settings, the contents of train_results.json, and [step, loss] pairs."""
         length, steps, data = length_of(row, self.flags), steps_of(row, self.flags), self.flags.work / "data"
         settings = RECIPE | {"max_seq_length": length, "model_max_length": length, "seed": seed}
-        settings |= {"bf16": True, "memory_budget_gib": BUDGET_GIB} if torch.cuda.is_available() else {}
-        settings |= row.changes | {"max_steps": steps}
+        settings |= run_settings() | row.changes | {"max_steps": steps}
         settings |= {"model_name_or_path": str(self.flags.base), "output_dir": str(folder)}
         settings |= {"train_file": str(data / f"{row.texts}.jsonl")}
         if row.program != FULL:

@@ -1,8 +1,11 @@
 """Published rates by the names that GPUs have."""
 
-import pytest
+from types import SimpleNamespace
 
-from script.shared.card import describe_card, peak_tflops
+import pytest
+import torch
+
+from script.shared.card import describe_card, peak_tflops, run_settings
 
 
 @pytest.mark.parametrize(
@@ -32,3 +35,11 @@ def test_a_cpu_has_no_rate(monkeypatch):
     found = describe_card()
     assert found.keys() == {"hardware", "matrix_tflops", "peak_tflops"}
     assert found["matrix_tflops"] is found["peak_tflops"] is None
+
+
+@pytest.mark.parametrize(("card", "budget"), [(80, 32), (24, 23)])
+def test_runs_fit_the_card(card, budget, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    found = SimpleNamespace(total_memory=card * 2**30 - 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    assert run_settings() == {"bf16": True, "memory_budget_gib": budget}

@@ -1,10 +1,12 @@
 """Rows are trained and measured on texts of one's own; what is done is not done again."""
 
+import argparse
 import hashlib
 import json
 
 import pytest
 
+from script.experiment.real.run import requested_rows
 from tests.outcome import refused_by_us
 from tests.words import write_lines
 
@@ -98,3 +100,11 @@ def test_wrong_names(run, texts):
     )
     (texts / "books-validation.jsonl").unlink()
     refused_by_us(run("--rows", "base"), f"--texts: {texts} holds no file NAME-validation.*")
+
+
+def test_order():
+    """Untrained rows wait for key tokens, so they come after the rows that can be trained meanwhile."""
+    flags = argparse.Namespace(rows=["base", "ours", "full-attention"], keep=[], seeds=2)
+    pairs = [(row.name, seed) for row, seed in requested_rows(flags)]
+    first = [("full-attention", 0), ("ours", 0), ("base", 0)]
+    assert pairs == [*first, ("ours", 1), ("full-attention", 1)]
