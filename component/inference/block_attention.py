@@ -59,6 +59,8 @@ def block_attention_forward(
     if history is None and (attention_mask is not None or old == 0 or new == 1):
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     assert attention_mask is None, "padding: blocks are for rows of equal length"
+    if history is not None and history.blocks and runs_kernel(query, history):
+        return decoded(query, history, scaling or query.shape[3] ** -0.5).transpose(1, 2), None
     parts = []
     if history is None:
         parts = [(key[:, :, :old], value[:, :, :old])]
@@ -78,10 +80,6 @@ def block_attention_forward(
 
 def merge_blocks(out: Tensor, saved: SavedForBackward, query: Tensor, history: History, scaling: float | None) -> None:
     """Merge attention to the quantized blocks into `out` (B, H, t, D) fp32 and its log-sum-exp."""
-    scaling = scaling or query.shape[3] ** -0.5
-    if runs_kernel(query, history):
-        merge_attention(out, saved, *decoded(query, history, scaling))
-        return
     for segment, blocks in enumerate(history.segments()):
         part = history.dequantized(segment, blocks)
         merge_attention(out, saved, *attention_forward(query, *part, scaling, is_causal=False))
@@ -95,20 +93,26 @@ def runs_kernel(query: Tensor, history: History) -> bool:
     return query.is_cuda and torch.cuda.get_device_capability(query.device) >= OLDEST and HAS_TRITON
 
 
-def decoded(query: Tensor, history: History, scaling: float) -> tuple[Tensor, SavedForBackward]:
-    """Attention of one token to the quantized blocks, (B, H, 1, D) fp32, and its log-sum-exp."""
-    from component.inference.decode_kernel import attend_to_blocks, split_table
+def decoded(query: Tensor, history: History, scaling: float) -> Tensor:
+    """Attention of one token (B, H, 1, D) to all tokens up to itself, which the cache holds already."""
+    from component.inference.decode_kernel import decode_attention, split_table
 
     layer, (keys, values) = history.layer, history.layer.stores
     if layer.table_blocks != history.blocks:  # once in BLOCK tokens
         segments = list(zip(keys.segments, values.segments, history.segments(), strict=False))  # the last may be newer
         layer.table, layer.table_blocks = split_table(segments), history.blocks
-    grouped = query.reshape(-1, query.shape[1] // history.keys.shape[1], query.shape[3])  # (B K, H / K, D)
-    groups = values.segments[0].scale.shape[3]
-    parts, lse = attend_to_blocks(grouped, layer.table, keys.format.bits, groups, scaling)
-    total = lse.logsumexp(2, keepdim=True)
-    merged = ((lse - total).exp().unsqueeze(3) * parts).sum(2)
-    return merged.view(query.shape), SavedForBackward("decode", (total.view(query.shape[:3]), None, None))
+    recent = [memory.flatten(0, 1) for memory in layer.recent]
+    grouped = query.reshape(len(recent[0]), -1, query.shape[3])  # (B K, H / K, D)
+    merged = decode_attention(
+        grouped,
+        (recent[0], recent[1]),
+        history.keys.shape[2] + 1,
+        layer.table,
+        bits=keys.format.bits,
+        value_groups=values.segments[0].scale.shape[3],
+        scaling=scaling,
+    )
+    return merged.view(query.shape)
 
 
 AttentionInterface.register(NAME, block_attention_forward)

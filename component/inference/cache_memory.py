@@ -23,6 +23,7 @@ from component.rope import context_length
 PREFERENCE = ("dynamic", "int8", "fp8", "int4", "offloaded")
 EXACT = ("dynamic", "offloaded")  # for several rows, which differ in length, and for sliding windows
 CHUNKS = (CHUNK, 2048, 1024, 512)  # tokens per forward pass while a prompt is read
+KERNELS_GIB = 0.15  # cuBLAS's and cuDNN's workspaces, inside PyTorch's allocator
 OUTSIDE_GIB = 0.6  # cuBLAS, cuDNN, Triton's and bitsandbytes' kernels: outside PyTorch's allocator
 
 
@@ -73,8 +74,8 @@ def cache_bytes(config: PretrainedConfig, name: str, tokens: int, value_bytes: i
         of_tokens, of_channels = stored.groups(head_size, is_key)
         scales = BLOCK // of_tokens * numbers // of_channels
         block += scales * value_bytes * (2 if stored.has_zero else 1)
-    blocks, rest = divmod(tokens, BLOCK)
-    return config.num_hidden_layers * (sum(capacities(blocks)) * block + 2 * rest * numbers * value_bytes)
+    recent = 2 * BLOCK * numbers * value_bytes  # room for the tokens after the last full block
+    return config.num_hidden_layers * (sum(capacities(tokens // BLOCK)) * block + recent)
 
 
 def weight_bytes(work: Workload, value_bytes: int) -> float:
@@ -92,7 +93,7 @@ def need(reading: Reading, name: str, tokens: int, chunk: int) -> Need:
     attention = work.hidden * 2 * size + (3 * query + 4 * numbers) * size + 4 * 4 * query
     mlp = work.hidden * (2 * size + 4) + 3 * work.mlp * size
     logits = 3 * 4 * work.vocabulary  # fp32, and copies while sampling
-    workspace = IDLE_GIB * GIB + reading.rows * (chunk_tokens * max(attention, mlp) + logits)
+    workspace = (IDLE_GIB + KERNELS_GIB) * GIB + reading.rows * (chunk_tokens * max(attention, mlp) + logits)
     workspace += work.hidden * work.mlp * size if reading.in_4bit else 0  # the largest matrix, dequantized
     if not reading.reads_parts(tokens):  # a mask; and eagerly, scores of each head, and their softmax in fp32
         pair = {"sdpa": 1 + size, "eager": 1 + size + work.heads * (2 * size + 4)}.get(reading.attention, 0)

@@ -30,12 +30,26 @@ def new_cache(config: PretrainedConfig, implementation: str) -> Cache:
     Raises:
         UserError: quantization of a model whose layers do not all attend to every token.
     """
-    if implementation in ("dynamic", "offloaded"):
-        return DynamicCache(config=config, offloading=implementation == "offloaded")
+    if implementation == "offloaded":
+        return OffloadedCache(config=config, offloading=True)
+    if implementation == "dynamic":
+        return DynamicCache(config=config)
     assert implementation in FORMATS, implementation
     check_quantizable(config, implementation)
     keeps_blocks = config._attn_implementation == NAME
     return Cache(layers=[BlockQuantizedLayer(implementation, keeps_blocks) for _ in range(config.num_hidden_layers)])
+
+
+class OffloadedCache(DynamicCache):
+    """transformers' own, whose copies from CPU memory wait for those to it.
+
+    They run on a stream of their own. Before version 5.23 they waited for nothing, so that a layer read what its
+    copy to CPU memory had not written yet: answers were wrong wherever Python was ahead of the GPU.
+    """
+
+    def prefetch(self, *args: Any, **kwargs: Any) -> None:
+        self.prefetch_stream.wait_stream(torch.cuda.current_stream())
+        super().prefetch(*args, **kwargs)
 
 
 def is_quantizable(config: PretrainedConfig) -> bool:
@@ -57,12 +71,13 @@ def has_fixed_frequencies(config: PretrainedConfig) -> bool:
 
 
 def tensor_bytes(cache: Any) -> int:
-    """Bytes of all tensors in the layers of `cache`, at any depth; each tensor counts once."""
+    """Bytes of all tensors in the layers of `cache`, at any depth; memory that several share counts once."""
     sizes: dict[int, int] = {}
 
     def visit(value: Any) -> None:
         if isinstance(value, torch.Tensor):
-            sizes[id(value)] = value.numel() * value.element_size()
+            memory = value.untyped_storage()
+            sizes[memory.data_ptr()] = memory.nbytes()
         elif isinstance(value, dict | list | tuple):
             for inner in value.values() if isinstance(value, dict) else value:
                 visit(inner)

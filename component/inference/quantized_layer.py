@@ -166,7 +166,7 @@ class History:
 
 
 class BlockQuantizedLayer(DynamicLayer):
-    """A layer of transformers' Cache. `keys` and `values` hold the tokens after the last full block.
+    """A layer of transformers' Cache. `keys` and `values` are views of the tokens after the last full block.
 
     Args:
         keeps_blocks: whether the attention function reads `history` of the keys that `update` returns, see
@@ -178,6 +178,7 @@ class BlockQuantizedLayer(DynamicLayer):
         self.is_initialized: bool = False
         self.stores = tuple(BlockStore(FORMATS[format_name], is_key) for is_key in (True, False))
         self.keeps_blocks = keeps_blocks
+        self.recent: tuple[Tensor, ...] = ()  # keys and values (B, K, BLOCK, D) after the last full block
         self.forget_table()
 
     def forget_table(self) -> None:
@@ -192,7 +193,7 @@ class BlockQuantizedLayer(DynamicLayer):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+            self._hold([part[:, :, :0] for part in (key_states, value_states)])
         history = History(self, self.stores[0].blocks, self.keys, self.values)
         if self.keeps_blocks:
             key_states = key_states.view_as(key_states)  # a tensor of our own, for the attribute
@@ -206,14 +207,33 @@ class BlockQuantizedLayer(DynamicLayer):
         return returned
 
     def _append(self, key_states: Tensor, value_states: Tensor) -> None:
+        count, new = self.keys.shape[2], key_states.shape[2]
+        if count + new <= BLOCK:  # as in decoding: what the current forward pass reads stays where it is
+            for memory, part in zip(self.recent, (key_states, value_states), strict=True):
+                memory[:, :, count : count + new] = part
+            if count + new == BLOCK:
+                for store, memory in zip(self.stores, self.recent, strict=True):
+                    store.append(memory.flatten(0, 1))
+            self._view((count + new) % BLOCK)
+            return
         rest = []
-        for store, old, new in zip(self.stores, (self.keys, self.values), (key_states, value_states), strict=True):
-            numbers = torch.cat([old, new], 2) if old.numel() else new
+        for store, old, part in zip(self.stores, (self.keys, self.values), (key_states, value_states), strict=True):
+            numbers = torch.cat([old, part], 2) if count else part
             full = numbers.shape[2] // BLOCK * BLOCK
-            if full:
-                store.append(numbers[:, :, :full].flatten(0, 1))
-            rest.append(numbers[:, :, full:].clone())  # a view would keep the memory of all
-        self.keys, self.values = rest
+            store.append(numbers[:, :, :full].flatten(0, 1))
+            rest.append(numbers[:, :, full:])
+        self._hold(rest)
+
+    def _hold(self, parts: list[Tensor]) -> None:
+        """Copy keys and values (B, K, T, D) of fewer than BLOCK tokens to new memory."""
+        rows, heads, count, head_size = parts[0].shape
+        self.recent = tuple(part.new_empty(rows, heads, BLOCK, head_size) for part in parts)
+        for memory, part in zip(self.recent, parts, strict=True):
+            memory[:, :, :count] = part
+        self._view(count)
+
+    def _view(self, count: int) -> None:
+        self.keys, self.values = (memory[:, :, :count] for memory in self.recent)
 
     def get_seq_length(self) -> int:
         return self.stores[0].blocks * BLOCK + self.keys.shape[2] if self.is_initialized else 0
@@ -229,10 +249,11 @@ class BlockQuantizedLayer(DynamicLayer):
         self.forget_table()  # what is written next may be elsewhere
         for store in self.stores:
             store.crop(blocks)
-        self.keys, self.values = (part[:, :, :rest].clone() for part in (self.keys, self.values))
+        self._view(rest)
 
     def reset(self) -> None:
         self.keys = self.values = None
+        self.recent = ()
         self.is_initialized = False
         self.forget_table()
         for store in self.stores:

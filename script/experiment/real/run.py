@@ -68,7 +68,7 @@ from script.shared.card import visible_gpus
 
 
 def requested_rows(flags: argparse.Namespace) -> list[tuple[Row, int]]:
-    """(row, seed): first seeds before second ones; the row that finds key tokens first, untrained ones wait for it."""
+    """(row, seed): first seeds before second ones; first the row that finds key tokens, for which all others wait."""
     known = all_rows()
     names = list(known) if flags.rows == ["all"] else flags.rows
     for flag, given in (("rows", names), ("keep", flags.keep)):
@@ -76,7 +76,12 @@ def requested_rows(flags: argparse.Namespace) -> list[tuple[Row, int]]:
             if name not in known:
                 raise UserError(f"--{flag}: {name!r} is not in script/experiment/real/rows.py{nearest(name, known)}")
     pairs = [(known[name], seed) for name in names for seed in range(min(known[name].seeds, flags.seeds or 9))]
-    return sorted(pairs, key=lambda pair: (pair[1], (pair[0].name, pair[1]) != REFERENCE, pair[0].program is None))
+    return sorted(pairs, key=lambda pair: (pair[1], (pair[0].name, pair[1]) != REFERENCE, _only_waits(pair[0])))
+
+
+def _only_waits(row: Row) -> bool:
+    """Whether a row has nothing to do before key tokens are found."""
+    return row.program is None and not row.has_ruler
 
 
 def estimate(waiting: list[tuple[Row, int]], flags: argparse.Namespace) -> str:

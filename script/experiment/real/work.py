@@ -61,14 +61,17 @@ class Worker:
             else:
                 result |= self.train(row, seed, folder) | {"rows_per_gpu": self.rows_per_gpu}
                 words = ["--base_model" if row.program == FULL else "--peft_model", str(folder)]
+            if (row.name, seed) == REFERENCE:  # the others wait for it
+                result["perplexity"] = self.measure(row, seed, folder, words)
+                self.keys_found.set()
+            if row.has_ruler and seed == 0 and self.flags.samples:
+                result["ruler"] = self.ruler(row, folder, words)
             if (row.name, seed) != REFERENCE:
                 self.keys_found.wait()
-            result["perplexity"] = self.measure(row, seed, folder, words)
+                result["perplexity"] = self.measure(row, seed, folder, words)
         finally:
             if (row.name, seed) == REFERENCE:
                 self.keys_found.set()
-        if row.has_ruler and seed == 0 and self.flags.samples:
-            result["ruler"] = self.ruler(row, folder, words)
         result |= {"seconds": round(time.monotonic() - start, 1), **origin()}
         write_json(result_file(row, seed, self.flags), result)
         if row.name not in self.flags.keep or seed:

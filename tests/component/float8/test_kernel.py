@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from component.float8 import product
-from component.float8.product import E4M3, E5M2, TINY, Float8Matrix, quantize, quantize_weight, scale_of
+from component.float8.product import E4M3, E5M2, TINY, Float8Matrix, quantize, quantize_weight
 from tests.reference.float8 import assert_same_numbers, float8_card, nf4
 
 pytest.importorskip("triton")
@@ -47,7 +47,7 @@ def test_nf4(shape, transposed, storage, nested, device):
 
     weight = nf4(*shape, float8_card() if device == "cuda" else device, storage, nested)
     assert weight.quant_state.nested == nested
-    inverse, scales = scale_of(product._largest_values(weight.quant_state, transposed), E4M3)
+    inverse, scales = product._weight_scales(weight.quant_state, transposed)
     found = torch.empty(shape[::-1] if transposed else shape, device=device)
     found = found.to(E4M3) if device == "cuda" else found
     nf4_to_float8(weight.data, inverse, weight.quant_state, found, transposed)

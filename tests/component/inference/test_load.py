@@ -9,6 +9,7 @@ from transformers import AutoConfig
 
 from component.error import UserError
 from component.inference.block_attention import NAME
+from component.inference.cache_memory import KERNELS_GIB
 from component.inference.generate import generate
 from component.inference.load import check_attention, fit_cache, load_from_flags
 from component.memory.plan import IDLE_GIB
@@ -88,9 +89,8 @@ class TestFitCache:
     @pytest.fixture
     def gpu(self, monkeypatch):
         def free(mib: float) -> None:
-            monkeypatch.setattr(
-                "component.inference.load.available_memory", lambda device: (IDLE_GIB * 2**30 + mib * 2**20, 2**40)
-            )
+            gpu = (IDLE_GIB + KERNELS_GIB) * 2**30 + mib * 2**20
+            monkeypatch.setattr("component.inference.load.available_memory", lambda device: (gpu, 2**40))
 
         return free
 

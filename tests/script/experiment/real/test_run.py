@@ -103,8 +103,8 @@ def test_wrong_names(run, texts):
 
 
 def test_order():
-    """Untrained rows wait for key tokens, so they come after the rows that can be trained meanwhile."""
-    flags = argparse.Namespace(rows=["base", "ours", "full-attention"], keep=[], seeds=2)
+    """Rows that only wait for key tokens come after those that can be trained meanwhile."""
+    flags = argparse.Namespace(rows=["untrained-linear", "base", "ours", "full-attention"], keep=[], seeds=2)
     pairs = [(row.name, seed) for row, seed in requested_rows(flags)]
-    first = [("full-attention", 0), ("ours", 0), ("base", 0)]
+    first = [("full-attention", 0), ("base", 0), ("ours", 0), ("untrained-linear", 0)]
     assert pairs == [*first, ("ours", 1), ("full-attention", 1)]
