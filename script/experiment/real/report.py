@@ -3,7 +3,7 @@
     python script/experiment/real/report.py --work output/real --output figure
 
 Writes real_model.json (all numbers of each row, its settings, command, card, date and versions), real_model.md
-(tables) and real_model.png (perplexity by window length). Scores of RULER stand beside those of the same samples under
+(tables) and perplexity.png (by window length). Scores of RULER stand beside those of the same samples under
 full attention, with the 95 % interval of the difference (bootstrap over samples).
 """
 
@@ -42,7 +42,7 @@ from component.storage.result import save_figure, write_json
 from script.experiment.real.rows import all_rows
 from script.experiment.report import cell, markdown
 
-NAMES = ("real_model.json", "real_model.md", "real_model.png")
+NAMES = ("real_model.json", "real_model.md", "perplexity.png")
 REFERENCE = "full-attention"  # the row that others are compared with
 DRAWS = 2000
 ABLE = 50  # % of a task's score

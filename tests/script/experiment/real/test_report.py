@@ -128,8 +128,8 @@ def test_files(run_program, results, tmp_path):
     outcome = run_program(REPORT, "--work", tmp_path / "work", "--output", tmp_path / "out")
     assert outcome.status == 0, outcome.err
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "perplexity.png",
         "real_model.json",
         "real_model.md",
-        "real_model.png",
     ]
     assert len(json.loads((tmp_path / "out/real_model.json").read_text())["rows"]) == 3
