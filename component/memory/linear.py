@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from component.float8.product import Float8Matrix, fits, multiply, quantize, quantize_weight
+from component.float8.product import Float8Matrix, SharedInput, fits, multiply, quantize, quantize_weight
 
 Gradients = dict[nn.Parameter, Tensor]  # summed over tiles of tokens in fp32
 
@@ -34,6 +34,7 @@ class LoRALinear:
         self.base = module.get_base_layer() if isinstance(module, LoraLayer) else module
         self.lora: Any = module if isinstance(module, LoraLayer) else None
         self.in_float8 = False  # whether products with the frozen weight are computed in FP8
+        self.shared_input: SharedInput | None = None  # with other layers, in FP8
         self._held: dict[Any, Any] | None = None
 
     @property
@@ -193,10 +194,12 @@ class _LoRALinearFunction(torch.autograd.Function):
     """`LoRALinear` as an autograd function, for layers called by Hugging Face's code."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, projection: LoRALinear, *trained: nn.Parameter) -> Tensor:
+    def forward(
+        ctx, x: Tensor, projection: LoRALinear, quantized: Float8Matrix | None, *trained: nn.Parameter
+    ) -> Tensor:
         ctx.seed, ctx.projection, ctx.shape, ctx.trained = projection.draw_seed(), projection, x.shape, trained
         flat = x.reshape(-1, x.shape[-1])
-        y, low = projection.forward(flat, ctx.seed)
+        y, low = projection.forward(flat, ctx.seed, quantized)
         ctx.save_for_backward(None if projection.factors is None else x, low)
         return y.view(*x.shape[:-1], -1)
 
@@ -206,7 +209,14 @@ class _LoRALinearFunction(torch.autograd.Function):
         sums: Gradients = {}
         grad, x = grad.reshape(-1, grad.shape[-1]), None if x is None else x.reshape(-1, x.shape[-1])
         dx = ctx.projection.backward(grad, x, low, ctx.seed, sums, need_x=ctx.needs_input_grad[0])
-        return None if dx is None else dx.view(ctx.shape), None, *as_returned(sums, ctx.trained)
+        return None if dx is None else dx.view(ctx.shape), None, None, *as_returned(sums, ctx.trained)
+
+
+def _call(projection: LoRALinear, x: Tensor) -> Tensor:
+    x = to_autocast_dtype(x)
+    shared = projection.shared_input
+    quantized = None if shared is None else shared.quantized(x)
+    return _LoRALinearFunction.apply(x, projection, quantized, *projection.parameters)
 
 
 def to_autocast_dtype(x: Tensor) -> Tensor:
@@ -224,7 +234,7 @@ class FusedLoRALayer(nn.Module):
         trains = self.training and is_plain
         if not trains or args or kwargs:
             return super().forward(x, *args, **kwargs)
-        return _LoRALinearFunction.apply(to_autocast_dtype(x), self.projection, *self.projection.parameters)
+        return _call(self.projection, x)
 
 
 class FusedFrozenLayer(nn.Module):
@@ -233,7 +243,7 @@ class FusedFrozenLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        return _LoRALinearFunction.apply(to_autocast_dtype(x), self.projection)
+        return _call(self.projection, x)
 
 
 def fuse_lora(model: nn.Module) -> None:
@@ -256,3 +266,9 @@ def use_float8(decoder: nn.Module) -> None:
             _fuse(layer, FusedFrozenLayer)
         if isinstance(projection := getattr(layer, "projection", None), LoRALinear):
             projection.use_float8()
+    for module in decoder.modules():
+        found = [getattr(getattr(module, name, None), "projection", None) for name in ("q_proj", "k_proj", "v_proj")]
+        readers = [reader for reader in found if isinstance(reader, LoRALinear) and reader.in_float8]
+        shared = SharedInput(len(readers)) if len(readers) == len(found) else None
+        for reader in readers:
+            reader.shared_input = shared

@@ -235,3 +235,17 @@ def test_kernels_err_as_plain_operations_do(family, plan, tmp_path, monkeypatch)
     errors, plain = relative_errors(found, unrounded), relative_errors(expected, unrounded)
     assert 0.5 < sum(errors) / sum(plain) < 1.3
     assert errors[0] < 0.02
+
+
+def test_queries_keys_and_values_share_a_quantized_input(monkeypatch):
+    """Quantized in a layer: the inputs of q, of o, of gate, and of down; backward 7 gradients but those of 3."""
+    inputs = []
+    quantize = product.quantize
+    for module in (linear, product):
+        monkeypatch.setattr(module, "quantize", lambda x: inputs.append(x.shape) or quantize(x))
+    model = under_plan(tiny_model(), in_float8=True, **PLANS["everything"])
+    train_pass(model, random_batch())
+    of_tokens = [shape for shape in inputs if shape[0] == TOKENS]  # the others are weights
+    assert len(of_tokens) == LAYERS * (4 + 7) - 3
+    shared = model.get_base_model().get_decoder().layers[0].self_attn.q_proj.projection.shared_input
+    assert (shared._input, shared._matrix) == (None, None), "nothing is held between steps"

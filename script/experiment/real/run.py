@@ -15,10 +15,9 @@ full attention throughout, which therefore comes first; without it there is no L
 import argparse
 import itertools
 import sys
-import threading
 import time
 import traceback
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -63,12 +62,13 @@ from component.storage.hub import READ_SUFFIXES, check_source
 from component.storage.result import hardware
 from script.experiment.real.data import length_of, prepare_data
 from script.experiment.real.rows import RECIPE, Row, all_rows
-from script.experiment.real.work import REFERENCE, Worker, result_file, steps_of
+from script.experiment.real.schedule import Schedule
+from script.experiment.real.work import REFERENCE, Trained, Worker, result_file, steps_of
 from script.shared.card import visible_gpus
 
 
 def requested_rows(flags: argparse.Namespace) -> list[tuple[Row, int]]:
-    """(row, seed): first seeds before second ones; first the row that finds key tokens, for which all others wait."""
+    """(row, seed): first seeds before second ones; first the row that finds the others' key tokens."""
     known = all_rows()
     names = list(known) if flags.rows == ["all"] else flags.rows
     for flag, given in (("rows", names), ("keep", flags.keep)):
@@ -76,12 +76,7 @@ def requested_rows(flags: argparse.Namespace) -> list[tuple[Row, int]]:
             if name not in known:
                 raise UserError(f"--{flag}: {name!r} is not in script/experiment/real/rows.py{nearest(name, known)}")
     pairs = [(known[name], seed) for name in names for seed in range(min(known[name].seeds, flags.seeds or 9))]
-    return sorted(pairs, key=lambda pair: (pair[1], (pair[0].name, pair[1]) != REFERENCE, _only_waits(pair[0])))
-
-
-def _only_waits(row: Row) -> bool:
-    """Whether a row has nothing to do before key tokens are found."""
-    return row.program is None and not row.has_ruler
+    return sorted(pairs, key=lambda pair: (pair[1], (pair[0].name, pair[1]) != REFERENCE))
 
 
 def estimate(waiting: list[tuple[Row, int]], flags: argparse.Namespace) -> str:
@@ -116,30 +111,51 @@ def check_flags(flags: argparse.Namespace) -> None:
 
 def do_all(waiting: list[tuple[Row, int]], flags: argparse.Namespace, start: float) -> None:
     """Do the rows, --jobs at a time, on the visible GPUs in turn; `start`: from when --time_limit_s counts."""
-    gpus, keys_found, failures = visible_gpus(), threading.Event(), list[str]()
+    limit = float("inf") if flags.time_limit_s is None else start + flags.time_limit_s
+    schedule: Schedule[tuple[Row, int], Trained] = Schedule(waiting, lambda: time.monotonic() < limit)
+    gpus, failures = visible_gpus(), list[str]()
+    worker = Worker(flags, -(-flags.jobs // max(1, len(gpus))))
     if REFERENCE not in [(row.name, seed) for row, seed in waiting]:
-        keys_found.set()
-    worker = Worker(flags, keys_found, -(-flags.jobs // max(1, len(gpus))))
-    names = itertools.cycle(gpus or [None])
+        schedule.keys_known()
 
-    def one(row: Row, seed: int) -> str:
-        if flags.time_limit_s is not None and time.monotonic() - start > flags.time_limit_s:
-            keys_found.set()
-            return f"{row.name}-{seed}: skipped, --time_limit_s reached"
+    def fail(row: Row, seed: int, error: Exception) -> None:  # the other rows continue
+        failures.append(f"{row.name}-{seed}")
+        if not isinstance(error, UserError):
+            traceback.print_exception(error)
+        print(f"{row.name}-{seed}: {error}", flush=True)
+
+    def train(row: Row, seed: int) -> None:
         try:
-            return f"{row.name}-{seed}: {worker.do(row, seed)['seconds']} s"
-        except Exception as error:  # the other rows continue
-            failures.append(f"{row.name}-{seed}")
-            if not isinstance(error, UserError):
-                traceback.print_exc()
-            return f"{row.name}-{seed}: {error}"
+            trained = worker.prepare(row, seed)
+            schedule.trained(trained, finds_keys=trained.finds_keys)
+        except Exception as error:
+            fail(row, seed, error)
+            schedule.failed()
+            if (row.name, seed) == REFERENCE:
+                schedule.keys_known()
 
-    def take_a_gpu() -> None:
-        worker.gpu.name = next(names)
+    def measure(trained: Trained) -> None:
+        try:
+            result = worker.finish(trained, schedule.keys_known)
+            print(f"{trained.row.name}-{trained.seed}: {result['seconds']} s", flush=True)
+        except Exception as error:
+            fail(trained.row, trained.seed, error)
 
-    with ThreadPoolExecutor(flags.jobs, initializer=take_a_gpu) as pool:
-        for done in as_completed([pool.submit(one, row, seed) for row, seed in waiting]):
-            print(done.result(), flush=True)
+    def work(gpu: str | None) -> None:
+        worker.gpu.name = gpu
+        while (item := schedule.take()) is not None:
+            pair, trained = item
+            if pair is not None:
+                train(*pair)
+            elif trained is not None:
+                measure(trained)
+
+    names = itertools.cycle(gpus or [None])
+    with ThreadPoolExecutor(flags.jobs) as pool:
+        for thread in [pool.submit(work, next(names)) for _ in range(flags.jobs)]:
+            thread.result()
+    for row, seed in schedule.waiting:
+        print(f"{row.name}-{seed}: skipped, --time_limit_s reached")
     if failures:
         raise UserError(f"{len(failures)} rows failed: {', '.join(failures)}; see their logs in {flags.work}/runs")
 

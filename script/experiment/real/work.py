@@ -1,10 +1,11 @@
-"""How is one row trained and measured on a real model? With train.py, evaluate.py and ruler.py, on one GPU."""
+"""How is one row trained, then measured, on a real model? With train.py, evaluate.py and ruler.py, on one GPU."""
 
 import argparse
 import json
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,45 +38,72 @@ def without_documents(result: dict) -> dict:
 
 
 @dataclass
+class Trained:
+    """A row that can be measured.
+
+    Attributes:
+        words: the flags that name its model.
+        result: what is known so far.
+        seconds: that it took so far.
+    """
+
+    row: Row
+    seed: int
+    words: list[str]
+    result: dict[str, Any]
+    seconds: float
+
+    @property
+    def finds_keys(self) -> bool:
+        return (self.row.name, self.seed) == REFERENCE
+
+
+@dataclass
 class Worker:
     """Trains and measures rows, each on one GPU.
 
     Attributes:
-        keys_found: set once the key tokens of LongPPL are known, or are not looked for.
         rows_per_gpu: at most; step times of rows that share a GPU say nothing.
     """
 
     flags: argparse.Namespace
-    keys_found: threading.Event
     rows_per_gpu: int = 1
     gpu: threading.local = field(default_factory=threading.local)  # .name: for CUDA_VISIBLE_DEVICES
 
-    def do(self, row: Row, seed: int) -> dict[str, Any]:
-        """Train, measure and write the result of one row; what it trained is deleted, unless --keep names it."""
-        start, folder = time.monotonic(), self.flags.work / "runs" / f"{row.name}-{seed}"
+    def folder(self, row: Row, seed: int) -> Path:
+        return self.flags.work / "runs" / f"{row.name}-{seed}"
+
+    def prepare(self, row: Row, seed: int) -> Trained:
+        """Train a row, unless it is there, trained with the same settings."""
+        start, folder = time.monotonic(), self.folder(row, seed)
         length = length_of(row, self.flags)
         result: dict[str, Any] = {"row": row.name, "label": row.label, "length": length, "seed": seed}
+        if row.program is None:
+            words = ["--base_model", str(self.save_scaled(row, folder) if row.rope_type else self.flags.base)]
+        else:
+            result |= self.train(row, seed, folder) | {"rows_per_gpu": self.rows_per_gpu}
+            words = ["--base_model" if row.program == FULL else "--peft_model", str(folder)]
+        return Trained(row, seed, words, result, time.monotonic() - start)
+
+    def finish(self, trained: Trained, keys_known: Callable[[], None] = lambda: None) -> dict[str, Any]:
+        """Measure a row and write its result; what was trained is deleted, unless --keep names it.
+
+        Args:
+            keys_known: called once the key tokens of LongPPL are there, or will not be.
+        """
+        start, row, seed = time.monotonic(), trained.row, trained.seed
         try:
-            if row.program is None:
-                words = ["--base_model", str(self.save_scaled(row, folder) if row.rope_type else self.flags.base)]
-            else:
-                result |= self.train(row, seed, folder) | {"rows_per_gpu": self.rows_per_gpu}
-                words = ["--base_model" if row.program == FULL else "--peft_model", str(folder)]
-            if (row.name, seed) == REFERENCE:  # the others wait for it
-                result["perplexity"] = self.measure(row, seed, folder, words)
-                self.keys_found.set()
-            if row.has_ruler and seed == 0 and self.flags.samples:
-                result["ruler"] = self.ruler(row, folder, words)
-            if (row.name, seed) != REFERENCE:
-                self.keys_found.wait()
-                result["perplexity"] = self.measure(row, seed, folder, words)
+            trained.result["perplexity"] = self.measure(row, seed, self.folder(row, seed), trained.words)
         finally:
-            if (row.name, seed) == REFERENCE:
-                self.keys_found.set()
-        result |= {"seconds": round(time.monotonic() - start, 1), **origin()}
+            if trained.finds_keys:
+                keys_known()
+        if row.has_ruler and seed == 0 and self.flags.samples:
+            trained.result["ruler"] = self.ruler(row, self.folder(row, seed), trained.words)
+        seconds = round(trained.seconds + time.monotonic() - start, 1)
+        result = trained.result | {"seconds": seconds, **origin()}
         write_json(result_file(row, seed, self.flags), result)
         if row.name not in self.flags.keep or seed:
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(self.folder(row, seed), ignore_errors=True)
         return result
 
     def run(self, program: str, words: list[str], log: Path) -> None:
@@ -108,6 +136,7 @@ class Worker:
         is_trained = (folder / "train_results.json").exists() and file.exists() and file.read_text("utf-8") == text
         if not is_trained:  # else measuring failed
             file.write_text(text, encoding="utf-8")
+            self.ruler_file(folder).unlink(missing_ok=True)  # of another adapter
             assert row.program
             self.run(row.program, ["--train_args_file", str(file)], file.with_suffix(".log"))
         training, losses = read_training(folder)
@@ -141,11 +170,15 @@ class Worker:
         rule = ["--long_ppl_context", str(context), "--long_ppl_stride", str(stride)]
         return ["--long_ppl", "true", "--key_tokens", str(file), *rule]
 
+    @staticmethod
+    def ruler_file(folder: Path) -> Path:
+        return folder.with_name(f"{folder.name}-ruler.json")
+
     def ruler(self, row: Row, folder: Path, words: list[str]) -> dict[str, Any]:
         lengths = sorted({*(self.flags.ruler_lengths or (4096, 8192)), length_of(row, self.flags)})
-        output = folder.with_name(f"{folder.name}-ruler.json")
+        output = self.ruler_file(folder)
         more = ["--samples", str(self.flags.samples), "--batch_size", str(self.flags.ruler_batch_size)]
-        more += ["--output_json", str(output), "--overwrite", "--template", "completion"]
+        more += ["--output_json", str(output), "--resume", "--template", "completion"]
         more += ["--lengths", *map(str, lengths)]
         self.run("script/evaluate/ruler.py", [*words, *more], output.with_suffix(".log"))
         return json.loads(output.read_text(encoding="utf-8"))

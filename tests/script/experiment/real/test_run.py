@@ -103,8 +103,18 @@ def test_wrong_names(run, texts):
 
 
 def test_order():
-    """Rows that only wait for key tokens come after those that can be trained meanwhile."""
-    flags = argparse.Namespace(rows=["untrained-linear", "base", "ours", "full-attention"], keep=[], seeds=2)
+    flags = argparse.Namespace(rows=["base", "ours", "full-attention"], keep=[], seeds=2)
     pairs = [(row.name, seed) for row, seed in requested_rows(flags)]
-    first = [("full-attention", 0), ("base", 0), ("ours", 0), ("untrained-linear", 0)]
-    assert pairs == [*first, ("ours", 1), ("full-attention", 1)]
+    assert pairs == [("full-attention", 0), ("base", 0), ("ours", 0), ("ours", 1), ("full-attention", 1)]
+
+
+@pytest.mark.slow
+def test_a_row_that_fails(run, tmp_path):
+    """The row that finds key tokens can't be written: the others are measured without LongPPL."""
+    (tmp_path / "work/runs").mkdir(parents=True)
+    (tmp_path / "work/runs/full-attention-0").write_text("a file")
+    outcome = run("--rows", "full-attention", "untrained-linear", "paper")
+    refused_by_us(outcome, "1 rows failed: full-attention-0")
+    for name in ("untrained-linear", "paper"):
+        found = json.loads((tmp_path / f"work/results/{name}-0.json").read_text())
+        assert not any(entry["key_tokens"] for entry in found["perplexity"]["books"])

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-import threading
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ import yaml
 
 from component.error import UserError
 from script.experiment.real.rows import all_rows
-from script.experiment.real.work import Worker
+from script.experiment.real.work import Trained, Worker
 from tests.words import write_lines
 
 
@@ -30,7 +30,7 @@ def worker(tmp_path, base_folder):
         "tokens_at_once": 9,
     }
     flags = argparse.Namespace(base=base_folder, work=tmp_path / "work", texts=tmp_path, **small)
-    return Worker(flags, threading.Event())
+    return Worker(flags)
 
 
 def test_key_tokens_are_looked_for_by_one_row(worker):
@@ -48,13 +48,21 @@ def test_key_tokens_are_looked_for_by_one_row(worker):
 
 
 def test_a_row_that_fails(worker):
-    """Its training file is not there: nobody waits for its key tokens, and its settings can be read."""
+    """Its training file is not there; its settings can be read."""
     with pytest.raises(UserError, match=r"train\.jsonl"):
-        worker.do(all_rows()["full-attention"], 0)
-    assert worker.keys_found.is_set()
+        worker.prepare(all_rows()["full-attention"], 0)
     settings = yaml.safe_load((worker.flags.work / "runs/full-attention-0.yaml").read_text())
     assert (settings["max_seq_length"], settings["seed"], settings["max_steps"]) == (32768, 0, 1)
     assert settings.get("bf16", False) == torch.cuda.is_available()
+
+
+def test_nobody_waits_for_key_tokens_that_cannot_be_found(worker):
+    told = []
+    for name in ("full-attention", "ours"):
+        row = all_rows()[name]
+        with pytest.raises(UserError):
+            worker.finish(Trained(row, 0, ["--base_model", "no/such/folder"], {}, 0.0), partial(told.append, name))
+    assert told == ["full-attention"]
 
 
 def test_scaled_positions(worker, tmp_path):
