@@ -42,7 +42,7 @@ from component.rope import depends_on_length, extend_context, original_context, 
 from component.shard import load_shards
 from component.storage.result import library_versions
 from component.tokenizer import any_pad_id, load_tokenizer
-from component.train.callback import FullAttentionCallback
+from component.train.callback import FullAttentionCallback, Startup
 from component.train.failure import explained_failures, telling_termination
 from component.train.rehearsal import explained_settings, rehearse
 from component.train.resume import check_continuation, distribution
@@ -72,6 +72,7 @@ def main() -> None:
 
 def run(args: LongQLoRAArguments, training_args: TrainingArguments) -> None:
     """The stages of a run, in order."""
+    startup = Startup("imports")
     resume = prepare_output_dir(
         training_args.output_dir, training_args.resume_from_checkpoint, args.overwrite_output_dir
     )
@@ -100,9 +101,10 @@ def run(args: LongQLoRAArguments, training_args: TrainingArguments) -> None:
     check_batches(args, training_args, extended)
     memory = plan_memory(args, training_args, strategy, extended)
     train_set, eval_set, data_lines = load_data(args, training_args, tokenizer, extended.vocab_size)
-
+    startup.ended("samples")
     model = load_adapted(args, training_args, strategy, training_config(args, extended))
     fallback = apply_plan(args, training_args, strategy, model, memory)
+    startup.ended("weights")
     part = training_args.process_index % parts
     with explained_settings(training_args):
         trainer = LongQLoRATrainer(
@@ -118,14 +120,13 @@ def run(args: LongQLoRAArguments, training_args: TrainingArguments) -> None:
             | {"original_tokens": original_context(extended), "versions": library_versions()}
             | distribution(strategy, samples),
             strategy=strategy,
+            startup=startup,
             skipping_context=args.model_max_length if args.position_skipping else None,
         )
-    lines = (
-        data_lines | {"processes": strategy.describe(args.max_seq_length)} if strategy.processes > 1 else data_lines
-    )
+    lines = data_lines | ({"processes": strategy.describe(args.max_seq_length)} if strategy.processes > 1 else {})
     lines |= {"memory": f"no plan ({fallback})" if fallback else memory.line}
     lines |= describe_cost(args, training_args, trainer, memory.work, None if fallback else memory.plan)
-    print_summary(args, training_args, trainer, base, lines)
+    print_summary(args, training_args, trainer, base, lines | {"start": startup.describe()})
     train(trainer, resume, memory, fallback)
 
 
@@ -165,9 +166,8 @@ def check_split(args: LongQLoRAArguments, extended: PretrainedConfig) -> None:
 
 def uses_own_attention(args: LongQLoRAArguments, extended: PretrainedConfig) -> bool:
     """Whether training runs component/attention instead of Hugging Face's full attention."""
-    if args.use_shift_short_attention or args.packing or args.sequence_parallel_size > 1:
-        return True
-    if args.position_skipping:  # transformers may take a skip for the border of a packed document
+    # position_skipping: transformers may take a skip for the border of a packed document
+    if args.use_shift_short_attention or args.packing or args.sequence_parallel_size > 1 or args.position_skipping:
         return True
     # full attention by our kernels, so that a memory plan can keep attention's output
     return args.memory_plan and has_plain_attention(extended, args.max_seq_length)

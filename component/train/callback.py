@@ -1,13 +1,35 @@
-"""What happens at each step? Throughput, and the switch to full attention."""
+"""What happens at each step, and before the first? Seconds, throughput, and the switch to full attention."""
 
 import time
 from collections import deque
 
+import psutil
 import torch
 from transformers import TrainerCallback
 
 from component.attention.interface import use_full_attention
 from component.memory.budget import note_device_memory
+
+
+class Startup:
+    """Where does the time from the start of this process to the end of its first step go?
+
+    Args:
+        first: the stage that ends now.
+    """
+
+    def __init__(self, first: str) -> None:
+        self.seconds: dict[str, float] = {}  # stage -> its seconds
+        self._last = psutil.Process().create_time()
+        self.ended(first)
+
+    def ended(self, stage: str) -> None:
+        now = time.time()
+        self.seconds[stage], self._last = round(now - self._last, 2), now
+
+    def describe(self) -> str:
+        parts = ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in self.seconds.items())
+        return f"{sum(self.seconds.values()):.0f} s so far: {parts}"
 
 
 class SpeedCallback(TrainerCallback):
@@ -16,16 +38,21 @@ class SpeedCallback(TrainerCallback):
     Tokens are the Trainer's num_input_tokens_seen: of all processes, without padding.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, startup: Startup | None = None) -> None:
+        self.startup = startup or Startup("before training")
         self.step_seconds: deque[float] = deque(maxlen=100)
         self._seconds, self._tokens = 0.0, 0  # since the last log
 
     def on_step_begin(self, args, state, control, **kwargs):
+        if not self.step_seconds:
+            self.startup.ended("trainer")
         self._began, self._seen = time.perf_counter(), state.num_input_tokens_seen
 
     def on_step_end(self, args, state, control, **kwargs):
         if args.device.type == "cuda":
             torch.cuda.synchronize()
+        if not self.step_seconds:
+            self.startup.ended("first step")
         self.step_seconds.append(time.perf_counter() - self._began)
         if args.device.type == "cuda":
             note_device_memory()

@@ -24,7 +24,7 @@ from component.distributed.sequence import sequence_group
 from component.distributed.strategy import Strategy
 from component.error import UserError, first_line
 from component.loss import TOKENS_PER_CHUNK, eval_chunk, next_token_losses, use_loss_head
-from component.train.callback import SpeedCallback
+from component.train.callback import SpeedCallback, Startup
 from component.train.failure import GradientGuard, check_loss
 from component.train.zero import GradientCallback
 
@@ -36,6 +36,7 @@ class LongQLoRATrainer(Trainer):
         extended_config: the config to save in adapter folders.
         record: content of `longqlora.json`; steps and tokens are added on writing.
         strategy: how training is distributed.
+        startup: how long earlier stages of this process took.
         skipping_context: tokens whose positions training rows cover by skips; the collator adds what is needed. None:
             no position is skipped.
     """
@@ -48,6 +49,7 @@ class LongQLoRATrainer(Trainer):
         extended_config: PretrainedConfig,
         record: dict,
         strategy: Strategy,
+        startup: Startup | None = None,
         skipping_context: int | None = None,
         **kwargs,
     ):
@@ -59,7 +61,7 @@ class LongQLoRATrainer(Trainer):
             self.skipping = PositionSkipping(skipping_context, seed)
         self.extended_config = extended_config
         self.record = record
-        self.speed = SpeedCallback()
+        self.speed = SpeedCallback(startup)
         self.add_callback(self.speed)
         self.guard = GradientGuard()
         self.add_callback(self.guard)
@@ -112,12 +114,13 @@ class LongQLoRATrainer(Trainer):
         return 6 * inputs["input_ids"].numel() * self._parameter_count
 
     def report(self, split: str, metrics: dict[str, float]) -> None:
-        """Print `metrics` and save them as `split`_results.json; those of "train" with step_seconds.
+        """Print `metrics` and save them as `split`_results.json; those of "train" with seconds of steps and before.
 
         The card has those of "eval" too.
         """
         self.log_metrics(split, metrics)
-        steps = {"step_seconds": [round(seconds, 4) for seconds in self.speed.step_seconds]}
+        steps: dict = {"step_seconds": [round(seconds, 4) for seconds in self.speed.step_seconds]}
+        steps |= {"startup_seconds": self.speed.startup.seconds}
         self.save_metrics(split, {**metrics, **steps} if split == "train" else metrics)
         if split == "eval":
             self._write_card()

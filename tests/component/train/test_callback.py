@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import TrainerState
 
-from component.train.callback import FullAttentionCallback, SpeedCallback
+from component.train.callback import FullAttentionCallback, SpeedCallback, Startup
 
 
 def test_throughput(monkeypatch):
@@ -28,6 +28,23 @@ def test_throughput(monkeypatch):
     assert callback.since_last_log()["tokens_per_second"] == 100.0
     assert "tokens_per_second" not in callback.since_last_log()
     assert list(callback.step_seconds) == [2.0, 3.0, 1.0]
+
+
+def test_startup(monkeypatch):
+    """A process that started at second 100 reaches its first stage at 107, the end of its first step at 121."""
+    times = iter([107.0, 110.0, 118.0, 121.0])
+    monkeypatch.setattr("component.train.callback.time.time", lambda: next(times))
+    process = argparse.Namespace(create_time=lambda: 100.0)
+    monkeypatch.setattr("component.train.callback.psutil.Process", lambda: process)
+    startup = Startup("imports")
+    startup.ended("weights")
+    assert startup.describe() == "10 s so far: imports 7, weights 3"
+    arguments, state = argparse.Namespace(device=torch.device("cpu")), TrainerState()
+    callback = SpeedCallback(startup)
+    for _ in range(3):
+        callback.on_step_begin(arguments, state, None)
+        callback.on_step_end(arguments, state, None)
+    assert startup.seconds == {"imports": 7.0, "weights": 3.0, "trainer": 8.0, "first step": 3.0}
 
 
 @pytest.mark.parametrize(
