@@ -24,6 +24,7 @@ _TOOLS = "tool calls are not supported; remove such records"
 _MEDIA = "only text is trained on; remove such records"
 _WEIGHT = "weights and masks of records or messages are not supported; remove it, or the records that need it"
 _ALIAS = 'write "input" (or "instruction") and "output"'
+_SOURCE = 'put it into "input" with the question'
 # fields that change what other tools train on, and what to do about them
 REFUSED_TEXT = {
     **dict.fromkeys(("input_ids", "labels", "attention_mask", "position_ids", "loss_mask", "tokens"), _TOKENS),
@@ -36,9 +37,7 @@ REFUSED_CHAT = {
     **dict.fromkeys(("chosen", "rejected", "kto_tag", "margin"), _PREFERENCE),
     **dict.fromkeys(("tools", "functions", "function_call", "tool_calls", "tool_choice"), _TOOLS),
     **dict.fromkeys(("prompt", "completion", "response", "question", "answer", "answers", "query", "target"), _ALIAS),
-    **dict.fromkeys(
-        ("context", "passage", "document", "documents", "knowledge"), 'put it into "input" with the question'
-    ),
+    **dict.fromkeys(("context", "passage", "document", "documents", "knowledge"), _SOURCE),
     **dict.fromkeys(("system_message", "system_instruction", "sys_prompt"), 'write "system"'),
     **dict.fromkeys(("conversation", "dialogue", "dialog"), 'write "conversations"'),
     **dict.fromkeys(("prefix", "suffix", "examples", "demonstrations", "few_shot"), 'put it into "input"'),
@@ -156,13 +155,15 @@ def _message(message: dict[str, Any]) -> tuple[str, str]:
 
 
 def _question(record: dict[str, Any]) -> str:
-    """ "input", or Alpaca's "instruction" with "input" below it."""
+    """ "input", or Alpaca's "instruction" with "input" below it, unless that begins or ends with the instruction."""
     if _is_empty(record.get("instruction")):
         return _text(record, "input")
     instruction = _text(record, "instruction")
     if _is_empty(record.get("input")):
         return instruction
-    return f"{instruction.strip()}\n\n{_text(record, 'input').strip()}"
+    task, text = instruction.strip(), _text(record, "input").strip()
+    is_inside = f"\n{text}\n".startswith(f"\n{task}\n") or f"\n{text}\n".endswith(f"\n{task}\n")
+    return text if is_inside else f"{task}\n\n{text}"
 
 
 def _system(record: dict[str, Any]) -> str | None:
@@ -204,11 +205,19 @@ def _refuse(record: dict[str, Any], refused: dict[str, str], known: set[str]) ->
         if _is_empty(value) or key in known:
             continue
         name = str(key).strip().lower()
-        # a weight of 1, and train: true, change nothing
-        is_neutral = refused.get(name) == _WEIGHT and value in (1, True)
         cure = f'write "{name}"' if name in known else refused.get(name)
-        if cure and not is_neutral:
+        if cure and not _changes_nothing(value, cure, record):
             raise ValueError(f'"{key}" would be ignored: {cure}')
+
+
+def _changes_nothing(value: Any, cure: str, record: dict[str, Any]) -> bool:
+    """Whether nothing is lost without a refused field: a text that the record says anyway, a document's number."""
+    if cure == _WEIGHT:
+        return value in (1, True)
+    if cure == _SOURCE and str(value).isdecimal():
+        return True
+    said = [text for key in ("input", "instruction", "output") if isinstance(text := record.get(key), str)]
+    return cure in (_SOURCE, _ALIAS) and isinstance(value, str) and any(value.strip() in text for text in said)
 
 
 def _is_empty(value: Any) -> bool:

@@ -23,6 +23,12 @@ SYSTEM = {"role": "system", "content": "S"}
         ),
         ({"instruction": "Sing.", "input": "", "output": "La."}, [("Sing.", "La.")], None),
         ({"instruction": "Sing.", "output": "La."}, [("Sing.", "La.")], None),
+        # said already by the input's first or last lines, not just by some words of it
+        ({"instruction": "Sing.", "input": "Sing.\nLoud.", "output": "La."}, [("Sing.\nLoud.", "La.")], None),
+        ({"instruction": "Who? ", "input": "A story.\nWho?\n", "output": "I"}, [("A story.\nWho?", "I")], None),
+        ({"instruction": "Sing.", "input": "Sing.", "output": "La."}, [("Sing.", "La.")], None),
+        ({"instruction": "Sing", "input": "Singing", "output": "La."}, [("Sing\n\nSinging", "La.")], None),
+        ({"instruction": "b", "input": "a\nb\nc", "output": "A"}, [("b\n\na\nb\nc", "A")], None),
         ({"instruction": "", "input": "Q", "output": "A"}, [("Q", "A")], None),
         ({"instruction": None, "input": "Q", "output": "A"}, [("Q", "A")], None),
         # K1b: system prompts
@@ -56,6 +62,9 @@ def test_understood(record, turns, system):
         ({"input": "Q", "output": "A", "chosen": "B"}, '"chosen" would be ignored'),
         ({"input": "Q", "output": "A", "rejected": "B"}, '"rejected" would be ignored'),
         ({"input": "Q", "output": "A", "context": "C"}, '"context" would be ignored'),
+        ({"input": "Q", "output": "A", "document": "A book."}, '"document" would be ignored'),
+        ({"input": "Q", "output": "A", "documents": ["Q"]}, '"documents" would be ignored'),
+        ({"input": "Q", "output": "A", "question": "Q2"}, '"question" would be ignored'),
         ({"input": "Q", "output": "A", "weight": 0.5}, '"weight" would be ignored'),
         ({"input": "Q", "output": "A", "weight": 0}, '"weight" would be ignored'),
         ({"input": "Q", "output": "A", "images": ["a.png"]}, '"images" would be ignored'),
@@ -89,6 +98,22 @@ def test_refused(record, problem):
     assert problem in str(chat_problem(record))
     with pytest.raises(ValueError, match=r"\w"):
         read_chat(record)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"document": "0"},
+        {"document": 17},
+        {"context": "The hills are far. "},
+        {"question": "Who walks?", "answer": "We"},
+        {"train": True, "weight": 1.0},
+    ],
+    ids=str,
+)
+def test_nothing_is_lost_without_these_fields(more):
+    record = {"input": "The hills are far. Who walks?", "output": "We do."}
+    assert read_chat(record | more) == read_chat(record)
 
 
 def test_fields_of_texts():
