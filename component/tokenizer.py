@@ -44,6 +44,8 @@ def load_tokenizer(
         if not isinstance(tokenizer.chat_template, str | dict | None):
             raise ValueError(f"chat_template: {str(tokenizer.chat_template)[:100]!r} is no template")
         tokenizer.decode(tokenizer("a").input_ids)
+        # transformers would warn of "indexing errors" at the first long text; here texts are cut, split or refused
+        tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"{field}: the tokenizer of {model_name_or_path!r} has no end-of-sequence token; "

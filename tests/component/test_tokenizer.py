@@ -1,6 +1,7 @@
 """A tokenizer: how it is loaded, told apart by its hash, and saved."""
 
 import json
+import logging
 import os
 from pathlib import Path
 
@@ -31,6 +32,15 @@ def test_tokenizer_keeps_its_vocabulary(base_folder):
     assert any_pad_id(ours) == ours.eos_token_id
     ours.pad_token = "the"
     assert any_pad_id(ours) == ours.convert_tokens_to_ids("the")
+
+
+def test_long_texts_cause_no_warning(base_folder, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    ids = load_tokenizer(str(base_folder), 4)("The dog is here and there. " * 9).input_ids
+    assert len(ids) > 4
+    assert not caplog.records
+    AutoTokenizer.from_pretrained(base_folder, model_max_length=4)("The dog is here and there. " * 9)
+    assert caplog.records, "stock transformers warns"
 
 
 def test_a_tokenizer_without_an_end(own_base, trained_bpe):

@@ -123,6 +123,7 @@ def instruct(name: str, model: Path, sides: dict[str, list[Record]], flags: argp
         model_name_or_path=str(model),
         train_file=str(files["train"]),
         eval_file=str(files["held_out"]),
+        template=recorded_template(tokenizer),
         eval_on_start=True,
         max_seq_length=context,
         model_max_length=context,

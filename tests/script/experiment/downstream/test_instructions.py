@@ -1,6 +1,8 @@
 """Long instructions: how questions are truncated, and which flags are rejected."""
 
+import json
 import random
+import shutil
 
 import pytest
 from transformers import AutoTokenizer
@@ -9,8 +11,9 @@ from component.data import IGNORE_INDEX
 from component.data.chat_template import encode_chat
 from script.experiment.downstream.instructions import end_of_question
 from tests.script.experiment.downstream.mistakes import refuses
-from tests.words import text_of
+from tests.words import text_of, write_lines
 
+INSTRUCTIONS = "script/experiment/downstream/instructions.py"
 DEMO_BASE = "script/demo/base"  # its tokenizer was trained on real text: tokens are words
 
 
@@ -36,3 +39,24 @@ def test_the_end_of_a_question_is_kept_and_the_answer_is_the_same():
 )
 def test_mistakes(words, parts, run_program, base_folder, tmp_path):
     refuses(run_program, "instructions", words, parts, base_folder, tmp_path)
+
+
+@pytest.mark.slow
+def test_answers_are_trained_and_asked_for_with_the_models_own_template(run_program, tmp_path):
+    base = shutil.copytree(DEMO_BASE, tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    tokenizer.save_pretrained(base)
+    records = [{"input": f"{at} dogs. Who?", "output": "He."} for at in range(10)]
+    write_lines(tmp_path / "chats.jsonl", *records)
+    words = ["--base", base, "--source", tmp_path / "chats.jsonl", "--work", tmp_path / "work"]
+    output = tmp_path / "out.json"
+    outcome = run_program(INSTRUCTIONS, *words, "--max_steps", 1, "--output_json", output)
+    assert outcome.status == 0, outcome.err
+    found = json.loads(output.read_text())["models"]["extended"]
+    assert found["settings"]["template"] == "tokenizer"
+    assert found["short_answers"]["before"]["questions"] == found["data"]["held_out"]["samples"] > 0
+    assert found["loss_before"] > 0
