@@ -212,12 +212,21 @@ def _refuse(record: dict[str, Any], refused: dict[str, str], known: set[str]) ->
 
 def _changes_nothing(value: Any, cure: str, record: dict[str, Any]) -> bool:
     """Whether nothing is lost without a refused field: a text that the record says anyway, a document's number."""
-    if cure == _WEIGHT:
-        return value in (1, True)
+    if cure == _WEIGHT:  # only answers are trained on
+        is_question = ROLES.get(str(record.get("role") or record.get("from")).lower()) in ("user", "system")
+        return value in ((0, 1) if is_question else (1,))
     if cure == _SOURCE and str(value).isdecimal():
         return True
-    said = [text for key in ("input", "instruction", "output") if isinstance(text := record.get(key), str)]
-    return cure in (_SOURCE, _ALIAS) and isinstance(value, str) and any(value.strip() in text for text in said)
+    if cure not in (_SOURCE, _ALIAS) or not isinstance(value, str):
+        return False
+    messages = [message for key in ("messages", "conversations") for message in _list(record.get(key))]
+    holders = [record, *(message for message in messages if isinstance(message, dict))]
+    said = [holder.get(key) for holder in holders for key in ("input", "instruction", "output", "content", "value")]
+    return any(value.strip() in text for text in said if isinstance(text, str))
+
+
+def _list(value: Any) -> list:
+    return value if isinstance(value, list) else []
 
 
 def _is_empty(value: Any) -> bool:

@@ -116,6 +116,25 @@ def test_nothing_is_lost_without_these_fields(more):
     assert read_chat(record | more) == read_chat(record)
 
 
+def test_a_prompt_beside_its_messages():
+    """As in UltraChat and No Robots."""
+    record = {"messages": [USER, BOT], "prompt": "Q", "prompt_id": "f0e1"}
+    assert read_chat(record) == read_chat({"messages": [USER, BOT]})
+    assert '"prompt" would be ignored' in str(chat_problem(record | {"prompt": "Another"}))
+
+
+def test_weights_of_questions():
+    """As in OpenHermes: what is not trained on may have the weight 0."""
+    asked, answered = {"from": "human", "value": "Q", "weight": 0.0}, {"from": "gpt", "value": "A", "weight": 1.0}
+    record = {"conversations": [asked, answered]}
+    assert read_chat(record)[0] == [("Q", "A")]
+    record = {"conversations": [asked, answered | {"weight": 0.0}]}
+    assert '"weight" would be ignored' in str(chat_problem(record))
+    record = {"messages": [SYSTEM | {"train": False}, USER | {"train": False}, BOT | {"train": True}]}
+    assert read_chat(record) == ([("Q", "A")], "S")
+    assert '"weight" would be ignored' in str(chat_problem({"messages": [USER | {"weight": 0.5}, BOT]}))
+
+
 def test_fields_of_texts():
     assert text_fields_problem({"text": "a", "id": 1, "prompt": "p", "labels": None}) is None
     assert "weight" in str(text_fields_problem({"text": "a", "weight": 0.1}))
