@@ -2,9 +2,9 @@
 
     python script/experiment/real/report.py --work output/real --output figure
 
-Writes real_model.json (all numbers of each row, its settings, command, card, date and versions), real_model.md
-(tables) and perplexity.png (by window length). Scores of RULER stand beside those of the same samples under
-full attention, with the 95 % interval of the difference (bootstrap over samples).
+Writes real_model.json (all numbers of each row, its settings, command, card, date and versions; the key tokens of
+LongPPL), real_model.md (tables) and perplexity.png (by window length). Scores of RULER stand beside those of the same
+samples under full attention, with the 95 % interval of the difference (bootstrap over samples).
 """
 
 import argparse
@@ -232,7 +232,9 @@ def main() -> None:
         texts = flags.work / "data/texts.json"
         described = json.loads(texts.read_text(encoding="utf-8")) if texts.exists() else {}
         rows = [result for seeds in results.values() for result in seeds]
-        write_json(flags.output / NAMES[0], {**described, "rows": rows})
+        files = sorted((flags.work / "data").glob("keys-*.json"))
+        keys = {file.stem.removeprefix("keys-"): json.loads(file.read_text(encoding="utf-8")) for file in files}
+        write_json(flags.output / NAMES[0], {**described, "key_tokens": keys, "rows": rows})
     print(f"{sum(map(len, results.values()))} results -> {', '.join(str(flags.output / name) for name in NAMES)}")
 
 
