@@ -93,7 +93,7 @@ TARGETS: dict[str, tuple[str, str]] = {
     "component/inference/block_attention.py": ("block_mask block_attention_forward merge_blocks", ""),
     "component/inference/cache_memory.py": ("cache_bytes", ""),
     "component/inference/batch.py": ("_read_each _left_padded _until_end", ""),
-    "component/float8/product.py": ("quantize_weight scale_of _rounded _largest_values", ""),
+    "component/float8/product.py": ("quantize_weight scale_of _rounded _weight_scales", ""),
     "component/data/packing.py": ("pack PackedRows.__init__ pack_stream", ""),
     "component/data/sample.py": ("fit split", ""),
     "component/data/collator.py": ("RightPadCollator.__call__", ""),

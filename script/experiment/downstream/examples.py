@@ -14,6 +14,7 @@ positions without training.
 import argparse
 import json
 import math
+import shutil
 import sys
 from itertools import islice
 from pathlib import Path
@@ -152,11 +153,13 @@ def compare(flags: argparse.Namespace) -> None:
     adapter_words = ["--adapter_name_or_path", str(extended[1])] if is_adapter else []
     answers = {"base": generate("base", ["--model_name_or_path", str(flags.base)], prompts, flags)}
     answers["longqlora"] = generate("longqlora", ["--model_name_or_path", extended[0], *adapter_words], prompts, flags)
-    base = (str(flags.base), None)
-    scorers = {"base": (base, None), "stretched": (base, context), "longqlora": (extended, None)}
+    stretched = flags.work / "stretched"  # the base with LongQLoRA's positions
+    shutil.copytree(flags.base, stretched, dirs_exist_ok=True)
+    load_config(str(flags.extended), "--extended").save_pretrained(stretched)
+    scorers = {"base": (str(flags.base), None), "stretched": (str(stretched), None), "longqlora": extended}
     parameters = 0
-    for name, (names, context_size) in scorers.items():
-        model = load_model(*names, context_size=context_size)
+    for name, names in scorers.items():
+        model = load_model(*names)
         parameters = parameters or model.num_parameters()
         for number, passage in enumerate(found):
             passage.setdefault("nats", {})[name] = nats(model, tokenizer, passage, flags.new_tokens)
