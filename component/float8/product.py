@@ -92,12 +92,12 @@ def quantize_weight(weight: Tensor, *, transposed: bool) -> Float8Matrix:
     weights 2^15 times smaller.
     """
     if not isinstance(weight, bnb.nn.Params4bit):
-        return quantize(weight.detach().t().contiguous() if transposed else weight.detach())
+        return quantize(weight.detach().t() if transposed else weight.detach())
     state = weight.quant_state
     outputs, inputs = state.shape
     if inputs % state.blocksize:  # blocks that span rows
         full = _dequantized(weight)
-        return quantize(full.t().contiguous() if transposed else full)
+        return quantize(full.t() if transposed else full)
     inverse, scales = _weight_scales(state, transposed)
     if not _runs_kernels(weight):
         full = _dequantized(weight)
