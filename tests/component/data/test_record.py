@@ -128,6 +128,7 @@ def test_weights_of_questions():
     asked, answered = {"from": "human", "value": "Q", "weight": 0.0}, {"from": "gpt", "value": "A", "weight": 1.0}
     record = {"conversations": [asked, answered]}
     assert read_chat(record)[0] == [("Q", "A")]
+    assert read_chat({"conversations": [asked | {"weight": 1}, answered]})[0] == [("Q", "A")]
     record = {"conversations": [asked, answered | {"weight": 0.0}]}
     assert '"weight" would be ignored' in str(chat_problem(record))
     record = {"messages": [SYSTEM | {"train": False}, USER | {"train": False}, BOT | {"train": True}]}
