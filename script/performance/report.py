@@ -102,6 +102,7 @@ def speed(tokens: int, steps: int, found: dict, flop: float, matrix_tflops: floa
         "tflop_per_step": round(flop / 1e12, 1),
         "share_of_matrix_rate": share,
         **{name: found.get(name) for name in PEAKS},
+        **({"startup_seconds": found["startup_seconds"]} if "startup_seconds" in found else {}),  # train.py's stages
     }
 
 

@@ -36,6 +36,9 @@ def test_speed_of_a_measurement():
     assert result["host_peak_gib"] == 1.5
     assert result["peak_reserved_gib"] is None
     assert speed(100, 4, found, flop=1e12, matrix_tflops=None)["share_of_matrix_rate"] is None
+    assert "startup_seconds" not in result, "a baseline's"
+    stages = {"imports": 7.0, "first step": 3.0}
+    assert speed(100, 4, found | {"startup_seconds": stages}, 1e12, None)["startup_seconds"] == stages
     assert (
         "trained on 99.75 tokens per step, not 100"
         in speed(100, 4, found | {"num_input_tokens_seen": 399}, 1e12, None)["error"]
