@@ -94,7 +94,7 @@ TARGETS: dict[str, tuple[str, str]] = {
     "component/inference/cache_memory.py": ("cache_bytes", ""),
     "component/inference/batch.py": ("_read_each _left_padded _until_end", ""),
     "component/float8/product.py": ("SharedInput.quantized quantize_weight scale_of _rounded _weight_scales", ""),
-    "component/data/record.py": ("_question _refuse _changes_nothing", ""),
+    "component/data/record.py": ("_refuse _changes_nothing _says", ""),
     "component/data/packing.py": ("pack PackedRows.__init__ pack_stream", ""),
     "component/data/sample.py": ("fit split", ""),
     "component/data/collator.py": ("RightPadCollator.__call__", ""),

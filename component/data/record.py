@@ -162,7 +162,8 @@ def _question(record: dict[str, Any]) -> str:
     if _is_empty(record.get("input")):
         return instruction
     task, text = instruction.strip(), _text(record, "input").strip()
-    is_inside = f"\n{text}\n".startswith(f"\n{task}\n") or f"\n{text}\n".endswith(f"\n{task}\n")
+    first, lines = ([line.strip() for line in part.splitlines()] for part in (task, text))
+    is_inside = first in (lines[: len(first)], lines[-len(first) :])
     return text if is_inside else f"{task}\n\n{text}"
 
 
@@ -222,7 +223,18 @@ def _changes_nothing(value: Any, cure: str, record: dict[str, Any]) -> bool:
     messages = [message for key in ("messages", "conversations") for message in _list(record.get(key))]
     holders = [record, *(message for message in messages if isinstance(message, dict))]
     said = [holder.get(key) for holder in holders for key in ("input", "instruction", "output", "content", "value")]
-    return any(value.strip() in text for text in said if isinstance(text, str))
+    return any(_says(text, value.strip()) for text in said if isinstance(text, str))
+
+
+def _says(text: str, part: str) -> bool:
+    """Whether `text` holds `part`, not just inside of a word."""
+    at = text.find(part) if part else -1
+    while at >= 0:
+        around = text[max(0, at - 1) : at] + text[at + len(part) : at + len(part) + 1]
+        if not any(map(str.isalnum, around)):
+            return True
+        at = text.find(part, at + 1)
+    return not part
 
 
 def _list(value: Any) -> list:

@@ -23,7 +23,7 @@ from component.rope import context_length
 PREFERENCE = ("dynamic", "int8", "fp8", "int4", "offloaded")
 EXACT = ("dynamic", "offloaded")  # for several rows, which differ in length, and for sliding windows
 CHUNKS = (CHUNK, 2048, 1024, 512)  # tokens per forward pass while a prompt is read
-KERNELS_GIB = 0.2  # cuBLAS's and cuDNN's workspaces, inside PyTorch's allocator
+KERNELS_GIB = 0.2  # workspaces of libraries, inside PyTorch's allocator; fitted to an H100
 OUTSIDE_GIB = 0.6  # cuBLAS, cuDNN, Triton's and bitsandbytes' kernels: outside PyTorch's allocator
 
 

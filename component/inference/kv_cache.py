@@ -43,8 +43,8 @@ def new_cache(config: PretrainedConfig, implementation: str) -> Cache:
 class OffloadedCache(DynamicCache):
     """transformers' own, whose copies from CPU memory wait for those to it.
 
-    They run on a stream of their own. Before version 5.23 they waited for nothing, so that a layer read what its
-    copy to CPU memory had not written yet: answers were wrong wherever Python was ahead of the GPU.
+    They run on a stream of their own. In version 5.17 they wait for nothing, so a layer reads what its copy to CPU
+    memory has not written yet: answers are wrong wherever Python is ahead of the GPU. Version 5.23 waits itself.
     """
 
     def prefetch(self, *args: Any, **kwargs: Any) -> None:

@@ -14,8 +14,8 @@ positions without training.
 import argparse
 import json
 import math
-import shutil
 import sys
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from statistics import mean
@@ -53,9 +53,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from component.error import UserError
 from component.inference.context import fit_prompt
-from component.loading import load_model
+from component.loading import default_device, inference_dtype, load_model
 from component.loss import next_token_losses
-from component.model import load_config
+from component.model import load_base, load_config
 from component.rope import context_length
 from component.storage.result import origin, save_figure, write_json
 from component.tokenizer import UNLIMITED, load_tokenizer
@@ -86,6 +86,13 @@ def generate(name: str, model: list[str], prompts: Path, flags: argparse.Namespa
     files = ["--input_jsonl", str(prompts), "--output_jsonl", str(output), "--truncate", "left"]
     execute(["script/inference/inference.py", *model, *files, *words], output.with_suffix(".log"))
     return [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+
+
+def stretched(flags: argparse.Namespace) -> PreTrainedModel:
+    """The base's weights with LongQLoRA's positions."""
+    config, device = load_config(str(flags.extended), "--extended"), default_device()
+    dtype = inference_dtype(device, load_config(str(flags.base), "--base").dtype)
+    return load_base(str(flags.base), config, dtype=dtype, load_in_4bit=False, device=device).eval()
 
 
 @torch.no_grad()
@@ -153,13 +160,14 @@ def compare(flags: argparse.Namespace) -> None:
     adapter_words = ["--adapter_name_or_path", str(extended[1])] if is_adapter else []
     answers = {"base": generate("base", ["--model_name_or_path", str(flags.base)], prompts, flags)}
     answers["longqlora"] = generate("longqlora", ["--model_name_or_path", extended[0], *adapter_words], prompts, flags)
-    stretched = flags.work / "stretched"  # the base with LongQLoRA's positions
-    shutil.copytree(flags.base, stretched, dirs_exist_ok=True)
-    load_config(str(flags.extended), "--extended").save_pretrained(stretched)
-    scorers = {"base": (str(flags.base), None), "stretched": (str(stretched), None), "longqlora": extended}
+    scorers = {
+        "base": partial(load_model, str(flags.base)),
+        "stretched": partial(stretched, flags),
+        "longqlora": partial(load_model, *extended),
+    }
     parameters = 0
-    for name, names in scorers.items():
-        model = load_model(*names)
+    for name, load in scorers.items():
+        model = load()
         parameters = parameters or model.num_parameters()
         for number, passage in enumerate(found):
             passage.setdefault("nats", {})[name] = nats(model, tokenizer, passage, flags.new_tokens)

@@ -152,8 +152,12 @@ def do_all(waiting: list[tuple[Row, int]], flags: argparse.Namespace, start: flo
 
     names = itertools.cycle(gpus or [None])
     with ThreadPoolExecutor(flags.jobs) as pool:
-        for thread in [pool.submit(work, next(names)) for _ in range(flags.jobs)]:
-            thread.result()
+        threads = [pool.submit(work, next(names)) for _ in range(flags.jobs)]
+        try:
+            for thread in threads:
+                thread.result()
+        finally:  # by Ctrl-C: else every other row would still be started
+            schedule.stop()
     for row, seed in schedule.waiting:
         print(f"{row.name}-{seed}: skipped, --time_limit_s reached")
     if failures:

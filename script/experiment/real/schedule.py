@@ -26,13 +26,15 @@ class Schedule(Generic[Waiting, Trained]):
         self._trained: deque[Trained] = deque()
         self._first: deque[Trained] = deque()  # measured at once: it finds the key tokens
         self._in_training = 0
-        self._keys_known = False
+        self._keys_known = self._is_stopped = False
         self._changed = threading.Condition()
 
     def take(self) -> tuple[Waiting | None, Trained | None] | None:
         """(a row to train, None), (None, a row to measure), or None when nothing is left. Waits for others' rows."""
         with self._changed:
             while True:
+                if self._is_stopped:
+                    return None
                 if self._first or (self._trained and self._keys_known):
                     return None, (self._first or self._trained).popleft()
                 if self.waiting and self.may_start():
@@ -58,4 +60,10 @@ class Schedule(Generic[Waiting, Trained]):
         """Key tokens were found, or nobody looks for them any more."""
         with self._changed:
             self._keys_known = True
+            self._changed.notify_all()
+
+    def stop(self) -> None:
+        """Hand out nothing more."""
+        with self._changed:
+            self._is_stopped = True
             self._changed.notify_all()

@@ -27,6 +27,11 @@ SYSTEM = {"role": "system", "content": "S"}
         ({"instruction": "Sing.", "input": "Sing.\nLoud.", "output": "La."}, [("Sing.\nLoud.", "La.")], None),
         ({"instruction": "Who? ", "input": "A story.\nWho?\n", "output": "I"}, [("A story.\nWho?", "I")], None),
         ({"instruction": "Sing.", "input": "Sing.", "output": "La."}, [("Sing.", "La.")], None),
+        (
+            {"instruction": "Sing.\r\nNow.", "input": "Sing. \nNow.\r\nB", "output": "A"},
+            [("Sing. \nNow.\r\nB", "A")],
+            None,
+        ),
         ({"instruction": "Sing", "input": "Singing", "output": "La."}, [("Sing\n\nSinging", "La.")], None),
         ({"instruction": "b", "input": "a\nb\nc", "output": "A"}, [("b\n\na\nb\nc", "A")], None),
         ({"instruction": "", "input": "Q", "output": "A"}, [("Q", "A")], None),
@@ -64,6 +69,7 @@ def test_understood(record, turns, system):
         ({"input": "Q", "output": "A", "context": "C"}, '"context" would be ignored'),
         ({"input": "Q", "output": "A", "document": "A book."}, '"document" would be ignored'),
         ({"input": "Q", "output": "A", "documents": ["Q"]}, '"documents" would be ignored'),
+        ({"input": "Can he?", "output": "A", "context": "C"}, '"context" would be ignored'),
         ({"input": "Q", "output": "A", "question": "Q2"}, '"question" would be ignored'),
         ({"input": "Q", "output": "A", "weight": 0.5}, '"weight" would be ignored'),
         ({"input": "Q", "output": "A", "weight": 0}, '"weight" would be ignored'),
@@ -106,6 +112,8 @@ def test_refused(record, problem):
         {"document": "0"},
         {"document": 17},
         {"context": "The hills are far. "},
+        {"context": "he"} | {"input": "The hills; he walks.", "output": "x"},
+        {"context": " "},
         {"question": "Who walks?", "answer": "We"},
         {"train": True, "weight": 1.0},
     ],
@@ -113,6 +121,7 @@ def test_refused(record, problem):
 )
 def test_nothing_is_lost_without_these_fields(more):
     record = {"input": "The hills are far. Who walks?", "output": "We do."}
+    record |= {key: more[key] for key in more if key in record}
     assert read_chat(record | more) == read_chat(record)
 
 

@@ -41,6 +41,20 @@ def test_after_the_time_limit_what_is_trained_is_measured():
     assert list(schedule.waiting) == ["b"]
 
 
+def test_stopped():
+    """A thread that waits for another's row ends, and no further row is started."""
+    schedule = Schedule(["keys", "a"])
+    assert schedule.take() == ("keys", None)
+    assert schedule.take() == ("a", None)
+    ended = []
+    thread = threading.Thread(target=lambda: ended.append(schedule.take()), daemon=True)
+    thread.start()
+    schedule.waiting.append("b")
+    schedule.stop()
+    thread.join(20)
+    assert ended == [None]
+
+
 @pytest.mark.parametrize("keys_found", [True, False])
 def test_threads(keys_found):
     """Each row once, measured after the key tokens; all threads end."""
