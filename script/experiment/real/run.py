@@ -60,10 +60,10 @@ from component.storage.claim import work_folder
 from component.storage.foreign import reading
 from component.storage.hub import READ_SUFFIXES, check_source
 from component.storage.result import hardware
-from script.experiment.real.data import length_of, prepare_data
-from script.experiment.real.rows import RECIPE, Row, all_rows
+from script.experiment.real.data import prepare_data
+from script.experiment.real.rows import Row, all_rows
 from script.experiment.real.schedule import Schedule
-from script.experiment.real.work import REFERENCE, Trained, Worker, result_file, steps_of
+from script.experiment.real.work import REFERENCE, Trained, Worker, result_file, tokens_of
 from script.shared.card import visible_gpus
 
 
@@ -82,8 +82,7 @@ def requested_rows(flags: argparse.Namespace) -> list[tuple[Row, int]]:
 def estimate(waiting: list[tuple[Row, int]], flags: argparse.Namespace) -> str:
     """What training will cost."""
     trained = [row for row, _ in waiting if row.program]
-    accumulated = RECIPE["gradient_accumulation_steps"]
-    tokens = sum(steps_of(row, flags) * accumulated * length_of(row, flags) for row in trained)
+    tokens = sum(tokens_of(row, flags) for row in trained)
     line = f"{len(waiting)} rows, {len(trained)} of them trained on {tokens / 1e6:,.1f} M tokens"
     if not flags.tokens_per_second:
         return f"{line}; --tokens_per_second estimates hours"

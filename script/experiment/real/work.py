@@ -28,6 +28,18 @@ def steps_of(row: Row, flags: argparse.Namespace) -> int:
     return flags.max_steps or row.changes.get("max_steps", RECIPE["max_steps"])
 
 
+def sequence_tokens(row: Row, flags: argparse.Namespace) -> int:
+    """Tokens of a training sequence."""
+    length = length_of(row, flags)
+    return min(length // 2, BASE_CONTEXT) if row.changes.get("position_skipping") else length
+
+
+def tokens_of(row: Row, flags: argparse.Namespace) -> int:
+    """Tokens that a row is trained on."""
+    accumulated: int = (RECIPE | row.changes)["gradient_accumulation_steps"]
+    return steps_of(row, flags) * accumulated * sequence_tokens(row, flags)
+
+
 def result_file(row: Row, seed: int, flags: argparse.Namespace) -> Path:
     return flags.work / "results" / f"{row.name}-{seed}.json"
 
@@ -122,15 +134,17 @@ class Worker:
     def train(self, row: Row, seed: int, folder: Path) -> dict[str, Any]:
         """Train; returns the YAML's settings, the contents of train_results.json, and [step, loss] pairs."""
         length, steps, data = length_of(row, self.flags), steps_of(row, self.flags), self.flags.work / "data"
-        settings = RECIPE | {"max_seq_length": length, "model_max_length": length, "seed": seed}
+        settings = RECIPE | {
+            "max_seq_length": sequence_tokens(row, self.flags),
+            "model_max_length": length,
+            "seed": seed,
+        }
         settings |= run_settings() | row.changes | {"max_steps": steps}
         settings |= {"model_name_or_path": str(self.flags.base), "output_dir": str(folder)}
         settings |= {"train_file": str(data / f"{row.texts}.jsonl")}
         if row.program != FULL:
             settings |= {"eval_file": str(data / "eval.jsonl"), "per_device_eval_batch_size": 1}
             settings |= {"eval_strategy": "steps", "eval_steps": max(1, steps // EVALUATIONS)}
-        if settings.get("position_skipping"):
-            settings["max_seq_length"] = min(length // 2, BASE_CONTEXT)
         file = folder.parent / f"{folder.name}.yaml"
         text = yaml.safe_dump(settings, sort_keys=False)
         is_trained = (folder / "train_results.json").exists() and file.exists() and file.read_text("utf-8") == text

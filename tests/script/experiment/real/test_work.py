@@ -10,7 +10,7 @@ import yaml
 
 from component.error import UserError
 from script.experiment.real.rows import all_rows
-from script.experiment.real.work import Trained, Worker
+from script.experiment.real.work import Trained, Worker, tokens_of
 from tests.words import write_lines
 
 
@@ -54,6 +54,14 @@ def test_a_row_that_fails(worker):
     settings = yaml.safe_load((worker.flags.work / "runs/full-attention-0.yaml").read_text())
     assert (settings["max_seq_length"], settings["seed"], settings["max_steps"]) == (32768, 0, 1)
     assert settings.get("bf16", False) == torch.cuda.is_available()
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens"),
+    [("ours", 120 * 4 * 32768), ("ours-131072", 120 * 131072), ("pose", 120 * 4 * 8192), ("ours-300", 300 * 131072)],
+)
+def test_tokens_that_a_row_is_trained_on(name, tokens):
+    assert tokens_of(all_rows()[name], argparse.Namespace(length=None, max_steps=None)) == tokens
 
 
 def test_nobody_waits_for_key_tokens_that_cannot_be_found(worker):
