@@ -11,7 +11,7 @@ cd "$(dirname "$0")/../.."
 
 # results of somebody else in FIGURES are kept; a killed run that is resumed replaces its own
 mine=$work/figures.path
-if [ "$(cat "$mine" 2>/dev/null)" != "$figures" ] && ls "$figures" 2>/dev/null | grep -qE '^(experiment|longdemo|shortdemo)'; then
+if [ "$(cat "$mine" 2>/dev/null)" != "$figures" ] && ls "$figures" 2>/dev/null | grep -qE '^experiment'; then
     echo "error: FIGURES: $figures holds the results of another run; name another folder" && exit 1
 fi
 mkdir -p "$work/data" "$work/held-out" "$figures"
@@ -65,7 +65,8 @@ examples() {
     part examples python3 script/experiment/downstream/examples.py --base "$base" --about "Models of 32 M parameters, pretrained from scratch for minutes: fluent style, little sense" --extended "$long" \
         --source "$texts/books-validation.jsonl.xz" --work "$work/examples" \
         --output_json "$figures/experiment_examples.json" \
-        --long_figure "$figures/longdemo.png" --short_figure "$figures/shortdemo.png" --overwrite
+        --long_figure "$figures/experiment_examples_long.png" \
+        --short_figure "$figures/experiment_examples_short.png" --overwrite
 }
 (
     passkey || failed+=" passkey"

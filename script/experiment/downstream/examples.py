@@ -3,7 +3,8 @@
     python script/experiment/downstream/examples.py --base output/experiment/base \\
         --extended output/experiment/runs/yarn-last-8192-0 --source books-validation.jsonl.xz \\
         --work output/experiment/examples --output_json figure/experiment_examples.json \\
-        --long_figure figure/longdemo.png --short_figure figure/shortdemo.png
+        --long_figure figure/experiment_examples_long.png \\
+        --short_figure figure/experiment_examples_short.png
 
 Passages are sampled at random and the first few are shown, without selection. script/inference/inference.py generates
 the continuations; prompts beyond the base's context are truncated on the left. The perplexity of the true next tokens
