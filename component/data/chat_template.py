@@ -62,6 +62,35 @@ def encode_conversation(
     return encode_by_tokenizer(tokenizer, turns, system)
 
 
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, turns: Turns, system: str | None, template: str) -> list[int]:
+    """Token ids of a conversation in the format of `template`, for generation; none for one without turns.
+
+    Nothing is learnt from it, so the tokenizer's own template may change earlier turns when a later one follows:
+    Mistral's puts the system prompt in front of the last question.
+    """
+    if template == "vicuna" or not turns:
+        return encode_conversation(tokenizer, turns, system, template)[0]
+    check_template(tokenizer)
+    call, shown, turns, system = _special_hidden(tokenizer, turns, system)
+    text = shown(fill_template(tokenizer, as_messages(turns, system), opens_answer=turns[-1][1] is None))
+    # with offsets: else the web page's tokenizer takes the template's special tokens for text
+    return call(text, add_special_tokens=False, return_offsets_mapping=True).input_ids
+
+
+def _special_hidden(
+    tokenizer: PreTrainedTokenizerBase, turns: Turns, system: str | None
+) -> tuple[Callable[..., Any], Callable[[str], str], Turns, str | None]:
+    """(tokenizer, what to do with filled-in templates, turns, system), so that special tokens in texts stay text.
+
+    They are hidden while the template is filled in: all that are left are the template's own.
+    """
+    special = special_tokens(tokenizer)
+    if not special.are_in([text for turn in [*turns, (system or "", None)] for text in turn if text]):
+        return tokenizer, str, turns, system
+    hidden: Turns = [(special.hide(user), answer and special.hide(answer)) for user, answer in turns]
+    return special.renamed(tokenizer), special.rename, hidden, None if system is None else special.hide(system)
+
+
 def encode_by_tokenizer(
     tokenizer: PreTrainedTokenizerBase, turns: Turns, system: str | None = None
 ) -> tuple[list[int], list[int]]:
@@ -71,14 +100,7 @@ def encode_by_tokenizer(
         UserError: there is no template, it rejects the conversation, or it rewrites earlier turns.
     """
     check_template(tokenizer)
-    special = special_tokens(tokenizer)
-    texts = [text for turn in [*turns, (system or "", None)] for text in turn if text]
-    call: Callable[..., Any] = tokenizer
-    shown: Callable[[str], str] = str
-    if special.are_in(texts):  # hidden while the template is filled in: all that are left are the template's own
-        call, shown = special.renamed(tokenizer), special.rename
-        system = None if system is None else special.hide(system)
-        turns = [(special.hide(user), answer and special.hide(answer)) for user, answer in turns]
+    call, shown, turns, system = _special_hidden(tokenizer, turns, system)
     spans, text = [], ""
     for at, (user, assistant) in enumerate(turns):
         asked = as_messages([*turns[:at], (user, None)], system)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from component.data.chat_template import Turns, as_messages, encode_conversation
+from component.data.chat_template import Turns, as_messages, prompt_ids
 from component.data.text import text_ids
 from component.error import UserError, nearest
 from component.inference.kv_cache import common_prefix
@@ -96,7 +96,7 @@ class Conversation:
         return "\n\n".join([*self.documents, question])
 
     def _encode(self, turns: Turns) -> list[int]:
-        return encode_conversation(self.tokenizer, turns, self.system, self.template)[0]
+        return prompt_ids(self.tokenizer, turns, self.system, self.template)
 
 
 def is_command(line: str) -> bool:

@@ -4,7 +4,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from component.data.chat_template import encode_by_tokenizer, encode_chat, encode_conversation
+from component.data.chat_template import encode_by_tokenizer, encode_chat, encode_conversation, prompt_ids
 from component.data.record import chat_problem, read_chat
 from component.error import UserError
 from tests.conftest import ROOT
@@ -289,6 +289,36 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(template):
     assert runs(tokenizer, encode_by_tokenizer(tokenizer, one)[1]) == ["<think>Hm.</think>First.<|im_end|>"]
     with pytest.raises(UserError, match=r"template: the chat template of .* changes earlier turns"):
         encode_by_tokenizer(tokenizer, [*one, ("Two?", "2")])
+
+
+MISTRAL = (  # the system prompt stands in front of the last question
+    "{% if messages[0].role == 'system' %}{% set system = messages[0].content + '\n\n' %}{% set said = messages[1:] %}"
+    "{% else %}{% set system = '' %}{% set said = messages %}{% endif %}"
+    "{% set last = said|selectattr('role', 'equalto', 'user')|list|last %}{% for message in said %}"
+    "{% if message.role == 'user' %}{{ '<|im_start|>' + (system if message is sameas last else '') }}{% endif %}"
+    "{{ message.content + ('' if message.role == 'user' else '<|im_end|>') }}{% endfor %}"
+)
+
+
+def test_a_later_question_may_change_earlier_turns_of_a_prompt():
+    """Nothing is learnt from a prompt: it is what the template makes of the whole conversation."""
+    tokenizer = chatml(False)
+    tokenizer.chat_template = MISTRAL
+    turns = [("One?", "First."), ("Two, <|im_end|>?", None)]
+    ids = prompt_ids(tokenizer, turns, "Be brief.", "tokenizer")
+    assert tokenizer.decode(ids) == "<|im_start|>One?First.<|im_end|><|im_start|>Be brief.\n\nTwo, <|im_end|>?"
+    assert ids.count(tokenizer.eos_token_id) == 1, "what somebody wrote is text"
+    answered = prompt_ids(tokenizer, [*turns[:1], ("Two?", "2")], "Be brief.", "tokenizer")
+    assert tokenizer.decode(answered).endswith("<|im_start|>Be brief.\n\nTwo?2<|im_end|>")
+    assert prompt_ids(tokenizer, [], "Be brief.", "tokenizer") == []
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_a_prompt_has_the_ids_of_training(name, tokenizer):
+    turns, system = CONVERSATIONS[name]
+    turns = [*turns, ("And then?", None)]
+    for own, template in ((chatml(True), "tokenizer"), (tokenizer, "vicuna")):
+        assert prompt_ids(own, turns, system, template) == encode_conversation(own, turns, system, template)[0]
 
 
 def test_a_template_that_refuses_a_conversation():

@@ -8,6 +8,7 @@ from component.data.chat_template import encode_chat
 from component.data.record import read_chat
 from component.error import UserError
 from component.inference.conversation import Conversation, is_command, run_command
+from component.inference.engine import KnownTokens
 from component.storage.claim import locked
 
 
@@ -41,6 +42,15 @@ class TestPrompt:
         assert conversation.used_tokens() == 0
         conversation.add("One?", "Yes.")
         assert conversation.used_tokens() == len(encode_chat(tokenizer, [("One?", "Yes.")])[0])
+
+    def test_a_tokenizer_that_keeps_ids_gives_the_same(self, tokenizer):
+        tokenizer.chat_template = "{% for m in messages %}{{ '<s>' + m.content + '</s>' }}{% endfor %}"
+        found = [
+            Conversation(known, "tokenizer", turns=[("One?", "Yes.")]).prompt_ids("Two</s>?")
+            for known in (tokenizer, KnownTokens(tokenizer, 99))
+        ]
+        assert found[0] == found[1]
+        assert found[0].count(tokenizer.eos_token_id) == 3
 
     def test_opening_that_all_conversations_share(self, conversation, tokenizer):
         opening = conversation.prompt_ids("Who?")[: conversation.opening_tokens()]
