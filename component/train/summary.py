@@ -1,6 +1,7 @@
 """What does a run print before its first step?"""
 
 import math
+from collections.abc import Sized
 
 import torch
 from torch import nn
@@ -94,7 +95,7 @@ def describe_cost(
             full_ratio=args.full_attention_ratio,
         )
         lines["time"] = f"expected from this GPU's rate: {text}"
-    count = checkpoint_count(training_args, steps)
+    count = checkpoint_count(training_args, steps, steps_per_epoch(training_args, trainer))
     if count:
         each = checkpoint_bytes(work, only_model=training_args.save_only_model) / 2**30
         lines["disk"] = f"up to {count * each:.3g} GiB: {count} checkpoints of {each:.2g} GiB at the same time"
@@ -105,19 +106,37 @@ def total_steps(training_args: TrainingArguments, trainer: LongQLoRATrainer) -> 
     """Optimizer steps of the run."""
     if training_args.max_steps > 0:
         return training_args.max_steps
-    per_epoch = math.ceil(len(trainer.train_dataset) / trainer.get_total_train_batch_size(training_args))
-    return math.ceil(training_args.num_train_epochs * max(1, per_epoch))
+    return math.ceil(training_args.num_train_epochs * (steps_per_epoch(training_args, trainer) or 1))
 
 
-def checkpoint_count(training_args: TrainingArguments, steps: int) -> int:
-    """How many checkpoints exist at the same time: a new one is written before the oldest is removed."""
-    strategy = training_args.save_strategy.value
-    if strategy == "steps":
-        every = training_args.save_steps if training_args.save_steps >= 1 else training_args.save_steps * steps
-        written = math.ceil(steps / every)  # the last step's too
-    else:
-        written = {"no": 0, "epoch": math.ceil(training_args.num_train_epochs)}.get(strategy, 1)
-    return min(written, training_args.save_total_limit + 1 if training_args.save_total_limit else written)
+def steps_per_epoch(training_args: TrainingArguments, trainer: LongQLoRATrainer) -> int | None:
+    """As the Trainer counts them: the last one may have fewer micro-batches. None for a stream, without epochs."""
+    if not isinstance(trainer.train_dataset, Sized):
+        return None
+    samples = trainer.get_total_train_batch_size(training_args)
+    rows, accumulated = len(trainer.train_dataset), training_args.gradient_accumulation_steps
+    if training_args.dataloader_drop_last:  # incomplete micro-batches, before they are accumulated
+        rows -= rows % (samples // accumulated)
+    return max(1, math.ceil(rows / samples))
+
+
+def checkpoint_count(training_args: TrainingArguments, steps: int, epoch_steps: int | None) -> int:
+    """How many checkpoints exist at the same time: a new one is written before the oldest is removed.
+
+    Args:
+        steps: of the run.
+        epoch_steps: of an epoch; None for a stream.
+    """
+    strategy, limit = training_args.save_strategy.value, training_args.save_total_limit
+    every = {"steps": training_args.save_steps, "best": training_args.eval_steps or training_args.save_steps}
+    if strategy == "no":
+        return 0
+    per_epoch = strategy == "epoch" or (strategy == "best" and training_args.eval_strategy.value == "epoch")
+    interval = epoch_steps or steps if per_epoch else every[strategy]
+    written = math.ceil(steps / (interval if interval >= 1 else interval * steps))  # the last step's too
+    # beside the newest ones and the one being written, the best one so far stays
+    keeps_best = strategy == "best" or training_args.load_best_model_at_end
+    return min(written, limit + (2 if keeps_best and limit == 1 else 1)) if limit else written
 
 
 def summary_lines(

@@ -7,7 +7,14 @@ import pytest
 from transformers import TrainingArguments
 
 from component.adapter import add_adapter
-from component.train.summary import aligned, checkpoint_count, describe_cost, describe_trainable, total_steps
+from component.train.summary import (
+    aligned,
+    checkpoint_count,
+    describe_cost,
+    describe_trainable,
+    steps_per_epoch,
+    total_steps,
+)
 from tests.reference.llama2_7b import LLAMA2_7B
 
 
@@ -21,7 +28,14 @@ def test_describe_trainable(tiny_llama):
 
 
 @pytest.mark.parametrize(
-    ("values", "steps"), [({"max_steps": 7}, 7), ({"num_train_epochs": 2}, 26), ({"num_train_epochs": 0.1}, 2)]
+    ("values", "steps"),
+    [
+        ({"max_steps": 7}, 7),
+        ({"num_train_epochs": 2}, 26),
+        ({"num_train_epochs": 0.1}, 2),
+        ({"num_train_epochs": 2, "dataloader_drop_last": True}, 24),  # the last 4 samples of 8
+        ({"num_train_epochs": 2, "dataloader_drop_last": True, "gradient_accumulation_steps": 4}, 26),  # 50 of 2
+    ],
 )
 def test_steps_of_a_run(values, steps, tmp_path):
     """100 samples, 8 in each step."""
@@ -37,11 +51,25 @@ def test_steps_of_a_run(values, steps, tmp_path):
         ({"save_steps": 300}, 4),  # after 300, 600, 900 and 1000 steps
         ({"save_steps": 5000, "save_total_limit": 3}, 1),
         ({"save_steps": 0.25, "save_total_limit": 9}, 4),
-        ({"save_strategy": "epoch", "num_train_epochs": 2}, 2),
+        ({"save_strategy": "epoch"}, 4),  # of 300 steps, whatever num_train_epochs is
+        ({"save_strategy": "epoch", "save_total_limit": 1}, 2),
+        ({"save_strategy": "best", "eval_strategy": "steps", "eval_steps": 100}, 10),
+        ({"save_strategy": "best", "eval_strategy": "epoch", "save_total_limit": 2}, 3),
+        (
+            {"save_strategy": "best", "eval_strategy": "epoch", "save_total_limit": 1},
+            3,
+        ),  # the best, the last, a new one
     ],
 )
 def test_checkpoints_on_disk(values, count, tmp_path):
-    assert checkpoint_count(TrainingArguments(tmp_path, use_cpu=True, **values), 1000) == count
+    assert checkpoint_count(TrainingArguments(tmp_path, use_cpu=True, **values), 1000, 300) == count
+
+
+def test_checkpoints_of_a_stream(tmp_path):
+    trainer = SimpleNamespace(train_dataset=iter(range(9)), get_total_train_batch_size=lambda args: 8)
+    training_args = TrainingArguments(tmp_path, use_cpu=True, max_steps=100, save_steps=40)
+    assert steps_per_epoch(training_args, trainer) is None
+    assert checkpoint_count(training_args, total_steps(training_args, trainer), None) == 3
 
 
 @pytest.mark.parametrize(("only_model", "each"), [(False, 3), (True, 1)])
@@ -50,5 +78,6 @@ def test_disk_of_the_checkpoints(only_model, each, tmp_path):
     work = replace(LLAMA2_7B, trained=2**28, zero=False, optimizer="adamw_torch")
     words = {"max_steps": 100, "save_steps": 50, "save_only_model": only_model}
     training_args = TrainingArguments(tmp_path, use_cpu=True, **words)
-    lines = describe_cost(None, training_args, None, work, None)
+    trainer = SimpleNamespace(train_dataset=range(100), get_total_train_batch_size=lambda args: 8)
+    lines = describe_cost(None, training_args, trainer, work, None)
     assert lines == {"disk": f"up to {2 * each:g} GiB: 2 checkpoints of {each:g} GiB at the same time"}
