@@ -45,7 +45,7 @@ from component.tokenizer import any_pad_id, load_tokenizer
 from component.train.callback import FullAttentionCallback, Startup
 from component.train.failure import explained_failures, telling_termination
 from component.train.rehearsal import explained_settings, rehearse
-from component.train.resume import check_continuation, distribution
+from component.train.resume import check_continuation, distribution, of_trainer
 from component.train.settings import parse_arguments
 from component.train.summary import describe_cost, print_summary
 from component.train.trainer import LongQLoRATrainer
@@ -79,7 +79,7 @@ def run(args: LongQLoRAArguments, training_args: TrainingArguments) -> None:
     parts = args.sequence_parallel_size
     strategy = training_strategy(training_args.deepspeed, training_args.world_size, parts)
     samples = training_args.train_batch_size * training_args.gradient_accumulation_steps * strategy.data_processes
-    check_continuation(resume, strategy, samples)
+    changed = check_continuation(resume, strategy, samples, args.compared | of_trainer(training_args))
     join_sequence_group(parts)
     limit_memory(args.memory_budget_gib)
     rehearse(training_args)
@@ -118,7 +118,7 @@ def run(args: LongQLoRAArguments, training_args: TrainingArguments) -> None:
             extended_config=extended,
             record=args.record(extended, factor)
             | {"original_tokens": original_context(extended), "versions": library_versions()}
-            | distribution(strategy, samples),
+            | distribution(strategy, samples, training_args),
             strategy=strategy,
             startup=startup,
             skipping_context=args.model_max_length if args.position_skipping else None,
@@ -126,7 +126,7 @@ def run(args: LongQLoRAArguments, training_args: TrainingArguments) -> None:
     lines = data_lines | ({"processes": strategy.describe(args.max_seq_length)} if strategy.processes > 1 else {})
     lines |= {"memory": f"no plan ({fallback})" if fallback else memory.line}
     lines |= describe_cost(args, training_args, trainer, memory.work, None if fallback else memory.plan)
-    print_summary(args, training_args, trainer, base, lines | {"start": startup.describe()})
+    print_summary(args, training_args, trainer, base, lines | changed | {"start": startup.describe()})
     train(trainer, resume, memory, fallback)
 
 

@@ -105,6 +105,11 @@ class LongQLoRAArguments:
             return None
         return self.group_size or max(2, int(self.group_size_ratio * self.max_seq_length) // 2 * 2)
 
+    @property
+    def compared(self) -> dict[str, typing.Any]:
+        """What a resumed run compares with the run that wrote its checkpoint."""
+        return dataclasses.asdict(self) | {"group_size": self.group_tokens}
+
     def record(self, extended: "PretrainedConfig", factor: float) -> dict[str, typing.Any]:
         """The part of `longqlora.json` that is known before training; `extended` is the config scaled by `factor`."""
         base, kind = Path(self.model_name_or_path), extended.rope_parameters.get("rope_type", "default")

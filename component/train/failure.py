@@ -39,8 +39,9 @@ def check_loss(
     begins = tokenizer.decode(input_ids[0, :SHOWN_TOKENS], skip_special_tokens=True)
     rows = f"a batch of {len(input_ids)} samples, the first of which" if len(input_ids) > 1 else "the sample that"
     raise OneProcessError(
-        f"step {step}: the loss is {float(loss)} for {rows} begins with {begins!r}; lower learning_rate, look at the "
-        f"sample, or use bf16: true instead of fp16. {resume_advice(output_dir)}"
+        f"step {step}: the loss is {float(loss)} for {rows} begins with {begins!r}; lower "
+        "learning_rate in another run, look at the sample, or use bf16: true instead of fp16. "
+        f"{resume_advice(output_dir)}"
     )
 
 
@@ -68,7 +69,7 @@ class GradientGuard(TrainerCallback):
         if not args.fp16:
             raise UserError(
                 f"step {state.global_step}: the norm of the gradients is not finite, though the losses are; lower "
-                f"learning_rate or max_grad_norm. {resume_advice(args.output_dir)}"
+                f"max_grad_norm, or learning_rate in another run. {resume_advice(args.output_dir)}"
             )
         if self.scaler is not None and self.scaler.get_scale() < 1:
             raise _scale_error(state.global_step, args.output_dir)
@@ -77,7 +78,7 @@ class GradientGuard(TrainerCallback):
 def _scale_error(step: int, output_dir: str) -> UserError:
     return UserError(
         f"step {step}: fp16's loss scale is below 1 and gradients still overflow; use bf16: true where the GPU has "
-        f"it, or lower learning_rate. {resume_advice(output_dir)}"
+        f"it, or lower learning_rate in another run. {resume_advice(output_dir)}"
     )
 
 

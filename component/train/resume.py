@@ -3,40 +3,86 @@
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainingArguments
+
 from component.checkpoint import read_record
 from component.distributed.strategy import Strategy
 from component.error import UserError
 
-KEY = "distribution"  # of a checkpoint's record
+KEY, TRAINER_KEY = "distribution", "trainer"  # of a checkpoint's record
+# keys that a continued run cannot change -> what would be wrong
+_MODEL = "what was trained so far would be read by another model"
+_ORDER = "samples would repeat or be left out"
+_OPTIMIZER = "the optimizer's states and its settings come from the checkpoint, so it would have no effect"
+FIXED = {
+    **dict.fromkeys(("model_max_length", "rope_type", "rope_theta", "lora_rank", "lora_alpha"), _MODEL),
+    **dict.fromkeys(("target_modules", "train_embedding", "train_norm"), _MODEL),
+    **dict.fromkeys(("sft", "template", "max_seq_length", "truncation_policy", "packing", "streaming"), _ORDER),
+    **dict.fromkeys(("seed", "data_seed"), _ORDER),
+    **dict.fromkeys(
+        ("optim", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"), _OPTIMIZER
+    ),
+}
+# keys that it can change, with other losses than without
+TOLD = (
+    *("model_name_or_path", "train_file", "load_in_4bit", "frozen_matmul", "position_skipping", "lora_dropout"),
+    *("use_shift_short_attention", "full_attention_ratio"),
+)
+OF_TRAINER = (
+    "seed",
+    "data_seed",
+    "optim",
+    "learning_rate",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+)
 
 
-def distribution(strategy: Strategy, samples_per_step: int) -> dict[str, Any]:
-    """What a record says about how a run was distributed."""
+def distribution(strategy: Strategy, samples_per_step: int, training_args: TrainingArguments) -> dict[str, Any]:
+    """What a record says about how a run was distributed and optimized."""
     return {
         KEY: {
             "processes": strategy.processes,
             "zero_stage": strategy.zero_stage,
             "sequence_parallel_size": strategy.sequence_processes,
             "samples_per_step": samples_per_step,
-        }
+        },
+        TRAINER_KEY: of_trainer(training_args),
     }
 
 
-def check_continuation(checkpoint: str | None, strategy: Strategy, samples_per_step: int) -> None:
+def of_trainer(training_args: TrainingArguments) -> dict[str, Any]:
+    return {name: getattr(value := getattr(training_args, name), "value", value) for name in OF_TRAINER}
+
+
+def check_continuation(
+    checkpoint: str | None, strategy: Strategy, samples_per_step: int, arguments: dict[str, Any] | None = None
+) -> dict[str, str]:
     """Refuse what would go on with other losses, in silence or with a traceback.
 
     Without DeepSpeed the number of processes and sequence_parallel_size may change; with it, the latter alone.
 
     Args:
         samples_per_step: of all processes and micro-batches.
+        arguments: the run's own, with `group_size` in tokens, and those of `of_trainer`.
+
+    Returns:
+        The summary's line, by name, about keys that may change, with other losses; empty if none did.
 
     Raises:
-        UserError: another engine or ZeRO stage than the checkpoint's, another number of processes under ZeRO, or
-            another number of samples per step.
+        UserError: another engine or ZeRO stage than the checkpoint's, another number of processes under ZeRO,
+            another number of samples per step, or keys that must be as they were.
     """
     if checkpoint is None:
-        return
-    then = (read_record(checkpoint) or {}).get(KEY) or {}
+        return {}
+    record = read_record(checkpoint) or {}
+    _check_distribution(checkpoint, record.get(KEY) or {}, strategy, samples_per_step)
+    return _check_arguments(checkpoint, record, arguments or {})
+
+
+def _check_distribution(checkpoint: str, then: dict[str, Any], strategy: Strategy, samples_per_step: int) -> None:
     is_deepspeed = strategy.zero_stage is not None
     was_deepspeed = any(Path(checkpoint).glob("global_step*"))
     stage, processes = then.get("zero_stage"), then.get("processes")
@@ -62,6 +108,22 @@ def check_continuation(checkpoint: str | None, strategy: Strategy, samples_per_s
             "per_device_train_batch_size, gradient_accumulation_steps and the number of processes, divided by "
             f"sequence_parallel_size, is {samples}"
         )
+
+
+def _check_arguments(checkpoint: str, record: dict[str, Any], arguments: dict[str, Any]) -> dict[str, str]:
+    then = {**(record.get("arguments") or {}), **(record.get(TRAINER_KEY) or {})}
+    then |= {"group_size": record.get("group_size")}
+    if then.get("rope_type") is None and arguments.get("rope_type") is not None:  # written out what was the default
+        then["rope_type"] = record.get("rope_type")
+    changed = {key: (then[key], arguments[key]) for key in then if then[key] != arguments.get(key, then[key])}
+    fixed = [f"{key}: {new}, but it was {old}: {FIXED[key]}" for key, (old, new) in changed.items() if key in FIXED]
+    if fixed:
+        raise UserError(
+            f"resume_from_checkpoint: {checkpoint} was written by a run with other values; set them as they were, or "
+            "start another run:\n  " + "\n  ".join(fixed)
+        )
+    told = [f"{key} {old} -> {new}" for key, (old, new) in changed.items() if key in (*TOLD, "group_size")]
+    return {"resumed": f"with other losses than an unbroken run: {', '.join(told)}"} if told else {}
 
 
 def _plural(count: int) -> str:

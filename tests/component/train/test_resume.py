@@ -1,12 +1,15 @@
 """Which checkpoints a run may continue."""
 
 import json
+from dataclasses import fields
 
 import pytest
+from transformers import TrainingArguments
 
 from component.distributed.strategy import Strategy
 from component.error import UserError
-from component.train.resume import check_continuation, distribution
+from component.train.argument import LongQLoRAArguments
+from component.train.resume import FIXED, OF_TRAINER, TOLD, check_continuation, distribution, of_trainer
 
 WRITTEN = {"files": {}, "base_model": "x", "rope_type": "linear", "rope_factor": 2}
 
@@ -16,7 +19,9 @@ def written_by(tmp_path):
     """written_by(strategy, samples): a checkpoint's folder; without samples one of an earlier version's."""
 
     def write(strategy: Strategy, samples: int | None) -> str:
-        record = WRITTEN | (distribution(strategy, samples) if samples else {})
+        record = WRITTEN | (
+            distribution(strategy, samples, TrainingArguments(tmp_path, use_cpu=True)) if samples else {}
+        )
         (tmp_path / "longqlora.json").write_text(json.dumps(record))
         if strategy.zero_stage is not None:
             (tmp_path / "global_step4").mkdir(exist_ok=True)
@@ -75,3 +80,61 @@ def test_samples_per_step(written_by):
 def test_an_earlier_versions_checkpoint(written_by):
     with pytest.raises(UserError, match=r"by DeepSpeed, whose .* set deepspeed to a file with the same stage$"):
         check_continuation(written_by(Strategy(2, 2), None), Strategy(), 8)
+
+
+ARGUMENTS = {"rope_type": None, "lora_alpha": 16, "packing": False, "frozen_matmul": "auto", "train_file": "a.jsonl"}
+TRAINER = {"learning_rate": 2e-4, "seed": 42}
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    written = WRITTEN | {"arguments": ARGUMENTS | {"group_size": None}, "trainer": TRAINER, "group_size": 32}
+    (tmp_path / "longqlora.json").write_text(json.dumps(written))
+    return str(tmp_path)
+
+
+def changed(checkpoint: str, **values) -> dict[str, str]:
+    return check_continuation(checkpoint, Strategy(), 8, ARGUMENTS | TRAINER | {"group_size": 32} | values)
+
+
+@pytest.mark.parametrize("values", [{}, {"lora_alpha": 16.0}, {"rope_type": "linear"}, {"mlp_tile_tokens": 128}])
+def test_the_same_arguments(checkpoint, values):
+    assert changed(checkpoint, **values) == {}
+
+
+def test_what_a_resumed_run_may_change_is_told(checkpoint):
+    told = changed(checkpoint, frozen_matmul="fp8", train_file="b.jsonl", group_size=16)
+    line = "with other losses than an unbroken run: frozen_matmul auto -> fp8, train_file a.jsonl -> b.jsonl"
+    assert told == {"resumed": f"{line}, group_size 32 -> 16"}
+
+
+def test_what_it_may_not_change_is_refused_at_once(checkpoint):
+    with pytest.raises(UserError) as raised:
+        changed(checkpoint, rope_type="yarn", lora_alpha=32, packing=True, learning_rate=1e-4, frozen_matmul="fp8")
+    head, *found = str(raised.value).splitlines()
+    assert head.endswith("was written by a run with other values; set them as they were, or start another run:")
+    assert [line.strip() for line in found] == [
+        "rope_type: yarn, but it was linear: what was trained so far would be read by another model",
+        "lora_alpha: 32, but it was 16: what was trained so far would be read by another model",
+        "packing: True, but it was False: samples would repeat or be left out",
+        "learning_rate: 0.0001, but it was 0.0002: the optimizer's states and its settings come from the checkpoint, "
+        "so it would have no effect",
+    ]
+
+
+def test_all_keys_are_known():
+    names = {item.name for item in (*fields(LongQLoRAArguments), *fields(TrainingArguments))}
+    assert names >= {*FIXED, *TOLD, *OF_TRAINER}
+    assert FIXED.keys() >= set(OF_TRAINER)
+
+
+def test_the_optimizers_keys_are_recorded(tmp_path):
+    args = TrainingArguments(tmp_path, use_cpu=True, optim="adamw_torch", learning_rate=3e-4, seed=7)
+    found = json.loads(json.dumps(distribution(Strategy(), 8, args)))["trainer"]
+    assert (found["optim"], found["learning_rate"], found["seed"], found["data_seed"]) == (
+        "adamw_torch",
+        3e-4,
+        7,
+        None,
+    )
+    assert found == of_trainer(args)
