@@ -59,8 +59,10 @@ def parse_flags() -> argparse.Namespace:
 
 
 import torch
+from transformers import PretrainedConfig
 
 from component.adapter import check_targets_early
+from component.attention.interface import has_plain_attention
 from component.distributed.strategy import training_strategy
 from component.error import UserError
 from component.evaluate.table import grid
@@ -69,6 +71,7 @@ from component.inference.flags import CACHES
 from component.inference.kv_cache import is_quantizable
 from component.memory.budget import CONTEXT_GIB, LIBRARIES_GIB, USABLE, most_tokens
 from component.memory.cost import checkpoint_bytes, describe_time
+from component.memory.layer import supports_layers_of
 from component.memory.plan import MemoryPlan, choose_plan, estimate, minimum_memory_plan, next_memory_option
 from component.memory.rate import measured_rate, published_rate
 from component.memory.workload import GIB, Workload, paged_bytes, workload
@@ -76,7 +79,7 @@ from component.model import load_config, stored_quantization
 from component.rope import context_length
 from component.storage.claim import claimed
 from component.storage.result import write_json
-from component.train.validation import out_of_bounds
+from component.train.validation import check_float8, out_of_bounds
 
 PARTS = ("weights", "cache", "workspace", "peak", "host")  # of inference; host: CPU memory
 OF_INFERENCE = ("context", "load_in_4bit")
@@ -95,6 +98,19 @@ def check_kind(flags: argparse.Namespace) -> None:
         raise UserError("--max_seq_length: missing; name the tokens per sample, or estimate with --inference")
 
 
+def check_model(flags: argparse.Namespace, config: PretrainedConfig) -> None:
+    """Refuse what train.py refuses for models of this type, and say what it trains in another way."""
+    if flags.fp8:
+        check_float8(config, "--fp8", "leave it out")
+    if flags.sequence_parallel_size > 1 and not has_plain_attention(config, flags.max_seq_length):
+        raise UserError(
+            f"--sequence_parallel_size: {flags.sequence_parallel_size}, but {config.model_type}'s own attention over "
+            f"rows of {flags.max_seq_length} tokens is not split over processes; leave it out"
+        )
+    if not supports_layers_of(config):
+        print(f"no memory plan supports {config.model_type}: train.py runs Hugging Face's layers, not as estimated")
+
+
 def read_workload(flags: argparse.Namespace) -> Workload:
     if problems := out_of_bounds(vars(flags)):
         raise UserError("; ".join(f"--{problem}" for problem in problems))
@@ -103,6 +119,7 @@ def read_workload(flags: argparse.Namespace) -> Workload:
     config = load_config(flags.model_name_or_path)
     targets = flags.target_modules.split(",") if flags.target_modules else None
     check_targets_early(config, targets)
+    check_model(flags, config)
     if flags.deepspeed not in (None, "none") and not Path(flags.deepspeed).is_file():
         raise UserError(f"--deepspeed: there is no file {flags.deepspeed}; use one of train_args/deepspeed/, or none")
     parts, rows = flags.sequence_parallel_size, flags.per_device_train_batch_size

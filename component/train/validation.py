@@ -201,16 +201,19 @@ def check_skipping(extended: PretrainedConfig, context: int) -> None:
         )
 
 
-def check_float8(extended: PretrainedConfig) -> None:
+def check_float8(extended: PretrainedConfig, key: str = "frozen_matmul: fp8", cure: str = "set it to auto") -> None:
     """Refuse `frozen_matmul: fp8` for models whose layers Hugging Face's own code computes.
+
+    Args:
+        key, cure: what the user wrote, and what to do.
 
     Raises:
         UserError: memory plans do not support its decoder layers.
     """
     if not supports_layers_of(extended):
         raise UserError(
-            f"frozen_matmul: fp8, but memory plans, which multiply in FP8, do not support the decoder layers of model "
-            f"type {extended.model_type!r}; set it to auto"
+            f"{key}, but memory plans, which multiply in FP8, do not support the decoder layers of model type "
+            f"{extended.model_type!r}; {cure}"
         )
 
 

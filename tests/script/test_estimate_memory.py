@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from transformers import LlamaConfig, MistralConfig
+from transformers import Gemma2Config, LlamaConfig, MistralConfig
 
 from script.estimate_memory import main
 
@@ -93,6 +93,22 @@ def test_wrong_flags_are_named(estimate, capsys, flags, message):
     with pytest.raises(SystemExit):
         estimate(*flags)
     assert message in capsys.readouterr().err
+
+
+def test_what_train_py_refuses_or_does_in_another_way(tmp_path, estimate, capsys):
+    """Gemma 2 has layers of its own and sliding windows."""
+    config = {"hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 2, "vocab_size": 96}
+    Gemma2Config(**config, sliding_window=512).save_pretrained(tmp_path / "gemma2")
+    words = ("--model_name_or_path", str(tmp_path / "gemma2"), "--max_seq_length", "8192")
+    for more, message in (
+        (("--fp8",), "--fp8, but memory plans, which multiply in FP8, do not support the decoder layers of model type "
+         "'gemma2'; leave it out"),
+        (("--sequence_parallel_size", "2"), "--sequence_parallel_size: 2, but gemma2's own attention over rows"),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit):
+            estimate(*words, *more)
+        assert message in capsys.readouterr().err
+    assert "no memory plan supports gemma2: train.py runs Hugging Face's layers" in estimate(*words)[1]
 
 
 def test_longest_is_0_if_the_weights_do_not_fit(estimate):
