@@ -37,6 +37,23 @@ class BadRecord:
     problem: str
 
 
+class Repeated(tuple):
+    """The different values of a key that an object has twice: JSON's parser would keep the last one, in silence."""
+
+
+def parse_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For json's `object_pairs_hook`: an object, in which values that contradict each other are `Repeated`."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        for key, value in pairs:
+            kept = found[key]
+            if isinstance(kept, Repeated):
+                found[key] = Repeated([*kept, value]) if value not in kept else kept
+            elif value != kept:
+                found[key] = Repeated([value, kept])
+    return found
+
+
 def read_lines(file: Path) -> Iterator[tuple[int, bytes | None]]:
     """(line number from 1, line) of lines that are not blank, None for one over LONGEST; only \\n ends lines."""
     with _open(file) as lines:
@@ -62,7 +79,7 @@ def _parse(line: bytes | None) -> object:
     if line is None:
         return BadRecord(TOO_LONG)
     try:
-        return json.loads(line.rstrip(b"\r\n").decode())
+        return json.loads(line.rstrip(b"\r\n").decode(), object_pairs_hook=parse_object)
     except UnicodeDecodeError as error:
         return BadRecord(f"not UTF-8 ({error.reason}); convert the file")
     except (ValueError, RecursionError) as error:
@@ -147,7 +164,10 @@ def is_array(file: Path) -> bool:
 def array(file: Path) -> Iterator[tuple[int, object]]:
     """The elements of a file that is one JSON array, numbered from 1, one in memory at a time."""
     with _open(file) as content:
-        decode, characters = json.JSONDecoder().raw_decode, codecs.getincrementaldecoder("utf-8-sig")()
+        decode, characters = (
+            json.JSONDecoder(object_pairs_hook=parse_object).raw_decode,
+            codecs.getincrementaldecoder("utf-8-sig")(),
+        )
         pending, at, number, size, is_end = "", 0, 0, CHUNK, False
         while True:
             mark = BLANKS.match(pending, at).end()  # type: ignore[union-attr]

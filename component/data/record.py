@@ -9,6 +9,7 @@ import json
 from typing import Any
 
 from component.data.chat_template import Turns
+from component.data.reader import Repeated
 
 ROLES = {  # names used by published data sets, in any case
     "system": "system",
@@ -121,6 +122,8 @@ def parse_messages(record: dict[str, Any]) -> tuple[list[tuple[str, str]], str |
     messages = record.get(name)
     if name == "messages" and not _is_empty(messages) and not _is_empty(record.get("conversations")):
         raise ValueError('"messages" beside "conversations"; keep one of the two')
+    if isinstance(messages, Repeated):
+        raise ValueError(f'"{name}" {text_problem(messages)}')
     if not isinstance(messages, list) or not messages:
         raise ValueError(f'"{name}" is not a list of messages')
     said = []
@@ -247,6 +250,8 @@ def _is_empty(value: Any) -> bool:
 
 def text_problem(value: object) -> str | None:
     """Why `value` is not a text that can be encoded, or None."""
+    if isinstance(value, Repeated):
+        return f"is there {len(value)} times, with different values; keep one of them"
     if not isinstance(value, str):
         return f"is {json.dumps(value, default=repr)[:40]}, not a text"
     if "\0" in value:  # UTF-16, a binary file, or a download that was preallocated and broke off

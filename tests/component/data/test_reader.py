@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from component.data.reader import BadRecord, _Zstandard, array
+from component.data.reader import BadRecord, Repeated, _Zstandard, array, json_lines
 from component.data.source import read_records
 from component.error import UserError
 
@@ -173,3 +173,14 @@ def test_packed_files_are_read_in_linear_time(tmp_path):
         assert isinstance(reader.ready, memoryview)  # a view moves on without copying the rest
     assert taken == 0
     assert max(sizes) <= 2**27
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_a_key_that_is_there_twice(suffix, tmp_path):
+    """Equal values say nothing else; of others none is dropped, at any depth."""
+    line = '{"a": 1, "a": 2, "b": [{"c": "x", "c": "x", "d": {}, "d": [], "d": {}}], "a": 1}'
+    file = tmp_path / f"in{suffix}"
+    file.write_text(line if suffix == ".jsonl" else f"[{line}]")
+    ((_, found),) = json_lines(file) if suffix == ".jsonl" else array(file)
+    assert found == {"a": (2, 1), "b": [{"c": "x", "d": ([], {})}]}
+    assert isinstance(found["a"], Repeated)

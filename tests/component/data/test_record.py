@@ -5,6 +5,7 @@ import json
 import pytest
 
 from component.data.dataset import load_samples
+from component.data.reader import parse_object
 from component.data.record import chat_problem, ignored_fields, read_chat, text_fields_problem
 from component.error import UserError
 
@@ -165,3 +166,24 @@ def test_the_summary_lists_what_is_not_used_and_names_what_is_refused(tokenizer,
     file.write_text(json.dumps({"input": "Q", "output": "A", "context": "C"}) + "\n")
     with pytest.raises(UserError, match=r'chats.jsonl:1: "context" would be ignored: put it into "input"'):
         load_samples(str(file), tokenizer, 400, sft=True)
+
+
+TWICE = "is there 2 times, with different values; keep one of them"
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ('{"input": "Q", "input": "R", "output": "A"}', f'"input" {TWICE}'),
+        ('{"input": "Q", "output": "A", "output": ""}', f'"output" {TWICE}'),
+        ('{"input": "Q", "output": "A", "system": "x", "system": "y"}', f'"system" {TWICE}'),
+        ('{"messages": [{"role": "user", "content": "Q"}], "messages": []}', f'"messages" {TWICE}'),
+        ('{"messages": [{"role": "user", "content": "Q", "content": "R"}, {"role": "bot", "content": "A"}]}',
+         f'"messages": the content of message 1 {TWICE}'),
+        ('{"input": "Q", "output": "A", "weight": 0, "weight": 1}', '"weight" would be ignored'),
+        ('{"input": "Q", "output": "A", "id": 1, "id": 2, "input": "Q"}', None),
+    ],
+)  # fmt: skip
+def test_a_field_that_is_there_twice(line, problem):
+    found = chat_problem(json.loads(line, object_pairs_hook=parse_object))
+    assert found is problem is None or found.startswith(problem)
