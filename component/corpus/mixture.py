@@ -198,6 +198,8 @@ class Shared(Protocol):
     """A source that is taken by its share or its count."""
 
     @property
+    def name(self) -> str: ...
+    @property
     def share(self) -> float | None: ...
     @property
     def count(self) -> int | None: ...
@@ -220,3 +222,21 @@ def apportion(sources: Sequence[Shared], total: int | None, available: list[int]
         unit = min(unit, max(0, total - sum(taken)) / sum(shares))
     # rounding of 3 / 0.3 * 0.3 must not lose an example
     return [count or int(unit * share + 1e-9) for count, share in zip(taken, shares, strict=True)]
+
+
+def lost_shares(sources: Sequence[Shared], counts: Iterable[dict[str, Any]]) -> list[str]:
+    """Which sources have a share of which nothing is left, so that the mixture would not be the one asked for.
+
+    Args:
+        counts: of each source, "available" and "sampled".
+    """
+    pairs = [(source, found) for source, found in zip(sources, counts, strict=True) if source.share]
+    empty = [source.name for source, found in pairs if not found["available"]]
+    if empty:  # what the others lose is its fault
+        return [f"{name}: nothing in it fits, and the scarcest source decides what others get" for name in empty]
+    return [
+        f"{source.name}: share {source.share:g} comes to less than the first that was drawn of its "
+        f"{found['available']:,}"
+        for source, found in pairs
+        if not found["sampled"]
+    ]

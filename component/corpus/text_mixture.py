@@ -73,7 +73,8 @@ def _source(entry: object, place: str) -> tuple[TextSource | None, list[str]]:
 
 
 def _length_problems(entry: dict) -> list[str]:
-    bounds = {name: entry.get(name) or getattr(TextSource, name) for name in ("min_tokens", "max_tokens")}
+    given = {name: entry.get(name) for name in ("min_tokens", "max_tokens")}
+    bounds = {name: getattr(TextSource, name) if bound is None else bound for name, bound in given.items()}
     problems = [
         f"{name}: {bound!r}; use a whole number of at least 1" for name, bound in bounds.items() if not is_count(bound)
     ]

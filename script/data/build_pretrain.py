@@ -41,6 +41,7 @@ DEFAULTS = {"min_tokens": 4096, "max_tokens": 32768, "num_samples": 54212, "long
 
 
 from component.corpus.length import describe_lengths
+from component.corpus.mixture import lost_shares
 from component.corpus.output import (
     claimed_output,
     journal_path,
@@ -161,6 +162,9 @@ def mix(flags: argparse.Namespace, mixture: TextMixture) -> None:
     if not choices:
         scan.journal.unlink()
         raise UserError(f"--config: no text of {flags.config} fits; change lengths and shares there")
+    if lost := lost_shares(mixture.sources, found):
+        scan.journal.unlink()
+        raise UserError(f"--config: {'; '.join(lost)}; change lengths, shares or the total in {flags.config}")
     sources = mixture_statistics(scan, mixture, choices, found)
     lengths = describe_lengths([choice.tokens for choice in choices])
     stats = {"unit": mixture.unit, "sources": sources, "lengths": lengths, **origin(flags, tokenizer)}

@@ -34,7 +34,7 @@ def parse_flags() -> argparse.Namespace:
 from transformers import PreTrainedTokenizerBase
 
 from component.corpus.length import describe_lengths
-from component.corpus.mixture import Mixture, read_mixture
+from component.corpus.mixture import Mixture, lost_shares, read_mixture
 from component.corpus.output import (
     claimed_output,
     journal_path,
@@ -127,6 +127,9 @@ def build(flags: argparse.Namespace, mixture: Mixture) -> None:
         raise UserError(
             f"--config: no example of {flags.config} fits; raise --max_tokens, or loosen filters and shares"
         )
+    if lost := lost_shares(mixture.sources, summary):
+        scan.journal.unlink()
+        raise UserError(f"--config: {'; '.join(lost)}; change filters, shares or the total in {flags.config}")
     stats = statistics(scan, mixture, examples, summary) | origin(flags, tokenizer)
     drawn = {source["name"]: source["lengths"] for source in stats["sources"]}
     with atomic_file(flags.output) as writing:  # renamed last: its existence marks a complete run

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import yaml
 
+from component.corpus.mixture import lost_shares
 from component.corpus.pretrain import Choice
 from component.corpus.sampling import sample_key, text_hash
 from component.corpus.text_mixture import TextMixture, TextSource, read_text_mixture, sample_mixture
@@ -76,6 +77,25 @@ def test_everything_wrong_is_told_at_once(config, tmp_path):
         "  sources[1] (two): text_key: 3 is not a string",
         f"  sources[2]: 'text' is not a mapping with keys ({keys})",
     ]
+
+
+def test_zero_is_no_default(config, tmp_path):
+    entry = {"name": "one", "path": str(tmp_path / "a.jsonl"), "min_tokens": 0, "max_tokens": 100}
+    with pytest.raises(UserError, match=r"min_tokens: 0; use a whole number of at least 1$"):
+        read_text_mixture(config(entry))
+
+
+def test_a_share_of_which_nothing_is_left_is_told():
+    """One of nothing takes everybody's share; one of which no text is small enough goes alone."""
+    texts = scan_of([("a", 10), ("b", 10)], [], [("c", 90)])
+
+    def lost(*shares: float | None) -> list[str]:
+        sources = [TextSource(name, "", share=share) for name, share in zip("abc", shares, strict=True)]
+        return lost_shares(sources, sample_mixture(texts, TextMixture(sources), 0)[1])
+
+    assert lost(1, 1, 2) == ["b: nothing in it fits, and the scarcest source decides what others get"]
+    assert lost(1, None, 2) == ["c: share 2 comes to less than the first that was drawn of its 1"]
+    assert lost(1, None, 5) == lost(1, None, None) == []
 
 
 def test_the_shipped_example_is_right(monkeypatch):

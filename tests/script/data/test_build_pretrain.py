@@ -393,3 +393,19 @@ def test_a_mixture_of_nothing(mix):
     outcome = mix(total=1)
     assert outcome.status == 1
     assert "sources.yaml fits; change lengths and shares there" in outcome.err
+
+
+def test_a_mixture_without_one_of_its_sources(mix, run_program, word_folder, tmp_path):
+    """All others would be written, as if the shares were kept; its journal does not stand in the way of a cure."""
+    assert mix().status == 0
+    config = tmp_path / "sources.yaml"
+    sources = yaml.safe_load(config.read_text())["sources"]
+    whole = sources[1] | {"name": "whole", "share": None}
+    sources[1] |= {"min_tokens": 70, "max_tokens": 90}
+    for changes, status in (([*sources, whole], 1), ([sources[0], whole], 0)):
+        config.write_text(yaml.safe_dump({"sources": changes}))
+        output = tmp_path / "two.jsonl"
+        outcome = run_program(PROGRAM, "--config", config, "--tokenizer", word_folder, "--output", output)
+        assert outcome.status == status, outcome.err
+        assert ("--config: short: nothing in it fits" in outcome.err) == (status == 1)
+        assert output.exists() == (status == 0)

@@ -192,6 +192,8 @@ def test_what_is_refused(build, run_program, sources, tmp_path):
     )
     refused_by_us(build(*sources, max_tokens=0, num_proc=0), "--max_tokens: 0", "--num_proc: 0")
     refused_by_us(build(*sources, max_bad_fraction=0.1), "2 of 13 lines can't be used", "talk.jsonl:2: ")
+    nothing = {"share": 1, "count": None, "filters": {"contains": "nowhere in it"}, "name": "lost"}
+    refused_by_us(build(*sources, sources[0] | nothing, output="2.jsonl"), "--config: lost: nothing in it fits")
     refused_by_us(build(*sources, output="2.jsonl", max_tokens=5), "no example of", "raise --max_tokens")
     nested = write_lines(tmp_path / "nested.jsonl", {"question_text": "a", "document_text": "b", "annotations": [5]})
     odd = {"name": "odd", "path": str(nested), "mapping": "natural_questions"}
