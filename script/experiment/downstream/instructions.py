@@ -69,13 +69,14 @@ def check(flags: argparse.Namespace) -> None:
     check_flags(flags, counts=counts, folders=folders)
 
 
-def fitting_samples(flags: argparse.Namespace, context: int) -> tuple[list[Record], dict[str, int]]:
-    """The samples of the source that fit `context` tokens by build_sft.py, and its counts."""
+def fitting_samples(flags: argparse.Namespace, context: int, template: str) -> tuple[list[Record], dict[str, int]]:
+    """The samples of the source that fit `context` tokens in `template` by build_sft.py, and its counts."""
     config, output = flags.work / "sources.yaml", flags.work / "fitting.jsonl"
     source = {"name": flags.source.name, "path": str(flags.source), "mapping": "input_output"}
     config.write_text(yaml.safe_dump({"sources": [source]}), encoding="utf-8")
     words = ["--config", config, "--tokenizer", flags.base, "--output", output, "--max_tokens", context, "--overwrite"]
-    execute(["script/data/build_sft.py", *map(str, words), "--seed", str(flags.seed)], flags.work / "build_sft.log")
+    words += ["--seed", flags.seed, "--template", template]
+    execute(["script/data/build_sft.py", *map(str, words)], flags.work / "build_sft.log")
     counts = json.loads(output.with_suffix(".stats.json").read_text(encoding="utf-8"))["counts"]
     return [record for _, record in RecordTally().good(output, read_records(output, ("input", "output")))], counts
 
@@ -88,12 +89,22 @@ def lengths(tokenizer: PreTrainedTokenizerBase, record: Record) -> tuple[int, in
 
 
 def end_of_question(tokenizer: PreTrainedTokenizerBase, record: Record, context: int) -> Record:
-    """The sample with its question truncated on the left to fit `context` tokens in all."""
+    """The sample with its question truncated on the left to fit `context` tokens in all.
+
+    Raises:
+        UserError: the answer and the template leave no room for a question.
+    """
     starts = [start for start, _ in tokenizer(record["input"], return_offsets_mapping=True).offset_mapping]
     cut, excess = record, lengths(tokenizer, record)[0] - context
     dropped = 0
     while excess > 0:
         dropped += excess
+        if dropped >= len(starts):
+            _, answer = lengths(tokenizer, record)
+            raise UserError(
+                f"--max_answer_tokens: an answer of {answer} tokens leaves no room for its question in a context of "
+                f"{context}; use fewer"
+            )
         cut = record | {"input": record["input"][starts[dropped] :]}
         excess = lengths(tokenizer, cut)[0] - context
     return cut
@@ -154,7 +165,7 @@ def main() -> None:
 def compare(flags: argparse.Namespace) -> None:
     context = context_length(load_config(str(flags.base), "--base"))
     tokenizer = load_tokenizer(str(flags.base), UNLIMITED)
-    records, counts = fitting_samples(flags, context)
+    records, counts = fitting_samples(flags, context, recorded_template(tokenizer))
     kept = [record for record in records if lengths(tokenizer, record)[1] <= flags.max_answer_tokens]
     groups = [group[: flags.per_document] for group in documents(kept)]
     chosen = split(groups, flags.held_out, flags.seed)

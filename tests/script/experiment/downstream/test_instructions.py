@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 
 from component.data import IGNORE_INDEX
 from component.data.chat_template import encode_chat
+from component.error import UserError
 from script.experiment.downstream.instructions import end_of_question
 from tests.script.experiment.downstream.mistakes import refuses
 from tests.words import text_of, write_lines
@@ -27,6 +28,15 @@ def test_the_end_of_a_question_is_kept_and_the_answer_is_the_same():
     answer, of_whole = ([label for label in found if label != IGNORE_INDEX] for found in (labels, whole))
     assert answer == of_whole
     assert end_of_question(tokenizer, cut, 256) == cut
+
+
+def test_an_answer_that_leaves_no_room_for_a_question():
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_BASE)
+    record = {"input": "Who was it?", "output": text_of(random.Random(1), 300)}
+    with pytest.raises(
+        UserError, match=r"--max_answer_tokens: an answer of \d{3} tokens .* a context of 256; use fewer"
+    ):
+        end_of_question(tokenizer, record, 256)
 
 
 @pytest.mark.parametrize(
@@ -60,3 +70,6 @@ def test_answers_are_trained_and_asked_for_with_the_models_own_template(run_prog
     assert found["settings"]["template"] == "tokenizer"
     assert found["short_answers"]["before"]["questions"] == found["data"]["held_out"]["samples"] > 0
     assert found["loss_before"] > 0
+    measured = json.loads((tmp_path / "work/fitting.stats.json").read_text())
+    tokens = len(tokenizer(f"user: 0 dogs. Who?{tokenizer.eos_token}assistant: He.{tokenizer.eos_token}").input_ids)
+    assert abs(measured["lengths"]["median"] - tokens) <= 1, "what fits is measured in the template of training"
