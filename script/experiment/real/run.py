@@ -8,8 +8,9 @@
 TEXTS holds NAME-train and NAME-validation files of any kind that script/data reads (NAME: books, proof, ...); --other
 names texts unlike those, to see whether short ability is kept. Each row of rows.py is `train.py` on a YAML, then
 script/evaluate/evaluate.py over windows of several lengths, and ruler.py for some rows. Results:
-WORK/results/ROW-SEED.json; rows that have one are skipped. The key tokens of LongPPL are found by the row trained with
-full attention throughout, which therefore comes first; without it there is no LongPPL.
+WORK/results/ROW-SEED.json; rows that have one are skipped, and other texts, lengths or windows need another WORK. The
+key tokens of LongPPL are found by the row trained with full attention throughout, which therefore comes first; without
+it there is no LongPPL.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT))
@@ -55,16 +57,21 @@ def parse_flags() -> argparse.Namespace:
 
 from huggingface_hub import snapshot_download
 
+from component.checkpoint import read_json
 from component.error import UserError, nearest
 from component.storage.claim import work_folder
 from component.storage.foreign import reading
 from component.storage.hub import READ_SUFFIXES, check_source
-from component.storage.result import hardware
-from script.experiment.real.data import prepare_data
+from component.storage.result import hardware, write_json
+from script.experiment.real.data import prepare_data, sources
 from script.experiment.real.rows import Row, all_rows
 from script.experiment.real.schedule import Schedule
 from script.experiment.real.work import REFERENCE, Trained, Worker, result_file, tokens_of
 from script.shared.card import visible_gpus
+
+FLAGS_FILE = "flags.json"  # of WORK
+# flags that decide what is in WORK/data and WORK/results
+OF_RESULTS = ("other_key", "max_steps", "length", "windows", "samples", "ruler_lengths")
 
 
 def requested_rows(flags: argparse.Namespace) -> list[tuple[Row, int]]:
@@ -106,6 +113,26 @@ def check_flags(flags: argparse.Namespace) -> None:
             flags.base = snapshot_download(flags.base, allow_patterns=[f"*{suffix}" for suffix in READ_SUFFIXES])
     flags.work, flags.base, flags.texts = (Path(path).resolve() for path in (flags.work, flags.base, flags.texts))
     flags.other = [str(Path(file).resolve()) for file in flags.other]
+
+
+def what_results_depend_on(flags: argparse.Namespace) -> dict[str, Any]:
+    """By flag; what a row changes, and how it is computed, is left out."""
+    texts = {*sources(flags.texts, "train"), *sources(flags.texts, "validation")}
+    named = {"base": Path(flags.base).name, "texts": sorted(texts), "other": [Path(file).name for file in flags.other]}
+    return named | {name: getattr(flags, name) for name in OF_RESULTS}
+
+
+def check_same_work(flags: argparse.Namespace) -> None:
+    """Refuse a --work whose data and results were made with other flags: they would be taken for these.
+
+    Raises:
+        UserError: which flags differ, and what they were.
+    """
+    then, now = read_json(flags.work / FLAGS_FILE), what_results_depend_on(flags)
+    changed = {name: (then[name], now[name]) for name in now if name in then and then[name] != now[name]}
+    if changed:
+        told = "; ".join(f"--{name}: {new}, but it was {old}" for name, (old, new) in changed.items())
+        raise UserError(f"{told} for what is in {flags.work}; use the same flags, or another --work")
 
 
 def do_all(waiting: list[tuple[Row, int]], flags: argparse.Namespace, start: float) -> None:
@@ -167,6 +194,7 @@ def do_all(waiting: list[tuple[Row, int]], flags: argparse.Namespace, start: flo
 def main() -> None:
     flags, start = parse_flags(), time.monotonic()
     check_flags(flags)
+    check_same_work(flags)
     rows = requested_rows(flags)
     waiting = [(row, seed) for row, seed in rows if not result_file(row, seed, flags).exists()]
     print(f"{estimate(waiting, flags)}; {flags.jobs} at a time on {hardware()}", flush=True)
@@ -174,6 +202,7 @@ def main() -> None:
         return
     read = {"--base": [flags.base], "--texts": [flags.texts]}
     with work_folder(flags.work / "runs", "run.py", read):
+        write_json(flags.work / FLAGS_FILE, what_results_depend_on(flags))
         (flags.work / "results").mkdir(exist_ok=True)
         prepare_data(flags, [row for row, _ in waiting])
         do_all(waiting, flags, start)

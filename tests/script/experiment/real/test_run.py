@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from component.storage.result import write_json
 from script.experiment.real.run import requested_rows
 from tests.outcome import refused_by_us
 from tests.words import write_lines
@@ -60,6 +61,8 @@ def test_rows(run, texts, tmp_path):
     digest = hashlib.sha256((texts / "books-train.jsonl").read_bytes()).hexdigest()
     assert described["texts"][0]["sha256"] == digest
     again = run("--rows", *rows)
+    assert json.loads((tmp_path / "work/flags.json").read_text())["length"] == 96
+    refused_by_us(run("--rows", *rows, "--length", 80), "--length: 80, but it was 96 for what is in ")
     assert again.out.splitlines()[0].startswith("0 rows, 0 of them trained")
 
 
@@ -100,6 +103,29 @@ def test_wrong_names(run, texts):
     )
     (texts / "books-validation.jsonl").unlink()
     refused_by_us(run("--rows", "base"), f"--texts: {texts} holds no file NAME-validation.*")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--max_steps", 2), "--max_steps: 2, but it was 1 for what is in "),
+        (("--windows", 48, 96), "--windows: [48, 96], but it was [48] for what is in "),
+        (("--length", 64, "--samples", 1), "--length: 64, but it was 96; --samples: 1, but it was 0"),
+        ((), ""),
+        (("--jobs", 2, "--seeds", 2, "--time_limit_s", 5), ""),
+    ],
+)
+def test_results_of_other_flags_are_not_taken_for_these(run, base_folder, tmp_path, words, message):
+    """Also where nothing is left to do."""
+    (tmp_path / "work/results").mkdir(parents=True)
+    write_json(tmp_path / "work/results/base-0.json", {})
+    base = {"base": base_folder.name, "texts": ["books"], "other": ["other.jsonl"], "other_key": "content"}
+    write_json(tmp_path / "work/flags.json", base | {"samples": 0, "length": 96, "max_steps": 1, "windows": [48]})
+    outcome = run("--rows", "base", *words)
+    if message:
+        refused_by_us(outcome, message, "use the same flags, or another --work")
+    else:
+        assert outcome.status == 0, outcome.err
 
 
 def test_order():
