@@ -50,11 +50,11 @@ def parse_flags() -> argparse.Namespace:
 
 import torch
 from matplotlib.figure import Figure
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from component.error import UserError
 from component.inference.context import fit_prompt
-from component.loading import default_device, inference_dtype, load_model
+from component.loading import default_device, extended_config_of, inference_dtype, load_model
 from component.loss import next_token_losses
 from component.model import load_base, load_config
 from component.rope import context_length
@@ -89,9 +89,18 @@ def generate(name: str, model: list[str], prompts: Path, flags: argparse.Namespa
     return [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
 
 
+def is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file()
+
+
+def extended_config(flags: argparse.Namespace) -> PretrainedConfig:
+    """LongQLoRA's, with the context that its record says if its base frequency was raised."""
+    return extended_config_of(str(flags.extended), None, is_fixed=is_adapter(flags.extended), field="--extended")
+
+
 def stretched(flags: argparse.Namespace) -> PreTrainedModel:
     """The base's weights with LongQLoRA's positions."""
-    config, device = load_config(str(flags.extended), "--extended"), default_device()
+    config, device = extended_config(flags), default_device()
     dtype = inference_dtype(device, load_config(str(flags.base), "--base").dtype)
     return load_base(str(flags.base), config, dtype=dtype, load_in_4bit=False, device=device).eval()
 
@@ -145,9 +154,9 @@ def main() -> None:
 
 
 def compare(flags: argparse.Namespace) -> None:
-    is_adapter = (flags.extended / "adapter_config.json").is_file()
-    extended = (str(flags.base), str(flags.extended)) if is_adapter else (str(flags.extended), None)
-    context = context_length(load_config(str(flags.extended), "--extended"))
+    has_base = is_adapter(flags.extended)
+    extended = (str(flags.base), str(flags.extended)) if has_base else (str(flags.extended), None)
+    context = context_length(extended_config(flags))
     if flags.long_tokens[1] + flags.new_tokens > context:
         raise UserError(f"--long_tokens: {flags.long_tokens[1]}; use less, LongQLoRA's context is {context} tokens")
     tokenizer = load_tokenizer(str(flags.base), UNLIMITED)  # tokenizes whole books
@@ -158,7 +167,7 @@ def compare(flags: argparse.Namespace) -> None:
     prompts = flags.work / "prompts.jsonl"
     lines = [json.dumps({"prompt": passage["prompt"]}) + "\n" for passage in found]
     prompts.write_text("".join(lines), encoding="utf-8")
-    adapter_words = ["--adapter_name_or_path", str(extended[1])] if is_adapter else []
+    adapter_words = ["--adapter_name_or_path", str(extended[1])] if has_base else []
     answers = {"base": generate("base", ["--model_name_or_path", str(flags.base)], prompts, flags)}
     answers["longqlora"] = generate("longqlora", ["--model_name_or_path", extended[0], *adapter_words], prompts, flags)
     scorers = {
