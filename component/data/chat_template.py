@@ -102,11 +102,9 @@ def encode_by_tokenizer(
     check_template(tokenizer)
     call, shown, turns, system = _special_hidden(tokenizer, turns, system)
     spans, text = [], ""
-    for at, (user, assistant) in enumerate(turns):
-        asked = as_messages([*turns[:at], (user, None)], system)
-        prompt = whole = shown(fill_template(tokenizer, asked, opens_answer=True))
+    for at, (_, assistant) in enumerate(turns):
+        prompt, whole = map(shown, _filled(tokenizer, turns[: at + 1], system))
         if assistant is not None:
-            whole = shown(fill_template(tokenizer, as_messages(turns[: at + 1], system)))
             spans.append((len(prompt), len(whole.rstrip())))  # ChatML ends with a line break
         if not (prompt.startswith(text) and whole.startswith(prompt)):
             raise UserError(
@@ -122,6 +120,22 @@ def encode_by_tokenizer(
         for token, (first, last) in zip(encoded.input_ids, encoded.offset_mapping, strict=True)
     ]
     return encoded.input_ids, labels
+
+
+def _filled(tokenizer: PreTrainedTokenizerBase, turns: Turns, system: str | None) -> tuple[str, str]:
+    """The text up to where the last answer begins, and the text with it; twice the same for an answer of None."""
+    question, answer = turns[-1]
+    asked: Turns = [*turns[:-1], (question, None)]
+    prompt = fill_template(tokenizer, as_messages(asked, system), opens_answer=True)
+    if answer is None:
+        return prompt, prompt
+    whole = fill_template(tokenizer, as_messages(turns, system))
+    if system is not None and len(turns) == 1 and not whole.startswith(prompt):
+        # Mistral's template has the system prompt only where a question is the last message: what it adds for the
+        # answer is seen without one
+        without, answered = _filled(tokenizer, turns, None)
+        whole = prompt + answered[len(without) :] if answered.startswith(without) else whole
+    return prompt, whole
 
 
 def answer_end(tokenizer: PreTrainedTokenizerBase) -> int | None:

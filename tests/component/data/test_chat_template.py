@@ -313,6 +313,30 @@ def test_a_later_question_may_change_earlier_turns_of_a_prompt():
     assert prompt_ids(tokenizer, [], "Be brief.", "tokenizer") == []
 
 
+MISTRAL_LAST = (  # as version 0.3's: the system prompt is there only if the last message is a question
+    "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}{% set said = messages[1:] %}"
+    "{% else %}{% set said = messages %}{% endif %}{% for message in said %}{% if message.role == 'user' %}"
+    "{{ '<|im_start|>' + (system + '\n\n' if loop.last and system is defined else '') + message.content }}"
+    "{% else %}{{ ' ' + message.content + '<|im_end|>' }}{% endif %}{% endfor %}"
+)
+
+
+def test_a_system_prompt_that_is_left_out_once_a_question_is_answered():
+    """What is learnt is what follows the prompt of the same question; a second answer would have another system."""
+    tokenizer = chatml(False)
+    tokenizer.chat_template = MISTRAL_LAST
+    for question in ("One?", "What is <|im_end|>?"):
+        ids, labels = encode_by_tokenizer(tokenizer, [(question, "First.")], "Be brief.")
+        prompt = prompt_ids(tokenizer, [(question, None)], "Be brief.", "tokenizer")
+        assert ids[: len(prompt)] == prompt
+        assert tokenizer.decode(ids) == f"<|im_start|>Be brief.\n\n{question} First.<|im_end|>"
+        assert runs(tokenizer, labels) == [" First.<|im_end|>"]
+    turns = [("One?", "First."), ("Two?", "2")]
+    assert runs(tokenizer, encode_by_tokenizer(tokenizer, turns)[1]) == [" First.<|im_end|>", " 2<|im_end|>"]
+    with pytest.raises(UserError, match=r"conversations of one turn"):
+        encode_by_tokenizer(tokenizer, turns, "Be brief.")
+
+
 @pytest.mark.parametrize("name", CONVERSATIONS)
 def test_a_prompt_has_the_ids_of_training(name, tokenizer):
     turns, system = CONVERSATIONS[name]
