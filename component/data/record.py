@@ -25,12 +25,14 @@ _TOOLS = "tool calls are not supported; remove such records"
 _MEDIA = "only text is trained on; remove such records"
 _WEIGHT = "weights and masks of records or messages are not supported; remove it, or the records that need it"
 _ALIAS = 'write "input" (or "instruction") and "output"'
+_THOUGHT = 'put it into "output", or remove it'
+_ANSWERS = ("completion", "response", "answer", "answers", "target")
 _SOURCE = 'put it into "input" with the question'
 # fields that change what other tools train on, and what to do about them
 REFUSED_TEXT = {
     **dict.fromkeys(("input_ids", "labels", "attention_mask", "position_ids", "loss_mask", "tokens"), _TOKENS),
     **dict.fromkeys(("weight", "weights", "loss_weight", "train", "training", "mask", "loss"), _WEIGHT),
-    **dict.fromkeys(("train_detail", "training_detail"), _WEIGHT),
+    **dict.fromkeys(("train_detail", "training_detail", "sample_weight"), _WEIGHT),
     **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), _MEDIA),
 }
 REFUSED_CHAT = {
@@ -39,10 +41,12 @@ REFUSED_CHAT = {
     **dict.fromkeys(("tools", "functions", "function_call", "tool_calls", "tool_choice"), _TOOLS),
     **dict.fromkeys(("prompt", "completion", "response", "question", "answer", "answers", "query", "target"), _ALIAS),
     **dict.fromkeys(("context", "passage", "document", "documents", "knowledge"), _SOURCE),
+    **dict.fromkeys(("contexts", "passages", "article", "source_text", "choices", "options"), _SOURCE),
     **dict.fromkeys(("system_message", "system_instruction", "sys_prompt"), 'write "system"'),
     **dict.fromkeys(("conversation", "dialogue", "dialog"), 'write "conversations"'),
     **dict.fromkeys(("prefix", "suffix", "examples", "demonstrations", "few_shot"), 'put it into "input"'),
-    **dict.fromkeys(("thinking", "reasoning", "reasoning_content", "rationale"), 'put it into "output", or remove it'),
+    **dict.fromkeys(("thinking", "reasoning", "reasoning_content", "rationale"), _THOUGHT),
+    **dict.fromkeys(("think", "thought", "thoughts", "cot", "chain_of_thought"), _THOUGHT),
 }
 REFUSED_MESSAGE = {
     **REFUSED_CHAT,
@@ -210,23 +214,36 @@ def _refuse(record: dict[str, Any], refused: dict[str, str], known: set[str]) ->
             continue
         name = str(key).strip().lower()
         cure = f'write "{name}"' if name in known else refused.get(name)
-        if cure and not _changes_nothing(value, cure, record):
+        if cure and not _changes_nothing(name, value, cure, record):
             raise ValueError(f'"{key}" would be ignored: {cure}')
 
 
-def _changes_nothing(value: Any, cure: str, record: dict[str, Any]) -> bool:
-    """Whether nothing is lost without a refused field: a text that the record says anyway, a document's number."""
+def _changes_nothing(name: str, value: Any, cure: str, record: dict[str, Any]) -> bool:
+    """Whether nothing is lost without a refused field: texts that the record says anyway, a document's number."""
     if cure == _WEIGHT:  # only answers are trained on
-        is_question = ROLES.get(str(record.get("role") or record.get("from")).lower()) in ("user", "system")
-        return value in ((0, 1) if is_question else (1,))
+        return value in ((0, 1) if _role(record) in ("user", "system") else (1,))
     if cure == _SOURCE and str(value).isdecimal():
         return True
-    if cure not in (_SOURCE, _ALIAS) or not isinstance(value, str):
+    parts = value if isinstance(value, list) else [value]
+    if cure not in (_SOURCE, _ALIAS) or not all(isinstance(part, str) for part in parts):
         return False
+    said = _said(record, is_answer=name in _ANSWERS)
+    return all(any(_says(text, part.strip()) for text in said) for part in parts)
+
+
+def _said(record: dict[str, Any], is_answer: bool) -> list[str]:
+    """The texts of a record's answers, or of all that stands in front of them."""
     messages = [message for key in ("messages", "conversations") for message in _list(record.get(key))]
-    holders = [record, *(message for message in messages if isinstance(message, dict))]
-    said = [holder.get(key) for holder in holders for key in ("input", "instruction", "output", "content", "value")]
-    return any(_says(text, value.strip()) for text in said if isinstance(text, str))
+    roles = ("assistant",) if is_answer else ("user", "system")
+    texts = [record.get(key) for key in (("output",) if is_answer else ("input", "instruction"))]
+    for message in (record, *messages):
+        if isinstance(message, dict) and _role(message) in roles:
+            texts += [message.get("content"), message.get("value")]
+    return [text for text in texts if isinstance(text, str)]
+
+
+def _role(message: dict[str, Any]) -> str | None:
+    return ROLES.get(str(message.get("role") or message.get("from")).lower())
 
 
 def _says(text: str, part: str) -> bool:

@@ -13,6 +13,14 @@ USER, BOT = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "
 SYSTEM = {"role": "system", "content": "S"}
 
 
+def user(text: str) -> dict:
+    return {"role": "user", "content": text}
+
+
+def bot(text: str) -> dict:
+    return {"role": "assistant", "content": text}
+
+
 @pytest.mark.parametrize(
     ("record", "turns", "system"),
     [
@@ -69,7 +77,7 @@ def test_understood(record, turns, system):
         ({"input": "Q", "output": "A", "rejected": "B"}, '"rejected" would be ignored'),
         ({"input": "Q", "output": "A", "context": "C"}, '"context" would be ignored'),
         ({"input": "Q", "output": "A", "document": "A book."}, '"document" would be ignored'),
-        ({"input": "Q", "output": "A", "documents": ["Q"]}, '"documents" would be ignored'),
+        ({"input": "Q", "output": "A", "documents": ["Q", "D"]}, '"documents" would be ignored'),
         ({"input": "Can he?", "output": "A", "context": "C"}, '"context" would be ignored'),
         ({"input": "Q", "output": "A", "question": "Q2"}, '"question" would be ignored'),
         ({"input": "Q", "output": "A", "weight": 0.5}, '"weight" would be ignored'),
@@ -187,3 +195,32 @@ TWICE = "is there 2 times, with different values; keep one of them"
 def test_a_field_that_is_there_twice(line, problem):
     found = chat_problem(json.loads(line, object_pairs_hook=parse_object))
     assert found is problem is None or found.startswith(problem)
+
+
+@pytest.mark.parametrize(
+    ("record", "field"),
+    [
+        ({"input": "Yes or no?", "output": "no", "answer": "yes"}, "answer"),
+        ({"messages": [user("Paris or Rome?"), bot("Rome")], "response": "Paris"}, "response"),
+        ({"input": "Q", "output": "The sky is blue.", "context": "The sky is blue."}, "context"),
+        ({"messages": [user("Q"), bot("P")], "prompt": "P"}, "prompt"),
+        ({"input": "Which?", "output": "x", "options": ["x", "y"]}, "options"),
+        ({"input": "Sum up.", "output": "x", "article": "Long."}, "article"),
+        ({"input": "Q", "output": "A", "think": "Hm."}, "think"),
+        ({"input": "Q", "output": "A", "sample_weight": 0.2}, "sample_weight"),
+    ],
+)
+def test_the_other_side_does_not_say_it(record, field):
+    """A question that offers an answer does not give it, and an answer is no context."""
+    assert chat_problem(record).startswith(f'"{field}" would be ignored: ')
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"input": "Which, x or y?", "output": "x", "options": ["x", "y"], "answers": ["x"]},
+        {"messages": [{"role": "system", "content": "P"}, user("Q"), bot("A")], "prompt": "P", "completion": "A"},
+    ],
+)
+def test_its_own_side_says_it(record):
+    assert chat_problem(record) is None
