@@ -98,7 +98,8 @@ def describe_cost(
     count = checkpoint_count(training_args, steps, steps_per_epoch(training_args, trainer))
     if count:
         each = checkpoint_bytes(work, only_model=training_args.save_only_model) / 2**30
-        lines["disk"] = f"up to {count * each:.3g} GiB: {count} checkpoints of {each:.2g} GiB at the same time"
+        several = f": {count} checkpoints of {each:.2g} GiB at the same time" if count > 1 else ": one checkpoint"
+        lines["disk"] = f"up to {count * each:.3g} GiB{several}"
     return lines
 
 

@@ -81,3 +81,5 @@ def test_disk_of_the_checkpoints(only_model, each, tmp_path):
     trainer = SimpleNamespace(train_dataset=range(100), get_total_train_batch_size=lambda args: 8)
     lines = describe_cost(None, training_args, trainer, work, None)
     assert lines == {"disk": f"up to {2 * each:g} GiB: 2 checkpoints of {each:g} GiB at the same time"}
+    training_args.save_steps = 100
+    assert describe_cost(None, training_args, trainer, work, None) == {"disk": f"up to {each:g} GiB: one checkpoint"}
