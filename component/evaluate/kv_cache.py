@@ -1,6 +1,6 @@
 """What does KV-cache quantization cost? Perplexity and logits of each cache, compared with the unquantized one.
 
-The first half of a window is prefilled; the second half is decoded token by token, so that every prediction there
+The first half of a window, at least one block, is prefilled; the second half is decoded token by token, so that every prediction there
 attends to quantized keys and values.
 """
 
@@ -15,6 +15,9 @@ from transformers import PreTrainedModel
 
 from component.error import UserError
 from component.inference.kv_cache import new_cache, tensor_bytes
+from component.inference.quantized_layer import BLOCK
+
+LEAST = 2 * BLOCK  # tokens of a window: of fewer, the first half fills no block, and nothing is quantized
 
 
 @dataclass
@@ -45,11 +48,17 @@ def measure_cache_quantization(
     """Measure each cache on the first `windows` windows of `seq_len` tokens.
 
     Raises:
-        UserError: the file is shorter than one window.
+        UserError: windows in which nothing would be quantized, or a file that is shorter than one window.
     """
-    count = min(windows, len(tokens) // seq_len) if seq_len >= 2 else 0
+    if seq_len < LEAST:
+        raise UserError(
+            f"--seq_len: {seq_len}; use at least {LEAST}: keys and values are quantized in blocks of {BLOCK} tokens, "
+            "and the first half of a window must fill one"
+        )
+    count = min(windows, len(tokens) // seq_len)
     if count < 1:
-        raise UserError(f"--seq_len: {len(tokens)} tokens hold no window of {seq_len}; use from 2 to {len(tokens)}")
+        enough = f"use from {LEAST} to {len(tokens)}, or a longer file" if len(tokens) >= LEAST else "use a longer file"
+        raise UserError(f"--seq_len: {len(tokens)} tokens hold no window of {seq_len}; {enough}")
     sums = {name: torch.zeros(3, dtype=torch.float64) for name in caches}
     cache_bytes: dict[str, int] = {}
     for start in tqdm(range(0, count * seq_len, seq_len), unit="window", disable=None):

@@ -22,7 +22,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--model_name_or_path", required=True)
     parser.add_argument("--context_size", type=int, help="tokens to which a plain base is scaled")
     parser.add_argument("--data_path", required=True, help=".bin file of token ids, or its hub id")
-    parser.add_argument("--seq_len", type=int, required=True, help="tokens per window")
+    parser.add_argument("--seq_len", type=int, required=True, help="tokens per window, at least 128")
     parser.add_argument("--windows", type=int, default=16, help="maximum number of windows (default 16)")
     parser.add_argument("--output_json", help="file for the results")
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
@@ -31,12 +31,13 @@ def parse_flags() -> argparse.Namespace:
 
 
 from component.data.token_file import read_tokens
-from component.evaluate.kv_cache import measure_cache_quantization
+from component.error import UserError
+from component.evaluate.kv_cache import LEAST, measure_cache_quantization
 from component.evaluate.model_spec import local_tokens
 from component.evaluate.table import grid
 from component.inference.flags import CACHES
-from component.inference.kv_cache import check_cache
-from component.loading import load_model
+from component.inference.kv_cache import check_cache, is_quantizable
+from component.loading import inference_config, load_model
 from component.storage.claim import claimed
 from component.storage.result import origin, write_json
 
@@ -45,7 +46,7 @@ from component.storage.result import origin, write_json
 def main() -> None:
     flags = parse_flags()
     check_at_least(flags, 1, "windows", "context_size")
-    check_at_least(flags, 2, "seq_len")
+    check_at_least(flags, LEAST, "seq_len")
     flags.data_path = local_tokens(flags.data_path)
     read = {"--model_name_or_path": [flags.model_name_or_path], "--data_path": [flags.data_path]}
     with claimed({"--output_json": [flags.output_json]}, read, overwrite=flags.overwrite):
@@ -56,6 +57,12 @@ def compare(flags: argparse.Namespace) -> None:
     caches = [name for name in CACHES if name != "offloaded"]  # not quantized
     for name in caches:
         check_cache(name)
+    config = inference_config(flags.model_name_or_path, context_size=flags.context_size)
+    if not is_quantizable(config):
+        raise UserError(
+            f"--model_name_or_path: the layers of {flags.model_name_or_path} ({config.model_type}) do not all attend "
+            "to every token, so its keys and values can't be quantized; name another model"
+        )
     model = load_model(flags.model_name_or_path, context_size=flags.context_size)
     tokens = read_tokens(flags.data_path, model.config.vocab_size)
     results = measure_cache_quantization(model, tokens, caches, flags.seq_len, flags.windows)

@@ -33,7 +33,18 @@ def test_figures(tiny_llama):
     assert int4.same_choice <= int8.same_choice <= 1
 
 
-@pytest.mark.parametrize("seq_len", [0, 1, 601])
-def test_no_window(seq_len, tiny_llama):
-    with pytest.raises(UserError, match=r"--seq_len: 600 tokens hold no window of"):
-        measure_cache_quantization(tiny_llama, TOKENS, ("dynamic",), seq_len, 3)
+@pytest.mark.parametrize(("tokens", "enough"), [(600, "use from 128 to 600"), (100, "use a longer file")])
+def test_no_window(tokens, enough, tiny_llama):
+    with pytest.raises(UserError, match=rf"--seq_len: {tokens} tokens hold no window of 601; {enough}"):
+        measure_cache_quantization(tiny_llama, TOKENS[:tokens], ("dynamic",), 601, 3)
+
+
+@pytest.mark.parametrize("seq_len", [0, 1, 127])
+def test_windows_in_which_nothing_is_quantized_are_refused(seq_len, tiny_llama):
+    with pytest.raises(UserError, match=f"--seq_len: {seq_len}; use at least 128"):
+        measure_cache_quantization(tiny_llama, TOKENS, ("int4",), seq_len, 3)
+
+
+def test_the_shortest_window_is_quantized(tiny_llama):
+    (int4,) = measure_cache_quantization(tiny_llama, TOKENS, ("int4",), 128, 1)
+    assert int4.logit_change > 0
