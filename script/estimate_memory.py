@@ -66,7 +66,7 @@ from component.attention.interface import has_plain_attention
 from component.distributed.strategy import training_strategy
 from component.error import UserError
 from component.evaluate.table import grid
-from component.inference.cache_memory import CHUNKS, EXACT, Reading, best_chunk, fits, longest_context, need
+from component.inference.cache_memory import EXACT, Reading, best_chunk, fits, least_need, longest_context
 from component.inference.flags import CACHES
 from component.inference.kv_cache import is_quantizable
 from component.memory.budget import CONTEXT_GIB, LIBRARIES_GIB, USABLE, most_tokens
@@ -186,7 +186,7 @@ def show_inference(flags: argparse.Namespace) -> None:
     available, host = USABLE * flags.memory_budget_gib * GIB, flags.host_gib * GIB
     names = CACHES if is_quantizable(config) else EXACT
     for name in names:
-        found = best_chunk(reading, name, tokens, available, host) or need(reading, name, tokens, CHUNKS[-1])
+        found = best_chunk(reading, name, tokens, available, host) or least_need(reading, name, tokens)
         sizes = {f"{part}_gib": getattr(found, part) / GIB for part in PARTS}
         longest = longest_context(reading, name, available, host)
         rows.append({"cache": name, **sizes, "fits": fits(found, available, host), "longest_tokens": longest})

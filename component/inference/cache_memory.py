@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 from component.error import UserError
 from component.inference.block_attention import supports_blocks
 from component.inference.kv_cache import CHUNK, has_fixed_frequencies, is_quantizable
-from component.inference.quantized_layer import BLOCK, FORMATS, SEGMENT, capacities
+from component.inference.quantized_layer import BLOCK, FORMATS, SEGMENT, capacity
 from component.memory.budget import HOST_SHARE, USABLE, most_tokens
 from component.memory.host import free_host_bytes
 from component.memory.plan import IDLE_GIB
@@ -75,7 +75,7 @@ def cache_bytes(config: PretrainedConfig, name: str, tokens: int, value_bytes: i
         scales = BLOCK // of_tokens * numbers // of_channels
         block += scales * value_bytes * (2 if stored.has_zero else 1)
     recent = 2 * BLOCK * numbers * value_bytes  # room for the tokens after the last full block
-    return config.num_hidden_layers * (sum(capacities(tokens // BLOCK)) * block + recent)
+    return config.num_hidden_layers * (capacity(tokens // BLOCK) * block + recent)
 
 
 def weight_bytes(work: Workload, value_bytes: int) -> float:
@@ -119,12 +119,19 @@ def fits(found: Need, available: float, host: float) -> bool:
 
 def best_chunk(reading: Reading, name: str, tokens: int, available: float, host: float) -> Need | None:
     """The longest forward passes with which a cache fits; None if it does not."""
+    needs = (need(reading, name, tokens, chunk) for chunk in chunks_of(reading, tokens))
+    return next((found for found in needs if fits(found, available, host)), None)
+
+
+def chunks_of(reading: Reading, tokens: int) -> tuple[int, ...]:
+    """Tokens per forward pass with which a text may be read, the most first."""
     is_whole = reading.rows > 1 or not has_fixed_frequencies(reading.config)
-    for chunk in (tokens,) if is_whole else CHUNKS:
-        found = need(reading, name, tokens, chunk)
-        if fits(found, available, host):
-            return found
-    return None
+    return (tokens,) if is_whole else CHUNKS
+
+
+def least_need(reading: Reading, name: str, tokens: int) -> Need:
+    """Memory with the shortest forward passes with which a text may be read."""
+    return need(reading, name, tokens, chunks_of(reading, tokens)[-1])
 
 
 def candidates(reading: Reading) -> tuple[str, ...]:
@@ -147,7 +154,7 @@ def choose_cache(reading: Reading, tokens: int, available: float, host: float) -
         found = best_chunk(reading, name, tokens, available, host)
         if found:
             return found
-    least = min((need(reading, name, tokens, CHUNKS[-1]) for name in names if name != "offloaded"), key=_peak)
+    least = min((least_need(reading, name, tokens) for name in names if name != "offloaded"), key=_peak)
     longest = max(longest_context(reading, name, available, host) for name in names)
     rows = f" in {reading.rows} rows" if reading.rows > 1 else ""
     cures = [f"shorten the text to {longest} tokens"] if longest else []

@@ -50,9 +50,19 @@ FORMATS = {name: Format(name, bits) for name, bits in (("int8", 8), ("fp8", 8), 
 def capacities(blocks: int) -> list[int]:
     """Blocks that each segment has room for, of a store of `blocks` blocks."""
     sizes: list[int] = []
-    while (total := sum(sizes)) < blocks:
+    total = 0
+    while total < blocks:
         sizes.append(min(SEGMENT, max(FIRST, total)))
+        total += sizes[-1]
     return sizes
+
+
+def capacity(blocks: int) -> int:
+    """The sum of `capacities(blocks)`; at once, also of billions of blocks."""
+    total = 0
+    while total < min(blocks, SEGMENT):
+        total += min(SEGMENT, max(FIRST, total))
+    return total + -(-max(blocks - total, 0) // SEGMENT) * SEGMENT
 
 
 class Segment(NamedTuple):

@@ -178,6 +178,24 @@ class TestInference:
                 assert again[name]["fits"] is is_short, (name, length)
         assert found["dynamic"]["longest_tokens"] < found["int8"]["longest_tokens"] < found["int4"]["longest_tokens"]
 
+    def test_positions_that_depend_on_the_length(self, estimate, tmp_path):
+        """Read in one forward pass: what shorter ones need says nothing about whether a cache fits."""
+        config = LlamaConfig(**SEVEN, rope_parameters={"rope_type": "dynamic", "factor": 8.0, "rope_theta": 1e4})
+        config.save_pretrained(tmp_path / "7b")
+        flags = ("--memory_budget_gib", "24", "--load_in_4bit", "--host_gib", "1")
+        for name, row in self.caches(estimate, "--context", "1024", *flags)[0].items():
+            tokens = row["longest_tokens"]
+            for length, is_short in ((tokens, True), (tokens + 1024, False)):
+                again, _ = self.caches(estimate, "--context", str(length), *flags)
+                assert again[name]["fits"] is is_short, (name, length)
+
+    def test_a_small_model_is_estimated_at_once(self, estimate, tmp_path):
+        """Hundreds of millions of its tokens fit."""
+        LlamaConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4).save_pretrained(tmp_path / "7b")
+        found, _ = self.caches(estimate, "--context", str(10**12))
+        assert found["int4"]["longest_tokens"] > 10**8
+        assert found["int4"]["cache_gib"] > found["int2"]["cache_gib"] > 10**12 * 64 / 4 / 2**30
+
     def test_16_bit_weights_and_the_models_context(self, estimate):
         found, printed = self.caches(estimate)
         assert printed.startswith("2048 tokens in 32 GiB of GPU"), "LlamaConfig's default"

@@ -177,7 +177,12 @@ class TestChooseCache:
         """One forward pass."""
         config = LlamaConfig(**SEVEN, max_position_embeddings=4096)
         extend_context(config, 32768, "dynamic")
-        assert choose_cache(Reading(config, True), 32768, 80 * GIB, HOST).chunk == 32768
+        reading = Reading(config, True)
+        assert choose_cache(reading, 32768, 80 * GIB, HOST).chunk == 32768
+        least = min(need(reading, name, 32768, 32768).peak for name in ("dynamic", "int8", "fp8", "int4"))
+        assert need(reading, "int4", 32768, 512).peak < least - GIB, "else this looks at nothing"
+        with pytest.raises(UserError, match=f"needs {least / GIB:.1f} GiB"):  # not those of shorter passes
+            choose_cache(reading, 32768, least - GIB, 0)
 
 
 def test_without_a_gpu_anything_fits(seven):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from component.inference import quantized_layer
-from component.inference.quantized_layer import BLOCK, FORMATS, BlockQuantizedLayer, BlockStore, capacities
+from component.inference.quantized_layer import BLOCK, FORMATS, BlockQuantizedLayer, BlockStore, capacities, capacity
 
 NAMES = list(FORMATS)
 
@@ -102,6 +102,8 @@ def test_memory_doubles_up_to_a_segment(monkeypatch):
     assert capacities(9) == [8, 8]
     assert capacities(129) == [8, 8, 16, 32, 64, 128]
     assert capacities(257) == [8, 8, 16, 32, 64, 128, 128]
+    assert [capacity(blocks) for blocks in range(1000)] == [sum(capacities(blocks)) for blocks in range(1000)]
+    assert capacity(10**12) == 10**12, "at once: a multiple of 128"
     numbers, store = torch.randn(1, 20 * BLOCK, 8), BlockStore(FORMATS["int8"], True)
     for part in numbers.split([7 * BLOCK, 10 * BLOCK, 3 * BLOCK], 1):
         store.append(part)
