@@ -111,11 +111,16 @@ def check_model(flags: argparse.Namespace, config: PretrainedConfig) -> None:
         print(f"no memory plan supports {config.model_type}: train.py runs Hugging Face's layers, not as estimated")
 
 
+def check_memory(flags: argparse.Namespace) -> None:
+    for name in ("memory_budget_gib", "host_gib"):
+        if not 0 <= getattr(flags, name) < math.inf:  # NaN too; texts of any length fit into infinite memory
+            raise UserError(f"--{name}: {getattr(flags, name):g}; use 0 or more, and a finite number")
+
+
 def read_workload(flags: argparse.Namespace) -> Workload:
     if problems := out_of_bounds(vars(flags)):
         raise UserError("; ".join(f"--{problem}" for problem in problems))
-    if not flags.host_gib >= 0:  # NaN too
-        raise UserError(f"--host_gib: {flags.host_gib:g}; use 0 or more")
+    check_memory(flags)
     config = load_config(flags.model_name_or_path)
     targets = flags.target_modules.split(",") if flags.target_modules else None
     check_targets_early(config, targets)
@@ -174,9 +179,7 @@ def main() -> None:
 
 def show_inference(flags: argparse.Namespace) -> None:
     """Print which KV caches fit, and how long texts may be with each."""
-    for name in ("memory_budget_gib", "host_gib"):
-        if not 0 <= getattr(flags, name) < math.inf:  # NaN too
-            raise UserError(f"--{name}: {getattr(flags, name):g}; use 0 or more, and a finite number")
+    check_memory(flags)
     config = load_config(flags.model_name_or_path)
     tokens = context_length(config) if flags.context is None else flags.context
     if tokens < 1:
@@ -225,7 +228,7 @@ def estimated_time(flags: argparse.Namespace, work: Workload, plan: MemoryPlan) 
 
 
 def show_estimate(flags: argparse.Namespace) -> None:
-    if flags.card:
+    if flags.card is not None:
         rate = published_rate(flags.card)  # a wrong name is told first
         if flags.fp8 and not rate.float8:
             raise UserError(f"--fp8: {flags.card} has no FP8; leave it out, or name an Ada, Hopper or Blackwell card")

@@ -45,14 +45,15 @@ CARDS = {
 
 
 def published_rate(name: str) -> Rate:
-    """The rate to expect of a card in `CARDS`.
+    """The rate to expect of a card in `CARDS`; upper case and blanks do not matter.
 
     Raises:
         UserError: there is no such card.
     """
-    if name not in CARDS:
-        raise UserError(f"--card: {name!r} is none of {', '.join(CARDS)}{nearest(name, CARDS)}")
-    card = CARDS[name]
+    known = name.lower().replace(" ", "")
+    if known not in CARDS:
+        raise UserError(f"--card: {name!r} is none of {', '.join(CARDS)}{nearest(known, CARDS)}")
+    card = CARDS[known]
     matrix = card.efficiency * card.tflops * 1e12
     attention, float8 = ATTENTION * matrix, FLOAT8 * matrix if card.has_float8 else 0.0
     return Rate(matrix, attention, attention, MEMORY * card.memory * 1e9, LINK * card.pcie * 1e9, float8)

@@ -81,6 +81,9 @@ def test_host_memory_is_a_limit_too(estimate):
         (("--max_seq_length", "1"), "max_seq_length"),
         (("--max_seq_length", "8192", "--max_steps", "-1"), "--max_steps: -1; use 1 or more"),
         (("--max_seq_length", "8192", "--card", "rtx4900"), "--card: 'rtx4900' is none of"),
+        (("--max_seq_length", "8192", "--card", ""), "--card: '' is none of"),
+        (("--max_seq_length", "8192", "--memory_budget_gib", "inf"), "--memory_budget_gib: inf; use 0 or more, and a"),
+        (("--max_seq_length", "8192", "--host_gib", "inf"), "--host_gib: inf; use 0 or more, and a finite number"),
         (("--max_seq_length", "8192", "--card", "a100", "--fp8"), "--fp8: a100 has no FP8; leave it out"),
         (("--max_seq_length", "8192", "--full_attention_ratio", "2"), "--full_attention_ratio: 2.0; use a share"),
         (("--max_seq_length", "8192", "--gradient_accumulation_steps", "0"), "--gradient_accumulation_steps: 0; use"),
@@ -250,6 +253,11 @@ def test_time_on_a_card(estimate):
     assert leanest["seconds_per_step"] > fastest["seconds_per_step"]
     assert "time on h200, from its published rates: " in printed
     assert "per checkpoint" in printed
+
+
+def test_cards_as_their_makers_write_them(estimate):
+    said = [estimate("--max_seq_length", "8192", "--card", name)[0]["plans"] for name in ("rtx4090", "RTX 4090")]
+    assert said[0] == said[1] and said[0][0]["hours"] > 0
 
 
 def test_float8_is_faster_on_a_card(estimate):
