@@ -57,7 +57,9 @@ def measure_cache_quantization(
         )
     count = min(windows, len(tokens) // seq_len)
     if count < 1:
-        enough = f"use from {LEAST} to {len(tokens)}, or a longer file" if len(tokens) >= LEAST else "use a longer file"
+        enough = (
+            f"use from {LEAST} to {len(tokens)}, or a longer file" if len(tokens) >= LEAST else "use a longer file"
+        )
         raise UserError(f"--seq_len: {len(tokens)} tokens hold no window of {seq_len}; {enough}")
     sums = {name: torch.zeros(3, dtype=torch.float64) for name in caches}
     cache_bytes: dict[str, int] = {}

@@ -27,7 +27,7 @@ from transformers.generation import (
 
 from component.error import UserError
 from component.inference.context import free_context
-from component.inference.generate import answer_text, check_prompt, generation_config
+from component.inference.generate import answer_text, cache_from_flags, check_prompt, generation_config, prefill
 from component.inference.kv_cache import has_fixed_frequencies, is_quantizable, new_cache
 from component.inference.stop import has_stop
 
@@ -68,11 +68,14 @@ def generate_batch(
     stops = flags.stop or ()
     ends = _Ends(tokenizer, longest, room, stops)
     config = generation_config(model, tokenizer, max(room), stops, do_sample=False)  # _Rows samples
+    past = _read_each(model, prompts, flags.cache_implementation)
+    if len(prompts) == 1:  # as `generate` reads it: memory was estimated, and quantized answers differ otherwise
+        prefill(model, input_ids, past, cache_from_flags(model, flags).chunk)
     output = model.generate(
         input_ids=input_ids,
         attention_mask=mask,
         generation_config=config,
-        past_key_values=_read_each(model, prompts, flags.cache_implementation),
+        past_key_values=past,
         logits_processor=LogitsProcessorList([_Rows(pads, seeds, flags)]),
         stopping_criteria=StoppingCriteriaList([ends]),
     )

@@ -19,7 +19,7 @@ from component.data.text import as_text, text_ids
 from component.error import UserError
 from component.inference.context import describe_context, fit_prompt
 from component.inference.conversation import Conversation
-from component.inference.flags import TRUNCATIONS, check_sampling
+from component.inference.flags import BOUNDS, TRUNCATIONS, check_sampling
 from component.inference.generate import cache_from_flags, generate
 from component.inference.kv_cache import PromptCache
 from component.inference.load import new_conversation
@@ -29,12 +29,6 @@ MOST_WAITING = 16  # answers under way or waited for
 MOST_CONTEXTS = 4  # a longer document is refused, even if it would be truncated
 CHARACTERS_PER_TOKEN = 8  # of a text without many blanks; bounds the memory for tokenizing it
 COUNTED_CHARACTERS = 100_000  # tokenized at once while counting
-BOUNDS = {  # of requests; logits divided by less are infinite, and on a GPU sampling from them ends the program
-    "max_new_tokens": (1, 10**9),
-    "temperature": (0.01, 100),
-    "top_p": (0.01, 1),
-    "repetition_penalty": (0.1, 10),
-}
 UPDATE_SECONDS = 0.1  # between updates of an answer, for each of which a browser renders the whole chat
 HEARTBEAT_SECONDS = 0.5  # without a new piece, the same answer is yielded again: who left is noticed
 

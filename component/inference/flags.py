@@ -9,6 +9,12 @@ from component.error import UserError
 CACHES = ("dynamic", "offloaded", "fp8", "int8", "int4", "int2")  # component/inference/kv_cache.py explains them
 AUTO = "auto"  # component/inference/cache_memory.py chooses one
 TRUNCATIONS = ("middle", "left")
+BOUNDS = {  # beyond them, logits become infinite or NaN, from which nothing can be drawn; on a GPU that ends the program
+    "max_new_tokens": (1, 10**9),
+    "temperature": (0.01, 100),
+    "top_p": (0.01, 1),
+    "repetition_penalty": (0.1, 10),
+}
 ATTENTIONS = {  # attention implementation -> package that it needs
     "sdpa": None,
     "eager": None,
@@ -58,12 +64,19 @@ def chat_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def check_sampling(flags: argparse.Namespace) -> None:
+    """Refuse numbers with which sampling fails, or means nothing.
+
+    Raises:
+        UserError: it names the flag and the value.
+    """
+    ranges = {
+        name: (least <= getattr(flags, name) <= most, f"a number from {least} to {most}")
+        for name, (least, most) in BOUNDS.items()
+    }
+    hints = {"temperature": ", or --do_sample false for greedy decoding", "repetition_penalty": "; 1 is no penalty"}
     bounds = {
-        "max_new_tokens": (flags.max_new_tokens >= 1, "at least 1"),
-        "temperature": (flags.temperature > 0, "a number above 0, or --do_sample false for greedy decoding"),
-        "top_p": (0 < flags.top_p <= 1, "a number in (0, 1]"),
+        **{name: (is_valid, cure + hints.get(name, "")) for name, (is_valid, cure) in ranges.items()},
         "top_k": (flags.top_k >= 0, "0 (all tokens) or more"),
-        "repetition_penalty": (flags.repetition_penalty > 0, "a number above 0; 1 is no penalty"),
         "seed": (0 <= flags.seed < 2**32, "0 or more, below 2**32"),
         "stop": (all(flags.stop or ["x"]), "strings of at least one character"),
         "memory_budget_gib": (flags.memory_budget_gib is None or flags.memory_budget_gib > 0, "a number above 0"),

@@ -97,7 +97,8 @@ def _refuse_others(path: str, known: Record, settings: Record) -> None:
     settings = json.loads(json.dumps(settings))
     changed = [name for name in {**known, **settings} if known.get(name) != settings.get(name)]
     if changed:
-        was = ", ".join(f"--{name} {json.dumps(known.get(name))}" for name in changed)
+        flag = {"prefill_tokens": "tokens per forward pass, by free GPU memory:"}  # no flag sets them
+        was = ", ".join(f"{flag.get(name, f'--{name}')} {json.dumps(known.get(name))}" for name in changed)
         now = ", ".join(json.dumps(settings.get(name)) for name in changed)
         raise UserError(
             f"--output_jsonl: the answers in {path} were made with {was}, not {now}; use the same settings to go on, "

@@ -43,6 +43,7 @@ from component.inference.context import describe_context, free_context, truncate
 from component.inference.generate import Stopped, cache_from_flags, stream_generation
 from component.inference.load import fit_cache_to, load_from_flags, named_model
 from component.inference.prompt_file import Record, answer_all, count_answered, held_output, read_prompts
+from component.inference.quantized_layer import FORMATS
 from component.inference.terminal import line_editing, prompts, read_input
 from component.inference.text_file import read_text_file
 from component.loading import inference_config
@@ -85,6 +86,8 @@ def continue_file(flags: argparse.Namespace) -> None:
     names = dict(zip(("model_name_or_path", "adapter_name_or_path"), named_model(flags), strict=True))
     read = {"--input_jsonl": [flags.input_jsonl], **{f"--{name}": [path] for name, path in names.items()}}
     settings = {name: getattr(flags, name) for name in ANSWER_SETTINGS}
+    if flags.cache_implementation in FORMATS:  # tokens of one forward pass attend to each other as computed
+        settings["prefill_tokens"] = flags.prefill_tokens
     # a folder is the same one from wherever its name is given
     names = {name: str(Path(path).resolve()) if path and Path(path).exists() else path for name, path in names.items()}
     with held_output(flags.output_jsonl, read, names | settings):

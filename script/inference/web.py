@@ -33,7 +33,8 @@ def parse_flags() -> argparse.Namespace:
 
 
 from component.error import UserError
-from component.inference.engine import BOUNDS, Engine, checked_types
+from component.inference.engine import Engine
+from component.inference.flags import check_sampling
 from component.inference.load import load_from_flags
 from component.inference.web import import_gradio, serve
 
@@ -53,7 +54,7 @@ def main() -> None:
     if not 1 <= flags.port <= 65535:
         raise UserError(f"--port: {flags.port}; use a number from 1 to 65535")
     auth = user_and_password(flags.auth)
-    checked_types({name: getattr(flags, name) for name in BOUNDS})  # else every question would be refused
+    check_sampling(flags)  # else every question would be refused
     import_gradio()
     engine = Engine(*load_from_flags(flags), flags)
     print(f"chat template: {engine.conversation().template}", file=sys.stderr, flush=True)

@@ -487,7 +487,7 @@ GENERATION_FLAGS = {
     "temperature of 0": (["--temperature", "0"], "--temperature", "0", "--do_sample false"),
     "temperature that is no number": (["--temperature", "nan"], "--temperature", "nan", "above 0"),
     "top_p above 1": (["--top_p", "2"], "--top_p", "2", "(0, 1]"),
-    "nothing to generate": (["--max_new_tokens", "0"], "--max_new_tokens", "0", "at least 1"),
+    "nothing to generate": (["--max_new_tokens", "0"], "--max_new_tokens", "0", "from 1"),
     "penalty of 0": (["--repetition_penalty", "0"], "--repetition_penalty", "0", "above 0"),
     "context of 0": (["--context_size", "0"], "--context_size", "0", "at least 1"),
     "negative seed": (["--seed", "-1"], "--seed", "-1", "0 or more"),

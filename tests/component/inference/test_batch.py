@@ -5,6 +5,7 @@ import torch
 
 from component.error import UserError
 from component.inference.batch import check_batch, generate_batch, greedy_batch
+from component.inference.block_attention import NAME
 from component.inference.generate import generate
 from component.rope import extend_context
 from tests.conftest import TEXTS, build_llama
@@ -37,6 +38,21 @@ def test_greedy_answers_are_those_of_each_alone(penalty, model, tokenizer, promp
     assert texts == [generate(model, tokenizer, ids, words, str) for ids in prompts]
     tokens = [stock(model, ids, max_new_tokens=20, repetition_penalty=float(penalty)) for ids in prompts]
     assert texts == [tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens]
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "int4"])
+def test_a_single_prompt_is_read_as_estimated(cache, tiny_llama_config, tokenizer):
+    """In forward passes of `prefill_tokens`, as when it is not in a file; quantized answers depend on them."""
+    extend_context(tiny_llama_config, 512)
+    tiny_llama_config._attn_implementation = NAME
+    model = build_llama(tiny_llama_config).eval()
+    words, lengths = flags(*GREEDY, *LONG, "--cache_implementation", cache), []
+    words.prefill_tokens = 64
+    prompt = torch.randint(2, 300, (150,)).tolist()
+    expected = generate(model, tokenizer, prompt, words, str)
+    model.model.embed_tokens.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
+    assert generate_batch(model, tokenizer, [prompt], [0], words) == [expected]
+    assert lengths[:4] == [64, 64, 22, 1]
 
 
 def test_greedy_ids_beyond_the_context(model, tokenizer, prompts):

@@ -23,12 +23,16 @@ def test_a_chat_has_a_template_and_a_system_prompt():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--max_new_tokens", "0"], "--max_new_tokens: 0; use at least 1"),
-        (["--temperature", "0"], "--temperature: 0.0; use a number above 0, or --do_sample false"),
-        (["--top_p", "1.1"], "--top_p: 1.1; use a number in"),
+        (["--max_new_tokens", "0"], "--max_new_tokens: 0; use a number from 1 to"),
+        (["--temperature", "0"], "--temperature: 0.0; use a number from 0.01 to 100, or --do_sample false"),
+        (["--top_p", "1.1"], "--top_p: 1.1; use a number from 0.01 to 1"),
         (["--top_k", "-1"], "--top_k: -1; use 0"),
-        (["--repetition_penalty", "0"], "--repetition_penalty: 0.0; use a number above 0"),
+        (["--repetition_penalty", "0"], "--repetition_penalty: 0.0; use a number from 0.1 to 10; 1 is"),
         (["--seed", "-1"], "--seed: -1; use 0 or more"),
+        (["--temperature", "1e-45"], "--temperature: 1e-45; use a number from"),  # logits / 1e-45 are infinite
+        (["--temperature", "inf"], "--temperature: inf; use a number from"),
+        (["--repetition_penalty", "1e-300"], "--repetition_penalty: 1e-300; use a number from"),
+        (["--repetition_penalty", "inf"], "--repetition_penalty: inf; use a number from"),
         (["--temperature", "nan"], "--temperature: nan; use"),
     ],
 )

@@ -116,6 +116,20 @@ class TestManyPrompts:
                 assert outcome.status == 0, outcome.err
             assert files[0].read_bytes() == files[1].read_bytes()
 
+    def test_quantized_answers_depend_on_the_tokens_per_forward_pass(self, infer, asked, tmp_path, monkeypatch):
+        """Which ones fit may have changed when a run is resumed."""
+        for cache in ("int8", "dynamic"):
+            words = ("--input_jsonl", asked, "--output_jsonl", tmp_path / f"{cache}.jsonl", *SHORT)
+            words += ("--cache_implementation", cache)
+            assert infer(*words).status == 0
+            with monkeypatch.context() as patch:
+                patch.setattr("component.inference.load.best_chunk", lambda *_: None)
+                outcome = infer(*words)
+            if cache == "dynamic":
+                assert outcome.status == 0, outcome.err
+            else:
+                refused(outcome, "tokens per forward pass, by free GPU memory: 4096, not 512")
+
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
