@@ -5,7 +5,9 @@ is scaled. MODEL may also be an adapter folder, which records its base.
 """
 
 import contextlib
+import logging
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,9 @@ import torch
 from huggingface_hub import hf_hub_download
 from transformers import PretrainedConfig, PreTrainedModel
 
+from component.attention.interface import has_plain_attention
 from component.data.token_file import check_tokenizer, index_path, read_index
+from component.distributed.world import is_first_process
 from component.error import UserError, naming
 from component.loading import extended_config_of, load_model, resolve_model
 from component.rope import context_length, rope_factor
@@ -202,13 +206,27 @@ def load_model_spec(spec: ModelSpec, *, load_in_4bit: bool, dtype: str | None) -
     )
 
 
+def mind_context(config: PretrainedConfig, longest: int, field: str = "--lengths") -> None:
+    """Say that texts of `longest` tokens exceed a model's context, if they do.
+
+    transformers' own reminder is silenced: it does not know how far a model was extended.
+    """
+    logging.getLogger("transformers.generation.utils").setLevel(logging.ERROR)
+    context = context_length(config)
+    if longest > context and is_first_process():
+        text = f"warning: {field}: {longest} tokens are beyond the model's context of {context}"
+        print(text, file=sys.stderr, flush=True)
+
+
 def describe_model(model: PreTrainedModel, load_in_4bit: bool) -> dict[str, Any]:
     """What a result records about its model."""
     dtype = str(model.dtype).removeprefix("torch.")
+    is_full = has_plain_attention(model.config, context_length(model.config))
+    kind = "full" if is_full else f"{model.config.model_type}'s own"  # a sliding window, softcapping, sinks
     return {
         "weights": "nf4" if load_in_4bit or hasattr(model.config, "quantization_config") else dtype,
         "dtype": dtype,
-        "attention": f"full ({model.config._attn_implementation})",
+        "attention": f"{kind} ({model.config._attn_implementation})",
         "rope_type": model.config.rope_parameters["rope_type"],
         "rope_factor": rope_factor(model.config),
         "rope_theta": model.config.rope_parameters["rope_theta"],

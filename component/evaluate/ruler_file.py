@@ -17,6 +17,10 @@ def write_trials(path: str, record: dict[str, Any], trials: list[Trial]) -> None
     write_json(path, {**record, "trials": [asdict(trial) for trial in trials], **origin()})
 
 
+def _is_same_place(one: Any, other: Any) -> bool:
+    return isinstance(one, str) and isinstance(other, str) and Path(one).resolve() == Path(other).resolve()
+
+
 def kept_trials(path: str, asked: dict[str, Any], cells: list[tuple[int, str]]) -> list[Trial]:
     """The trials of the complete cells (all samples of a task at a length) in a file; none if there is no file.
 
@@ -37,7 +41,7 @@ def kept_trials(path: str, asked: dict[str, Any], cells: list[tuple[int, str]]) 
         if scores != [trial.score for trial in trials]:
             raise ValueError("a score does not follow from its answer")
     for name, value in asked.items():
-        if before.get(name) != value:
+        if before.get(name) != value and not _is_same_place(before.get(name), value):
             raise UserError(f"--resume: {path} was measured with {name} {before.get(name)}, not {value}; {CURE}")
     for trial in trials:
         if (trial.length, trial.task) not in cells:

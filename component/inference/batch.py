@@ -49,6 +49,12 @@ def check_batch(config: PretrainedConfig, flags: argparse.Namespace) -> None:
     raise UserError(f"--batch_size: {flags.batch_size}, but {reason} together; use --batch_size 1")
 
 
+def check_rows(config: PretrainedConfig) -> None:
+    """Refuse several rows for a model whose rotary frequencies follow the longest one."""
+    if not has_fixed_frequencies(config):
+        raise UserError("--batch_size: the model's rotary frequencies depend on the length of rows; set it to 1")
+
+
 def generate_batch(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -94,8 +100,8 @@ def greedy_batch(
     Raises:
         UserError: a model whose rotary frequencies follow the longest row, and several prompts.
     """
-    if len(prompts) > 1 and not has_fixed_frequencies(model.config):
-        raise UserError("--batch_size: the model's rotary frequencies depend on the length of rows; set it to 1")
+    if len(prompts) > 1:
+        check_rows(model.config)
     input_ids, mask, _ = _left_padded(model, tokenizer, prompts)
     config = generation_config(model, tokenizer, max_new_tokens, do_sample=False)
     past = _read_each(model, prompts, "dynamic")

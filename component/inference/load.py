@@ -122,10 +122,16 @@ def load_from_flags(flags: argparse.Namespace) -> tuple[PreTrainedModel, PreTrai
         load_in_4bit=flags.load_in_4bit,
         attention=attention_from_flags(flags),
     )
-    end = answer_end(tokenizer) if recorded_template(tokenizer) == "tokenizer" else None
+    if recorded_template(tokenizer) == "tokenizer":
+        stop_after_answer(model, tokenizer)
+    return model, tokenizer
+
+
+def stop_after_answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make generation end at the token with which the tokenizer's own chat template ends an answer, too."""
+    end = answer_end(tokenizer)
     if end is not None:
         model.generation_config.eos_token_id = sorted({*end_ids(model), end})
-    return model, tokenizer
 
 
 def named_model(flags: argparse.Namespace) -> tuple[str | None, str | None]:

@@ -50,7 +50,14 @@ from transformers import PreTrainedTokenizerBase
 from component.distributed.world import is_first_process, joined_processes, results_once
 from component.error import UserError, first_line
 from component.evaluate.figure import draw
-from component.evaluate.model_spec import ModelSpec, describe_model, files_read, load_model_spec, model_config
+from component.evaluate.model_spec import (
+    ModelSpec,
+    describe_model,
+    files_read,
+    load_model_spec,
+    mind_context,
+    model_config,
+)
 from component.evaluate.passkey import KEYS, PromptMaker, Trial, accuracy, even_depths, own_settings, run_trials
 from component.evaluate.split import attend_across_processes, check_split
 from component.evaluate.table import grid
@@ -116,6 +123,7 @@ def run(spec: ModelSpec, depths: list[float], flags: argparse.Namespace) -> None
     check_split(model_config(spec), flags.lengths[-1], flags.sequence_parallel_size)
     tokenizer = load_tokenizer(source, field="base_model")
     PromptMaker(tokenizer).prompt(flags.lengths[0], 0.0, str(KEYS[-1]))  # refuses too short a length before loading
+    mind_context(model_config(spec), flags.lengths[-1])
     model = load_model_spec(spec, load_in_4bit=flags.load_in_4bit, dtype=flags.dtype)
     if flags.sequence_parallel_size > 1:
         attend_across_processes(model)

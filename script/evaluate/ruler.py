@@ -55,12 +55,21 @@ from component.checkpoint import read_record
 from component.distributed.world import gathered, is_first_process, joined_processes, results_once
 from component.error import UserError, first_line, nearest
 from component.evaluate.figure import draw_tasks
-from component.evaluate.model_spec import ModelSpec, describe_model, files_read, load_model_spec, model_config
+from component.evaluate.model_spec import (
+    ModelSpec,
+    describe_model,
+    files_read,
+    load_model_spec,
+    mind_context,
+    model_config,
+)
 from component.evaluate.ruler import Answer, Trial, model_answer, report, run_cell, summary, table_of
 from component.evaluate.ruler_file import kept_trials, write_trials
 from component.evaluate.ruler_prompt import COMPLETION, SampleMaker
 from component.evaluate.ruler_task import TASKS
 from component.evaluate.split import attend_across_processes, check_split
+from component.inference.batch import check_rows
+from component.inference.load import stop_after_answer
 from component.loading import recorded_template, resolve_model
 from component.rope import context_length
 from component.storage.claim import claimed
@@ -107,7 +116,10 @@ def main() -> None:
 
 def run(spec: ModelSpec, flags: argparse.Namespace) -> None:
     source = resolve_model(flags.base_model, flags.peft_model, "base_model", "peft_model").source
-    check_split(model_config(spec), flags.lengths[-1], flags.sequence_parallel_size)
+    config = model_config(spec)
+    check_split(config, flags.lengths[-1], flags.sequence_parallel_size)
+    if min(flags.batch_size, flags.samples) > 1:
+        check_rows(config)
     tokenizer = load_tokenizer(source, UNLIMITED, field="base_model")
     template = chosen_template(flags.template, tokenizer)
     maker = SampleMaker(tokenizer, template, flags.seed, flags.haystack, flags.lengths[-1])
@@ -116,10 +128,15 @@ def run(spec: ModelSpec, flags: argparse.Namespace) -> None:
         maker.check(task, length, flags.samples)
     names = ("base_model", "peft_model", "context_size", "load_in_4bit", "dtype", "haystack", "seed", "samples")
     asked = {**{name: getattr(flags, name) for name in names}, "template": template}
+    for name in ("base_model", "peft_model", "haystack"):
+        asked[name] = same_place(asked[name])
     kept = gathered(kept_trials(flags.output_json, asked, cells) if flags.resume and is_first_process() else [])
+    mind_context(config, flags.lengths[-1])
     model = load_model_spec(spec, load_in_4bit=flags.load_in_4bit, dtype=flags.dtype)
     if flags.sequence_parallel_size > 1:
         attend_across_processes(model)
+    if template == "tokenizer":
+        stop_after_answer(model, tokenizer)
     record = {"asked": asked, **describe_model(model, flags.load_in_4bit), "decoding": "greedy"}
     record |= {"lengths": flags.lengths, "tasks": flags.tasks, "batch_size": flags.batch_size}
     if is_first_process():
@@ -132,6 +149,11 @@ def run(spec: ModelSpec, flags: argparse.Namespace) -> None:
 
 
 HIDDEN = ("asked", "tasks", "lengths")  # the table has them
+
+
+def same_place(path: str | None) -> str | None:
+    """A path as it is from everywhere: a run may be resumed from another folder."""
+    return str(Path(path).resolve()) if path and Path(path).exists() else path
 
 
 def measure(

@@ -1,6 +1,7 @@
 """Which models are evaluated? Parsing, and what is refused before anything is loaded."""
 
 import pytest
+from transformers import MistralConfig, MistralForCausalLM
 
 from component.error import UserError
 from component.evaluate.model_spec import (
@@ -10,6 +11,7 @@ from component.evaluate.model_spec import (
     describe_model,
     load_model_spec,
     local_tokens,
+    mind_context,
     parse_evaluator,
     parse_model_spec,
     parse_model_specs,
@@ -110,6 +112,26 @@ def test_what_a_result_records_about_its_model(base_folder):
         "context_tokens": 128,
     }
     assert describe_model(model, load_in_4bit=True)["weights"] == "nf4"
+
+
+def test_attention_that_is_not_full_is_not_called_so():
+    shape = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "vocab_size": 8}
+    for window, kind in ((32, "mistral's own (sdpa)"), (64, "full (sdpa)"), (None, "full (sdpa)")):
+        config = MistralConfig(
+            **shape,
+            num_hidden_layers=1,
+            num_key_value_heads=1,
+            max_position_embeddings=64,
+            sliding_window=window,
+        )
+        assert describe_model(MistralForCausalLM(config), load_in_4bit=False)["attention"] == kind
+
+
+def test_lengths_beyond_the_context(tiny_llama_config, capsys):
+    mind_context(tiny_llama_config, 64)
+    assert capsys.readouterr().err == ""
+    mind_context(tiny_llama_config, 65)
+    assert capsys.readouterr().err == "warning: --lengths: 65 tokens are beyond the model's context of 64\n"
 
 
 def test_k22_a_file_of_tokens_on_the_hub(tmp_path, monkeypatch):

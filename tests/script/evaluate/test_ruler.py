@@ -4,13 +4,16 @@ python -m pytest tests/script/evaluate/test_ruler.py -m slow
 """
 
 import json
+import shutil
 
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
 from component.evaluate.ruler_prompt import SampleMaker
 from component.evaluate.ruler_task import TASKS
+from component.loading import end_ids
+from component.rope import extend_context
 from tests.outcome import refused_by_us
 from tests.processes import torchrun
 from tests.words import write_lines
@@ -120,6 +123,57 @@ def test_resume_goes_on_where_it_ended(run_program, tmp_path, base_folder):
     outcome = run_program(RULER, *words, "--lengths", 1650, "--resume", "--seed", 1)
     refused_by_us(outcome, "--resume", "seed 42, not 1")
     assert "Loading weights" not in outcome.err
+
+
+def test_resume_from_another_folder(run_program, tmp_path, base_folder, monkeypatch):
+    words = ["--samples", 1, "--tasks", "vt", "--lengths", 1650, "--output_json", tmp_path / "r.json"]
+    monkeypatch.chdir(base_folder.parent)
+    assert run_program(RULER, *words, "--base_model", base_folder.name).status == 0
+    monkeypatch.chdir(tmp_path)
+    outcome = run_program(RULER, *words, "--base_model", base_folder, "--resume")
+    assert outcome.status == 0, outcome.err
+    (tmp_path / base_folder.name).symlink_to(shutil.copytree(base_folder, tmp_path / "another"))
+    outcome = run_program(RULER, *words, "--base_model", base_folder.name, "--resume")
+    refused_by_us(outcome, f"base_model {base_folder}, not {tmp_path / 'another'}")
+
+
+def test_an_extended_model_is_not_beyond_its_context(run_program, own_base):
+    """The config of a model with linear positions keeps the original length, which transformers would remind of."""
+    words = ["--base_model", own_base, "--samples", 1, "--tasks", "vt", "--lengths", 1650]
+    inside = run_program(RULER, *words, "--context_size", 2048)
+    assert (inside.status, "maximum length" in inside.err, "warning" in inside.err) == (0, False, False)
+    beyond = run_program(RULER, *words, "--context_size", 1024)
+    assert "warning: --lengths: 1650 tokens are beyond the model's context of 1024" in beyond.err
+
+
+def test_rows_of_different_frequencies_are_refused_before_loading(run_program, own_base):
+    config = AutoConfig.from_pretrained(own_base)
+    extend_context(config, 2048, "dynamic")
+    config.save_pretrained(own_base)
+    words = ["--base_model", own_base, "--tasks", "vt", "--lengths", 1650, "--batch_size", 2]
+    outcome = run_program(RULER, *words, "--samples", 2)
+    refused_by_us(outcome, "--batch_size", "set it to 1")
+    assert "Loading weights" not in outcome.err
+    assert run_program(RULER, *words, "--samples", 1).status == 0
+
+
+def test_an_answer_ends_as_the_chat_template_ends_it(run_program, own_base, monkeypatch):
+    """The end that the model's own config names may be another one."""
+    tokenizer, found = AutoTokenizer.from_pretrained(own_base), []
+    end = tokenizer.convert_ids_to_tokens(7)
+    tokenizer.add_special_tokens({"additional_special_tokens": [end]})
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}" + end + "{% endfor %}"
+    tokenizer.save_pretrained(own_base)
+
+    def model_answer(model, tokenizer):
+        found.append(end_ids(model))
+        return lambda made: ["" for _ in made]
+
+    monkeypatch.setattr("component.evaluate.ruler.model_answer", model_answer)
+    words = ["--base_model", own_base, "--samples", 1, "--tasks", "vt", "--lengths", 1900]
+    for template in ("chat", "completion"):
+        assert run_program(RULER, *words, "--template", template).status == 0
+    assert found == [[1, 7], [1]]
 
 
 def test_a_users_haystack(run_program, tmp_path, base_folder):
