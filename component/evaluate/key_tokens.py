@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from component.error import UserError
+from component.error import UserError, naming
 from component.evaluate.long_ppl import KeyTokenRule
 from component.evaluate.perplexity import Window
 from component.storage.foreign import read_object, reading
@@ -64,8 +64,11 @@ def read_key_tokens(path: str, wanted: KeyTokens) -> KeyTokens:
     Raises:
         UserError: the file is damaged, or its key tokens are those of other data, windows, rules or evaluators.
     """
-    record = read_object(Path(path), cure="remove it, and it is written again")
-    with reading(f"{FIELD}: {path} is no file of key tokens", "name another one, or remove it"):
+    cure = "name another one; one that does not exist is written"  # this one may be anything
+    problem = "is no file of key tokens"
+    with naming(FIELD):
+        record = read_object(Path(path), problem, cure)
+    with reading(f"{FIELD}: {path} {problem}", cure):
         if record["format"] != FORMAT:
             raise ValueError(f"format {record['format']!r}, this version reads {FORMAT}")
         evaluator = str(record["evaluator"])

@@ -97,9 +97,10 @@ def plan_windows(tokens: int, seq_len: int, stride: int, protocol: str) -> list[
     windows = (longlora_windows if protocol == "longlora" else sliding_windows)(tokens, seq_len, stride)
     if not windows:
         need = seq_len + stride + 1 if protocol == "longlora" else 2
+        cure = "shorten seq_len or use --protocol sliding" if protocol == "longlora" else "name a longer file"
         raise UserError(
             f"data_path: {tokens} tokens hold no window of seq_len {seq_len} at sliding_window {stride} under "
-            f"protocol {protocol}, which needs {need}; shorten seq_len or use --protocol sliding"
+            f"protocol {protocol}, which needs {need}; {cure}"
         )
     return windows
 

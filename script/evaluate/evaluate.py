@@ -88,6 +88,7 @@ def check_flags(flags: argparse.Namespace) -> list[ModelSpec]:
     check_at_least(flags, 1, "sliding_window", "batch_size", "context_size", "sequence_parallel_size")
     check_at_least(flags, 0, "position_buckets")
     check_long_ppl(flags)
+    flags.seq_len = list(dict.fromkeys(flags.seq_len))
     flags.data_path = local_tokens(flags.data_path)
     flags.load_in_4bit = flags.load_in_4bit or flags.low_rank_training
     single_spec = ModelSpec(None, flags.base_model, flags.peft_model, flags.context_size)

@@ -54,7 +54,7 @@ class TestLongloraProtocol:
     def test_short_files(self, length, spans, tiny_llama, tokens):
         """Files of seq_len, seq_len + 1, 2 seq_len, 2 seq_len + 1 ... tokens, at stride = seq_len = 16."""
         if spans is None:
-            with pytest.raises(UserError, match=f"{length} tokens hold no window"):
+            with pytest.raises(UserError, match=f"{length} tokens hold no window .* or use --protocol sliding"):
                 measure_perplexity(tiny_llama, tokens[:length], seq_len=16, stride=16)
             return
         ours = measure_perplexity(tiny_llama, tokens[:length], seq_len=16, stride=16)
@@ -131,6 +131,11 @@ class TestSlidingProtocol:
         last = full_logits_losses(tiny_llama, ids_of(tokens[1:33]))[0, -1]
         assert ours.windows == 2
         assert ours.loss == pytest.approx(float((first.sum() + last) / 32), rel=1e-5)
+
+
+def test_a_file_of_one_token_is_not_cured_by_the_protocol_it_has(tiny_llama, tokens):
+    with pytest.raises(UserError, match=r"1 tokens hold no window .* needs 2; name a longer file$"):
+        measure_perplexity(tiny_llama, tokens[:1], seq_len=16, stride=16, protocol="sliding")
 
 
 @pytest.mark.parametrize(

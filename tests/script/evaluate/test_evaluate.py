@@ -96,6 +96,11 @@ def test_everything_is_in_the_json(evaluate, base_folder, tokens):
     assert found["command"].startswith("python script/evaluate/evaluate.py --data_path")
 
 
+def test_a_length_that_is_named_twice_is_measured_once(evaluate, base_folder):
+    found, _ = evaluate("--base_model", base_folder, "--seq_len", 32, 16, 32)
+    assert [row["seq_len"] for row in found["results"]] == [32, 16]
+
+
 def test_the_originals_flags(evaluate, base_folder, adapter_folder):
     found, _ = evaluate(
         "--batch_size", 2, "--base_model", base_folder, "--peft_model", adapter_folder, "--seq_len", 32,
@@ -419,7 +424,7 @@ def test_key_tokens_of_something_else_are_refused(
         ),
         (["--long_ppl", "--key_tokens", "{out}"], ["is written by --output_json too"]),
         (["--long_ppl", "--key_tokens", "{base}/config.json"], ["config.json is no file of key tokens"]),
-        (["--long_ppl", "--key_tokens", "{tokens}"], ["tokens.bin is not valid JSON"]),
+        (["--long_ppl", "--key_tokens", "{tokens}"], ["tokens.bin is no file of key tokens", "name another one"]),
     ],
 )
 def test_mistakes_about_key_tokens(words, parts, run_program, tokens, base_folder, tmp_path):
