@@ -59,6 +59,8 @@ def check_flags(flags: argparse.Namespace) -> None:
     if (flags.input_jsonl is None) != (flags.output_jsonl is None):
         raise UserError("--input_jsonl and --output_jsonl belong together; give both or none")
     check_at_least(flags, 1, "batch_size")
+    if flags.prompt is not None and not flags.prompt.strip():
+        raise UserError("--prompt: it is blank; write a text to continue")
     if flags.batch_size > 1 and flags.input_jsonl is None:
         raise UserError(f"--batch_size: {flags.batch_size}, but there is no --input_jsonl; give both or none")
 

@@ -60,6 +60,13 @@ def test_a_prompt_on_the_command_line(infer, base_folder, tokenizer):
     assert "dynamic cache 0.0 MiB" in outcome.err
 
 
+@pytest.mark.parametrize("prompt", ["", " \n"])
+def test_a_blank_prompt_is_refused_before_loading(prompt, infer):
+    outcome = infer("--prompt", prompt)
+    refused(outcome, "--prompt: it is blank")
+    assert "model:" not in outcome.err
+
+
 def test_one_source_of_prompts(infer):
     outcome = infer("--prompt", "a", "--prompt_file", "b")
     assert outcome.status == 2
