@@ -1,7 +1,7 @@
 """What does KV-cache quantization cost? Perplexity and logits of each cache, compared with the unquantized one.
 
-The first half of a window, at least one block, is prefilled; the second half is decoded token by token, so that every prediction there
-attends to quantized keys and values.
+The first half of a window, at least one block, is prefilled; the second half is decoded token by token, so that every
+prediction there attends to quantized keys and values.
 """
 
 from collections.abc import Iterable
@@ -57,10 +57,8 @@ def measure_cache_quantization(
         )
     count = min(windows, len(tokens) // seq_len)
     if count < 1:
-        enough = (
-            f"use from {LEAST} to {len(tokens)}, or a longer file" if len(tokens) >= LEAST else "use a longer file"
-        )
-        raise UserError(f"--seq_len: {len(tokens)} tokens hold no window of {seq_len}; {enough}")
+        shorter = f"use from {LEAST} to {len(tokens)}, or " if len(tokens) >= LEAST else "use "
+        raise UserError(f"--seq_len: {len(tokens)} tokens hold no window of {seq_len}; {shorter}a longer file")
     sums = {name: torch.zeros(3, dtype=torch.float64) for name in caches}
     cache_bytes: dict[str, int] = {}
     for start in tqdm(range(0, count * seq_len, seq_len), unit="window", disable=None):

@@ -9,7 +9,7 @@ from component.error import UserError
 CACHES = ("dynamic", "offloaded", "fp8", "int8", "int4", "int2")  # component/inference/kv_cache.py explains them
 AUTO = "auto"  # component/inference/cache_memory.py chooses one
 TRUNCATIONS = ("middle", "left")
-BOUNDS = {  # beyond them, logits become infinite or NaN, from which nothing can be drawn; on a GPU that ends the program
+BOUNDS = {  # beyond them logits become infinite or NaN; on a GPU, drawing from those ends the program
     "max_new_tokens": (1, 10**9),
     "temperature": (0.01, 100),
     "top_p": (0.01, 1),
