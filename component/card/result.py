@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from component.card.markdown import file_name, quoted, table
-from component.checkpoint import RECORD_FILE
+from component.checkpoint import RECORD_FILE, read_json
 from component.error import UserError
 from component.storage.foreign import read_object
 
@@ -74,10 +74,14 @@ def sections_in(result: dict[str, Any], folder: Path, file: Path) -> list[str]:
 
 
 def _is_this(setting: dict[str, Any], folder: Path, file: Path) -> bool:
-    """Whether the model that a result names, its adapter if it has one, is this folder."""
-    named = setting.get("peft_model") or setting.get("base_model")
+    """Whether the model that a result names, its adapter if it has one, is this folder, on the base that it has."""
+    base, adapter = setting.get("base_model"), setting.get("peft_model")
+    named = adapter or base
     if not isinstance(named, str) or not named:
         return False
+    own = read_json(folder / RECORD_FILE).get("base_model")
+    if adapter and base and own and Path(str(base)).resolve().name != Path(str(own)).resolve().name:
+        return False  # of another base; the same one may be elsewhere
     return any((Path(start) / named).resolve() == folder.resolve() for start in (*RUN_FROM, file.parent))
 
 

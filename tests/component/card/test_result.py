@@ -57,6 +57,13 @@ def test_of_several_models_only_this_one(folder):
     assert [section.splitlines()[0] for section in found] == ["### Perplexity of `a.bin`", "### Perplexity of `b.bin`"]
 
 
+@pytest.mark.parametrize("named", [None, "/models/base", "owner/base", "/elsewhere/base/", "other", "/models/other"])
+def test_of_an_adapter_on_another_base_nothing_is_told(named, folder):
+    (folder / "longqlora.json").write_text(json.dumps({"base_model": "/models/base"}))
+    found = sections({**perplexity(named, folder), **ORIGIN}, folder)
+    assert bool(found) is (named is None or "base" in named)
+
+
 def test_ruler(folder):
     asked = {"base_model": str(folder), "peft_model": None, "samples": 20, "template": "completion"}
     result = {"asked": asked, **SETTING, **ORIGIN, "lengths": [4096, 8192], "tasks": ["vt", "fwe"], "trials": []}
