@@ -6,7 +6,7 @@ torchrun there is one process, which does everything.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -92,6 +92,24 @@ def gathered(values: list[Any]) -> list[Any]:
     lists: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(lists, values)
     return [value for part in lists for value in part]
+
+
+def from_first(make: Callable[[], Piece]) -> Piece:
+    """What `make` returns in the first process, on every process.
+
+    Raises:
+        UserError: `make` does; on every process, so that none waits for another.
+    """
+    found: list[Piece | UserError] = []
+    if is_first_process():
+        try:
+            found = [make()]
+        except UserError as error:
+            found = [error]
+    (result,) = gathered(found)
+    if isinstance(result, UserError):
+        raise result
+    return result
 
 
 def smallest(*values: float) -> list[float]:

@@ -211,7 +211,7 @@ def mind_context(config: PretrainedConfig, longest: int, field: str = "--lengths
 
     transformers' own reminder is silenced: it does not know how far a model was extended.
     """
-    logging.getLogger("transformers.generation.utils").setLevel(logging.ERROR)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
     context = context_length(config)
     if longest > context and is_first_process():
         text = f"warning: {field}: {longest} tokens are beyond the model's context of {context}"

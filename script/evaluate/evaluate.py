@@ -51,7 +51,7 @@ import torch
 from transformers import PreTrainedModel
 
 from component.data.token_file import read_index, read_tokens
-from component.distributed.world import gathered, is_first_process, joined_processes
+from component.distributed.world import from_first, is_first_process, joined_processes
 from component.error import UserError, first_line
 from component.evaluate.key_tokens import KeyTokens, read_key_tokens, write_key_tokens
 from component.evaluate.long_ppl import KeyTokenFinder, KeyTokenRule, find_key_tokens, known_key_tokens
@@ -149,7 +149,7 @@ def prepare_key_tokens(specs: list[ModelSpec], flags: argparse.Namespace, kept: 
     named = None if evaluator is None else str(evaluator)
     keys = KeyTokens(named, rule, flags.protocol, flags.data_path, windows, strides)
     if kept:  # read by one process: the others' machines may lack the file
-        return gathered([read_key_tokens(flags.key_tokens, keys)] if is_first_process() else [])[0]
+        return from_first(lambda: read_key_tokens(flags.key_tokens, keys))
     if evaluator is None and flags.compare:
         raise UserError(
             "--evaluator: missing; all models of --compare are measured on the same key tokens: name who finds them"
@@ -282,7 +282,7 @@ def main() -> None:
     flags = parse_flags()
     specs = check_flags(flags)
     with joined_processes(flags.sequence_parallel_size):
-        (kept,) = gathered([bool(flags.key_tokens) and Path(flags.key_tokens).exists()] if is_first_process() else [])
+        kept = from_first(lambda: bool(flags.key_tokens) and Path(flags.key_tokens).exists())
         written = {"--output_json": [flags.output_json], "--key_tokens": [None if kept else flags.key_tokens]}
         evaluators = [flags.evaluator] if flags.evaluator and not kept else []
         read = files_read([*specs, *evaluators], flags.data_path)

@@ -123,8 +123,8 @@ def run(spec: ModelSpec, depths: list[float], flags: argparse.Namespace) -> None
     check_split(model_config(spec), flags.lengths[-1], flags.sequence_parallel_size)
     tokenizer = load_tokenizer(source, field="base_model")
     PromptMaker(tokenizer).prompt(flags.lengths[0], 0.0, str(KEYS[-1]))  # refuses too short a length before loading
-    mind_context(model_config(spec), flags.lengths[-1])
     model = load_model_spec(spec, load_in_4bit=flags.load_in_4bit, dtype=flags.dtype)
+    mind_context(model_config(spec), flags.lengths[-1])
     if flags.sequence_parallel_size > 1:
         attend_across_processes(model)
     setting = {"base_model": flags.base_model, "peft_model": flags.peft_model}

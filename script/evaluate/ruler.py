@@ -52,7 +52,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from component.checkpoint import read_record
-from component.distributed.world import gathered, is_first_process, joined_processes, results_once
+from component.distributed.world import from_first, is_first_process, joined_processes, results_once
 from component.error import UserError, first_line, nearest
 from component.evaluate.figure import draw_tasks
 from component.evaluate.model_spec import (
@@ -130,9 +130,9 @@ def run(spec: ModelSpec, flags: argparse.Namespace) -> None:
     asked = {**{name: getattr(flags, name) for name in names}, "template": template}
     for name in ("base_model", "peft_model", "haystack"):
         asked[name] = same_place(asked[name])
-    kept = gathered(kept_trials(flags.output_json, asked, cells) if flags.resume and is_first_process() else [])
-    mind_context(config, flags.lengths[-1])
+    kept = from_first(lambda: kept_trials(flags.output_json, asked, cells) if flags.resume else [])
     model = load_model_spec(spec, load_in_4bit=flags.load_in_4bit, dtype=flags.dtype)
+    mind_context(config, flags.lengths[-1])
     if flags.sequence_parallel_size > 1:
         attend_across_processes(model)
     if template == "tokenizer":

@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 
 from component.distributed.world import (
+    from_first,
     gathered,
     is_first_process,
     joined_processes,
@@ -14,6 +15,7 @@ from component.distributed.world import (
     smallest,
 )
 from component.error import UserError
+from tests.processes import run_in_processes
 
 
 def test_one_process_does_everything(monkeypatch):
@@ -33,6 +35,20 @@ def test_round_robin_shares(monkeypatch):
         shares.append(own_share(list(range(8))))
         assert is_first_process() == (rank == 0)
     assert shares == [[0, 3, 6], [1, 4, 7], [2, 5]]
+
+
+def _first_answers_for_all() -> None:
+    def refuse() -> int:
+        raise UserError("only the first process saw it")
+
+    assert from_first(dist.get_rank) == 0
+    with pytest.raises(UserError, match="only the first process saw it"):
+        from_first(refuse)
+    assert gathered([dist.get_rank()]) == [0, 1], "and nobody waits"
+
+
+def test_the_first_process_answers_for_all():
+    run_in_processes(_first_answers_for_all, 2)
 
 
 def test_more_processes_than_gpus(monkeypatch):

@@ -1,5 +1,7 @@
 """Which models are evaluated? Parsing, and what is refused before anything is loaded."""
 
+import logging
+
 import pytest
 from transformers import MistralConfig, MistralForCausalLM
 
@@ -128,7 +130,11 @@ def test_attention_that_is_not_full_is_not_called_so():
 
 
 def test_lengths_beyond_the_context(tiny_llama_config, capsys):
+    library = logging.getLogger("transformers.generation.stopping_criteria")
+    logging.getLogger("transformers").setLevel(logging.WARNING)
+    assert library.isEnabledFor(logging.WARNING)
     mind_context(tiny_llama_config, 64)
+    assert not library.isEnabledFor(logging.WARNING)
     assert capsys.readouterr().err == ""
     mind_context(tiny_llama_config, 65)
     assert capsys.readouterr().err == "warning: --lengths: 65 tokens are beyond the model's context of 64\n"
