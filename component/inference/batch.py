@@ -62,7 +62,19 @@ def generate_batch(
     seeds: list[int],
     flags: argparse.Namespace,
 ) -> list[str]:
-    """The answer to each prompt.
+    """The text of the answer to each prompt, as `batch_ids` generates it."""
+    found = batch_ids(model, tokenizer, prompts, seeds, flags)
+    return [answer_text(tokenizer, ids, flags.stop or ()) for ids in found]
+
+
+def batch_ids(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    seeds: list[int],
+    flags: argparse.Namespace,
+) -> list[list[int]]:
+    """The tokens of the answer to each prompt, with the one that ended it.
 
     Args:
         prompts: token ids; none fills the context.
@@ -86,10 +98,7 @@ def generate_batch(
         stopping_criteria=StoppingCriteriaList([ends]),
     )
     end_ids = torch.tensor(config.eos_token_id)
-    return [
-        answer_text(tokenizer, _until_end(row[longest : longest + most].cpu(), end_ids), stops)
-        for row, most in zip(output, room, strict=True)
-    ]
+    return [_until_end(row[longest : longest + most].cpu(), end_ids) for row, most in zip(output, room, strict=True)]
 
 
 def greedy_batch(

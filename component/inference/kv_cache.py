@@ -110,6 +110,7 @@ class PromptCache:
         self._cache: Any = None
         self._ids: list[int] = []
         self._prompt_tokens = 0
+        self.used_tokens = 0  # of the last prompt and its answer
 
     def start(self, prompt_ids: list[int]) -> Any:
         """The cache for generating from `prompt_ids`, filled with the prefix that was seen before."""
@@ -127,6 +128,7 @@ class PromptCache:
 
     def finish(self, ids: list[int]) -> None:
         """Record what the cache holds: `ids` (prompt and answer) without the last generated token."""
+        self.used_tokens = len(ids)
         self._ids = ids[: self._cache.get_seq_length()]
 
     @property

@@ -38,9 +38,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from component.data.text import text_ids
 from component.error import UserError
-from component.inference.batch import check_batch, generate_batch
+from component.inference.batch import batch_ids, check_batch
 from component.inference.context import describe_context, free_context, truncate_prompt
-from component.inference.generate import Stopped, cache_from_flags, stream_generation
+from component.inference.generate import Stopped, answer_text, cache_from_flags, stream_generation
 from component.inference.load import fit_cache_to, load_from_flags, named_model
 from component.inference.prompt_file import Record, answer_all, count_answered, held_output, read_prompts
 from component.inference.quantized_layer import FORMATS
@@ -75,9 +75,8 @@ def continue_one(
     prompt_ids = truncate_prompt(model, text_ids(tokenizer, prompt, add_special_tokens=True), flags)
     say(describe_context(model, len(prompt_ids)))
     cache = cache_from_flags(model, flags)
-    answer = stream_generation(model, tokenizer, prompt_ids, flags, cache)
-    used = len(prompt_ids) + len(text_ids(tokenizer, answer))
-    say(describe_context(model, used, cache))
+    stream_generation(model, tokenizer, prompt_ids, flags, cache)
+    say(describe_context(model, cache.used_tokens, cache))
 
 
 def continue_file(flags: argparse.Namespace) -> None:
@@ -112,10 +111,11 @@ def answer_file(
     def answer(numbers: range) -> list[Record]:
         batch = [prompt_ids[number] for number in numbers]
         seeds = [flags.seed + number for number in numbers]  # the same however often the run is resumed
-        texts = generate_batch(model, tokenizer, batch, seeds, flags)
+        answers = batch_ids(model, tokenizer, batch, seeds, flags)
+        texts = [answer_text(tokenizer, ids, flags.stop or ()) for ids in answers]
         return [
-            {"completion": text, "prompt_tokens": len(ids), "completion_tokens": len(text_ids(tokenizer, text))}
-            for ids, text in zip(batch, texts, strict=True)
+            {"completion": text, "prompt_tokens": len(asked), "completion_tokens": len(ids)}  # as generated
+            for asked, ids, text in zip(batch, answers, texts, strict=True)
         ]
 
     answer_all(flags.output_jsonl, records, start, answer, flags.batch_size)

@@ -57,6 +57,7 @@ def test_a_prompt_on_the_command_line(infer, base_folder, tokenizer):
     assert outcome.out == tokenizer.decode(ids, skip_special_tokens=True) + "\n"
     used = len(tokenizer("The dog").input_ids)
     assert f"{used} of 64 tokens of context used" in outcome.err
+    assert f"{used + len(ids)} of 64 tokens of context used" in outcome.err, "as generated"
     assert "dynamic cache 0.0 MiB" in outcome.err
 
 
@@ -96,7 +97,9 @@ class TestManyPrompts:
         model = AutoModelForCausalLM.from_pretrained(base_folder)
         for at, row in enumerate(read_lines(tmp_path / "out.jsonl")):
             ids = tokenizer(self.PROMPTS[at]).input_ids
-            text = tokenizer.decode(stock(model, ids, max_new_tokens=4), skip_special_tokens=True)
+            answer = stock(model, ids, max_new_tokens=4)
+            text = tokenizer.decode(answer, skip_special_tokens=True)
+            assert row["completion_tokens"] == len(answer) <= 4, "not those of its text, which may be cut in letters"
             assert (row["prompt"], row["id"], row["prompt_tokens"]) == (self.PROMPTS[at], at, len(ids))
             assert row["completion"] == text
 
