@@ -172,6 +172,15 @@ def _say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+def trained_hash(model: str | None, adapter: str | None) -> str | None:
+    """sha256 of the adapter, or of the one that was merged into the model: after more training, names are the same."""
+    origin = resolve_model(model, adapter)
+    if origin.adapter:
+        return adapter_hash(origin.adapter)
+    merged = read_json(Path(origin.base) / RECORD_FILE).get("merged_sha256")
+    return merged if isinstance(merged, str) else None
+
+
 def load_for_inference(
     model_name_or_path: str | None, adapter_name_or_path: str | None = None, **options: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

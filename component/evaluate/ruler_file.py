@@ -35,7 +35,7 @@ def kept_trials(path: str, asked: dict[str, Any], cells: list[tuple[int, str]]) 
         return []
     found = read_object(Path(path), "is no result of ruler.py", CURE)
     with reading(f"--resume: {path} is no result of ruler.py", CURE):
-        before = dict(found["asked"])
+        before = {"adapter_sha256": asked.get("adapter_sha256"), **found["asked"]}  # older files lack it
         trials = [Trial(**trial) for trial in found["trials"]]
         scores = [score(trial.answer, trial.references) for trial in trials]
         if scores != [trial.score for trial in trials]:

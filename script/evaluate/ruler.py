@@ -70,7 +70,7 @@ from component.evaluate.ruler_task import TASKS
 from component.evaluate.split import attend_across_processes, check_split
 from component.inference.batch import check_rows
 from component.inference.load import stop_after_answer
-from component.loading import recorded_template, resolve_model
+from component.loading import recorded_template, resolve_model, trained_hash
 from component.rope import context_length
 from component.storage.claim import claimed
 from component.tokenizer import UNLIMITED, load_tokenizer
@@ -130,6 +130,7 @@ def run(spec: ModelSpec, flags: argparse.Namespace) -> None:
     asked = {**{name: getattr(flags, name) for name in names}, "template": template}
     for name in ("base_model", "peft_model", "haystack"):
         asked[name] = same_place(asked[name])
+    asked["adapter_sha256"] = trained_hash(flags.base_model, flags.peft_model)
     kept = from_first(lambda: kept_trials(flags.output_json, asked, cells) if flags.resume else [])
     model = load_model_spec(spec, load_in_4bit=flags.load_in_4bit, dtype=flags.dtype)
     mind_context(config, flags.lengths[-1])
@@ -148,7 +149,7 @@ def run(spec: ModelSpec, flags: argparse.Namespace) -> None:
         finish(trials, record, time.monotonic() - start, context_length(model.config), flags)
 
 
-HIDDEN = ("asked", "tasks", "lengths")  # the table has them
+HIDDEN = ("asked", "tasks", "lengths", "adapter_sha256")  # the table has them, or nobody reads them
 
 
 def same_place(path: str | None) -> str | None:

@@ -46,7 +46,7 @@ from component.inference.prompt_file import Record, answer_all, count_answered, 
 from component.inference.quantized_layer import FORMATS
 from component.inference.terminal import line_editing, prompts, read_input
 from component.inference.text_file import read_text_file
-from component.loading import inference_config
+from component.loading import inference_config, trained_hash
 
 # whatever an answer depends on, besides the model
 ANSWER_SETTINGS = (
@@ -89,6 +89,7 @@ def continue_file(flags: argparse.Namespace) -> None:
     settings = {name: getattr(flags, name) for name in ANSWER_SETTINGS}
     if flags.cache_implementation in FORMATS:  # tokens of one forward pass attend to each other as computed
         settings["prefill_tokens"] = flags.prefill_tokens
+    settings["adapter_sha256"] = trained_hash(*named_model(flags))
     # a folder is the same one from wherever its name is given
     names = {name: str(Path(path).resolve()) if path and Path(path).exists() else path for name, path in names.items()}
     with held_output(flags.output_jsonl, read, names | settings):

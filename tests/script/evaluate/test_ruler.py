@@ -5,9 +5,11 @@ python -m pytest tests/script/evaluate/test_ruler.py -m slow
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
 from component.evaluate.ruler_prompt import SampleMaker
@@ -135,6 +137,19 @@ def test_resume_from_another_folder(run_program, tmp_path, base_folder, monkeypa
     (tmp_path / base_folder.name).symlink_to(shutil.copytree(base_folder, tmp_path / "another"))
     outcome = run_program(RULER, *words, "--base_model", base_folder.name, "--resume")
     refused_by_us(outcome, f"base_model {base_folder}, not {tmp_path / 'another'}")
+
+
+def test_resume_after_more_training(run_program, tmp_path, adapter_folder):
+    """In the folder of the same name, the adapter is another one."""
+    adapter = Path(shutil.copytree(adapter_folder, tmp_path / "run"))
+    words = ["--peft_model", adapter, "--samples", 1, "--tasks", "vt", "--lengths", 1650, "--resume"]
+    words += ["--output_json", tmp_path / "r.json"]
+    assert [run_program(RULER, *words).status for _ in range(2)] == [0, 0]
+    file = adapter / "adapter_model.safetensors"
+    save_file({name: 2 * tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    outcome = run_program(RULER, *words)
+    refused_by_us(outcome, "--resume", "adapter_sha256")
+    assert "Loading weights" not in outcome.err
 
 
 def test_an_extended_model_is_not_beyond_its_context(run_program, own_base):

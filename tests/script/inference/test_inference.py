@@ -1,10 +1,14 @@
 """inference.py at a terminal, in a pipe, and from a file of prompts to a file of answers."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from component.loading import load_for_inference
@@ -125,6 +129,30 @@ class TestManyPrompts:
                 outcome = infer("--input_jsonl", asked, "--output_jsonl", file, "--batch_size", size, *words)
                 assert outcome.status == 0, outcome.err
             assert files[0].read_bytes() == files[1].read_bytes()
+
+    @pytest.mark.parametrize("is_merged", [False, True])
+    def test_an_adapter_that_was_trained_on(self, is_merged, infer, asked, tmp_path, own_base, adapter_folder):
+        """The folder has the same name."""
+        folder = own_base if is_merged else Path(shutil.copytree(adapter_folder, tmp_path / "run"))
+        record = json.loads((adapter_folder / "longqlora.json").read_text())
+        record |= {"merged_from": "run", "merged_sha256": "1", "files": {}}
+        if is_merged:
+            (folder / "longqlora.json").write_text(json.dumps(record))
+        words = ("--input_jsonl", asked, "--output_jsonl", tmp_path / "out.jsonl", *SHORT)
+        words += ("--model_name_or_path", folder)
+        for _ in range(2):
+            outcome = infer(*words)
+            assert outcome.status == 0, outcome.err
+        if is_merged:
+            (folder / "longqlora.json").write_text(json.dumps(record | {"merged_sha256": "2"}))
+        else:
+            weights = load_file(folder / "adapter_model.safetensors")
+            save_file(
+                {name: 2 * tensor for name, tensor in weights.items()},
+                folder / "adapter_model.safetensors",
+                {"format": "pt"},
+            )
+        refused(infer(*words), "--output_jsonl", "were made with an adapter with the sha256")
 
     def test_quantized_answers_depend_on_the_tokens_per_forward_pass(self, infer, asked, tmp_path, monkeypatch):
         """Which ones fit may have changed when a run is resumed."""
