@@ -485,10 +485,10 @@ def test_a_context_that_the_merged_model_was_not_made_for(evaluate, workshop):
 
 GENERATION_FLAGS = {
     "temperature of 0": (["--temperature", "0"], "--temperature", "0", "--do_sample false"),
-    "temperature that is no number": (["--temperature", "nan"], "--temperature", "nan", "above 0"),
-    "top_p above 1": (["--top_p", "2"], "--top_p", "2", "(0, 1]"),
+    "temperature that is no number": (["--temperature", "nan"], "--temperature", "nan", "from 0.01 to 100"),
+    "top_p above 1": (["--top_p", "2"], "--top_p", "2", "from 0.01 to 1"),
     "nothing to generate": (["--max_new_tokens", "0"], "--max_new_tokens", "0", "from 1"),
-    "penalty of 0": (["--repetition_penalty", "0"], "--repetition_penalty", "0", "above 0"),
+    "penalty of 0": (["--repetition_penalty", "0"], "--repetition_penalty", "0", "from 0.1 to 10"),
     "context of 0": (["--context_size", "0"], "--context_size", "0", "at least 1"),
     "negative seed": (["--seed", "-1"], "--seed", "-1", "0 or more"),
     "neither true nor false": (["--do_sample", "maybe"], "--do_sample", "'maybe'", "true"),
