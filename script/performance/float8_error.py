@@ -177,7 +177,7 @@ def cases_of(products: Products, each_kind: bool) -> dict[str, Case]:
 
 
 def measurements(flags: argparse.Namespace) -> list[dict[str, Any]]:
-    """After each number of steps, with S2-Attn and with full attention."""
+    """After each number of steps, with S2-Attn and with full attention; written to the result file one by one."""
     model, products = load_adapted(flags, default_device())
     config = model.get_base_model().config
     groups = {"shift_short": config.group_size, "full": UNLIMITED}
@@ -199,6 +199,7 @@ def measurements(flags: argparse.Namespace) -> list[dict[str, Any]]:
             print(f"after {steps} steps, {attention} attention", flush=True)
             found.append({"steps": steps, "attention": attention, **measure(model, products, cases, rows)})
             print_table(found[-1]["cases"])
+            write_json(flags.output_json, {**origin(), "measurements": found})
     return found
 
 
@@ -284,7 +285,6 @@ def main() -> None:
     read = {"--model_name_or_path": [flags.model_name_or_path], "--data_path": [flags.data_path]}
     with claimed(written, read, overwrite=flags.overwrite):
         found = measurements(flags)
-        write_json(flags.output_json, {**origin(), "measurements": found})
         if flags.figure:
             draw(found, f"{flags.rows} rows of {flags.max_seq_length} tokens", flags.figure)
 
