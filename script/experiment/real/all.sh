@@ -26,8 +26,9 @@ part() { # NAME COMMAND: run once, with its output in WORK/NAME.log
 part instructions python3 script/experiment/downstream/instructions.py --base "$extended" --short_base "$base" \
     --source "$texts/sft_long_leval.jsonl.xz" --work "$work/instructions" --epochs 2 \
     --output_json "$figures/real_instructions.json" --overwrite
+context=$(python3 -c "import json, sys; print(json.load(open(sys.argv[1]))['max_position_embeddings'])" "$extended/config.json")
 validation=$(ls "$texts"/*-validation.jsonl.xz | head -n 1)
 part examples python3 script/experiment/downstream/examples.py --base "$base" --extended "$extended" \
-    --source "$validation" --work "$work/examples" --long_tokens 20000 30000 \
+    --source "$validation" --work "$work/examples" --long_tokens $((context * 6 / 10)) $((context * 9 / 10)) \
     --output_json "$figures/real_examples.json" --long_figure "$figures/longdemo.png" \
     --short_figure "$figures/shortdemo.png" --overwrite
