@@ -265,6 +265,7 @@ def draw(found: list[dict[str, Any]], title: str, file: str) -> None:
     for panel in panels.flat:
         panel.set_ylim(0, None)
         panel.grid(axis="y", color="0.9")
+        panel.set_axisbelow(True)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0, 0].legend(frameon=False)
     figure.supylabel("relative error of LoRA's gradients, %", fontsize=10)
