@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from component.data import IGNORE_INDEX
-from component.float8.product import fits, multiply, quantize, quantize_weight
+from component.float8.product import fits, multiply, quantize, quantize_frozen, quantize_weight
 
 TOKENS_PER_CHUNK = 1024
 
@@ -174,7 +174,7 @@ def _products(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, in_float8
     b = None if bias is None else bias.to(dtype)
     if in_float8:
         rows, mean = quantize_weight(weight, transposed=False), weight.mean(0).unsqueeze(1)
-        columns = quantize(torch.sub(weight.t(), mean, out=weight.new_empty(weight.shape[::-1])))
+        columns = quantize_frozen(torch.sub(weight.t(), mean, out=weight.new_empty(weight.shape[::-1])))
         return (
             lambda hidden: multiply(quantize(hidden), rows, dtype, b),
             lambda grad, out: out.copy_(multiply(quantize(grad), columns, dtype)),

@@ -6,6 +6,9 @@ the processes that share a row change nothing. GPUs of compute capability 8.9 an
 multiply FP8 twice as fast as bf16; elsewhere the same numbers are multiplied in fp32, slowly, to try what FP8 costs in
 quality.
 
+Frozen weights are scaled to less than 448, by another factor in each optimizer step, so that their errors change from
+step to step (`round_weights_for_step`).
+
 Shapes: M rows, K numbers in each; O, I the outputs and inputs of a linear layer.
 """
 
@@ -24,6 +27,7 @@ E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 CAPABILITY = (8, 9)  # of the first GPUs that multiply FP8
 MULTIPLE = 16  # torch._scaled_mm takes weights whose sides are multiples of it
 _SCALES = WeakTensorKeyDictionary()  # scales of NF4's blocks -> scales of the weight's rows and columns
+GOLDEN = (5**0.5 - 1) / 2  # its multiples, modulo 1, are spread evenly
 TINY = 1e-30  # the smallest absolute value that gets a scale of its own: rows of zeros have one too
 
 
@@ -44,14 +48,41 @@ def fits(layer: nn.Linear) -> bool:
     return layer.in_features % MULTIPLE == 0 == layer.out_features % MULTIPLE
 
 
-def quantize(x: Tensor, dtype: torch.dtype = E4M3) -> Float8Matrix:
-    """(M, K) with a scale for each row, rounded to the nearest number of `dtype`, ties to even."""
+class _Rounding:
+    limit = torch.finfo(E4M3).max  # what the largest number of a row of a frozen weight becomes
+
+
+def round_weights_for_step(step: int) -> None:
+    """Round frozen weights in another way than in the steps before: scaled to between 224 and 448.
+
+    A weight's error depends on where it lies between two numbers of FP8. With the same scales in every step, LoRA
+    would learn to make up for errors that the merged model does not have. Not in the papers; what it changes is in
+    train_args/README.md.
+
+    Args:
+        step: optimizer steps done so far; the same in all processes. 0: scaled to 448.
+    """
+    _Rounding.limit = torch.finfo(E4M3).max * 2.0 ** -(step * GOLDEN % 1)
+
+
+def quantize_frozen(x: Tensor) -> Float8Matrix:
+    """`quantize`, with the scales of a frozen weight in this step."""
+    return quantize(x, limit=_Rounding.limit)
+
+
+def quantize(x: Tensor, dtype: torch.dtype = E4M3, limit: float | None = None) -> Float8Matrix:
+    """(M, K) with a scale for each row, rounded to the nearest number of `dtype`, ties to even.
+
+    Args:
+        limit: what the largest number of a row becomes; None: the largest of `dtype`.
+    """
+    limit = limit or torch.finfo(dtype).max
     if _runs_kernels(x):
         from component.float8.kernel import quantize_rows
 
         values = x.new_empty(len(x) + -len(x) % MULTIPLE, x.shape[1], dtype=dtype)
-        return Float8Matrix(values, quantize_rows(x, values, torch.finfo(dtype).max, TINY), len(x))
-    return _rounded(x.float(), *scale_of(x.abs().amax(1, keepdim=True).float(), dtype), dtype)
+        return Float8Matrix(values, quantize_rows(x, values, limit, TINY), len(x))
+    return _rounded(x.float(), *scale_of(x.abs().amax(1, keepdim=True).float(), limit), dtype)
 
 
 class SharedInput:
@@ -92,12 +123,12 @@ def quantize_weight(weight: Tensor, *, transposed: bool) -> Float8Matrix:
     weights 2^15 times smaller.
     """
     if not isinstance(weight, bnb.nn.Params4bit):
-        return quantize(weight.detach().t() if transposed else weight.detach())
+        return quantize_frozen(weight.detach().t() if transposed else weight.detach())
     state = weight.quant_state
     outputs, inputs = state.shape
     if inputs % state.blocksize:  # blocks that span rows
         full = _dequantized(weight)
-        return quantize(full.t() if transposed else full)
+        return quantize_frozen(full.t() if transposed else full)
     inverse, scales = _weight_scales(state, transposed)
     if not _runs_kernels(weight):
         full = _dequantized(weight)
@@ -135,9 +166,13 @@ def multiply(
     return y[: left.rows, : right.rows].to(dtype)
 
 
-def scale_of(largest: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """What rows are multiplied by before they are rounded, and their scales, from their largest absolute values."""
-    largest, limit = largest.clamp(min=TINY), torch.finfo(dtype).max
+def scale_of(largest: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+    """What rows are multiplied by before they are rounded, and their scales.
+
+    Args:
+        largest: absolute value of each row, which becomes `limit`.
+    """
+    largest = largest.clamp(min=TINY)
     return limit / largest, largest * (1 / limit)
 
 
@@ -151,17 +186,22 @@ def _rounded(x: Tensor, inverse: Tensor, scales: Tensor, dtype: torch.dtype) -> 
 def _weight_scales(state: bnb.functional.QuantState, transposed: bool) -> tuple[Tensor, Tensor]:
     """As from `scale_of`, (O, 1), of the rows of a weight, or (I, 1), of upper bounds of its columns' largest values.
 
-    Computed once, since frozen weights do not change: 0.5 % of their memory.
+    The largest values are computed once, since frozen weights do not change, and the scales once a step: together less
+    than 1 % of the weights' memory.
     """
-    known = _SCALES.setdefault(state.absmax, {})
+    known, limit = _SCALES.setdefault(state.absmax, {}), _Rounding.limit
     if transposed not in known:
         sizes = state.absmax
         if state.nested:  # double quantization
             sizes = bnb.functional.dequantize_blockwise(sizes, state.state2).float() + state.offset
         blocks = sizes.abs().view(state.shape[0], -1)
         largest = blocks.amax(0).repeat_interleave(state.blocksize) if transposed else blocks.amax(1)
-        known[transposed] = scale_of(largest[:, None], E4M3)
-    return known[transposed]
+        known[transposed] = largest[:, None], None, None
+    largest, of, scales = known[transposed]
+    if of != limit:
+        scales = scale_of(largest, limit)
+        known[transposed] = largest, limit, scales
+    return scales
 
 
 def _dequantized(weight: bnb.nn.Params4bit) -> Tensor:

@@ -1,4 +1,4 @@
-"""What happens at each step, and before the first? Seconds, throughput, and the switch to full attention."""
+"""What happens at each step, and before the first? Seconds, throughput, full attention, how FP8 rounds."""
 
 import time
 from collections import deque
@@ -8,6 +8,7 @@ import torch
 from transformers import TrainerCallback
 
 from component.attention.interface import use_full_attention
+from component.float8.product import round_weights_for_step
 from component.memory.budget import note_device_memory
 
 
@@ -84,3 +85,13 @@ class FullAttentionCallback(TrainerCallback):
         if not self.is_full and state.global_step >= state.max_steps - last_steps:  # also after resuming
             use_full_attention(model)
             self.is_full = True  # only once: traversing all modules idles the GPU
+
+
+class RoundingCallback(TrainerCallback):
+    """Rounds frozen weights to FP8 in another way in each step; where nothing is in FP8, it changes nothing."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        round_weights_for_step(state.global_step)  # also after resuming
+
+    def on_train_end(self, args, state, control, **kwargs):
+        round_weights_for_step(0)

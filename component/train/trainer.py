@@ -24,7 +24,7 @@ from component.distributed.sequence import sequence_group
 from component.distributed.strategy import Strategy
 from component.error import UserError, first_line
 from component.loss import TOKENS_PER_CHUNK, eval_chunk, next_token_losses, use_loss_head
-from component.train.callback import SpeedCallback, Startup
+from component.train.callback import RoundingCallback, SpeedCallback, Startup
 from component.train.failure import GradientGuard, check_loss
 from component.train.zero import GradientCallback
 
@@ -66,6 +66,7 @@ class LongQLoRATrainer(Trainer):
         self.guard = GradientGuard()
         self.add_callback(self.guard)
         self.add_callback(GradientCallback)
+        self.add_callback(RoundingCallback)
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()

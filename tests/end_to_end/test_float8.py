@@ -181,6 +181,29 @@ def test_evaluation_is_not_rounded():
 # ---- train.py
 
 
+def test_train_py_rounds_weights_in_each_step_in_its_own_way(base_folder, tmp_path):
+    """The same row in every step, and nothing is learnt: in the training precision all losses are equal.
+
+    A run that resumes after the second step rounds as the unbroken one did.
+    """
+    data = tmp_path / "train.jsonl"
+    data.write_text(json.dumps({"text": TRAIN_TEXTS[0]}) + "\n")
+    found, train = {}, Launcher(tmp_path)
+    values = BASIC | {"model_name_or_path": str(base_folder), "train_file": str(data), "learning_rate": 1e-12}
+    values |= {"gradient_accumulation_steps": 1, "max_steps": 4, "save_steps": 2, "frozen_matmul": "auto"}
+    for kind in ("auto", "fp8"):
+        finish(train(values | {"frozen_matmul": kind, "output_dir": str(tmp_path / kind)}))
+        found[kind] = losses(tmp_path / kind)
+    assert len(set(found["auto"].values())) == 1
+    assert len(set(found["fp8"].values())) == 4, "each step rounds in its own way"
+    mean = sum(found["fp8"].values()) / 4
+    assert mean == pytest.approx(found["auto"][1], rel=0.01)
+    again = {"frozen_matmul": "fp8", "output_dir": str(tmp_path / "fp8")}
+    again |= {"resume_from_checkpoint": str(tmp_path / "fp8/checkpoint-2")}
+    finish(train(values | again))
+    assert losses(tmp_path / "fp8") == found["fp8"]
+
+
 def test_train_py(base_folder, tmp_path):
     """Losses near those in the training precision, a summary that says so, a record, and the same adapter folder."""
     data = tmp_path / "train.jsonl"
@@ -242,7 +265,7 @@ def test_queries_keys_and_values_share_a_quantized_input(monkeypatch):
     inputs = []
     quantize = product.quantize
     for module in (linear, product):
-        monkeypatch.setattr(module, "quantize", lambda x: inputs.append(x.shape) or quantize(x))
+        monkeypatch.setattr(module, "quantize", lambda x, **options: inputs.append(x.shape) or quantize(x, **options))
     model = under_plan(tiny_model(), in_float8=True, **PLANS["everything"])
     train_pass(model, random_batch())
     of_tokens = [shape for shape in inputs if shape[0] == TOKENS]  # the others are weights

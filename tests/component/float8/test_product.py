@@ -14,6 +14,7 @@ from component.float8.product import (
     multiply,
     quantize,
     quantize_weight,
+    round_weights_for_step,
 )
 from tests.reference.float8 import dequantized, float8_card, nf4
 
@@ -84,6 +85,33 @@ def test_weights(kind, transposed):
         assert float(ratio.max()) < 1.001
     else:  # of 64 inputs, the largest's
         assert float(ratio.min()) < 1.001
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("kind", ["nf4", "nf4, blocks that span rows", "bf16"])
+def test_each_step_rounds_weights_in_its_own_way(kind, transposed):
+    """Errors of 64 steps average out, as with the same scales they would not; activations are rounded as ever."""
+    weight = (
+        nf4(48, 112 if "span" in kind else 128) if "nf4" in kind else nn.Parameter(torch.randn(48, 128).bfloat16())
+    )
+    exact = dequantized(weight) if "nf4" in kind else weight.detach().float()
+    exact = exact.t() if transposed else exact
+    first, x = quantize_weight(weight, transposed=transposed), torch.randn(3, 64)
+    total, activations = torch.zeros_like(exact), quantize(x).values
+    try:
+        for step in range(64):
+            round_weights_for_step(step)
+            found = quantize_weight(weight, transposed=transposed)
+            ratio = found.scales[: found.rows] / first.scales[: found.rows]
+            assert 1 - 1e-6 < float(ratio.min()) <= float(ratio.max()) < 2
+            assert float(found.values.float().abs().max()) <= 448
+            assert torch.equal(quantize(x).values.float(), activations.float())
+            total += found.dequantized() - exact
+    finally:
+        round_weights_for_step(0)
+    once = (first.dequantized() - exact).norm()
+    assert (total / 64).norm() < once / 5
+    assert torch.equal(quantize_weight(weight, transposed=transposed).values.float(), first.values.float())
 
 
 @pytest.mark.parametrize("rows", [1, 21])

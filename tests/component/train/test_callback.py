@@ -1,4 +1,4 @@
-"""Throughput, and the switch to full attention."""
+"""Throughput, the switch to full attention, and how FP8 rounds."""
 
 import argparse
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import TrainerState
 
-from component.train.callback import FullAttentionCallback, SpeedCallback, Startup
+from component.train.callback import FullAttentionCallback, RoundingCallback, SpeedCallback, Startup
 
 
 def test_throughput(monkeypatch):
@@ -63,3 +63,13 @@ def test_the_last_steps_have_full_attention(ratio, steps, first_full, monkeypatc
     resumed = FullAttentionCallback(ratio)
     resumed.on_step_begin(None, state, None, model=model)
     assert (len(switched), resumed.is_full) == (2, True)
+
+
+def test_rounding_follows_the_steps_done(monkeypatch):
+    told = []
+    monkeypatch.setattr("component.train.callback.round_weights_for_step", told.append)
+    callback = RoundingCallback()
+    for step in (7, 8):
+        callback.on_step_begin(None, TrainerState(global_step=step), None)
+    callback.on_train_end(None, TrainerState(global_step=9), None)
+    assert told == [7, 8, 0]
