@@ -14,29 +14,19 @@ KEY, TRAINER_KEY = "distribution", "trainer"  # of a checkpoint's record
 _MODEL = "what was trained so far would be read by another model"
 _ORDER = "samples would repeat or be left out"
 _OPTIMIZER = "the optimizer's states and its settings come from the checkpoint, so it would have no effect"
+_ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
+OF_TRAINER = ("seed", "data_seed", "optim", "learning_rate", "weight_decay", *_ADAM)
 FIXED = {
+    **dict.fromkeys(OF_TRAINER, _OPTIMIZER),
     **dict.fromkeys(("model_max_length", "rope_type", "rope_theta", "lora_rank", "lora_alpha"), _MODEL),
     **dict.fromkeys(("target_modules", "train_embedding", "train_norm"), _MODEL),
     **dict.fromkeys(("sft", "template", "max_seq_length", "truncation_policy", "packing", "streaming"), _ORDER),
     **dict.fromkeys(("seed", "data_seed"), _ORDER),
-    **dict.fromkeys(
-        ("optim", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"), _OPTIMIZER
-    ),
 }
 # keys that it can change, with other losses than without
 TOLD = (
     *("model_name_or_path", "train_file", "load_in_4bit", "frozen_matmul", "position_skipping", "lora_dropout"),
     *("use_shift_short_attention", "full_attention_ratio"),
-)
-OF_TRAINER = (
-    "seed",
-    "data_seed",
-    "optim",
-    "learning_rate",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
 )
 
 
