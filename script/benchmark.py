@@ -169,6 +169,14 @@ def make_rows(folder: Path, length: int, count: int) -> Path:
     return file
 
 
+def cards(count: int) -> list[str]:
+    """Flags of DeepSpeed's launcher for `count` GPUs: it forgets CUDA_VISIBLE_DEVICES where it is given a number."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    if visible == [""] or not all(name.isdigit() for name in visible):  # not by UUID, which --include does not know
+        return ["--num_gpus", str(count)]
+    return ["--include", f"localhost:{','.join(visible[:count])}"]
+
+
 def command_of(row: Row, model: Path, data: Path, output: Path) -> tuple[dict, list[str]]:
     """(settings specific to this kind, command line); for ours_*, also writes the YAML."""
     if not row.kind.startswith("ours"):
@@ -191,7 +199,7 @@ def command_of(row: Row, model: Path, data: Path, output: Path) -> tuple[dict, l
     file = output.parent / f"{row.name}.yaml"
     file.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
     port = str(free_port())
-    launcher = ["deepspeed", "--num_gpus", str(row.cards), "--master_port", port]
+    launcher = ["deepspeed", *cards(row.cards), "--master_port", port]
     if is_plain:
         launcher = (
             [sys.executable]

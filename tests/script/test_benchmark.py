@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from component.error import UserError
-from script.benchmark import KINDS, Row, command_of, make_rows, requested_rows
+from script.benchmark import KINDS, Row, cards, command_of, make_rows, requested_rows
 from tests.conftest import ROOT
 from tests.outcome import refused_by_us
 
@@ -155,9 +155,26 @@ def test_tiny_rows_of_another_family(tmp_path, base_folder):
         ("ours_python_fastest", {}, ["torchrun", "--nproc_per_node=4", "train.py"], 4),
     ],
 )
-def test_several_cards(tmp_path, kind, overrides, words, rows):
+def test_several_cards(tmp_path, monkeypatch, kind, overrides, words, rows):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     row = Row("7b", 8192, kind, 0, overrides, 4)
     _, command = command_of(row, tmp_path, tmp_path, tmp_path / "out")
     assert set(words) <= set(command)
     assert row.rows_per_step == rows
     assert row.name.endswith("4-cards")
+
+
+@pytest.mark.parametrize(
+    ("visible", "flags"),
+    [
+        (None, ["--num_gpus", "2"]),
+        ("", ["--num_gpus", "2"]),
+        ("1,3,0", ["--include", "localhost:1,3"]),
+        ("GPU-8a", ["--num_gpus", "2"]),
+    ],
+)
+def test_visible_cards_are_used(monkeypatch, visible, flags):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert cards(2) == flags
