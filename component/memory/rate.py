@@ -1,6 +1,8 @@
 """How fast is a GPU? Measured in a few seconds with the model's own shapes, or from published numbers."""
 
+import itertools
 import statistics
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,6 +17,7 @@ from component.memory.workload import Workload
 TOKENS = 8192  # of the measured product
 LONGEST = 32768  # tokens of measured attention
 COPY = 2**28  # bytes of the measured copies
+WARM_UP = 0.2  # s before each measurement
 EFFICIENCY = 0.78  # of the published matrix rate, as measured on an H200; much less on a card that its power limits
 FLOAT8 = 1.95  # rate of FP8 products, of that in 16 bits, as measured on an H100
 MEMORY, LINK = 0.87, 0.85  # of the published bandwidths
@@ -87,16 +90,21 @@ def measured_rate(work: Workload, device: torch.device, dtype: torch.dtype) -> R
 
 
 def gpu_seconds(run: Callable[[], object], runs: int = 20) -> float:
-    """Median seconds of `run` on the GPU, after a quarter more to warm up."""
-    found = []
-    for _ in range(runs + runs // 4):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+    """Median seconds of `run` on the GPU, whose clocks are up.
+
+    All runs are queued at once: a GPU that waits for a busy CPU between kernels would seem slow.
+    """
+    start = time.monotonic()
+    while time.monotonic() - start < WARM_UP:
         run()
-        end.record()
         torch.cuda.synchronize()
-        found.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(found[runs // 4 :])
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(runs + 1)]
+    events[0].record()
+    for event in events[1:]:
+        run()
+        event.record()
+    torch.cuda.synchronize()
+    return statistics.median(first.elapsed_time(second) for first, second in itertools.pairwise(events)) / 1e3
 
 
 def matrix_rate(tokens: int, inputs: int, outputs: int, device: torch.device, dtype: torch.dtype) -> float:
