@@ -15,7 +15,6 @@ Shapes: M rows, K numbers in each; O, I the outputs and inputs of a linear layer
 import copy
 import functools
 import importlib.util
-import weakref
 from typing import NamedTuple
 
 import bitsandbytes as bnb
@@ -83,36 +82,6 @@ def quantize(x: Tensor, dtype: torch.dtype = E4M3, limit: float | None = None) -
         values = x.new_empty(len(x) + -len(x) % MULTIPLE, x.shape[1], dtype=dtype)
         return Float8Matrix(values, quantize_rows(x, values, limit, TINY), len(x))
     return _rounded(x.float(), *scale_of(x.abs().amax(1, keepdim=True).float(), limit), dtype)
-
-
-class SharedInput:
-    """Quantizes once what several layers read: the hidden states that become queries, keys and values.
-
-    Args:
-        readers: the number of layers; the last one frees what the first one quantized.
-    """
-
-    def __init__(self, readers: int) -> None:
-        self.readers = readers
-        self._forget()
-
-    def _forget(self) -> None:
-        self._input: tuple[weakref.ref, int] | None = None  # a tensor and its version
-        self._matrix: Float8Matrix | None = None
-        self._reads = 0
-
-    def quantized(self, x: Tensor) -> Float8Matrix:
-        """`x` (..., I) as (N, I). Another tensor than in the last call, or changed since, is quantized anew."""
-        version = x._version
-        if self._input is None or self._input[0]() is not x or self._input[1] != version:
-            self._forget()
-            self._input = weakref.ref(x), version
-            self._matrix = quantize(x.detach().reshape(-1, x.shape[-1]))
-        found, self._reads = self._matrix, self._reads + 1
-        assert found is not None
-        if self._reads == self.readers:
-            self._forget()
-        return found
 
 
 def quantize_weight(weight: Tensor, *, transposed: bool) -> Float8Matrix:

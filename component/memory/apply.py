@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from component.distributed.strategy import Strategy
 from component.loss import use_chunked_loss, use_float8_head
+from component.memory.group import join_attention_inputs
 from component.memory.layer import LeanLayer, lean_layers
 from component.memory.linear import fuse_lora, use_float8
 from component.memory.offload import ActivationOffloader
@@ -45,6 +46,7 @@ def use_memory_plan(
         use_float8_head(base)
         for layer in layers:
             layer.fused_mlp.use_float8()
+    join_attention_inputs(base)
     if strategy.shards_weights:
         _gather_whole_layers(base, layers)
     offloader = ActivationOffloader(plan.fetch_ahead) if plan.offload_activations else None

@@ -23,6 +23,7 @@ from torch.autograd.graph import get_gradient_edge
 from transformers import PretrainedConfig
 
 from component.attention.shift_short import SavedAttention
+from component.memory.group import LinearGroup
 from component.memory.linear import Gradients, LoRALinear, as_returned, to_autocast_dtype
 from component.memory.offload import ActivationOffloader
 from component.model import without_weights
@@ -97,6 +98,7 @@ class FusedMLP:
         self.norm = layer.post_attention_layernorm
         self.activate = lambda gate, up: mlp.act_fn(gate) * up  # replaced by Liger's kernel where it is available
         self.gate, self.up, self.down = (LoRALinear(p) for p in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+        self.inputs = LinearGroup([self.gate, self.up])
 
     def use_float8(self) -> None:
         for projection in (self.gate, self.up, self.down):
@@ -155,8 +157,8 @@ class FusedMLP:
         grad_active = self.down.backward(grad.to(detached.dtype), detached, low, seeds["down"], sums)
         grad_gate, grad_up = torch.autograd.grad(active, leaves, grad_active)
         del active, detached, grad_active
-        grad_normed = self.gate.backward(grad_gate, normed, gate[1], seeds["gate"], sums)
-        self.up.backward(grad_up, normed, up[1], seeds["up"], sums, add_to=grad_normed)
+        of_inputs = [seeds["gate"], seeds["up"]]
+        grad_normed = self.inputs.backward([grad_gate, grad_up], normed, [gate[1], up[1]], of_inputs, sums)
         norm_weights = _trainable(self.norm)
         through_norm, *norm_gradients = torch.autograd.grad(
             normed_graph, [leaf, *norm_weights], grad_normed.to(normed_graph.dtype)
@@ -166,8 +168,7 @@ class FusedMLP:
         torch.add(grad, through_norm, out=out)
 
     def _gate_and_up(self, normed: Tensor, saved: dict) -> tuple[tuple, tuple]:
-        seeds, quantized = saved["seeds"], self.gate.quantized(normed)
-        gate, up = (getattr(self, name).forward(normed, seeds[name], quantized) for name in ("gate", "up"))
+        gate, up = self.inputs.forward(normed, [saved["seeds"]["gate"], saved["seeds"]["up"]])
         return gate, up
 
     @contextmanager

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from component.float8.product import Float8Matrix, SharedInput, fits, multiply, quantize, quantize_weight
+from component.float8.product import Float8Matrix, fits, multiply, quantize, quantize_weight
 
 Gradients = dict[nn.Parameter, Tensor]  # summed over tiles of tokens in fp32
 
@@ -34,7 +34,7 @@ class LoRALinear:
         self.base = module.get_base_layer() if isinstance(module, LoraLayer) else module
         self.lora: Any = module if isinstance(module, LoraLayer) else None
         self.in_float8 = False  # whether products with the frozen weight are computed in FP8
-        self.shared_input: SharedInput | None = None  # with other layers, in FP8
+        self.calls: Any = None  # component.memory.group.GroupCalls, with layers that have the same input
         self._held: dict[Any, Any] | None = None
 
     @property
@@ -114,15 +114,19 @@ class LoRALinear:
         return quantize(x) if self.in_float8 else None
 
     def forward(
-        self, x: Tensor, seed: int | None = None, quantized: Float8Matrix | None = None
+        self, x: Tensor, seed: int | None = None, quantized: Float8Matrix | None = None, low: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """(N, I) -> (N, O), and A dropout(x) (N, r) for `backward`; `quantized`: x, if it is there already."""
+        """(N, I) -> (N, O), and A dropout(x) (N, r) for `backward`.
+
+        Args:
+            quantized, low: x in FP8 and A dropout(x), where they are there already.
+        """
         bias = None if self.base.bias is None else self.base.bias.to(x.dtype)
         if self.in_float8:
             y = multiply(quantized or quantize(x), self.float8_weight(transposed=False), x.dtype, bias)
         else:
             y = F.linear(x, self.weight(x.dtype), bias)
-        low, factors = self.low(x, seed), self.factors
+        low, factors = self.low(x, seed) if low is None else low, self.factors
         if low is not None and factors is not None:
             y.addmm_(low, factors[1].to(x.dtype).t(), alpha=self.scaling)
         return y, low
@@ -147,21 +151,22 @@ class LoRALinear:
 
         The gradients of A and B are added to `sums`; without LoRA, `x` is not needed.
         """
-        dx = self._input_gradient(grad, add_to) if need_x else None
+        dx = self.input_gradient(grad, add_to) if need_x else None
         factors = self.factors
         if factors is None or x is None:
             return dx
         (a, b), scaling, dropout = factors, self.scaling, self.dropout
         grad_low = grad @ b.to(grad.dtype)
-        _accumulate(sums, b, grad.t(), low, scaling)
-        _accumulate(sums, a, grad_low.t(), _drop(x, dropout, seed), scaling)
+        accumulate(sums, b, grad.t(), low, scaling)
+        accumulate(sums, a, grad_low.t(), _drop(x, dropout, seed), scaling)
         if dx is None:
             return None
         if dropout:
             return dx.add_(_drop(grad_low @ a.to(grad.dtype), dropout, seed), alpha=scaling)
         return dx.addmm_(grad_low, a.to(grad.dtype), alpha=scaling)
 
-    def _input_gradient(self, grad: Tensor, add_to: Tensor | None) -> Tensor:
+    def input_gradient(self, grad: Tensor, add_to: Tensor | None) -> Tensor:
+        """dL/dx (N, I) through the frozen weight alone, from dL/dy (N, O), accumulated in `add_to` if given."""
         if self.in_float8:
             dx = multiply(quantize(grad), self.float8_weight(transposed=True), grad.dtype)
             return dx if add_to is None else add_to.add_(dx)
@@ -169,10 +174,15 @@ class LoRALinear:
         return grad @ weight if add_to is None else add_to.addmm_(grad, weight)
 
 
-def _accumulate(sums: Gradients, parameter: nn.Parameter, left: Tensor, right: Any, scale: float) -> None:
-    """sums[parameter] += scale * left @ right; in fp32 from the second tile on."""
+def accumulate(sums: Gradients, parameter: nn.Parameter, left: Tensor, right: Any, scale: float) -> None:
+    """sums[parameter] += scale * left @ right."""
     if parameter.requires_grad:
-        value = torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scale)
+        add_gradient(sums, parameter, torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scale))
+
+
+def add_gradient(sums: Gradients, parameter: nn.Parameter, value: Tensor) -> None:
+    """sums[parameter] += value, if it is trained; in fp32 from the second tile on."""
+    if parameter.requires_grad:
         sums[parameter] = sums[parameter].float().add_(value) if parameter in sums else value
 
 
@@ -194,12 +204,10 @@ class _LoRALinearFunction(torch.autograd.Function):
     """`LoRALinear` as an autograd function, for layers called by Hugging Face's code."""
 
     @staticmethod
-    def forward(
-        ctx, x: Tensor, projection: LoRALinear, quantized: Float8Matrix | None, *trained: nn.Parameter
-    ) -> Tensor:
+    def forward(ctx, x: Tensor, projection: LoRALinear, *trained: nn.Parameter) -> Tensor:
         ctx.seed, ctx.projection, ctx.shape, ctx.trained = projection.draw_seed(), projection, x.shape, trained
         flat = x.reshape(-1, x.shape[-1])
-        y, low = projection.forward(flat, ctx.seed, quantized)
+        y, low = projection.forward(flat, ctx.seed)
         ctx.save_for_backward(None if projection.factors is None else x, low)
         return y.view(*x.shape[:-1], -1)
 
@@ -209,14 +217,13 @@ class _LoRALinearFunction(torch.autograd.Function):
         sums: Gradients = {}
         grad, x = grad.reshape(-1, grad.shape[-1]), None if x is None else x.reshape(-1, x.shape[-1])
         dx = ctx.projection.backward(grad, x, low, ctx.seed, sums, need_x=ctx.needs_input_grad[0])
-        return None if dx is None else dx.view(ctx.shape), None, None, *as_returned(sums, ctx.trained)
+        return None if dx is None else dx.view(ctx.shape), None, *as_returned(sums, ctx.trained)
 
 
 def _call(projection: LoRALinear, x: Tensor) -> Tensor:
-    x = to_autocast_dtype(x)
-    shared = projection.shared_input
-    quantized = None if shared is None else shared.quantized(x)
-    return _LoRALinearFunction.apply(x, projection, quantized, *projection.parameters)
+    if projection.calls is not None:
+        return projection.calls.output(projection, x)
+    return _LoRALinearFunction.apply(to_autocast_dtype(x), projection, *projection.parameters)
 
 
 def to_autocast_dtype(x: Tensor) -> Tensor:
@@ -266,9 +273,3 @@ def use_float8(decoder: nn.Module) -> None:
             _fuse(layer, FusedFrozenLayer)
         if isinstance(projection := getattr(layer, "projection", None), LoRALinear):
             projection.use_float8()
-    for module in decoder.modules():
-        found = [getattr(getattr(module, name, None), "projection", None) for name in ("q_proj", "k_proj", "v_proj")]
-        readers = [reader for reader in found if isinstance(reader, LoRALinear) and reader.in_float8]
-        shared = SharedInput(len(readers)) if len(readers) == len(found) else None
-        for reader in readers:
-            reader.shared_input = shared

@@ -9,7 +9,6 @@ from component.float8.product import (
     E4M3,
     E5M2,
     Float8Matrix,
-    SharedInput,
     fits,
     multiply,
     quantize,
@@ -194,27 +193,3 @@ def test_kernel_multiplies(tokens, dtype, bias):
         assert found.dtype == torch.bfloat16
         off = float((found.float() - expected).norm() / expected.norm())
         assert off < tolerance, f"fast={fast}: off by {off:.1e}"
-
-
-class TestSharedInput:
-    def test_the_last_reader_frees_it(self):
-        shared, x = SharedInput(3), torch.randn(2, 5, 32)
-        first, second, third = (shared.quantized(x) for _ in range(3))
-        assert first is second is third
-        assert torch.equal(first.dequantized(), quantize(x.view(10, 32)).dequantized())
-        assert shared._matrix is None
-        assert shared.quantized(x) is not first
-
-    def test_another_or_changed_tensor(self):
-        shared, x = SharedInput(3), torch.randn(4, 32)
-        first = shared.quantized(x)
-        x.mul_(2)
-        assert torch.equal(shared.quantized(x).scales, 2 * first.scales)
-        assert torch.equal(shared.quantized(torch.zeros(4, 32)).dequantized(), torch.zeros(4, 32))
-
-    def test_a_freed_tensor_whose_memory_is_used_again(self):
-        shared = SharedInput(3)
-        for value in range(5):
-            assert float(shared.quantized(torch.full((4, 32), float(value))).dequantized().mean()) == pytest.approx(
-                value
-            )

@@ -264,7 +264,7 @@ def test_autocast(base, trained, tmp_path):
         assert lean[0] == pytest.approx(expected[0], abs=2e-2)
         assert all(gradient.dtype == torch.float32 for gradient in lean[1].values())
         for ours, theirs in zip(errors(lean, expected), errors(plain, expected), strict=True):
-            assert ours <= 1.3 * theirs + 2e-3
+            assert ours <= 1.5 * theirs + 2e-3
 
 
 def test_a_base_in_half_precision_without_autocast():

@@ -11,7 +11,7 @@ from torch import nn
 
 from component.float8 import product
 from component.memory import linear
-from component.memory.linear import FusedLoRALayer, LoRALinear, _accumulate, as_returned, fuse_lora, use_float8
+from component.memory.linear import FusedLoRALayer, LoRALinear, accumulate, as_returned, fuse_lora, use_float8
 from component.model import disable_cpu_repacking
 from tests.reference.float8 import float8_card
 
@@ -192,7 +192,7 @@ def test_sums_over_many_tiles_are_in_fp32():
     parameter, sums = nn.Parameter(torch.zeros(1, 1, dtype=torch.bfloat16)), {}
     for value in [256.0] + 63 * [1.0]:
         ones = torch.ones(1, 1, dtype=torch.bfloat16)
-        _accumulate(sums, parameter, ones, value * ones, 1.0)
+        accumulate(sums, parameter, ones, value * ones, 1.0)
     assert (sums[parameter].dtype, float(sums[parameter])) == (torch.float32, 319.0)
     assert [gradient.dtype for gradient in as_returned(sums, [parameter])] == [torch.bfloat16]
 
