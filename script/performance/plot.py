@@ -1,7 +1,8 @@
 """How do memory and speed grow with sequence length? Plots the results of script/benchmark.py.
 
-    python script/performance/plot.py figure/benchmark.json --size 7b --output figure/memory.png --overwrite
+    python script/performance/plot.py figure/benchmark_fp8.json figure/benchmark.json --overwrite
 
+A row that stands in several files is taken from the first.
 Rows that ran out of memory are crosses at the top of the left panel; rows with their own memory budget are annotated;
 rows with other overrides are left out.
 """
@@ -19,7 +20,7 @@ from component.cli import exit_on_user_error, parsed_first
 @parsed_first
 def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("benchmark", type=Path, help="JSON of script/benchmark.py")
+    parser.add_argument("benchmarks", type=Path, nargs="+", metavar="benchmark", help="JSON of script/benchmark.py")
     parser.add_argument("--size", default="7b", help="of the model: 7b or 13b (7b)")
     parser.add_argument("--output", type=Path, default=Path("figure/memory.png"), help="PNG file (figure/memory.png)")
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
@@ -31,12 +32,14 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from component.error import UserError
 from component.storage.claim import claimed
 from component.storage.result import save_figure
 
 # kind: (label, colour, marker); blue against orange is safe for color-blind readers
 KINDS = {
     "ours_fastest": ("LongQLoRA, fastest in 32 GiB", "#0072b2", "o"),
+    "ours_fp8": ("LongQLoRA in FP8", "#009e73", "P"),
     "ours_leanest": ("LongQLoRA, minimum memory", "#56b4e9", "s"),
     "unsloth": ("Unsloth", "#d55e00", "^"),
     "hf": ("transformers + PEFT", "#8a8a8a", "D"),
@@ -48,19 +51,21 @@ BUDGET_GIB = 32
 @exit_on_user_error
 def main() -> None:
     flags = parse_flags()
-    with claimed({"--output": [flags.output]}, {"benchmark": [flags.benchmark]}, overwrite=flags.overwrite):
+    with claimed({"--output": [flags.output]}, {"benchmark": flags.benchmarks}, overwrite=flags.overwrite):
         plot(flags)
 
 
 def plot(flags: argparse.Namespace) -> None:
-    results = json.loads(flags.benchmark.read_text(encoding="utf-8"))
-    rows = [
-        row
-        for row in results["rows"]
-        if row["size"] == flags.size and row["overrides"].keys() <= {"memory_budget_gib"}
-    ]
-    title = f"QLoRA of LLaMA2-{flags.size.upper()}, rank 64, one sequence per step, on one {results['hardware']}"
-    draw({kind: [row for row in rows if row["kind"] == kind] for kind in KINDS}, title, flags.output)
+    results = [json.loads(file.read_text(encoding="utf-8")) for file in flags.benchmarks]
+    cards = sorted({result["hardware"] for result in results})
+    if len(cards) > 1:
+        raise UserError(f"benchmark: measured on {', '.join(cards)}; name files of one card")
+    rows: dict[tuple, dict] = {}
+    for row in (row for result in results for row in result["rows"] if row["size"] == flags.size):
+        if row["overrides"].keys() <= {"memory_budget_gib"}:
+            rows.setdefault((row["kind"], row["length"], *row["overrides"].items()), row)
+    title = f"QLoRA of LLaMA2-{flags.size.upper()}, rank 64, one sequence per step, on one {cards[0]}"
+    draw({kind: [row for row in rows.values() if row["kind"] == kind] for kind in KINDS}, title, flags.output)
 
 
 def draw(rows_of: dict[str, list[dict]], title: str, file: Path) -> None:

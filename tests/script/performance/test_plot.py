@@ -1,5 +1,6 @@
 """script/performance/plot.py: memory and speed by sequence length."""
 
+import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -50,3 +51,18 @@ def test_k7_files_of_others(run_program, tmp_path):
     assert (tmp_path / "plot.png").read_text() == "mine"
     assert run_program(*words, tmp_path / "plot.png", "--overwrite").status == 0
     plt.close("all")
+
+
+def test_several_files(run_program, tmp_path, monkeypatch):
+    """Rows of the first file win; files of different cards are refused."""
+    first, second = tmp_path / "new.json", tmp_path / "old.json"
+    shown = {"size": "7b", "kind": "unsloth"}
+    first.write_text(json.dumps({"hardware": "H200", "rows": [row(8192, tokens_per_second=200.0, **shown)]}))
+    second.write_text(json.dumps({"hardware": "H200", "rows": [row(8192, **shown), row(16384, **shown)]}))
+    monkeypatch.setattr(plt, "close", lambda *_: None)
+    words = ["script/performance/plot.py", first, second, "--output", tmp_path / "plot.png", "--overwrite"]
+    assert run_program(*words).status == 0
+    (line,) = plt.gcf().axes[1].get_lines()
+    assert list(zip(*line.get_data(), strict=True)) == [(8192, 200.0), (16384, 100.0)]
+    second.write_text(second.read_text().replace("H200", "H100"))
+    refused_by_us(run_program(*words), "benchmark: measured on H100, H200")
