@@ -44,12 +44,12 @@ from component.storage.result import library_versions
 from component.tokenizer import any_pad_id, load_tokenizer
 from component.train.callback import FullAttentionCallback, Startup
 from component.train.failure import explained_failures, telling_termination
+from component.train.model_check import check_float8, check_skipping, check_split_rows
 from component.train.rehearsal import explained_settings, rehearse
 from component.train.resume import check_continuation, distribution, of_trainer
 from component.train.settings import parse_arguments
 from component.train.summary import describe_cost, print_summary
 from component.train.trainer import LongQLoRATrainer
-from component.train.validation import check_float8, check_skipping
 from component.train.zero import single_process_environment
 
 
@@ -96,8 +96,8 @@ def run(args: LongQLoRAArguments, training_args: TrainingArguments) -> None:
     if args.position_skipping:
         check_skipping(extended, args.model_max_length)
     if args.in_float8:
-        check_float8(extended)
-    check_split(args, extended)
+        check_float8(extended, f"frozen_matmul: {args.frozen_matmul}")
+    check_split_rows(extended, args.max_seq_length, parts)
     check_batches(args, training_args, extended)
     memory = plan_memory(args, training_args, strategy, extended)
     train_set, eval_set, data_lines = load_data(args, training_args, tokenizer, extended.vocab_size)
@@ -147,23 +147,6 @@ def check_batches(args: LongQLoRAArguments, training_args: TrainingArguments, ex
         )
 
 
-def check_split(args: LongQLoRAArguments, extended: PretrainedConfig) -> None:
-    """Refuse rows split over processes for models that cannot be computed that way."""
-    if args.sequence_parallel_size == 1:
-        return
-    field = f"sequence_parallel_size: {args.sequence_parallel_size}"
-    if depends_on_length(extended, args.max_seq_length):
-        raise UserError(
-            f"{field}, but {extended.rope_parameters['rope_type']} positions are scaled by the length of a row, which "
-            "no process sees whole; use rope_type: yarn or linear"
-        )
-    if not has_plain_attention(extended, args.max_seq_length):
-        raise UserError(
-            f"{field}, but {extended.model_type}'s own attention (a sliding window, softcapping, sinks) over rows of "
-            f"{args.max_seq_length} tokens is not split over processes; set it to 1"
-        )
-
-
 def uses_own_attention(args: LongQLoRAArguments, extended: PretrainedConfig) -> bool:
     """Whether training runs component/attention instead of Hugging Face's full attention."""
     # position_skipping: transformers may take a skip for the border of a packed document
@@ -189,6 +172,7 @@ def plan_memory(
         value_bytes=compute_dtype(training_args.fp16, training_args.bf16).itemsize,
         in_4bit=args.load_in_4bit,
         in_float8=args.in_float8,
+        float8_forward=args.float8_forward,
         fused=liger_runs() if args.use_liger_kernel is None else args.use_liger_kernel,
         optimizer=training_args.optim.value,
         zero=strategy.zero_stage is not None,
@@ -273,7 +257,8 @@ def apply_plan(
     if not args.memory_plan:
         return "memory_plan: false"
     work = memory.work
-    fallback = use_memory_plan(model, memory.plan, fused=work.fused, strategy=strategy, in_float8=work.in_float8)
+    float8 = {"in_float8": work.in_float8, "float8_forward": work.float8_forward}
+    fallback = use_memory_plan(model, memory.plan, fused=work.fused, strategy=strategy, **float8)
     # layers under a plan recompute by themselves; on fallback transformers' checkpointing does (5.23: activation_*)
     is_checkpointed = fallback is not None and memory.plan.keep_layers < work.layers
     training_args.gradient_checkpointing = training_args.activation_checkpointing = is_checkpointed

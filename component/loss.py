@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from component.data import IGNORE_INDEX
-from component.float8.product import fits, multiply, quantize, quantize_frozen, quantize_weight
 
 TOKENS_PER_CHUNK = 1024
 
@@ -58,8 +57,6 @@ class LossHead(nn.Module):
     rows differ in length.
     """
 
-    in_float8: bool = False  # whether the products of the summed loss and its gradient are computed in FP8
-
     def forward(
         self, hidden: Tensor, target: Tensor | None = None, chunk: int = TOKENS_PER_CHUNK, summed: bool = True
     ) -> Tensor:
@@ -70,7 +67,7 @@ class LossHead(nn.Module):
         if target is None:
             return super().forward(hidden)
         if summed:
-            return _SummedLoss.apply(hidden, target, self.weight, self.bias, chunk, self.in_float8)
+            return _SummedLoss.apply(hidden, target, self.weight, self.bias, chunk)
         return _token_losses(super().forward, hidden, target, chunk)
 
 
@@ -95,13 +92,6 @@ def use_loss_head(model: PreTrainedModel) -> bool:
         return False
     as_loss_head(head)
     return True
-
-
-def use_float8_head(model: PreTrainedModel) -> None:
-    """Compute the products of a frozen `LossHead` in FP8, if its shape allows it."""
-    head = _inner(model.get_output_embeddings())
-    if isinstance(head, LossHead) and not any(p.requires_grad for p in head.parameters()):
-        head.in_float8 = fits(head)
 
 
 def as_loss_head(head: nn.Linear) -> None:
@@ -129,23 +119,21 @@ class _SummedLoss(torch.autograd.Function):
     """Sum over tokens of -log softmax(W h + b)[target], and its gradients, in one pass over chunks of tokens."""
 
     @staticmethod
-    def forward(
-        ctx, hidden: Tensor, target: Tensor, weight: Tensor, bias: Tensor | None, chunk: int, in_float8: bool
-    ) -> Tensor:
+    def forward(ctx, hidden: Tensor, target: Tensor, weight: Tensor, bias: Tensor | None, chunk: int) -> Tensor:
         need_weight, need_bias = ctx.needs_input_grad[2], bias is not None and ctx.needs_input_grad[3]
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        forward, backward = _products(weight, bias, hidden.dtype, in_float8)
+        w, b = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
-            loss, grad = _chunk(forward(hidden[part]), target[part])
+            loss, grad = _chunk(F.linear(hidden[part], w, b), target[part])
             total += loss
             # not divided by the number of tokens yet: in fp16 it would underflow before the loss scale is applied
             grad = grad.to(hidden.dtype)
             if grad_hidden is not None:
-                backward(grad, grad_hidden[part])
+                torch.mm(grad, w, out=grad_hidden[part])
             if grad_weight is not None:
                 grad_weight += grad.t() @ hidden[part]
             if grad_bias is not None:
@@ -161,26 +149,7 @@ class _SummedLoss(torch.autograd.Function):
             for gradient, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)
         ]
         ctx.gradients = None
-        return scaled[0], None, scaled[1], scaled[2], None, None
-
-
-def _products(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, in_float8: bool) -> tuple[Callable, Callable]:
-    """h -> W h + b in `dtype`, and (d, out) that writes d W, the gradient of h, to `out`.
-
-    The numbers of each d add up to 0, so a vector that is subtracted from all rows of W changes nothing. In FP8 their
-    mean is: a d has one number near -1, and most of the others are too small for FP8 beside it. Rounded to 0, they no
-    longer balance that one, and all tokens would err alike, in the direction of the mean.
-    """
-    b = None if bias is None else bias.to(dtype)
-    if in_float8:
-        rows, mean = quantize_weight(weight, transposed=False), weight.mean(0).unsqueeze(1)
-        columns = quantize_frozen(torch.sub(weight.t(), mean, out=weight.new_empty(weight.shape[::-1])))
-        return (
-            lambda hidden: multiply(quantize(hidden), rows, dtype, b),
-            lambda grad, out: out.copy_(multiply(quantize(grad), columns, dtype)),
-        )
-    w = weight.to(dtype)
-    return lambda hidden: F.linear(hidden, w, b), lambda grad, out: torch.mm(grad, w, out=out)
+        return scaled[0], None, scaled[1], scaled[2], None
 
 
 def _chunk(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

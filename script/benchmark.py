@@ -7,7 +7,7 @@
 
 Each row (size, length, kind) runs in its own process on a random-weight model; results are rewritten after each row.
 ours_* is `deepspeed train.py` with the settings in script/shared/benchmark_row.py (by_heads: another program, for
-several cards; fp8: fastest, with frozen weights multiplied in FP8); ours_python_* is `python train.py` without
+several cards; fp8, fp8_backward: fastest, with that frozen_matmul); ours_python_* is `python train.py` without
 DeepSpeed; the other kinds are baselines in script/performance/peers.py. `overrides` are keys of train.py's YAML (for a
 baseline: memory_budget_gib). On several `cards`, ours_* trains one row per card, or splits rows with the override
 sequence_parallel_size; ours_python_* is then torchrun, and memory is that of the card with the most. All kinds: batch

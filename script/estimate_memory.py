@@ -46,7 +46,8 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--gradient_accumulation_steps", type=int, default=1)
     parser.add_argument("--card", help="card to estimate time on, e.g. h100, rtx4090, t4; default: this GPU, if any")
     parser.add_argument("--no_4bit", action="store_true", help="16-bit base weights")
-    parser.add_argument("--fp8", action="store_true", help="products with frozen weights in FP8 (frozen_matmul: fp8)")
+    kinds, products = ("auto", "fp8_backward", "fp8"), "products with frozen weights, as in train.py's YAML (auto)"
+    parser.add_argument("--frozen_matmul", choices=kinds, default="auto", help=products)
     parser.add_argument("--no_liger", action="store_true", help="without Liger's kernels, as on a V100")
     parser.add_argument("--optim", default="paged_adamw_32bit")
     zero_2 = str(ROOT / "train_args/deepspeed/deepspeed_config_s2.json")
@@ -79,7 +80,8 @@ from component.model import load_config, stored_quantization
 from component.rope import context_length
 from component.storage.claim import claimed
 from component.storage.result import write_json
-from component.train.validation import check_float8, out_of_bounds
+from component.train.model_check import check_float8
+from component.train.validation import out_of_bounds
 
 PARTS = ("weights", "cache", "workspace", "peak", "host")  # of inference; host: CPU memory
 OF_INFERENCE = ("context", "load_in_4bit")
@@ -100,8 +102,8 @@ def check_kind(flags: argparse.Namespace) -> None:
 
 def check_model(flags: argparse.Namespace, config: PretrainedConfig) -> None:
     """Refuse what train.py refuses for models of this type, and say what it trains in another way."""
-    if flags.fp8:
-        check_float8(config, "--fp8", "leave it out")
+    if flags.frozen_matmul != "auto":
+        check_float8(config, f"--frozen_matmul {flags.frozen_matmul}", "leave it out")
     if flags.sequence_parallel_size > 1 and not has_plain_attention(config, flags.max_seq_length):
         raise UserError(
             f"--sequence_parallel_size: {flags.sequence_parallel_size}, but {config.model_type}'s own attention over "
@@ -143,7 +145,8 @@ def read_workload(flags: argparse.Namespace) -> Workload:
         tokens=rows * -(-flags.max_seq_length // parts),
         group=int(flags.group_size_ratio * flags.max_seq_length),
         in_4bit=not flags.no_4bit,
-        in_float8=flags.fp8,
+        in_float8=flags.frozen_matmul != "auto",
+        float8_forward=flags.frozen_matmul == "fp8",
         fused=not flags.no_liger,
         optimizer=flags.optim,
         zero=strategy.zero_stage is not None,
@@ -211,7 +214,7 @@ def estimated_time(flags: argparse.Namespace, work: Workload, plan: MemoryPlan) 
     if not (flags.card or torch.cuda.is_available()):
         return {}
     rate = published_rate(flags.card) if flags.card else measured_rate(work, device, dtype)
-    if rate is None or (flags.fp8 and not rate.float8):
+    if rate is None or (work.in_float8 and not rate.float8):
         return {}
     label = f"{flags.card}, from its published rates" if flags.card else "this GPU"
     text, found = describe_time(
@@ -230,8 +233,9 @@ def estimated_time(flags: argparse.Namespace, work: Workload, plan: MemoryPlan) 
 def show_estimate(flags: argparse.Namespace) -> None:
     if flags.card is not None:
         rate = published_rate(flags.card)  # a wrong name is told first
-        if flags.fp8 and not rate.float8:
-            raise UserError(f"--fp8: {flags.card} has no FP8; leave it out, or name an Ada, Hopper or Blackwell card")
+        if flags.frozen_matmul != "auto" and not rate.float8:
+            cure = "leave it out, or name an Ada, Hopper or Blackwell card"
+            raise UserError(f"--frozen_matmul: {flags.card} has no FP8; {cure}")
     if flags.max_steps < 1:
         raise UserError(f"--max_steps: {flags.max_steps}; use 1 or more")
     work = read_workload(flags)

@@ -112,7 +112,8 @@ def recipe(record: dict[str, Any], model: Loaded) -> list[tuple[str, str]]:
     if arguments:
         rows.append(("LoRA", _lora(arguments)))
         stored = "NF4" if arguments.get("load_in_4bit") is True else "not quantized"
-        multiplied = ", multiplied in FP8 (e4m3)" if arguments.get("frozen_matmul") == "fp8" else ""
+        kinds = {"fp8": ", multiplied in FP8 (e4m3)", "fp8_backward": ", gradients of activations in FP8 (e4m3)"}
+        multiplied = kinds.get(str(arguments.get("frozen_matmul")), "")
         rows.append(("base weights in training", stored + multiplied))
     if steps := _whole(record.get("steps")):
         batch = _whole(_object(record.get("distribution")).get("samples_per_step"))

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from component.distributed.strategy import Strategy
-from component.loss import use_chunked_loss, use_float8_head
+from component.loss import use_chunked_loss
 from component.memory.group import join_attention_inputs
 from component.memory.layer import LeanLayer, lean_layers
 from component.memory.linear import fuse_lora, use_float8
@@ -20,7 +20,13 @@ ONE_PROCESS = Strategy()
 
 
 def use_memory_plan(
-    model: nn.Module, plan: MemoryPlan, *, fused: bool, strategy: Strategy = ONE_PROCESS, in_float8: bool = False
+    model: nn.Module,
+    plan: MemoryPlan,
+    *,
+    fused: bool,
+    strategy: Strategy = ONE_PROCESS,
+    in_float8: bool = False,
+    float8_forward: bool = True,
 ) -> str | None:
     """Make `model`, a PEFT-wrapped causal language model, train as `plan` says; evaluation is unchanged.
 
@@ -28,6 +34,7 @@ def use_memory_plan(
         fused: use Liger's kernels; see `liger_runs`.
         strategy: how training is distributed.
         in_float8: compute products with frozen weights in FP8, on decoder layers that memory plans support.
+        float8_forward: with `in_float8`, also those of the forward pass, not only gradients of activations.
 
     Returns:
         None, or the reason why Hugging Face's own layers stay; the caller may enable checkpointing for those.
@@ -42,10 +49,9 @@ def use_memory_plan(
     if not layers:
         return f"memory plans do not support the decoder layers of {type(base).__name__}"
     if in_float8:
-        use_float8(base.get_decoder())
-        use_float8_head(base)
+        use_float8(base.get_decoder(), forward=float8_forward)
         for layer in layers:
-            layer.fused_mlp.use_float8()
+            layer.fused_mlp.use_float8(forward=float8_forward)
     join_attention_inputs(base)
     if strategy.shards_weights:
         _gather_whole_layers(base, layers)

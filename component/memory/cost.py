@@ -80,23 +80,30 @@ def step_seconds(work: Workload, plan: MemoryPlan, rate: Rate, *, micro_batches:
     attention_rate = rate.full_attention if full else rate.attention
     tile = min(plan.mlp_tile_tokens or work.tokens, work.tokens)
     tiling = 1 + (80 / tile if tile < work.tokens else 0)  # as in the choice of a plan
-    in_float8 = flop.products - (_head_flop(work) if work.head else 0) if work.in_float8 else 0
+    in_float8 = _float8_flop(work, flop)
     products = (flop.products - in_float8 + flop.lora / LORA) / rate.matrix
     products = tiling * (products + (in_float8 / rate.float8 if in_float8 else 0))
     query = work.heads * work.head_size
     values = work.tokens * (10 * work.hidden + 2 * query + 6 * work.mlp) * work.value_bytes
     moved = values * work.layers * PASSES * (1 if work.fused else UNFUSED)
-    stored, copied = 0.5 if work.in_4bit else work.value_bytes, 1 if work.in_float8 else work.value_bytes
+    # the share of passes over weights and activations that turn them into FP8
+    share = work.in_float8 * (1 if work.float8_forward else 1 / flop.passes)
+    stored, copied = 0.5 if work.in_4bit else work.value_bytes, share + (1 - share) * work.value_bytes
     moved += work.weights * (stored + copied) * DEQUANTIZED if work.in_4bit or work.in_float8 else 0
-    if (
-        work.in_float8
-    ):  # the mean of the inputs of all products, which q, k and v quantize one by one, and of gradients
-        quantized = 3 * work.hidden + query + work.kv_heads * work.head_size + 1.5 * work.mlp
-        moved += work.tokens * quantized * work.layers * (work.value_bytes + 1)
+    # the mean of the inputs of all products and of gradients
+    quantized = 2 * work.hidden + query + work.kv_heads * work.head_size + 1.5 * work.mlp
+    moved += share * work.tokens * quantized * work.layers * (work.value_bytes + 1)
     busy = products + flop.attention / attention_rate + flop.passes * moved / rate.bandwidth
     busy += _waiting(work, plan, rate, busy / flop.passes)
     update = HOST_UPDATE * work.trained / work.processes if work.offload_optimizer else 0
     return micro_batches * max(busy, LAUNCH * work.layers) + FIXED + update
+
+
+def _float8_flop(work: Workload, flop: StepFlop) -> float:
+    """FLOP of a micro-batch in FP8: of products with the weights of layers, or of those of the backward pass alone."""
+    if not work.in_float8:
+        return 0.0
+    return flop.products - _head_flop(work) if work.float8_forward else 2.0 * work.tokens * work.weights
 
 
 def _waiting(work: Workload, plan: MemoryPlan, rate: Rate, a_pass: float) -> float:

@@ -41,7 +41,7 @@ class LinearGroup:
 
     def forward(self, x: Tensor, seeds: Sequence[int | None]) -> list[tuple[Tensor, Tensor | None]]:
         """(N, I) -> for each layer its output (N, O), and A dropout(x) (N, r) for `backward`."""
-        quantized = next((part.quantized(x) for part in self.parts if part.in_float8), None)
+        quantized = next((part.quantized(x) for part in self.parts if part.float8_forward), None)
         lows: Sequence[Tensor | None] = [None] * len(self.parts)
         if self.is_joined:
             a = self._side_by_side(x.dtype)

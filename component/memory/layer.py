@@ -100,9 +100,9 @@ class FusedMLP:
         self.gate, self.up, self.down = (LoRALinear(p) for p in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
         self.inputs = LinearGroup([self.gate, self.up])
 
-    def use_float8(self) -> None:
+    def use_float8(self, *, forward: bool = True) -> None:
         for projection in (self.gate, self.up, self.down):
-            projection.use_float8()
+            projection.use_float8(forward=forward)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -135,7 +135,7 @@ class FusedMLP:
         flat, grad_flat = hidden.reshape(-1, hidden.shape[-1]), grad.reshape(-1, grad.shape[-1])
         out, tiles = grad_flat if in_place else torch.empty_like(flat), _tiles(len(flat), tile)
         # in FP8, the recomputed forward products and those of the gradients use different copies of a weight
-        is_reused = "gate" not in kept[0] and not self.gate.in_float8
+        is_reused = "gate" not in kept[0] and not self.gate.float8_backward
         with self._holding_weights(uses=2 * len(tiles) if is_reused else len(tiles)):
             for (start, end), saved in zip(tiles, kept, strict=True):
                 self._tile_backward(flat[start:end], grad_flat[start:end], saved, sums, out[start:end])

@@ -33,7 +33,8 @@ class LoRALinear:
     def __init__(self, module: nn.Module):
         self.base = module.get_base_layer() if isinstance(module, LoraLayer) else module
         self.lora: Any = module if isinstance(module, LoraLayer) else None
-        self.in_float8 = False  # whether products with the frozen weight are computed in FP8
+        # whether the product with the frozen weight, and its gradient of the input, are computed in FP8
+        self.float8_forward = self.float8_backward = False
         self.calls: Any = None  # component.memory.group.GroupCalls, with layers that have the same input
         self._held: dict[Any, Any] | None = None
 
@@ -70,9 +71,10 @@ class LoRALinear:
             base = module.get_base_layer()
         return isinstance(base, nn.Linear) and not any(p.requires_grad for p in base.parameters())
 
-    def use_float8(self) -> None:
-        """From now on, compute products with the frozen weight in FP8, if its shape allows it."""
-        self.in_float8 = fits(self.base)
+    def use_float8(self, *, forward: bool = True) -> None:
+        """From now on, compute gradients of the input in FP8, and with `forward` outputs, if the shape allows it."""
+        self.float8_backward = fits(self.base)
+        self.float8_forward = forward and self.float8_backward
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """(O, I) in `dtype`, dequantized if the base is in 4 bits."""
@@ -111,7 +113,7 @@ class LoRALinear:
 
     def quantized(self, x: Tensor) -> Float8Matrix | None:
         """`x` (N, I) for `forward`, to be shared by layers with the same input; None unless in FP8."""
-        return quantize(x) if self.in_float8 else None
+        return quantize(x) if self.float8_forward else None
 
     def forward(
         self, x: Tensor, seed: int | None = None, quantized: Float8Matrix | None = None, low: Tensor | None = None
@@ -122,7 +124,7 @@ class LoRALinear:
             quantized, low: x in FP8 and A dropout(x), where they are there already.
         """
         bias = None if self.base.bias is None else self.base.bias.to(x.dtype)
-        if self.in_float8:
+        if self.float8_forward:
             y = multiply(quantized or quantize(x), self.float8_weight(transposed=False), x.dtype, bias)
         else:
             y = F.linear(x, self.weight(x.dtype), bias)
@@ -167,7 +169,7 @@ class LoRALinear:
 
     def input_gradient(self, grad: Tensor, add_to: Tensor | None) -> Tensor:
         """dL/dx (N, I) through the frozen weight alone, from dL/dy (N, O), accumulated in `add_to` if given."""
-        if self.in_float8:
+        if self.float8_backward:
             dx = multiply(quantize(grad), self.float8_weight(transposed=True), grad.dtype)
             return dx if add_to is None else add_to.add_(dx)
         weight = self.weight(grad.dtype)
@@ -265,11 +267,15 @@ def _fuse(layer: nn.Module, mixin: type[nn.Module]) -> None:
     layer.projection = LoRALinear(layer)
 
 
-def use_float8(decoder: nn.Module) -> None:
-    """Compute all products with frozen weights in `decoder`, whose LoRA layers are fused, in FP8."""
+def use_float8(decoder: nn.Module, *, forward: bool = True) -> None:
+    """Compute all products with frozen weights in `decoder`, whose LoRA layers are fused, in FP8.
+
+    Args:
+        forward: of the forward pass too, not only gradients of activations.
+    """
     of_lora = {id(part) for layer in decoder.modules() if isinstance(layer, LoraLayer) for part in layer.modules()}
     for layer in decoder.modules():
         if isinstance(layer, nn.Linear) and id(layer) not in of_lora and LoRALinear.supports(layer):
             _fuse(layer, FusedFrozenLayer)
         if isinstance(projection := getattr(layer, "projection", None), LoRALinear):
-            projection.use_float8()
+            projection.use_float8(forward=forward)

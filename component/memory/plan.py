@@ -109,15 +109,10 @@ def estimate(work: Workload, plan: MemoryPlan) -> Estimate:
 
 
 def _loss_bytes(work: Workload, chunk: int) -> float:
-    """Logits and their gradients, `chunk` numbers each, and copies of lm_head.
-
-    Of a trained one: its gradient's fp32 sum and one chunk's contribution, its 16-bit copy. Of a frozen one in FP8:
-    two layouts, of which the second is made from a transposed copy.
+    """Logits and their gradients, `chunk` numbers each, and of a trained lm_head its gradient's fp32 sum and one
+    chunk's contribution, and its 16-bit copy.
     """
     logits = chunk * (2 * work.value_bytes + 8)
-    if work.in_float8 and not work.head:
-        head = work.vocabulary * work.hidden
-        return max(logits + chunk + 2 * head, (2 + work.value_bytes) * head)
     is_copied = not work.zero and work.value_bytes < 4  # DeepSpeed's own are in 16 bits
     return logits + work.head * (4 + work.value_bytes * (1 + is_copied))
 
@@ -142,7 +137,8 @@ def _mlp_backward(work: Workload, plan: MemoryPlan, size: Sizes, is_kept: bool) 
     quantized = 0.0  # one activation or gradient in FP8
     if work.in_float8:
         # a weight in two layouts, if its forward product is recomputed; 16-bit weights are transposed first
-        copies = 1 if share == 1 else 3 if is_kept else 5
+        forward = 0 if is_kept else 1 if work.float8_forward else work.value_bytes if work.in_4bit else 0
+        copies = max(1, forward) if share == 1 else 3 + 2 * forward
         weights = work.hidden * work.mlp * (copies + (0 if work.in_4bit else work.value_bytes))
         quantized = size.mlp / work.value_bytes
     return share * (buffers * size.mlp + 2 * size.hidden + size.norm + quantized) + weights
@@ -164,15 +160,17 @@ def _attention_backward(work: Workload, size: Sizes) -> float:
 
 
 def _cost(work: Workload, plan: MemoryPlan, size: Sizes, counts: tuple[int, int, int]) -> float:
-    n, time = work.tokens, FLOAT8 if work.in_float8 else 1.0
-    per_layer, matrix = time * work.weights / work.layers, time * work.hidden * work.mlp
+    n, backward = work.tokens, FLOAT8 if work.in_float8 else 1.0
+    forward = backward if work.float8_forward else 1.0
+    per_layer, matrix = forward * work.weights / work.layers, forward * work.hidden * work.mlp
     products, pairs = 2 * n * per_layer, 2 * n * work.group * work.heads * work.head_size * 1.7
+    both = products * (1 + backward / forward)
     recomputed = (  # by a layer at level nothing, attention, everything
         products - 2 * n * matrix + (0 if plan.keep_attention_output else pairs),
         4 * n * matrix,
         0.0,
     )
-    cost = sum(count * (2 * products + 3.5 * pairs + more) for count, more in zip(counts, recomputed, strict=True))
+    cost = sum(count * (both + 3.5 * pairs + more) for count, more in zip(counts, recomputed, strict=True))
     # small matrix products underuse a GPU: tiles of 2048 tokens cost 4 % of a step on an H200, tiles of 8192 about 1 %
     tile = min(plan.mlp_tile_tokens or n, n)
     cost *= 1 + (80 / tile if tile < n else 0) + 4 / plan.loss_chunk_tokens

@@ -39,7 +39,8 @@ class Workload:
     group: int  # attention span in tokens: the S2-Attn group, or the full row
     value_bytes: int = 2  # of the compute dtype
     in_4bit: bool = True
-    in_float8: bool = False  # products with frozen weights, on decoder layers and in a frozen lm_head
+    in_float8: bool = False  # products with frozen weights, on decoder layers
+    float8_forward: bool = True  # with `in_float8`, also those of the forward pass, not only gradients of activations
     fused: bool = True  # Liger's norms, rope and SwiGLU
     optimizer: str = "paged_adamw_32bit"
     zero: bool = True  # DeepSpeed ZeRO-2: half-precision trainable parameters with fp32 master weights

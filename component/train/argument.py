@@ -66,7 +66,7 @@ class LongQLoRAArguments:
     )
     load_in_4bit: bool = _key("frozen base in NF4 with double quantization; false: in the training precision", True)
     frozen_matmul: str = _key(
-        "products with frozen weights: auto (in the training precision) or fp8 (Ada, Hopper, Blackwell)", "auto"
+        "products with frozen weights: auto (in the training precision), fp8_backward or fp8 (Ada and newer)", "auto"
     )
     target_modules: str | list[str] | None = _key(
         "linear layers that get LoRA: comma-separated names or a list; empty: all but lm_head", None
@@ -96,6 +96,10 @@ class LongQLoRAArguments:
 
     @property
     def in_float8(self) -> bool:
+        return self.frozen_matmul != "auto"
+
+    @property
+    def float8_forward(self) -> bool:
         return self.frozen_matmul == "fp8"
 
     @property

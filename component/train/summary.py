@@ -62,7 +62,8 @@ def describe_base(args: LongQLoRAArguments, training_args: TrainingArguments, dt
     line = f"{'NF4, double quantization' if args.load_in_4bit else dtype}, compute dtype {dtype}"
     if args.in_float8:
         place = ", simulated in fp32" if training_args.device.type != "cuda" else ""
-        line += f", products with frozen weights in FP8 (e4m3{place})"
+        which = "products with frozen weights" if args.float8_forward else "gradients of activations"
+        line += f", {which} in FP8 (e4m3{place})"
     return line
 
 

@@ -4,18 +4,15 @@ import os
 from dataclasses import fields
 
 import torch
-from transformers import PretrainedConfig, TrainingArguments
+from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.training_args import trainer_log_levels
 
-from component.attention.interface import has_plain_attention
 from component.data import TEMPLATES
 from component.data.document import POLICIES
-from component.error import UserError
 from component.float8.product import CAPABILITY
-from component.memory.layer import supports_layers_of
-from component.rope import ROPE_TYPES, THETA, depends_on_length
+from component.rope import ROPE_TYPES, THETA
 from component.train.zero import bad_strategy
 
 SAMPLING = ("random", "sequential", "group_by_length", "batch_rebalance")  # transformers reads any other as random
@@ -35,7 +32,7 @@ BOUNDS = {
     "rope_theta": (lambda v: 1 < v <= LARGEST, "a number above the model's own, e.g. 500000"),
     "truncation_policy": (lambda v: v in POLICIES, "one of " + ", ".join(POLICIES)),
     "template": (lambda v: v in TEMPLATES, "one of " + ", ".join(TEMPLATES)),
-    "frozen_matmul": (lambda v: v in ("auto", "fp8"), "auto or fp8"),
+    "frozen_matmul": (lambda v: v in ("auto", "fp8_backward", "fp8"), "auto, fp8_backward or fp8"),
     "max_bad_fraction": (lambda v: 0 <= v < 1, "a share in [0, 1), e.g. 0.01"),
     "lora_rank gradient_accumulation_steps eval_accumulation_steps": (lambda v: v >= 1, "at least 1"),
     "sequence_parallel_size": (lambda v: v >= 1, "at least 1"),
@@ -179,44 +176,6 @@ def validate(values: dict) -> list[str]:
     return problems + _impossible_precision(values) + _impossible_float8(values) + bad_strategy(values)
 
 
-def check_skipping(extended: PretrainedConfig, context: int) -> None:
-    """Refuse `position_skipping` for models in which a skip has another meaning.
-
-    Args:
-        context: tokens whose positions are covered.
-
-    Raises:
-        UserError: positions that depend on a row's length, or attention that does not reach over the context.
-    """
-    field = "position_skipping: true"
-    if depends_on_length(extended, context):
-        raise UserError(
-            f"{field}, but {extended.rope_parameters['rope_type']} positions are scaled by the length of a row, which "
-            "a skip would change; use rope_type: linear, yarn or theta"
-        )
-    if not has_plain_attention(extended, context):
-        raise UserError(
-            f"{field}, but {extended.model_type}'s own attention (a sliding window, softcapping, sinks) does not "
-            f"reach over {context} tokens, or is not computed with skips; set it to false"
-        )
-
-
-def check_float8(extended: PretrainedConfig, key: str = "frozen_matmul: fp8", cure: str = "set it to auto") -> None:
-    """Refuse `frozen_matmul: fp8` for models whose layers Hugging Face's own code computes.
-
-    Args:
-        key, cure: what the user wrote, and what to do.
-
-    Raises:
-        UserError: memory plans do not support its decoder layers.
-    """
-    if not supports_layers_of(extended):
-        raise UserError(
-            f"{key}, but memory plans, which multiply in FP8, do not support the decoder layers of model type "
-            f"{extended.model_type!r}; {cure}"
-        )
-
-
 def _impossible_split(values: dict) -> list[str]:
     """Problems with rows that are split over processes."""
     parts = values.get("sequence_parallel_size") or 1
@@ -262,17 +221,20 @@ def _impossible_precision(values: dict) -> list[str]:
 
 def _impossible_float8(values: dict) -> list[str]:
     """Without a GPU, FP8 is allowed: its numbers are multiplied in fp32, to try what it costs in quality."""
-    if values.get("frozen_matmul") != "fp8":
+    kind = values.get("frozen_matmul")
+    if kind not in ("fp8_backward", "fp8"):
         return []
     if values.get("memory_plan") is False:
         cure = "set it to auto, or leave memory_plan out"
-        return [f"frozen_matmul: fp8, but with memory_plan: false Hugging Face's layers multiply; {cure}"]
+        return [f"frozen_matmul: {kind}, but with memory_plan: false Hugging Face's layers multiply; {cure}"]
     if not torch.cuda.is_available() or values.get("use_cpu"):
         return []
     name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
     if capability < CAPABILITY:
         need = "an Ada, Hopper or Blackwell GPU (compute capability 8.9 or newer)"
-        return [f"frozen_matmul: fp8 needs {need}, here is {name} ({capability[0]}.{capability[1]}); set it to auto"]
+        return [
+            f"frozen_matmul: {kind} needs {need}, here is {name} ({capability[0]}.{capability[1]}); set it to auto"
+        ]
     if not values.get("bf16"):
-        return ["frozen_matmul: fp8, but its products are rounded to bf16; set bf16: true, or frozen_matmul: auto"]
+        return [f"frozen_matmul: {kind}, but its products are rounded to bf16; set bf16: true, or frozen_matmul: auto"]
     return []

@@ -11,6 +11,7 @@ exact result is computed in fp32. Then, for the same frozen numbers and rows:
 
     bf16          bf16 under autocast, as with bf16: true
     fp8           the same, with frozen_matmul: fp8
+    fp8_backward  the same, with frozen_matmul: fp8_backward
     fp8_in_fp32   only products with frozen weights in FP8, all else in fp32
     fp8_only_*    the same for one kind of product, on the first row (--each_kind)
 
@@ -68,6 +69,7 @@ from component.error import UserError
 from component.evaluate.table import grid
 from component.loading import default_device
 from component.memory.apply import use_memory_plan
+from component.memory.linear import LoRALinear
 from component.memory.plan import MemoryPlan
 from component.model import load_base, load_config
 from component.rope import extend_context
@@ -76,10 +78,10 @@ from component.storage.result import origin, save_figure, write_json
 from component.tokenizer import any_pad_id, load_tokenizer
 from script.shared.gradient_error import Agreement, Gradients, agreement
 
-HEAD, ALONE = "lm_head", "fp8_only_"
-COLORS = {"bf16": "#0072b2", "fp8": "#d55e00", "fp8_in_fp32": "#e69f00"}  # Okabe, Ito
+ALONE = "fp8_only_"
+COLORS = {"bf16": "#0072b2", "fp8": "#d55e00", "fp8_in_fp32": "#e69f00", "fp8_backward": "#009e73"}  # Okabe, Ito
 Batch = dict[str, Tensor]
-Products = dict[str, list[Any]]  # by kind: objects that multiply in FP8 if their `in_float8` is true
+Products = dict[str, list[LoRALinear]]  # by kind
 
 
 class Case(NamedTuple):
@@ -87,6 +89,7 @@ class Case(NamedTuple):
 
     dtype: torch.dtype
     kinds: tuple[str, ...]  # of products in FP8
+    forward: bool = True  # else only gradients of activations
 
 
 def load_adapted(flags: argparse.Namespace, device: torch.device) -> tuple[PeftModel, Products]:
@@ -117,8 +120,7 @@ def products_of(model: PeftModel) -> Products:
         parts |= {f"{name}_proj": getattr(layer.fused_mlp, name) for name in ("gate", "up", "down")}
         for name, part in parts.items():
             found.setdefault(name, []).append(part)
-    found[HEAD] = [base.get_output_embeddings()]
-    return {kind: parts for kind, parts in found.items() if all(part.in_float8 for part in parts)}
+    return {kind: parts for kind, parts in found.items() if all(part.float8_backward for part in parts)}
 
 
 def read_rows(flags: argparse.Namespace, vocabulary: int) -> tuple[list[Batch], list[Batch]]:
@@ -156,7 +158,8 @@ def use_case(model: PeftModel, products: Products, case: Case) -> None:
             parameter.data = parameter.data.to(case.dtype)
     for kind, parts in products.items():
         for part in parts:
-            part.in_float8 = kind in case.kinds
+            part.float8_backward = kind in case.kinds
+            part.float8_forward = part.float8_backward and case.forward
 
 
 def train_pass(model: PeftModel, batch: Batch, dtype: torch.dtype) -> tuple[float, Gradients]:
@@ -173,6 +176,7 @@ def train_pass(model: PeftModel, batch: Batch, dtype: torch.dtype) -> tuple[floa
 def cases_of(products: Products, each_kind: bool) -> dict[str, Case]:
     kinds, bf16, fp32 = tuple(products), torch.bfloat16, torch.float32
     cases = {"bf16": Case(bf16, ()), "fp8": Case(bf16, kinds), "fp8_in_fp32": Case(fp32, kinds)}
+    cases["fp8_backward"] = Case(bf16, kinds, forward=False)
     return cases | ({f"{ALONE}{kind}": Case(fp32, (kind,)) for kind in kinds} if each_kind else {})
 
 
@@ -259,7 +263,7 @@ def draw(found: list[dict[str, Any]], title: str, file: str) -> None:
                 for key in ("by_layer", "by_projection")
             )
             above.plot([int(layer) for layer in layers], layers.values(), color=color, label=name)
-            below.bar([x + 0.27 * (place - 1) for x in range(len(kinds))], kinds.values(), width=0.25, color=color)
+            below.bar([x + 0.2 * (place - 1.5) for x in range(len(kinds))], kinds.values(), width=0.19, color=color)
             below.set_xticks(range(len(kinds)), [kind.removesuffix("_proj") for kind in kinds])
         above.set(title=f"{measured['steps']} steps, {measured['attention']} attention", xlabel="layer")
     for panel in panels.flat:

@@ -37,6 +37,7 @@ MINIMUM_MEMORY = {
 OURS = {
     "fastest": {"bf16": True, "memory_budget_gib": 32, "deepspeed": ON_CARD},
     "fp8": {"bf16": True, "frozen_matmul": "fp8", "memory_budget_gib": 32, "deepspeed": ON_CARD},
+    "fp8_backward": {"bf16": True, "frozen_matmul": "fp8_backward", "memory_budget_gib": 32, "deepspeed": ON_CARD},
     "leanest": {"bf16": True, "memory_budget_gib": 32, "deepspeed": ON_HOST, **MINIMUM_MEMORY},
     "v100": {
         "fp16": True,

@@ -8,6 +8,7 @@ from transformers import Gemma2Config, LlamaConfig, MistralConfig
 
 from script.estimate_memory import main
 
+FP8 = ("--frozen_matmul", "fp8")
 SEVEN = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
 
 
@@ -84,7 +85,10 @@ def test_host_memory_is_a_limit_too(estimate):
         (("--max_seq_length", "8192", "--card", ""), "--card: '' is none of"),
         (("--max_seq_length", "8192", "--memory_budget_gib", "inf"), "--memory_budget_gib: inf; use 0 or more, and a"),
         (("--max_seq_length", "8192", "--host_gib", "inf"), "--host_gib: inf; use 0 or more, and a finite number"),
-        (("--max_seq_length", "8192", "--card", "a100", "--fp8"), "--fp8: a100 has no FP8; leave it out"),
+        (
+            ("--max_seq_length", "8192", "--card", "a100", "--frozen_matmul", "fp8"),
+            "--frozen_matmul: a100 has no FP8; leave it out",
+        ),
         (("--max_seq_length", "8192", "--full_attention_ratio", "2"), "--full_attention_ratio: 2.0; use a share"),
         (("--max_seq_length", "8192", "--gradient_accumulation_steps", "0"), "--gradient_accumulation_steps: 0; use"),
         (("--max_seq_length", "8192", "--target_modules", "q_prj"), "q_proj"),
@@ -104,8 +108,8 @@ def test_what_train_py_refuses_or_does_in_another_way(tmp_path, estimate, capsys
     Gemma2Config(**config, sliding_window=512).save_pretrained(tmp_path / "gemma2")
     words = ("--model_name_or_path", str(tmp_path / "gemma2"), "--max_seq_length", "8192")
     for more, message in (
-        (("--fp8",), "--fp8, but memory plans, which multiply in FP8, do not support the decoder layers of model type "
-         "'gemma2'; leave it out"),
+        (FP8, "--frozen_matmul fp8, but memory plans, which multiply in FP8, do not support the decoder layers of "
+         "model type 'gemma2'; leave it out"),
         (("--sequence_parallel_size", "2"), "--sequence_parallel_size: 2, but gemma2's own attention over rows"),
     ):  # fmt: skip
         with pytest.raises(SystemExit):
@@ -263,8 +267,10 @@ def test_cards_as_their_makers_write_them(estimate):
 
 def test_float8_is_faster_on_a_card(estimate):
     words = ("--max_seq_length", "8192", "--card", "h100", "--memory_budget_gib", "24")
-    exact, rounded = (estimate(*words, *more)[0]["plans"][0]["seconds_per_step"] for more in ((), ("--fp8",)))
-    assert 0.5 < rounded / exact < 0.9
+    kinds = ("auto", "fp8_backward", "fp8")
+    plans = [estimate(*words, "--frozen_matmul", kind)[0]["plans"][0] for kind in kinds]
+    exact, backward, rounded = (plan["seconds_per_step"] for plan in plans)
+    assert 0.5 < rounded / exact < backward / exact < 0.95
 
 
 def test_no_time_without_a_card(estimate):

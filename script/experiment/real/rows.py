@@ -70,6 +70,12 @@ def all_rows() -> dict[str, Row]:
         Row("full-attention", "yarn, full attention throughout", YARN | NO_S2, seeds=CLOSE, has_ruler=True),
         Row("ours-300", "ours, 300 steps", ours | {"max_steps": 300}, has_ruler=True),
         Row("ours-fp8", "ours, frozen weights multiplied in FP8", ours | {"frozen_matmul": "fp8"}, seeds=CLOSE),
+        Row(
+            "ours-fp8-backward",
+            "ours, gradients of activations in FP8",
+            ours | {"frozen_matmul": "fp8_backward"},
+            seeds=CLOSE,
+        ),
         Row("theta", "theta raised, S2, full attention in the last 10 %", RAISED | LAST),
         Row("pose", "yarn, PoSE: rows of 8192 tokens, positions of 32768", YARN | NO_S2 | {"position_skipping": True}),
         Row("full", "full fine-tuning, yarn, full attention", FULL_TUNING, program=FULL),

@@ -82,6 +82,8 @@ def test_another_recipe(card):
     ):
         assert f"\n{row}\n" in text
     assert "belongs to training alone" not in text
+    backward = card({**RECORD, "arguments": ARGUMENTS | {"frozen_matmul": "fp8_backward"}})
+    assert "| base weights in training | NF4, gradients of activations in FP8 (e4m3) |" in backward
 
 
 def test_a_raised_base_frequency(card):

@@ -170,21 +170,32 @@ def test_copies_cost_time_only_where_computation_does_not_hide_them():
 
 @pytest.mark.parametrize("head", [0, 32000 * 4096], ids=["frozen", "trained"])
 def test_products_in_float8(head):
-    """Twice as fast but for LoRA's and a trained head's; and activations are quantized in memory."""
+    """Twice as fast but for LoRA's and the head's; and activations are quantized in memory."""
     quick = replace(RATE, float8=200e12, bandwidth=1e30)
     exact = replace(LLAMA2_7B, head=head, trained=LLAMA2_7B.trained + 2 * head, embeddings=2 * head)
     rounded, flop = replace(exact, in_float8=True), step_flop(exact, plan_of())
     saved = step_seconds(exact, plan_of(), quick) - step_seconds(rounded, plan_of(), quick)
     products = 8192 * 2 * 32 * (3 * (4 * 4096**2 + 3 * 4096 * 11008) - 4096 * 11008)  # down is not recomputed
-    if not head:
-        products += 2 * 2 * 8192 * 32000 * 4096
     assert saved == pytest.approx(products * (1 / 100e12 - 1 / 200e12))
     assert flop == step_flop(rounded, plan_of())
     slow = replace(quick, bandwidth=1e12)
     written = step_seconds(rounded, plan_of(), slow) - step_seconds(exact, plan_of(), slow) + saved
-    quantized = 8192 * 32 * (5 * 4096 + 1.5 * 11008) * (2 + 1)  # in a pass over the layers, on average
+    quantized = 8192 * 32 * (4 * 4096 + 1.5 * 11008) * (2 + 1)  # in a pass over the layers, on average
     halved = 4 * 32 * (4 * 4096**2 + 3 * 4096 * 11008)  # bytes of weights that are one byte instead of two
     assert written * 1e12 == pytest.approx(flop.passes * (quantized - halved))
+
+
+def test_gradients_of_activations_in_float8():
+    """The backward pass is twice as fast, and turns its share of weights and activations into FP8."""
+    quick = replace(RATE, float8=200e12, bandwidth=1e30)
+    backward = replace(LLAMA2_7B, in_float8=True, float8_forward=False)
+    saved = step_seconds(LLAMA2_7B, plan_of(), quick) - step_seconds(backward, plan_of(), quick)
+    weights = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    assert saved == pytest.approx(2 * 8192 * weights * (1 / 100e12 - 1 / 200e12))
+    slow = replace(quick, bandwidth=1e12)
+    written = step_seconds(backward, plan_of(), slow) - step_seconds(LLAMA2_7B, plan_of(), slow) + saved
+    quantized = 8192 * 32 * (4 * 4096 + 1.5 * 11008) * (2 + 1)
+    assert written * 1e12 == pytest.approx(quantized - 4 * weights)
 
 
 def test_short_rows_take_as_long_as_launching_their_kernels():

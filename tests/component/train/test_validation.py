@@ -4,11 +4,9 @@ import math
 
 import pytest
 import torch
-from transformers import Gemma2Config, GPTNeoXConfig, LlamaConfig, MistralConfig, TrainingArguments
+from transformers import TrainingArguments
 
-from component.error import UserError
-from component.rope import extend_context
-from component.train.validation import check_float8, check_skipping, validate
+from component.train.validation import validate
 
 RIGHT = {"output_dir": "out", "max_seq_length": 8192, "model_max_length": 8192, "sft": False}
 
@@ -115,7 +113,7 @@ def test_bounds(key, right, wrong):
         ({"fp16": True, "use_cpu": True}, "fp16", "no GPU here"),
         ({"bf16": True}, "bf16", "no GPU here"),
         ({"use_flash_attn": True}, "use_flash_attn", "an Ampere or newer GPU"),
-        ({"frozen_matmul": "fp4"}, "frozen_matmul", "'fp4'; use auto or fp8"),
+        ({"frozen_matmul": "fp4"}, "frozen_matmul", "'fp4'; use auto, fp8_backward or fp8"),
         ({"frozen_matmul": "fp8", "memory_plan": False}, "frozen_matmul", "leave memory_plan out"),
     ],
 )
@@ -159,6 +157,7 @@ def test_valid_combinations(changes):
         ((8, 9), {"bf16": True, "frozen_matmul": "fp8"}, None),
         ((12, 0), {"bf16": True, "frozen_matmul": "fp8"}, None),
         ((9, 0), {"fp16": True, "frozen_matmul": "fp8"}, "set bf16: true, or frozen_matmul: auto"),
+        ((8, 6), {"bf16": True, "frozen_matmul": "fp8_backward"}, "fp8_backward needs an Ada, Hopper or Blackwell"),
     ],
 )
 def test_gpu_capabilities(capability, changes, words, card):
@@ -239,32 +238,3 @@ def test_position_skipping():
     (problem,) = validate(SKIPPING | {"packing": True})
     assert "packing: true" in problem
     assert "set one of them to false" in problem
-
-
-@pytest.mark.parametrize("rope_type", ["linear", "yarn"])
-def test_models_whose_positions_can_be_skipped(rope_type):
-    config = LlamaConfig(max_position_embeddings=64)
-    extend_context(config, 192, rope_type)
-    check_skipping(config, 192)
-    check_skipping(MistralConfig(max_position_embeddings=64, sliding_window=192), 192)
-    check_skipping(MistralConfig(max_position_embeddings=64, sliding_window=None), 192)
-
-
-def test_models_whose_positions_cannot_be_skipped():
-    config = LlamaConfig(max_position_embeddings=64)
-    extend_context(config, 192, "dynamic")
-    with pytest.raises(UserError, match=r"^position_skipping: true, but dynamic positions.*rope_type: linear"):
-        check_skipping(config, 192)
-    for config in (MistralConfig(sliding_window=191), Gemma2Config()):
-        with pytest.raises(UserError, match=f"^position_skipping: true, but {config.model_type}'s own attention"):
-            check_skipping(config, 192)
-
-
-def test_models_that_cannot_be_multiplied_in_float8():
-    sizes = {"hidden_size": 64, "intermediate_size": 112, "vocab_size": 96}
-    check_float8(LlamaConfig(**sizes))
-    check_float8(MistralConfig(**sizes))
-    with pytest.raises(UserError, match=r"^frozen_matmul: fp8, but .* model type 'gemma2'; set it to auto"):
-        check_float8(Gemma2Config(**sizes, pad_token_id=0))
-    with pytest.raises(UserError, match="model type 'gpt_neox'"):  # whose layers have other names
-        check_float8(GPTNeoXConfig(**sizes, num_attention_heads=4))

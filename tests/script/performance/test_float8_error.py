@@ -74,7 +74,7 @@ def test_results(words, run_program, tmp_path):
     assert len({tuple(each["losses"]) for each in found}) == 4, "steps and attention change the losses"
     for each in found:
         cases = each["cases"]
-        assert list(cases) == ["bf16", "fp8", "fp8_in_fp32", *(f"fp8_only_{kind}" for kind in [*KINDS, "lm_head"])]
+        assert list(cases) == ["bf16", "fp8", "fp8_in_fp32", "fp8_backward", *(f"fp8_only_{kind}" for kind in KINDS)]
         for name, case in cases.items():
             is_alone = name.startswith("fp8_only_")
             assert len(case["losses"]) == (1 if is_alone else 2)

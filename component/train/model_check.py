@@ -1,0 +1,67 @@
+"""Which models cannot be trained with which keys? Checked on the config, before weights are loaded."""
+
+from transformers import PretrainedConfig
+
+from component.attention.interface import has_plain_attention
+from component.error import UserError
+from component.memory.layer import supports_layers_of
+from component.rope import depends_on_length
+
+
+def check_skipping(extended: PretrainedConfig, context: int) -> None:
+    """Refuse `position_skipping` for models in which a skip has another meaning.
+
+    Args:
+        context: tokens whose positions are covered.
+
+    Raises:
+        UserError: positions that depend on a row's length, or attention that does not reach over the context.
+    """
+    field = "position_skipping: true"
+    if depends_on_length(extended, context):
+        raise UserError(
+            f"{field}, but {extended.rope_parameters['rope_type']} positions are scaled by the length of a row, which "
+            "a skip would change; use rope_type: linear, yarn or theta"
+        )
+    if not has_plain_attention(extended, context):
+        raise UserError(
+            f"{field}, but {extended.model_type}'s own attention (a sliding window, softcapping, sinks) does not "
+            f"reach over {context} tokens, or is not computed with skips; set it to false"
+        )
+
+
+def check_float8(extended: PretrainedConfig, key: str, cure: str = "set it to auto") -> None:
+    """Refuse products in FP8 for models whose layers Hugging Face's own code computes.
+
+    Args:
+        key, cure: what the user wrote, and what to do.
+
+    Raises:
+        UserError: memory plans do not support its decoder layers.
+    """
+    if not supports_layers_of(extended):
+        raise UserError(
+            f"{key}, but memory plans, which multiply in FP8, do not support the decoder layers of model type "
+            f"{extended.model_type!r}; {cure}"
+        )
+
+
+def check_split_rows(extended: PretrainedConfig, tokens: int, parts: int) -> None:
+    """Refuse rows of `tokens`, each split over `parts` processes, for models that cannot be computed that way.
+
+    Raises:
+        UserError: positions depend on a row's length, or attention is not the plain one.
+    """
+    if parts == 1:
+        return
+    field = f"sequence_parallel_size: {parts}"
+    if depends_on_length(extended, tokens):
+        raise UserError(
+            f"{field}, but {extended.rope_parameters['rope_type']} positions are scaled by the length of a row, which "
+            "no process sees whole; use rope_type: yarn or linear"
+        )
+    if not has_plain_attention(extended, tokens):
+        raise UserError(
+            f"{field}, but {extended.model_type}'s own attention (a sliding window, softcapping, sinks) over rows of "
+            f"{tokens} tokens is not split over processes; set it to 1"
+        )

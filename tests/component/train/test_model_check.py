@@ -1,0 +1,49 @@
+"""Models that cannot be trained with some keys."""
+
+import pytest
+from transformers import Gemma2Config, GPTNeoXConfig, LlamaConfig, MistralConfig
+
+from component.error import UserError
+from component.rope import extend_context
+from component.train.model_check import check_float8, check_skipping, check_split_rows
+
+
+@pytest.mark.parametrize("rope_type", ["linear", "yarn"])
+def test_models_whose_positions_can_be_skipped(rope_type):
+    config = LlamaConfig(max_position_embeddings=64)
+    extend_context(config, 192, rope_type)
+    check_skipping(config, 192)
+    check_skipping(MistralConfig(max_position_embeddings=64, sliding_window=192), 192)
+    check_skipping(MistralConfig(max_position_embeddings=64, sliding_window=None), 192)
+
+
+def test_models_whose_positions_cannot_be_skipped():
+    config = LlamaConfig(max_position_embeddings=64)
+    extend_context(config, 192, "dynamic")
+    with pytest.raises(UserError, match=r"^position_skipping: true, but dynamic positions.*rope_type: linear"):
+        check_skipping(config, 192)
+    for config in (MistralConfig(sliding_window=191), Gemma2Config()):
+        with pytest.raises(UserError, match=f"^position_skipping: true, but {config.model_type}'s own attention"):
+            check_skipping(config, 192)
+
+
+def test_models_that_cannot_be_multiplied_in_float8():
+    sizes = {"hidden_size": 64, "intermediate_size": 112, "vocab_size": 96}
+    key = "frozen_matmul: fp8"
+    check_float8(LlamaConfig(**sizes), key)
+    check_float8(MistralConfig(**sizes), key)
+    with pytest.raises(UserError, match=r"^frozen_matmul: fp8, but .* model type 'gemma2'; set it to auto"):
+        check_float8(Gemma2Config(**sizes, pad_token_id=0), key)
+    with pytest.raises(UserError, match="model type 'gpt_neox'"):  # whose layers have other names
+        check_float8(GPTNeoXConfig(**sizes, num_attention_heads=4), key)
+
+
+def test_models_whose_rows_cannot_be_split():
+    config = LlamaConfig(max_position_embeddings=64)
+    check_split_rows(config, 192, 2)
+    check_split_rows(Gemma2Config(), 192, 1)
+    extend_context(config, 192, "dynamic")
+    with pytest.raises(UserError, match=r"^sequence_parallel_size: 2, but dynamic positions .* rope_type: yarn"):
+        check_split_rows(config, 192, 2)
+    with pytest.raises(UserError, match=r"^sequence_parallel_size: 4, but gemma2's own attention .* set it to 1"):
+        check_split_rows(Gemma2Config(), 192, 4)
