@@ -205,7 +205,7 @@ MEMORY_OPTIONS = {  # the advice when memory runs out, cheapest first: YAML key 
     "keep_attention_layers": "keep_attention_layers: 0 (full activation checkpointing in every layer)",
     "keep_attention_output": "keep_attention_output: false (attention's kernel runs twice)",
     "offload_activations": "offload_activations: true (layer inputs offloaded to pinned CPU memory)",
-    "mlp_tile_tokens": "mlp_tile_tokens: 2048 (smaller MLP tiles)",
+    "mlp_tile_tokens": "mlp_tile_tokens: 1024 (smaller MLP tiles)",
     "loss_chunk_tokens": "loss_chunk_tokens: 256 (fewer logits at a time)",
 }
 MINIMUM_MEMORY: dict[str, Any] = {
@@ -213,8 +213,8 @@ MINIMUM_MEMORY: dict[str, Any] = {
     "keep_attention_layers": 0,
     "keep_attention_output": False,
     "offload_activations": True,
-    "mlp_tile_tokens": 2048,
-    "loss_chunk_tokens": 256,
+    "mlp_tile_tokens": min(TILES[1:]),
+    "loss_chunk_tokens": min(CHUNKS),
 }
 
 
