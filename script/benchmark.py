@@ -171,9 +171,11 @@ def make_rows(folder: Path, length: int, count: int) -> Path:
 
 def cards(count: int) -> list[str]:
     """Flags of DeepSpeed's launcher for `count` GPUs: it forgets CUDA_VISIBLE_DEVICES where it is given a number."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
     if visible == [""] or not all(name.isdigit() for name in visible):  # not by UUID, which --include does not know
         return ["--num_gpus", str(count)]
+    if len(visible) < count:
+        raise UserError(f"cards: {count}, but CUDA_VISIBLE_DEVICES shows {len(visible)}")
     return ["--include", f"localhost:{','.join(visible[:count])}"]
 
 

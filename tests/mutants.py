@@ -53,7 +53,11 @@ TARGETS: dict[str, tuple[str, str]] = {
         "ActivationOffloader._buffer _Entry.arrived",
         "",
     ),
-    "component/memory/linear.py": ("LoRALinear.forward LoRALinear.low LoRALinear.backward _accumulate _drop", ""),
+    "component/memory/linear.py": (
+        "LoRALinear.forward LoRALinear.low LoRALinear.backward LoRALinear.input_gradient accumulate add_gradient "
+        "_drop",
+        "",
+    ),
     "component/loss.py": (
         "ChunkedLoss.forward next_token_loss _SummedLoss.forward _SummedLoss.backward _chunk next_token_losses "
         "_logits",

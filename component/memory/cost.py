@@ -86,12 +86,13 @@ def step_seconds(work: Workload, plan: MemoryPlan, rate: Rate, *, micro_batches:
     query = work.heads * work.head_size
     values = work.tokens * (10 * work.hidden + 2 * query + 6 * work.mlp) * work.value_bytes
     moved = values * work.layers * PASSES * (1 if work.fused else UNFUSED)
-    # the share of passes over weights and activations that turn them into FP8
+    # the share of passes in which weights and activations become FP8; in the others, weights in 4 bits become 16 bits
     share = work.in_float8 * (1 if work.float8_forward else 1 / flop.passes)
-    stored, copied = 0.5 if work.in_4bit else work.value_bytes, share + (1 - share) * work.value_bytes
-    moved += work.weights * (stored + copied) * DEQUANTIZED if work.in_4bit or work.in_float8 else 0
-    # the mean of the inputs of all products and of gradients
-    quantized = 2 * work.hidden + query + work.kv_heads * work.head_size + 1.5 * work.mlp
+    stored, others = 0.5 if work.in_4bit else work.value_bytes, (1 - share) * work.in_4bit
+    moved += work.weights * DEQUANTIZED * (share * (stored + 1) + others * (stored + work.value_bytes))
+    kv = work.kv_heads * work.head_size
+    quantized = 2.0 * work.hidden + query + 2 * kv + 2 * work.mlp  # gradients; with inputs, the mean of both
+    quantized -= (kv + work.mlp / 2) * work.float8_forward
     moved += share * work.tokens * quantized * work.layers * (work.value_bytes + 1)
     busy = products + flop.attention / attention_rate + flop.passes * moved / rate.bandwidth
     busy += _waiting(work, plan, rate, busy / flop.passes)

@@ -116,20 +116,31 @@ class GroupCalls:
         self.group = LinearGroup(parts)
         self._forget()
 
+    def __getstate__(self) -> dict[str, Any]:  # a copied model computes its own outputs
+        return {"group": self.group, "_input": None, "_state": None, "_outputs": {}}
+
     def _forget(self) -> None:
-        self._input: tuple[weakref.ref, int] | None = None  # a tensor and its version
+        self._input: weakref.ref | None = None
+        self._state: tuple | None = None
         self._outputs: dict[int, Tensor] = {}  # by id of the layer
 
     def output(self, part: LoRALinear, x: Tensor) -> Tensor:
         """(..., O) of `part`. Another tensor than in the last call, or changed since, is computed anew."""
-        version = x._version
-        is_known = self._input is not None and self._input[0]() is x and self._input[1] == version
+        state = _state_of(x)
+        is_known = self._input is not None and self._input() is x and self._state == state
         if not is_known or id(part) not in self._outputs:
             self._forget()
             found = _GroupFunction.apply(to_autocast_dtype(x), self.group, *self.group.parameters)
-            self._input = weakref.ref(x), version
+            self._input, self._state = weakref.ref(x), state
             self._outputs = {id(part): y for part, y in zip(self.group.parts, found, strict=True)}
         return self._outputs.pop(id(part))
+
+
+def _state_of(x: Tensor) -> tuple:
+    """Besides `x` itself, what its outputs depend on: how often it was changed, whether gradients follow, autocast."""
+    device = x.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return None if x.is_inference() else x._version, torch.is_grad_enabled(), autocast
 
 
 def join_attention_inputs(model: nn.Module) -> None:

@@ -92,7 +92,8 @@ def estimate(work: Workload, plan: MemoryPlan) -> Estimate:
     attention_backward = size.hidden + _attention_backward(work, size)
     if attention + everything:
         level = "everything" if everything else "attention"
-        rest = kept + size.gathered - (size.gate_and_up if everything else 0)
+        # a tile's gate and up are among the tile's own; those of the other tiles wait for their turn
+        rest = kept + size.gathered - (_tile_share(work, plan) * size.gate_and_up if everything else 0)
         tile = _mlp_backward(work, plan, size, is_kept=bool(everything))
         moments[f"the MLP backward at level {level}"] = rest + 2 * size.hidden + tile
         moments[f"the attention backward at level {level}"] = rest + attention_backward
@@ -128,9 +129,13 @@ def _evaluation(work: Workload, plan: MemoryPlan) -> float:
     return 2 * n * work.hidden * value + max(layer + gathered, logits + head)
 
 
+def _tile_share(work: Workload, plan: MemoryPlan) -> float:
+    return min(1.0, plan.mlp_tile_tokens / work.tokens) if plan.mlp_tile_tokens else 1.0
+
+
 def _mlp_backward(work: Workload, plan: MemoryPlan, size: Sizes, is_kept: bool) -> float:
     """Bytes of an MLP's backward pass for one tile: gate, up, their product and its gradient, dequantized weights."""
-    share = min(1.0, plan.mlp_tile_tokens / work.tokens) if plan.mlp_tile_tokens else 1.0
+    share = _tile_share(work, plan)
     buffers = 4 if work.fused else 8  # Liger's kernels work in place, eager functions allocate
     # all three weights stay dequantized while they are used more than once
     weights = size.mlp_weights / 3 if is_kept and share == 1 else size.mlp_weights
@@ -139,6 +144,8 @@ def _mlp_backward(work: Workload, plan: MemoryPlan, size: Sizes, is_kept: bool) 
         # a weight in two layouts, if its forward product is recomputed; 16-bit weights are transposed first
         forward = 0 if is_kept else 1 if work.float8_forward else work.value_bytes if work.in_4bit else 0
         copies = max(1, forward) if share == 1 else 3 + 2 * forward
+        if share < 1 and work.in_4bit and not work.float8_forward:
+            copies = max(copies, 3 * work.value_bytes)  # of all three in 16 bits, in the forward pass
         weights = work.hidden * work.mlp * (copies + (0 if work.in_4bit else work.value_bytes))
         quantized = size.mlp / work.value_bytes
     return share * (buffers * size.mlp + 2 * size.hidden + size.norm + quantized) + weights

@@ -170,6 +170,7 @@ def test_several_cards(tmp_path, monkeypatch, kind, overrides, words, rows):
         (None, ["--num_gpus", "2"]),
         ("", ["--num_gpus", "2"]),
         ("1,3,0", ["--include", "localhost:1,3"]),
+        ("1, 3", ["--include", "localhost:1,3"]),
         ("GPU-8a", ["--num_gpus", "2"]),
     ],
 )
@@ -178,3 +179,9 @@ def test_visible_cards_are_used(monkeypatch, visible, flags):
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert cards(2) == flags
+
+
+def test_too_few_visible_cards(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with pytest.raises(UserError, match="cards: 2, but CUDA_VISIBLE_DEVICES shows 1"):
+        cards(2)

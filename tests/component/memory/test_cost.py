@@ -194,8 +194,13 @@ def test_gradients_of_activations_in_float8():
     assert saved == pytest.approx(2 * 8192 * weights * (1 / 100e12 - 1 / 200e12))
     slow = replace(quick, bandwidth=1e12)
     written = step_seconds(backward, plan_of(), slow) - step_seconds(LLAMA2_7B, plan_of(), slow) + saved
-    quantized = 8192 * 32 * (4 * 4096 + 1.5 * 11008) * (2 + 1)
+    quantized = 8192 * 32 * (5 * 4096 + 2 * 11008) * (2 + 1)
     assert written * 1e12 == pytest.approx(quantized - 4 * weights)
+    # weights in 16 bits become FP8 in the backward pass, and nothing before
+    plain = replace(LLAMA2_7B, in_4bit=False)
+    more = replace(plain, in_float8=True, float8_forward=False)
+    written = step_seconds(more, plan_of(), slow) - step_seconds(plain, plan_of(), slow) + saved
+    assert written * 1e12 == pytest.approx(quantized + 4 * (2 + 1) * weights)
 
 
 def test_short_rows_take_as_long_as_launching_their_kernels():

@@ -194,13 +194,39 @@ def test_another_or_a_changed_input_is_computed_anew(calls):
     layers, expected = ours.base_model.model, theirs.base_model.model
     layers.q_proj(x)
     assert_close([layers.k_proj(other)], [expected.k_proj(other)])
+    layers.q_proj(x)
     x.mul_(2)
     assert_close([layers.v_proj(x)], [expected.v_proj(x)])
     x.mul_(2)
     assert_close(
         [layers.v_proj(x), layers.k_proj(x), layers.k_proj(x)], [expected.v_proj(x), *2 * [expected.k_proj(x)]]
     )
-    assert calls == [3] * 5
+    assert calls == [3] * 6
+
+
+def test_other_circumstances_are_computed_anew():
+    theirs, ours = both()
+    layers, expected, x = ours.base_model.model, theirs.base_model.model, torch.randn(TOKENS, INPUTS)
+    with torch.no_grad():
+        layers.q_proj(x)
+    assert layers.k_proj(x).requires_grad
+    with torch.autocast("cpu", torch.bfloat16):
+        layers.q_proj(x)
+    assert_close([layers.k_proj(x)], [expected.k_proj(x)])
+    with torch.inference_mode():
+        assert_close(ours(x.clone()), theirs(x))
+
+
+def test_a_copy_of_a_model_computes_its_own():
+    """Also where a call is left over, as after an error between two layers."""
+    theirs, ours = both()
+    x, grads = sample(TOKENS)
+    ours.base_model.model.k_proj(x.requires_grad_())
+    again = copy.deepcopy(ours)
+    calls = [getattr(again.base_model.model, name).projection.calls for name in OUTPUTS]
+    assert calls[0] is calls[1] is calls[2]
+    assert calls[0] is not ours.base_model.model.q_proj.projection.calls
+    assert_close(run(again, x, grads), run(theirs, x, grads))
 
 
 def test_nothing_is_held():

@@ -143,7 +143,7 @@ def test_differences_between_estimates():
         ({"keep_layers": 6}, 1, 1),
         ({}, 1, 2),  # gate's forward product is in 16 bits
         ({"mlp_tile_tokens": 1024}, 5, 7),  # gate and up in two layouts, down in one
-        ({"mlp_tile_tokens": 1024, "keep_layers": 6}, 3, 3),
+        ({"mlp_tile_tokens": 1024, "keep_layers": 6}, 3, 6),  # all three in 16 bits, forward
     ],
     ids=str,
 )
@@ -319,6 +319,17 @@ def test_minimum_memory_if_nothing_fits():
     assert plan.offload_activations
     assert not plan.keep_attention_output
     assert expected.peak_gib == peak(SMALL, minimum_memory_plan())
+
+
+def test_kept_gate_and_up_of_other_tiles():
+    """With layers that keep them, a tile spares what is computed of it, not what waits."""
+    work = dataclasses.replace(SMALL, mlp=64 * MLP, in_4bit=False)
+    whole, halved = (estimate(work, plan_of(keep_layers=6, mlp_tile_tokens=tile)) for tile in (0, 4096))
+    assert "MLP backward at level everything" in whole.moment
+    assert whole.moment == halved.moment
+    # of 8192 tokens; of four buffers two are the tile's gate and up, which are there anyway
+    spared = 4096 * (2 * 64 * MLP + 2 * HIDDEN - 3 * work.rank) * 2
+    assert (whole.peak_gib - halved.peak_gib) * GIB == pytest.approx(spared)
 
 
 @pytest.mark.parametrize("tokens", [8192, 32768, 131072])
