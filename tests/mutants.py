@@ -97,7 +97,10 @@ TARGETS: dict[str, tuple[str, str]] = {
     "component/inference/block_attention.py": ("block_mask block_attention_forward merge_blocks", ""),
     "component/inference/cache_memory.py": ("cache_bytes", ""),
     "component/inference/batch.py": ("_read_each _left_padded _until_end", ""),
-    "component/memory/group.py": ("LinearGroup.forward LinearGroup.backward GroupCalls.output", ""),
+    "component/memory/shared_input.py": (
+        "SharedInputLinears.forward SharedInputLinears.backward SharedCalls.output",
+        "",
+    ),
     "component/float8/product.py": ("quantize_weight scale_of _rounded _weight_scales", ""),
     "component/data/record.py": ("_refuse _changes_nothing _says", ""),
     "component/data/packing.py": ("pack PackedRows.__init__ pack_stream", ""),

@@ -10,11 +10,11 @@ from transformers import PreTrainedModel
 
 from component.distributed.strategy import Strategy
 from component.loss import use_chunked_loss
-from component.memory.group import join_attention_inputs
 from component.memory.layer import LeanLayer, lean_layers
 from component.memory.linear import fuse_lora, use_float8
 from component.memory.offload import ActivationOffloader
 from component.memory.plan import MemoryPlan
+from component.memory.shared_input import join_attention_inputs
 
 ONE_PROCESS = Strategy()
 

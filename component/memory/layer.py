@@ -23,9 +23,9 @@ from torch.autograd.graph import get_gradient_edge
 from transformers import PretrainedConfig
 
 from component.attention.shift_short import SavedAttention
-from component.memory.group import LinearGroup
 from component.memory.linear import Gradients, LoRALinear, as_returned, to_autocast_dtype
 from component.memory.offload import ActivationOffloader
+from component.memory.shared_input import SharedInputLinears
 from component.model import without_weights
 
 LEVELS = ("nothing", "attention", "everything")
@@ -98,7 +98,7 @@ class FusedMLP:
         self.norm = layer.post_attention_layernorm
         self.activate = lambda gate, up: mlp.act_fn(gate) * up  # replaced by Liger's kernel where it is available
         self.gate, self.up, self.down = (LoRALinear(p) for p in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
-        self.inputs = LinearGroup([self.gate, self.up])
+        self.inputs = SharedInputLinears([self.gate, self.up])
 
     def use_float8(self, *, forward: bool = True) -> None:
         for projection in (self.gate, self.up, self.down):

@@ -35,7 +35,7 @@ class LoRALinear:
         self.lora: Any = module if isinstance(module, LoraLayer) else None
         # whether the product with the frozen weight, and its gradient of the input, are computed in FP8
         self.float8_forward = self.float8_backward = False
-        self.calls: Any = None  # component.memory.group.GroupCalls, with layers that have the same input
+        self.calls: Any = None  # component.memory.shared_input.SharedCalls, with layers that have the same input
         self._held: dict[Any, Any] | None = None
 
     @property

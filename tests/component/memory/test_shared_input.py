@@ -10,9 +10,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from component.memory import group as group_module
-from component.memory.group import LinearGroup, join_attention_inputs
+from component.memory import shared_input
 from component.memory.linear import LoRALinear, as_returned, fuse_lora
+from component.memory.shared_input import SharedInputLinears, join_attention_inputs
 from component.model import disable_cpu_repacking
 
 INPUTS, OUTPUTS, TOKENS = 64, {"q_proj": 112, "k_proj": 48, "v_proj": 80}, 37
@@ -82,13 +82,13 @@ def assert_close(ours, theirs, tolerance: float = 1e-5):
 @pytest.fixture
 def calls(monkeypatch):
     """The number of layers computed in each call."""
-    found, apply = [], group_module._GroupFunction.apply
+    found, apply = [], shared_input._SharedInputFunction.apply
 
-    def counted(x, group, *trained):
-        found.append(len(group.parts))
-        return apply(x, group, *trained)
+    def counted(x, linears, *trained):
+        found.append(len(linears.parts))
+        return apply(x, linears, *trained)
 
-    monkeypatch.setattr(group_module._GroupFunction, "apply", counted)
+    monkeypatch.setattr(shared_input._SharedInputFunction, "apply", counted)
     return found
 
 
@@ -146,7 +146,7 @@ def test_dropout_masks_each_layers_input():
         torch.manual_seed(1)
         found.append(run(model, x, grads))
     assert_close(*found)
-    assert not ours.base_model.model.q_proj.projection.calls.group.is_joined
+    assert not ours.base_model.model.q_proj.projection.calls.linears.is_joined
 
 
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("k_proj",)])
@@ -161,29 +161,29 @@ def test_a_part_without_lora():
     """As in FP8, where frozen layers are fused too."""
     theirs, _ = both(targets=("q_proj", "k_proj"))
     layers = [getattr(theirs.base_model.model, name) for name in OUTPUTS]
-    group = LinearGroup([LoRALinear(layer) for layer in layers])
+    linears = SharedInputLinears([LoRALinear(layer) for layer in layers])
     x, grads = sample(TOKENS)
     expected = run(theirs, x, grads)
-    found = group.forward(x, [None] * 3)
+    found = linears.forward(x, [None] * 3)
     sums = {}
-    dx = group.backward(grads, x, [low for _, low in found], [None] * 3, sums)
+    dx = linears.backward(grads, x, [low for _, low in found], [None] * 3, sums)
     trained = [p for p in theirs.parameters() if p.requires_grad]
     assert_close([*(y for y, _ in found), dx, *as_returned(sums, trained)], expected)
-    assert group.backward(grads, x, [low for _, low in found], [None] * 3, {}, need_x=False) is None
+    assert linears.backward(grads, x, [low for _, low in found], [None] * 3, {}, need_x=False) is None
 
 
 @torch.no_grad()
 def test_gradients_of_tiles_add_up():
     theirs, ours = both()
-    group = LinearGroup([getattr(ours.base_model.model, name).projection for name in OUTPUTS])
+    linears = SharedInputLinears([getattr(ours.base_model.model, name).projection for name in OUTPUTS])
     x, grads = sample(TOKENS)
     expected, sums, dx = torch.enable_grad()(run)(theirs, x, grads), {}, []
     for rows in (slice(0, 20), slice(20, TOKENS)):
-        lows = [low for _, low in group.forward(x[rows], [None] * 3)]
-        dx.append(group.backward([grad[rows] for grad in grads], x[rows], lows, [None] * 3, sums))
-    assert_close([torch.cat(dx), *as_returned(sums, group.parameters)], expected[3:])
+        lows = [low for _, low in linears.forward(x[rows], [None] * 3)]
+        dx.append(linears.backward([grad[rows] for grad in grads], x[rows], lows, [None] * 3, sums))
+    assert_close([torch.cat(dx), *as_returned(sums, linears.parameters)], expected[3:])
     assert (
-        group.backward(grads, x, [low for _, low in group.forward(x, [None] * 3)], [None] * 3, {}, need_x=False)
+        linears.backward(grads, x, [low for _, low in linears.forward(x, [None] * 3)], [None] * 3, {}, need_x=False)
         is None
     )
 

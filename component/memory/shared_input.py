@@ -20,7 +20,7 @@ from component.memory.linear import Gradients, LoRALinear, accumulate, add_gradi
 ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")
 
 
-class LinearGroup:
+class SharedInputLinears:
     """Linear layers that read the same input, as plain functions on tensors; see `LoRALinear`."""
 
     def __init__(self, parts: Sequence[LoRALinear]):
@@ -88,14 +88,14 @@ class LinearGroup:
         return torch.cat([part.factors[0] for part in self.parts if part.factors]).to(dtype)
 
 
-class _GroupFunction(torch.autograd.Function):
-    """`LinearGroup` as an autograd function: an output for each layer."""
+class _SharedInputFunction(torch.autograd.Function):
+    """`SharedInputLinears` as an autograd function: an output for each layer."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, group: LinearGroup, *trained: nn.Parameter) -> tuple[Tensor, ...]:
-        ctx.seeds, ctx.group, ctx.shape, ctx.trained = group.draw_seeds(), group, x.shape, trained
-        found = group.forward(x.reshape(-1, x.shape[-1]), ctx.seeds)
-        has_lora = any(part.factors is not None for part in group.parts)
+    def forward(ctx, x: Tensor, linears: SharedInputLinears, *trained: nn.Parameter) -> tuple[Tensor, ...]:
+        ctx.seeds, ctx.linears, ctx.shape, ctx.trained = linears.draw_seeds(), linears, x.shape, trained
+        found = linears.forward(x.reshape(-1, x.shape[-1]), ctx.seeds)
+        has_lora = any(part.factors is not None for part in linears.parts)
         ctx.save_for_backward(x if has_lora else None, *(low for _, low in found))
         return tuple(y.view(*x.shape[:-1], -1) for y, _ in found)
 
@@ -105,19 +105,19 @@ class _GroupFunction(torch.autograd.Function):
         sums: Gradients = {}
         flat = None if x is None else x.reshape(-1, x.shape[-1])
         of_rows = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
-        dx = ctx.group.backward(of_rows, flat, lows, ctx.seeds, sums, need_x=ctx.needs_input_grad[0])
+        dx = ctx.linears.backward(of_rows, flat, lows, ctx.seeds, sums, need_x=ctx.needs_input_grad[0])
         return None if dx is None else dx.view(ctx.shape), None, *as_returned(sums, ctx.trained)
 
 
-class GroupCalls:
-    """Computes all layers of a group at the first one's call; the others' calls with the same input take theirs."""
+class SharedCalls:
+    """Computes all layers with one input at the first one's call; the others take theirs when they are called."""
 
     def __init__(self, parts: Sequence[LoRALinear]):
-        self.group = LinearGroup(parts)
+        self.linears = SharedInputLinears(parts)
         self._forget()
 
     def __getstate__(self) -> dict[str, Any]:  # a copied model computes its own outputs
-        return {"group": self.group, "_input": None, "_state": None, "_outputs": {}}
+        return {"linears": self.linears, "_input": None, "_state": None, "_outputs": {}}
 
     def _forget(self) -> None:
         self._input: weakref.ref | None = None
@@ -130,9 +130,9 @@ class GroupCalls:
         is_known = self._input is not None and self._input() is x and self._state == state
         if not is_known or id(part) not in self._outputs:
             self._forget()
-            found = _GroupFunction.apply(to_autocast_dtype(x), self.group, *self.group.parameters)
+            found = _SharedInputFunction.apply(to_autocast_dtype(x), self.linears, *self.linears.parameters)
             self._input, self._state = weakref.ref(x), state
-            self._outputs = {id(part): y for part, y in zip(self.group.parts, found, strict=True)}
+            self._outputs = {id(part): y for part, y in zip(self.linears.parts, found, strict=True)}
         return self._outputs.pop(id(part))
 
 
@@ -149,6 +149,6 @@ def join_attention_inputs(model: nn.Module) -> None:
         found = [getattr(getattr(module, name, None), "projection", None) for name in ATTENTION_INPUTS]
         parts = [part for part in found if isinstance(part, LoRALinear)]
         if len(parts) == len(found):
-            calls = GroupCalls(parts)
+            calls = SharedCalls(parts)
             for part in parts:
                 part.calls = calls
