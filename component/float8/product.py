@@ -187,7 +187,12 @@ def _has_triton() -> bool:
 
 def _has_float8(x: Tensor) -> bool:
     """Whether the device of `x` multiplies FP8."""
-    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= CAPABILITY
+    return x.is_cuda and _multiplies_float8(x.device)
+
+
+@functools.cache  # asked 1200 times in a step
+def _multiplies_float8(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= CAPABILITY
 
 
 def _runs_kernels(x: Tensor) -> bool:

@@ -33,26 +33,34 @@ class LoRALinear:
     def __init__(self, module: nn.Module):
         self.base = module.get_base_layer() if isinstance(module, LoraLayer) else module
         self.lora: Any = module if isinstance(module, LoraLayer) else None
+        if self.lora is not None:  # PEFT's own dicts: a module looks up its attributes slowly, at 80 calls a layer
+            self._matrices = self.lora.lora_A._modules, self.lora.lora_B._modules
+            self._scalings, self._dropouts = self.lora.scaling, self.lora.lora_dropout._modules
         # whether the product with the frozen weight, and its gradient of the input, are computed in FP8
         self.float8_forward = self.float8_backward = False
         self.calls: Any = None  # component.memory.shared_input.SharedCalls, with layers that have the same input
         self._held: dict[Any, Any] | None = None
 
     @property
+    def _active(self) -> str:
+        name = self.lora.active_adapter
+        return name if isinstance(name, str) else name[0]
+
+    @property
     def factors(self) -> tuple[nn.Parameter, nn.Parameter] | None:
         """A (r, I) and B (O, r)."""
         if self.lora is None:
             return None
-        name = self.lora.active_adapters[0]
-        return self.lora.lora_A[name].weight, self.lora.lora_B[name].weight
+        name, (of_a, of_b) = self._active, self._matrices
+        return of_a[name].weight, of_b[name].weight
 
     @property
     def scaling(self) -> float:
-        return 1.0 if self.lora is None else self.lora.scaling[self.lora.active_adapters[0]]
+        return 1.0 if self.lora is None else self._scalings[self._active]
 
     @property
     def dropout(self) -> float:
-        return 0.0 if self.lora is None else getattr(self.lora.lora_dropout[self.lora.active_adapters[0]], "p", 0.0)
+        return 0.0 if self.lora is None else getattr(self._dropouts[self._active], "p", 0.0)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -128,10 +136,11 @@ class LoRALinear:
             y = multiply(quantized or quantize(x), self.float8_weight(transposed=False), x.dtype, bias)
         else:
             y = F.linear(x, self.weight(x.dtype), bias)
-        low, factors = self.low(x, seed) if low is None else low, self.factors
-        if low is not None and factors is not None:
-            y.addmm_(low, factors[1].to(x.dtype).t(), alpha=self.scaling)
-        return y, low
+        factors = self.factors
+        if factors is None:
+            return y, None
+        low = _drop(x, self.dropout, seed) @ factors[0].to(x.dtype).t() if low is None else low
+        return y.addmm_(low, factors[1].to(x.dtype).t(), alpha=self.scaling), low
 
     def low(self, x: Tensor, seed: int | None) -> Tensor | None:
         """A dropout(x), (N, r)."""

@@ -123,12 +123,13 @@ def float8_rate(tokens: int, inputs: int, outputs: int, device: torch.device) ->
 def _attention_rate(work: Workload, tokens: int, device: torch.device, dtype: torch.dtype) -> float | None:
     """FLOP/s of causal attention over `tokens` tokens, forward and backward; None without a fused kernel.
 
-    Of enough heads to fill the GPU, and of at most 32768 tokens: beyond, the rate hardly changes, and a small card
-    would take long.
+    As many groups and heads at once as in training, which fill the GPU, but at most 32768 tokens in all: beyond, the
+    rate hardly changes, and a small card would take long.
     """
     tokens, per_kv = min(tokens, LONGEST), work.heads // work.kv_heads
-    kv_heads = max(1, min(work.kv_heads // 2, 4 * LONGEST // tokens // per_kv))
-    shapes = [(1, heads, tokens, work.head_size) for heads in (kv_heads * per_kv, kv_heads, kv_heads)]
+    groups = max(1, min(work.tokens, LONGEST) // tokens)
+    kv_heads = max(1, min(work.kv_heads // 2, 4 * LONGEST // (groups * tokens) // per_kv))
+    shapes = [(groups, heads, tokens, work.head_size) for heads in (kv_heads * per_kv, kv_heads, kv_heads)]
     query, key, value = (_random(shape, device, dtype) for shape in shapes)
     kernel = select_kernel(query, key, value)
     if kernel is None:
@@ -138,7 +139,7 @@ def _attention_rate(work: Workload, tokens: int, device: torch.device, dtype: to
         out, saved = attention_forward(query, key, value, kernel=kernel)
         attention_backward(query, query, key, value, out, saved, None)
 
-    flop = 3.5 * 4 * query.shape[1] * work.head_size * tokens * (tokens + 1) / 2
+    flop = 3.5 * 4 * groups * query.shape[1] * work.head_size * tokens * (tokens + 1) / 2
     return flop / gpu_seconds(run, runs=4)
 
 

@@ -27,9 +27,14 @@ class SharedInputLinears:
         self.parts = list(parts)
 
     @property
-    def is_joined(self) -> bool:
-        """Whether LoRA's products are computed together: not with dropout, which masks each layer's input anew."""
-        return all(part.factors is not None and not part.dropout for part in self.parts)
+    def factors(self) -> list[tuple[nn.Parameter, nn.Parameter]] | None:
+        """(A, B) of each layer; None where LoRA's products are not computed together.
+
+        That is so without LoRA, and with dropout, which masks each layer's input anew.
+        """
+        found = [part.factors for part in self.parts if not part.dropout]
+        factors = [pair for pair in found if pair is not None]
+        return factors if len(factors) == len(self.parts) else None
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -43,9 +48,8 @@ class SharedInputLinears:
         """(N, I) -> for each layer its output (N, O), and A dropout(x) (N, r) for `backward`."""
         quantized = next((part.quantized(x) for part in self.parts if part.float8_forward), None)
         lows: Sequence[Tensor | None] = [None] * len(self.parts)
-        if self.is_joined:
-            a = self._side_by_side(x.dtype)
-            lows = (x @ a.t()).split([len(part.factors[0]) for part in self.parts if part.factors], 1)
+        if factors := self.factors:
+            lows = (x @ _side_by_side(factors, x.dtype).t()).split([len(a) for a, _ in factors], 1)
         calls = zip(self.parts, seeds, lows, strict=True)
         return [part.forward(x, seed, quantized, low) for part, seed, low in calls]
 
@@ -60,19 +64,18 @@ class SharedInputLinears:
         need_x: bool = True,
     ) -> Any:
         """dL/dx (N, I) from the layers' dL/dy (N, O); None unless `need_x`. See `LoRALinear.backward`."""
-        dx = None
-        if x is None or not self.is_joined:
+        dx, factors = None, self.factors
+        if x is None or factors is None:
             for part, grad, low, seed in zip(self.parts, grads, lows, seeds, strict=True):
                 dx = part.backward(grad, x, low, seed, sums, need_x=need_x, add_to=dx)
             return dx
         grad_lows = []
-        for part, grad, low in zip(self.parts, grads, lows, strict=True):
-            assert part.factors is not None
-            b = part.factors[1]
-            grad_lows.append(torch.addmm(grad.new_empty(()), grad, b.to(grad.dtype), beta=0, alpha=part.scaling))
-            accumulate(sums, b, grad.t(), low, part.scaling)
+        for part, (_, b), grad, low in zip(self.parts, factors, grads, lows, strict=True):
+            scaling = part.scaling
+            grad_lows.append(torch.addmm(grad.new_empty(()), grad, b.to(grad.dtype), beta=0, alpha=scaling))
+            accumulate(sums, b, grad.t(), low, scaling)
         grad_low = torch.cat(grad_lows, 1)  # (N, R)
-        of_a = [part.factors[0] for part in self.parts if part.factors]
+        of_a = [a for a, _ in factors]
         if any(a.requires_grad for a in of_a):
             for a, value in zip(of_a, (grad_low.t() @ x).split([len(a) for a in of_a]), strict=True):
                 add_gradient(sums, a, value)
@@ -81,11 +84,12 @@ class SharedInputLinears:
         for part, grad in zip(self.parts, grads, strict=True):
             dx = part.input_gradient(grad, dx)
         assert dx is not None
-        return dx.addmm_(grad_low, self._side_by_side(grad_low.dtype))
+        return dx.addmm_(grad_low, _side_by_side(factors, grad_low.dtype))
 
-    def _side_by_side(self, dtype: torch.dtype) -> Tensor:
-        """(R, I): the A of all layers."""
-        return torch.cat([part.factors[0] for part in self.parts if part.factors]).to(dtype)
+
+def _side_by_side(factors: list[tuple[nn.Parameter, nn.Parameter]], dtype: torch.dtype) -> Tensor:
+    """(R, I): the A of all layers."""
+    return torch.cat([a for a, _ in factors]).to(dtype)
 
 
 class _SharedInputFunction(torch.autograd.Function):

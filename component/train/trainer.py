@@ -94,12 +94,26 @@ class LongQLoRATrainer(Trainer):
         super().log({**logs, **self.speed.since_last_log()} if "loss" in logs else logs, start_time)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
+        if "zero_grad" not in vars(model):
+            model.zero_grad = self._forget_gradients
         if self.skipping is not None:
             inputs = self.skipping.apply(inputs, self.state.global_step)
         loss = super().training_step(model, inputs, num_items_in_batch)
         # the Trainer reads it here too, but hides what is not finite from the logs
         check_loss(loss, self.state.global_step + 1, inputs["input_ids"], self.processing_class, self.args.output_dir)
         return loss
+
+    @cached_property
+    def _trained(self) -> list[nn.Parameter]:
+        """To look for these in all modules takes 10 of a 7B's 400 ms a step each time, with the GPU idle."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def _forget_gradients(self) -> None:
+        for parameter in self._trained:
+            parameter.grad = None
+
+    def _clip_grad_norm(self, model):
+        return self.accelerator.clip_grad_norm_(self._trained, self.args.max_grad_norm)
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)

@@ -109,6 +109,13 @@ def ablation_runs() -> list[Config]:
         Config("last-steps-1000", "full attention in the last 10 %, 1000 steps", LAST | {"max_steps": 1000}),
         Config("yarn", "yarn", YARN),
         Config("yarn-full-attention", "yarn, full attention", YARN | NO_S2, lengths=(4096, 8192)),
+        *(
+            Config(f"yarn-last-{name}", f"our YAMLs, {text} in FP8", YARN | LAST | {"frozen_matmul": matmul}, seeds=3)
+            for name, text, matmul in (
+                ("fp8", "products with frozen weights", "fp8"),
+                ("fp8-backward", "gradients of activations", "fp8_backward"),
+            )
+        ),
         Config("dynamic-last", "dynamic, full attention in the last 10 %", {"rope_type": "dynamic"} | LAST),
         Config("yarn-last-0.25-cosine", "yarn, full attention in the last 25 %, cosine", YARN | slow_end),
         *(Config(f"yarn-last-rank-{r}", f"our YAMLs, rank {r}", YARN | LAST | rank(r)) for r in (8, 32, 256)),
@@ -142,4 +149,4 @@ def all_runs() -> dict[str, Config]:
 if __name__ == "__main__":
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for config in all_runs().values():
-        print(f"{config.name:<22}{config.label:<60}{config.lengths} x {config.seeds}")
+        print(f"{config.name:<24}{config.label:<60}{config.lengths} x {config.seeds}")

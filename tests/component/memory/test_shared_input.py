@@ -146,7 +146,7 @@ def test_dropout_masks_each_layers_input():
         torch.manual_seed(1)
         found.append(run(model, x, grads))
     assert_close(*found)
-    assert not ours.base_model.model.q_proj.projection.calls.linears.is_joined
+    assert ours.base_model.model.q_proj.projection.calls.linears.factors is None
 
 
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("k_proj",)])
