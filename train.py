@@ -44,7 +44,7 @@ from component.storage.result import library_versions
 from component.tokenizer import any_pad_id, load_tokenizer
 from component.train.callback import FullAttentionCallback, Startup
 from component.train.failure import explained_failures, telling_termination
-from component.train.model_check import check_float8, check_skipping, check_split_rows
+from component.train.model_check import check_model
 from component.train.rehearsal import explained_settings, rehearse
 from component.train.resume import check_continuation, distribution, of_trainer
 from component.train.settings import parse_arguments
@@ -93,11 +93,7 @@ def run(args: LongQLoRAArguments, training_args: TrainingArguments) -> None:
     check_targets_early(extended, args.target_names)
     rope_type = args.rope_type or own_rope_type(extended)
     factor = extend_context(extended, args.model_max_length, rope_type, rope_theta=args.rope_theta)
-    if args.position_skipping:
-        check_skipping(extended, args.model_max_length)
-    if args.in_float8:
-        check_float8(extended, f"frozen_matmul: {args.frozen_matmul}")
-    check_split_rows(extended, args.max_seq_length, parts)
+    check_model(args, extended)
     check_batches(args, training_args, extended)
     memory = plan_memory(args, training_args, strategy, extended)
     train_set, eval_set, data_lines = load_data(args, training_args, tokenizer, extended.vocab_size)
@@ -121,6 +117,7 @@ def run(args: LongQLoRAArguments, training_args: TrainingArguments) -> None:
             | distribution(strategy, samples, training_args),
             strategy=strategy,
             startup=startup,
+            cuda_graph=args.cuda_graph,
             skipping_context=args.model_max_length if args.position_skipping else None,
         )
     lines = data_lines | ({"processes": strategy.describe(args.max_seq_length)} if strategy.processes > 1 else {})

@@ -48,6 +48,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--no_4bit", action="store_true", help="16-bit base weights")
     kinds, products = ("auto", "fp8_backward", "fp8"), "products with frozen weights, as in train.py's YAML (auto)"
     parser.add_argument("--frozen_matmul", choices=kinds, default="auto", help=products)
+    parser.add_argument("--cuda_graph", action="store_true", help="as the key of train.py, for the time of a step")
     parser.add_argument("--no_liger", action="store_true", help="without Liger's kernels, as on a V100")
     parser.add_argument("--optim", default="paged_adamw_32bit")
     zero_2 = str(ROOT / "train_args/deepspeed/deepspeed_config_s2.json")
@@ -225,6 +226,7 @@ def estimated_time(flags: argparse.Namespace, work: Workload, plan: MemoryPlan) 
         micro_batches=flags.gradient_accumulation_steps,
         is_full=flags.group_size_ratio >= 1,
         full_ratio=flags.full_attention_ratio,
+        cuda_graph=flags.cuda_graph,
     )
     print(f"  time on {label}: {text}")
     return found

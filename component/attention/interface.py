@@ -9,6 +9,7 @@ Shapes: B batch, T tokens.
 from collections.abc import Callable
 from functools import cached_property, partial
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -53,7 +54,11 @@ class TrainingMask:
 
     def documents(self, position_ids: Tensor | None) -> list | None:
         """The documents of whole rows, also if this process holds a part of them: a collective call then."""
-        if not self._documents_known and position_ids is not None:
+        if position_ids is None:
+            return None
+        if position_ids.is_cuda and torch.cuda.is_current_stream_capturing():
+            return None  # in a CUDA graph each row is one document (component/train/graph.py)
+        if not self._documents_known:
             sequence = sequence_group()
             rows = position_ids if sequence is None else sequence.gathered_tokens(position_ids)
             self._documents, self._documents_known = document_spans(rows), True

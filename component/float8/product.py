@@ -15,7 +15,7 @@ Shapes: M rows, K numbers in each; O, I the outputs and inputs of a linear layer
 import copy
 import functools
 import importlib.util
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import bitsandbytes as bnb
 import torch
@@ -49,6 +49,8 @@ def fits(layer: nn.Linear) -> bool:
 
 class _Rounding:
     limit = torch.finfo(E4M3).max  # what the largest number of a row of a frozen weight becomes
+    # the same, by device, for CUDA graphs: they replay Python's numbers as they were, but read tensors
+    on_device: ClassVar[dict[torch.device, Tensor]] = {}
 
 
 def round_weights_for_step(step: int) -> None:
@@ -62,10 +64,23 @@ def round_weights_for_step(step: int) -> None:
         step: optimizer steps done so far; the same in all processes. 0: scaled to 448.
     """
     _Rounding.limit = torch.finfo(E4M3).max * 2.0 ** -(step * GOLDEN % 1)
+    for limit in _Rounding.on_device.values():
+        limit.fill_(_Rounding.limit)
+
+
+def _limit_on(device: torch.device) -> Tensor:
+    if device not in _Rounding.on_device:
+        _Rounding.on_device[device] = torch.tensor(_Rounding.limit, device=device)
+    return _Rounding.on_device[device]
 
 
 def quantize_frozen(x: Tensor) -> Float8Matrix:
     """`quantize`, with the scales of a frozen weight in this step."""
+    if _is_recorded(x):  # by plain operations, whose scales may depend on a tensor
+        largest = x.abs().amax(1, keepdim=True).float()
+        return _rounded(x.float(), *scale_of(largest, _limit_on(x.device)), E4M3)
+    if x.is_cuda:
+        _limit_on(x.device)  # made here, since it can't be made while a graph is recorded
     return quantize(x, limit=_Rounding.limit)
 
 
@@ -135,7 +150,7 @@ def multiply(
     return y[: left.rows, : right.rows].to(dtype)
 
 
-def scale_of(largest: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+def scale_of(largest: Tensor, limit: float | Tensor) -> tuple[Tensor, Tensor]:
     """What rows are multiplied by before they are rounded, and their scales.
 
     Args:
@@ -167,6 +182,10 @@ def _weight_scales(state: bnb.functional.QuantState, transposed: bool) -> tuple[
         largest = blocks.amax(0).repeat_interleave(state.blocksize) if transposed else blocks.amax(1)
         known[transposed] = largest[:, None], None, None
     largest, of, scales = known[transposed]
+    if _is_recorded(largest):
+        return scale_of(largest, _limit_on(largest.device))
+    if largest.is_cuda:
+        _limit_on(largest.device)
     if of != limit:
         scales = scale_of(largest, limit)
         known[transposed] = largest, limit, scales
@@ -183,6 +202,11 @@ def _dequantized(weight: bnb.nn.Params4bit) -> Tensor:
 @functools.cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+def _is_recorded(x: Tensor) -> bool:
+    """Whether operations on `x` become part of a CUDA graph."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _has_float8(x: Tensor) -> bool:

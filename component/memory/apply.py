@@ -64,6 +64,13 @@ def use_memory_plan(
     return None
 
 
+def forget_offloaded(model: nn.Module) -> None:
+    """After a pass over `model` that did not really run: drop what its layers have offloaded."""
+    for layer in model.modules():
+        if isinstance(layer, LeanLayer) and layer.offloader is not None:
+            layer.offloader.forget()
+
+
 def _gather_whole_layers(base: PreTrainedModel, layers: list[LeanLayer]) -> None:
     """Make ZeRO-3 gather all weights of a layer before its forward and its backward pass, and free them after it.
 

@@ -1,19 +1,19 @@
 """How long will a training step take, and how much disk do checkpoints? Arithmetic on the workload and its plan.
 
 Seconds are those of rows of full length, and leave out what GPUs send each other. The constants below are fitted to
-the recorded steps of LLaMA2-7B and 13B on an H200 (tests/component/memory/test_cost.py), and meet those within 15 %;
-UNFUSED and LAUNCH rest on one row each, HOST_UPDATE on three.
+the recorded steps of LLaMA2-7B and 13B on an H200 (tests/component/memory/test_cost.py) and an H100, and meet those
+within 15 %; UNFUSED and LAUNCH rest on one row each, HOST_UPDATE on three.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from component.memory.plan import MemoryPlan, estimate
 from component.memory.workload import GIB, Workload
 
-LORA = 1 / 6.5  # share of the matrix rate that products with a thin matrix reach
+LORA = 1 / 5  # share of the matrix rate that products with a thin matrix reach
 ATTENTION = 0.69  # the same of attention, where it was not measured by itself
-PASSES = 2.85  # each tensor of a layer is read or written this often, outside of products, per pass over the layer
+PASSES = 1.8  # each tensor of a layer is read or written this often, outside of products, per pass over the layer
 UNFUSED = 3  # as often without Liger's kernels
 DEQUANTIZED = 4.0  # passes over a weight to turn it from 4 bits to 16 bits
 FIXED = 0.041  # s of an optimizer step on the GPU
@@ -74,8 +74,20 @@ def _pairs(work: Workload, full: bool) -> float:
     return work.rows * pairs / work.sequence_processes
 
 
-def step_seconds(work: Workload, plan: MemoryPlan, rate: Rate, *, micro_batches: int = 1, full: bool = False) -> float:
-    """Seconds of an optimizer step over `micro_batches`; `full`: of one with full attention."""
+def step_seconds(
+    work: Workload,
+    plan: MemoryPlan,
+    rate: Rate,
+    *,
+    micro_batches: int = 1,
+    full: bool = False,
+    cuda_graph: bool = False,
+) -> float:
+    """Seconds of an optimizer step over `micro_batches`; `full`: of one with full attention.
+
+    Args:
+        cuda_graph: micro-batches are launched at once.
+    """
     flop = step_flop(work, plan, full=full)
     attention_rate = rate.full_attention if full else rate.attention
     tile = min(plan.mlp_tile_tokens or work.tokens, work.tokens)
@@ -97,7 +109,8 @@ def step_seconds(work: Workload, plan: MemoryPlan, rate: Rate, *, micro_batches:
     busy = products + flop.attention / attention_rate + flop.passes * moved / rate.bandwidth
     busy += _waiting(work, plan, rate, busy / flop.passes)
     update = HOST_UPDATE * work.trained / work.processes if work.offload_optimizer else 0
-    return micro_batches * max(busy, LAUNCH * work.layers) + FIXED + update
+    launched = 0 if cuda_graph else LAUNCH * work.layers
+    return micro_batches * max(busy, launched) + FIXED + update
 
 
 def _float8_flop(work: Workload, flop: StepFlop) -> float:
@@ -114,14 +127,24 @@ def _waiting(work: Workload, plan: MemoryPlan, rate: Rate, a_pass: float) -> flo
 
 
 def describe_time(
-    work: Workload, plan: MemoryPlan, rate: Rate, *, steps: int, micro_batches: int, is_full: bool, full_ratio: float
+    work: Workload,
+    plan: MemoryPlan,
+    rate: Rate,
+    *,
+    steps: int,
+    micro_batches: int,
+    is_full: bool,
+    full_ratio: float,
+    cuda_graph: bool = False,
 ) -> tuple[str, dict[str, float]]:
     """Seconds of a step and hours of `steps` of them: a line, and its numbers by name.
 
     Args:
         is_full: full attention in all steps, else S2-Attn but for the last `full_ratio` of them.
+        cuda_graph: see `step_seconds`.
     """
-    short, long = (step_seconds(work, plan, rate, micro_batches=micro_batches, full=f) for f in (is_full, True))
+    options: dict[str, Any] = {"micro_batches": micro_batches, "cuda_graph": cuda_graph}
+    short, long = (step_seconds(work, plan, rate, full=full, **options) for full in (is_full, True))
     count = 0 if is_full else full_steps(steps, full_ratio)
     hours = ((steps - count) * short + count * long) / 3600
     found = {"seconds_per_step": short} | ({"seconds_per_full_step": long} if count else {}) | {"hours": hours}

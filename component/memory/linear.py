@@ -86,7 +86,7 @@ class LoRALinear:
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """(O, I) in `dtype`, dequantized if the base is in 4 bits."""
-        return self._once(dtype, lambda: self._dequantized().to(dtype))
+        return self.once(dtype, lambda: self._dequantized().to(dtype))
 
     def _dequantized(self) -> Tensor:
         weight = self.base.weight
@@ -97,18 +97,22 @@ class LoRALinear:
     def float8_weight(self, *, transposed: bool) -> Float8Matrix:
         """(O, I), or (I, O) for the gradient of the input."""
         name = "transposed" if transposed else "float8"
-        return self._once(name, lambda: quantize_weight(self.base.weight, transposed=transposed))
+        return self.once(name, lambda: quantize_weight(self.base.weight, transposed=transposed))
 
-    def _once(self, name: Any, make: Callable[[], Any]) -> Any:
+    def once(self, name: Any, make: Callable[[], Any]) -> Any:
         if self._held is None:
             return make()
         if name not in self._held:
             self._held[name] = make()
         return self._held[name]
 
+    def cast(self, factor: nn.Parameter, dtype: torch.dtype) -> Tensor:
+        """A or B in `dtype`."""
+        return factor if factor.dtype == dtype else self.once((id(factor), dtype), lambda: factor.to(dtype))
+
     @contextmanager
     def holding_weight(self) -> Iterator[None]:
-        """Dequantize once for all calls inside: holds 90 MiB for a 7B's gate, and saves 0.06 ms per call."""
+        """Dequantize and cast once for all calls inside: holds 90 MiB for a 7B's gate, and saves 0.06 ms per call."""
         self._held = {}
         try:
             yield
@@ -139,13 +143,13 @@ class LoRALinear:
         factors = self.factors
         if factors is None:
             return y, None
-        low = _drop(x, self.dropout, seed) @ factors[0].to(x.dtype).t() if low is None else low
-        return y.addmm_(low, factors[1].to(x.dtype).t(), alpha=self.scaling), low
+        low = _drop(x, self.dropout, seed) @ self.cast(factors[0], x.dtype).t() if low is None else low
+        return y.addmm_(low, self.cast(factors[1], x.dtype).t(), alpha=self.scaling), low
 
     def low(self, x: Tensor, seed: int | None) -> Tensor | None:
         """A dropout(x), (N, r)."""
         factors = self.factors
-        return None if factors is None else _drop(x, self.dropout, seed) @ factors[0].to(x.dtype).t()
+        return None if factors is None else _drop(x, self.dropout, seed) @ self.cast(factors[0], x.dtype).t()
 
     def backward(
         self,
@@ -167,14 +171,14 @@ class LoRALinear:
         if factors is None or x is None:
             return dx
         (a, b), scaling, dropout = factors, self.scaling, self.dropout
-        grad_low = grad @ b.to(grad.dtype)
+        a_cast, grad_low = self.cast(a, grad.dtype), grad @ self.cast(b, grad.dtype)
         accumulate(sums, b, grad.t(), low, scaling)
         accumulate(sums, a, grad_low.t(), _drop(x, dropout, seed), scaling)
         if dx is None:
             return None
         if dropout:
-            return dx.add_(_drop(grad_low @ a.to(grad.dtype), dropout, seed), alpha=scaling)
-        return dx.addmm_(grad_low, a.to(grad.dtype), alpha=scaling)
+            return dx.add_(_drop(grad_low @ a_cast, dropout, seed), alpha=scaling)
+        return dx.addmm_(grad_low, a_cast, alpha=scaling)
 
     def input_gradient(self, grad: Tensor, add_to: Tensor | None) -> Tensor:
         """dL/dx (N, I) through the frozen weight alone, from dL/dy (N, O), accumulated in `add_to` if given."""

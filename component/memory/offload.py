@@ -41,6 +41,11 @@ class ActivationOffloader:
             entry.arrived()  # else a copy under way would write to memory that is in use again
         self._entries.clear()
 
+    def forget(self) -> None:
+        """Drop all entries without waiting for copies, of which a failed recording of a CUDA graph did none."""
+        self._outgoing = None
+        self._entries.clear()
+
     def put(self, tensors: list[Tensor]) -> Callable[[], list[Tensor]]:
         """Offload `tensors`; the returned function fetches them. Fetch in reverse order of `put`."""
         self._release_outgoing()

@@ -18,7 +18,7 @@ TOKENS = 8192  # of the measured product
 LONGEST = 32768  # tokens of measured attention
 COPY = 2**28  # bytes of the measured copies
 WARM_UP = 0.2  # s before each measurement
-EFFICIENCY = 0.78  # of the published matrix rate, as measured on an H200; much less on a card that its power limits
+EFFICIENCY = 0.71  # of the published matrix rate, as an H200 keeps it up; much less on a card that its power limits
 FLOAT8 = 1.95  # rate of FP8 products, of that in 16 bits, as measured on an H100
 MEMORY, LINK = 0.87, 0.85  # of the published bandwidths
 
@@ -42,7 +42,7 @@ CARDS = {
     "rtx3090": Card(71, 936, 32),
     "rtx4090": Card(165, 1008, 32, has_float8=True),
     "rtx5090": Card(210, 1792, 64, has_float8=True),
-    "h100": Card(989, 3350, 64, 0.7, True),  # SXM
+    "h100": Card(989, 3350, 64, has_float8=True),  # SXM
     "h200": Card(989, 4800, 64, has_float8=True),
 }
 

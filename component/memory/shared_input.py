@@ -49,7 +49,7 @@ class SharedInputLinears:
         quantized = next((part.quantized(x) for part in self.parts if part.float8_forward), None)
         lows: Sequence[Tensor | None] = [None] * len(self.parts)
         if factors := self.factors:
-            lows = (x @ _side_by_side(factors, x.dtype).t()).split([len(a) for a, _ in factors], 1)
+            lows = (x @ self._side_by_side(factors, x.dtype).t()).split([len(a) for a, _ in factors], 1)
         calls = zip(self.parts, seeds, lows, strict=True)
         return [part.forward(x, seed, quantized, low) for part, seed, low in calls]
 
@@ -72,7 +72,8 @@ class SharedInputLinears:
         grad_lows = []
         for part, (_, b), grad, low in zip(self.parts, factors, grads, lows, strict=True):
             scaling = part.scaling
-            grad_lows.append(torch.addmm(grad.new_empty(()), grad, b.to(grad.dtype), beta=0, alpha=scaling))
+            cast = part.cast(b, grad.dtype)
+            grad_lows.append(torch.addmm(grad.new_empty(()), grad, cast, beta=0, alpha=scaling))
             accumulate(sums, b, grad.t(), low, scaling)
         grad_low = torch.cat(grad_lows, 1)  # (N, R)
         of_a = [a for a, _ in factors]
@@ -84,12 +85,11 @@ class SharedInputLinears:
         for part, grad in zip(self.parts, grads, strict=True):
             dx = part.input_gradient(grad, dx)
         assert dx is not None
-        return dx.addmm_(grad_low, _side_by_side(factors, grad_low.dtype))
+        return dx.addmm_(grad_low, self._side_by_side(factors, grad_low.dtype))
 
-
-def _side_by_side(factors: list[tuple[nn.Parameter, nn.Parameter]], dtype: torch.dtype) -> Tensor:
-    """(R, I): the A of all layers."""
-    return torch.cat([a for a, _ in factors]).to(dtype)
+    def _side_by_side(self, factors: list[tuple[nn.Parameter, nn.Parameter]], dtype: torch.dtype) -> Tensor:
+        """(R, I): the A of all layers."""
+        return self.parts[0].once(("side by side", dtype), lambda: torch.cat([a for a, _ in factors]).to(dtype))
 
 
 class _SharedInputFunction(torch.autograd.Function):

@@ -86,6 +86,7 @@ class LongQLoRAArguments:
     mlp_tile_tokens: int | None = _key("tokens per MLP tile, 0: no tiling; empty: by plan", None)
     use_liger_kernel: bool | None = _key("Liger's norms, rope and SwiGLU; empty: if available (Ampere+)", None)
     loss_chunk_tokens: int | None = _key("tokens whose logits exist at the same time; empty: by plan", None)
+    cuda_graph: bool = _key("launch micro-batches of whole rows as one CUDA graph; for short rows on one GPU", False)
     overwrite_output_dir: bool = _key("start from scratch in an output_dir that already holds a run", False)
 
     @property

@@ -6,6 +6,24 @@ from component.attention.interface import has_plain_attention
 from component.error import UserError
 from component.memory.layer import supports_layers_of
 from component.rope import depends_on_length
+from component.train.argument import LongQLoRAArguments
+
+ANY_LENGTH = 2**40  # tokens
+
+
+def check_model(args: LongQLoRAArguments, extended: PretrainedConfig) -> None:
+    """Refuse keys that the model of the config `extended`, whose positions are scaled, cannot be trained with.
+
+    Raises:
+        UserError: what the checks below say.
+    """
+    if args.position_skipping:
+        check_skipping(extended, args.model_max_length)
+    if args.in_float8:
+        check_float8(extended, f"frozen_matmul: {args.frozen_matmul}")
+    if args.cuda_graph:
+        check_graph(extended, args.max_seq_length)
+    check_split_rows(extended, args.max_seq_length, args.sequence_parallel_size)
 
 
 def check_skipping(extended: PretrainedConfig, context: int) -> None:
@@ -44,6 +62,27 @@ def check_float8(extended: PretrainedConfig, key: str, cure: str = "set it to au
             f"{key}, but memory plans, which multiply in FP8, do not support the decoder layers of model type "
             f"{extended.model_type!r}; {cure}"
         )
+
+
+def check_graph(extended: PretrainedConfig, tokens: int) -> None:
+    """Refuse `cuda_graph` for models that can't be recorded (component/train/graph.py); rows have up to `tokens`.
+
+    Raises:
+        UserError: positions are looked at in Python, layers are Hugging Face's, or attention drops weights.
+    """
+    field = "cuda_graph: true"
+    if depends_on_length(extended, ANY_LENGTH):
+        raise UserError(
+            f"{field}, but {extended.rope_parameters['rope_type']} positions are scaled in Python, anew for each "
+            "batch; set it to false, or use rope_type: yarn, linear or theta"
+        )
+    if not supports_layers_of(extended) or not has_plain_attention(extended, tokens):
+        raise UserError(
+            f"{field}, but layers or attention of model type {extended.model_type!r} are computed by Hugging Face's "
+            "code; set it to false"
+        )
+    if getattr(extended, "attention_dropout", 0.0):
+        raise UserError(f"{field}, but the model's attention_dropout draws random numbers; set it to false")
 
 
 def check_split_rows(extended: PretrainedConfig, tokens: int, parts: int) -> None:

@@ -94,6 +94,7 @@ def describe_cost(
             micro_batches=training_args.gradient_accumulation_steps,
             is_full=not args.use_shift_short_attention,
             full_ratio=args.full_attention_ratio,
+            cuda_graph=args.cuda_graph,
         )
         lines["time"] = f"expected from this GPU's rate: {text}"
     count = checkpoint_count(training_args, steps, steps_per_epoch(training_args, trainer))
@@ -156,6 +157,7 @@ def summary_lines(
         "trainable": describe_trainable(trainer.model),
         "weights": f"{trainer.model.get_memory_footprint() / 2**30:.2f} GiB on {training_args.device}",
         "optimizer": optimizer,
-        "step": f"{rows} samples, at most {rows * args.max_seq_length:,} tokens",
+        "step": f"{rows} samples, at most {rows * args.max_seq_length:,} tokens"
+        + (", launched as one CUDA graph where no row is padded" if args.cuda_graph else ""),
         "output": training_args.output_dir,
     }

@@ -24,8 +24,10 @@ from component.distributed.sequence import sequence_group
 from component.distributed.strategy import Strategy
 from component.error import UserError, first_line
 from component.loss import TOKENS_PER_CHUNK, eval_chunk, next_token_losses, use_loss_head
+from component.memory.apply import forget_offloaded
 from component.train.callback import RoundingCallback, SpeedCallback, Startup
 from component.train.failure import GradientGuard, check_loss
+from component.train.graph import GraphedSteps
 from component.train.zero import GradientCallback
 
 
@@ -37,6 +39,7 @@ class LongQLoRATrainer(Trainer):
         record: content of `longqlora.json`; steps and tokens are added on writing.
         strategy: how training is distributed.
         startup: how long earlier stages of this process took.
+        cuda_graph: compute micro-batches by a CUDA graph where they allow it.
         skipping_context: tokens whose positions training rows cover by skips; the collator adds what is needed. None:
             no position is skipped.
     """
@@ -50,15 +53,25 @@ class LongQLoRATrainer(Trainer):
         record: dict,
         strategy: Strategy,
         startup: Startup | None = None,
+        cuda_graph: bool = False,
         skipping_context: int | None = None,
         **kwargs,
     ):
         self.strategy, self.skipping = strategy, None
+        self.graphs: GraphedSteps | None = None
         super().__init__(*args, compute_metrics=token_weighted_loss, **kwargs)
         self.can_chunk_evaluation = not strategy.shards_weights or use_loss_head(self.model.get_base_model())
         if skipping_context is not None:
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
             self.skipping = PositionSkipping(skipping_context, seed)
+        if cuda_graph:
+            config = self.model.get_base_model().config
+            self.graphs = GraphedSteps(
+                self._loss,
+                self._trained,
+                lambda: getattr(config, "group_size", None),
+                lambda: forget_offloaded(self.model),
+            )
         self.extended_config = extended_config
         self.record = record
         self.speed = SpeedCallback(startup)
@@ -98,7 +111,13 @@ class LongQLoRATrainer(Trainer):
             model.zero_grad = self._forget_gradients
         if self.skipping is not None:
             inputs = self.skipping.apply(inputs, self.state.global_step)
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        loss = None
+        if self.graphs is not None:
+            model.train()
+            inputs = self._prepare_inputs(inputs)
+            loss = self.graphs.step(inputs, num_items_in_batch)
+        if loss is None:
+            loss = super().training_step(model, inputs, num_items_in_batch)
         # the Trainer reads it here too, but hides what is not finite from the logs
         check_loss(loss, self.state.global_step + 1, inputs["input_ids"], self.processing_class, self.args.output_dir)
         return loss
@@ -109,8 +128,15 @@ class LongQLoRATrainer(Trainer):
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def _forget_gradients(self) -> None:
+        if self.graphs is not None:
+            self.graphs.forget_gradients()
+            return
         for parameter in self._trained:
             parameter.grad = None
+
+    def _loss(self, inputs: dict[str, torch.Tensor], items: torch.Tensor) -> torch.Tensor:
+        with self.compute_loss_context_manager():
+            return self.compute_loss(self.model_wrapped, inputs, num_items_in_batch=items)
 
     def _clip_grad_norm(self, model):
         return self.accelerator.clip_grad_norm_(self._trained, self.args.max_grad_norm)
@@ -136,6 +162,8 @@ class LongQLoRATrainer(Trainer):
         self.log_metrics(split, metrics)
         steps: dict = {"step_seconds": [round(seconds, 4) for seconds in self.speed.step_seconds]}
         steps |= {"startup_seconds": self.speed.startup.seconds}
+        if self.graphs is not None:
+            steps["graphed_micro_batches"] = self.graphs.replayed
         self.save_metrics(split, {**metrics, **steps} if split == "train" else metrics)
         if split == "eval":
             self._write_card()
@@ -180,6 +208,8 @@ class LongQLoRATrainer(Trainer):
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         # the Trainer would cast the weights themselves, and cannot cast 4-bit ones; `prediction_step` uses autocast
+        if self.graphs is not None:
+            self.graphs.release()
         names = ("fp16_full_eval", "bf16_full_eval")
         asked = {name: getattr(self.args, name) for name in names}
         self.args.fp16_full_eval = self.args.bf16_full_eval = False

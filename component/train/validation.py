@@ -13,6 +13,7 @@ from component.data import TEMPLATES
 from component.data.document import POLICIES
 from component.float8.product import CAPABILITY
 from component.rope import ROPE_TYPES, THETA
+from component.train.argument import LongQLoRAArguments
 from component.train.zero import bad_strategy
 
 SAMPLING = ("random", "sequential", "group_by_length", "batch_rebalance")  # transformers reads any other as random
@@ -173,7 +174,8 @@ def validate(values: dict) -> list[str]:
     problems += _impossible_split(values)
     if (values.get("memory_budget_gib") or 0) > 0 and not torch.cuda.is_available():
         problems.append(f"memory_budget_gib: {values['memory_budget_gib']:g}, but there is no GPU; leave it out")
-    return problems + _impossible_precision(values) + _impossible_float8(values) + bad_strategy(values)
+    problems += _impossible_precision(values) + _impossible_float8(values) + _impossible_graph(values)
+    return problems + bad_strategy(values)
 
 
 def _impossible_split(values: dict) -> list[str]:
@@ -217,6 +219,22 @@ def _impossible_precision(values: dict) -> list[str]:
         need = "an Ampere or newer GPU and fp16: true or bf16: true"
         return [f"use_flash_attn: true needs {need}, here is {name}; leave it out for the fastest available kernel"]
     return []
+
+
+def _impossible_graph(values: dict) -> list[str]:
+    if not values.get("cuda_graph"):
+        return []
+    wrong = {
+        "there is no GPU": not torch.cuda.is_available() or values.get("use_cpu"),
+        "several processes train": int(os.environ.get("WORLD_SIZE", "1")) > 1,
+        "deepspeed is set, which handles each gradient in Python": values.get("deepspeed"),
+        "fp16: true scales losses anew in each step": values.get("fp16"),
+        "memory_plan: false leaves the layers to Hugging Face": values.get("memory_plan") is False,
+        "lora_dropout draws random numbers": values.get("lora_dropout", LongQLoRAArguments.lora_dropout),
+        "packing: true fills each row in another way": values.get("packing"),
+        "train_embedding: true waits for the GPU in each backward pass": values.get("train_embedding"),
+    }
+    return [f"cuda_graph: true, but {reason}; change one of the two" for reason, found in wrong.items() if found]
 
 
 def _impossible_float8(values: dict) -> list[str]:

@@ -85,11 +85,11 @@ def tiny_nf4_model(folder: Path, family: str = "llama", dtype: torch.dtype = tor
 
 
 def under_plan(
-    model: PeftModel, *, in_float8: bool = False, float8_forward: bool = True, **memory_options
+    model: PeftModel, *, in_float8: bool = False, float8_forward: bool = True, fused: bool = False, **memory_options
 ) -> PeftModel:
     """A copy of `model` under the plan with these memory options."""
     lean, float8 = copy.deepcopy(model), {"in_float8": in_float8, "float8_forward": float8_forward}
-    assert use_memory_plan(lean, plan_of(**memory_options), fused=False, **float8) is None
+    assert use_memory_plan(lean, plan_of(**memory_options), fused=fused, **float8) is None
     return lean
 
 

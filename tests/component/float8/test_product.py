@@ -14,6 +14,7 @@ from component.float8.product import (
     quantize,
     quantize_weight,
     round_weights_for_step,
+    scale_of,
 )
 from tests.reference.float8 import dequantized, float8_card, nf4
 
@@ -193,3 +194,11 @@ def test_kernel_multiplies(tokens, dtype, bias):
         assert found.dtype == torch.bfloat16
         off = float((found.float() - expected).norm() / expected.norm())
         assert off < tolerance, f"fast={fast}: off by {off:.1e}"
+
+
+def test_scales_from_a_tensor_are_those_from_a_number():
+    """A CUDA graph reads the limit of a step from a tensor; a rounding more or less is allowed."""
+    largest = torch.rand(50, 1) + 0.01
+    for limit in (448.0, 317.3, 224.5):
+        for found, expected in zip(scale_of(largest, torch.tensor(limit)), scale_of(largest, limit), strict=True):
+            torch.testing.assert_close(found, expected, rtol=3e-7, atol=0)

@@ -270,3 +270,15 @@ def test_k11_clearing_waits_for_copies_under_way(monkeypatch):
             offloader.clear()
             assert streams.log == [f"compute waits for event {base + (4 if is_fetched else 2)}"]
             assert offloader._entries == []
+
+
+def test_forgetting_waits_for_nothing(monkeypatch):
+    """Of a CUDA graph whose recording failed: its events never happened, and to wait for one is an error."""
+    with FakeStreams(monkeypatch) as streams:
+        offloader = ActivationOffloader()
+        for _ in range(2):
+            offloader.put([torch.randn(4).as_subclass(OnGpu)])
+        streams.log.clear()
+        offloader.forget()
+        offloader.clear()
+        assert streams.log == []

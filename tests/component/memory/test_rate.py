@@ -13,8 +13,8 @@ from tests.reference.llama2_7b import LLAMA2_7B
 
 
 def test_published_rates():
-    """The H200 of the benchmarks measured 757 to 781 TFLOP/s."""
-    assert 740e12 < published_rate("h200").matrix < 790e12
+    """H200s kept up 678 to 717 TFLOP/s."""
+    assert 678e12 < published_rate("h200").matrix < 717e12
     for name, card in CARDS.items():
         rate = published_rate(name)
         assert 0.3 < rate.matrix / card.tflops / 1e12 < 0.8

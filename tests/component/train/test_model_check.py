@@ -5,7 +5,7 @@ from transformers import Gemma2Config, GPTNeoXConfig, LlamaConfig, MistralConfig
 
 from component.error import UserError
 from component.rope import extend_context
-from component.train.model_check import check_float8, check_skipping, check_split_rows
+from component.train.model_check import check_float8, check_graph, check_skipping, check_split_rows
 
 
 @pytest.mark.parametrize("rope_type", ["linear", "yarn"])
@@ -47,3 +47,17 @@ def test_models_whose_rows_cannot_be_split():
         check_split_rows(config, 192, 2)
     with pytest.raises(UserError, match=r"^sequence_parallel_size: 4, but gemma2's own attention .* set it to 1"):
         check_split_rows(Gemma2Config(), 192, 4)
+
+
+def test_models_that_cannot_be_recorded():
+    config = LlamaConfig(max_position_embeddings=64)
+    extend_context(config, 192, "yarn")
+    check_graph(config, 192)
+    with pytest.raises(UserError, match=r"^cuda_graph: true, but the model's attention_dropout draws"):
+        check_graph(LlamaConfig(attention_dropout=0.1), 192)
+    extend_context(config := LlamaConfig(max_position_embeddings=64), 192, "dynamic")
+    with pytest.raises(UserError, match=r"^cuda_graph: true, but dynamic positions .* rope_type: yarn"):
+        check_graph(config, 48)  # within the original context too: transformers looks at each batch
+    for config in (Gemma2Config(), MistralConfig(sliding_window=191)):
+        with pytest.raises(UserError, match=f"^cuda_graph: true, but .* model type '{config.model_type}'"):
+            check_graph(config, 192)

@@ -238,3 +238,48 @@ def test_position_skipping():
     (problem,) = validate(SKIPPING | {"packing": True})
     assert "packing: true" in problem
     assert "set one of them to false" in problem
+
+
+GRAPH = RIGHT | {"cuda_graph": True, "lora_dropout": 0.0, "bf16": True}
+
+
+def on_gpu(monkeypatch):
+    for name, found in {"is_available": True, "get_device_name": "H100", "get_device_capability": (9, 0)}.items():
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda *_, found=found: found)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"lora_dropout": 0.05}, "lora_dropout draws random numbers"),
+        ({"deepspeed": "./train_args/deepspeed/deepspeed_config_s2.json"}, "deepspeed is set"),
+        ({"bf16": False, "fp16": True}, "fp16: true"),
+        ({"packing": True}, "packing: true"),
+        ({"train_embedding": True}, "train_embedding: true"),
+        ({"memory_plan": False}, "memory_plan: false"),
+    ],
+)
+def test_what_a_cuda_graph_excludes(changes, reason, monkeypatch):
+    on_gpu(monkeypatch)
+    assert validate(GRAPH) == []
+    assert validate(GRAPH | changes | {"cuda_graph": False}) == []
+    (problem,) = validate(GRAPH | changes)
+    assert problem.startswith(f"cuda_graph: true, but {reason}")
+
+
+def test_a_cuda_graph_without_lora_dropout_given(monkeypatch):
+    """The key's default is 0.05."""
+    on_gpu(monkeypatch)
+    (problem,) = validate({key: value for key, value in GRAPH.items() if key != "lora_dropout"})
+    assert "lora_dropout" in problem
+
+
+def test_a_cuda_graph_needs_one_gpu(monkeypatch):
+    on_gpu(monkeypatch)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    (problem,) = validate(GRAPH)
+    assert "several processes" in problem
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert any(problem.startswith("cuda_graph: true, but there is no GPU") for problem in validate(GRAPH))
