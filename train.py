@@ -122,7 +122,9 @@ def run(args: LongQLoRAArguments, training_args: TrainingArguments) -> None:
         )
     lines = data_lines | ({"processes": strategy.describe(args.max_seq_length)} if strategy.processes > 1 else {})
     lines |= {"memory": f"no plan ({fallback})" if fallback else memory.line}
-    lines |= describe_cost(args, training_args, trainer, memory.work, None if fallback else memory.plan)
+    plan = None if fallback else memory.plan
+    cost, trainer.expected_time = describe_cost(args, training_args, trainer, memory.work, plan)
+    lines |= cost
     print_summary(args, training_args, trainer, base, lines | changed | {"start": startup.describe()})
     train(trainer, resume, memory, fallback)
 

@@ -21,7 +21,8 @@ from component.cli import show
 from component.error import first_line
 
 WARM_UP = 2  # micro-batches of a shape before it is recorded: kernels are compiled and buffers allocated
-RECORDINGS = 8  # of changing shapes in a run; more would cost more than they save
+RECORDINGS = 16  # in a run; where shapes change more often, they cost more than they save
+ATTEMPTS = 2  # to record, if the first one fails: a library may have to load something
 LOSS_ERROR, NORM_ERROR = 1e-3, 2e-2  # relative: kernels of attention sum in another order each time
 
 Inputs = dict[str, Tensor]
@@ -63,7 +64,8 @@ class GraphedSteps:
         self._compute, self._parameters, self._setting, self._record = compute, parameters, setting, record
         self._forget = forget
         self._key: Any = None
-        self._seen = self._recorded = self.replayed = 0
+        self._seen = self._recorded = self._failed = self.replayed = 0
+        self._is_off = False
         self._compared = set[Any]()  # keys
         self._recording: Any = None
         self._gradients: list[Tensor] | None = None
@@ -76,7 +78,7 @@ class GraphedSteps:
             inputs: of the model, (B, T) each.
             items: number of labels in all micro-batches of the step, a tensor.
         """
-        if not isinstance(items, Tensor) or self._recorded > RECORDINGS or not is_uniform(inputs):
+        if not isinstance(items, Tensor) or self._is_off or not is_uniform(inputs):
             self.release()
             return None
         given = {name: tensor for name, tensor in inputs.items() if name != "attention_mask"} | {"items": items}
@@ -84,7 +86,6 @@ class GraphedSteps:
         if key != self._key:
             self.release()
             self._key, self._seen = key, 0
-            self._recorded += 1
         self._seen += 1
         if self._recording is None:
             is_first = all(parameter.grad is None for parameter in self._parameters)
@@ -113,6 +114,10 @@ class GraphedSteps:
 
     def _start(self, given: Inputs) -> bool:
         """Record; False where the recording fails, or computes something else, which is then the last one."""
+        if self._recorded == RECORDINGS:
+            return self._leave_out(f"batches changed {RECORDINGS} times to another length, padding or documents")
+        self._recorded += 1
+        is_tried_again = False
         is_known = self._key in self._compared
         expected = None if is_known else self._computed(given)
         self._inputs = {name: tensor.clone() for name, tensor in given.items()}
@@ -127,16 +132,21 @@ class GraphedSteps:
             raise
         except RuntimeError as error:
             self._forget()
+            self._failed += 1
+            is_tried_again = self._failed < ATTEMPTS
             problem = first_line(_cause(error))
         if problem is None:
             self._compared.add(self._key)
             torch._foreach_zero_(self._gradients)
             return True
-        show(f"cuda_graph: left out from here on; {problem}")
-        self._recorded = RECORDINGS + 1
         self._recording = self._recording or object()  # so that `release` frees the rest
         self.release()
         self.forget_gradients()
+        return False if is_tried_again else self._leave_out(problem)
+
+    def _leave_out(self, problem: str) -> bool:
+        show(f"cuda_graph: left out from here on; {problem}")
+        self._is_off = True
         return False
 
     def _computed(self, given: Inputs) -> tuple[float, float]:

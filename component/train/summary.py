@@ -80,13 +80,17 @@ def describe_cost(
     trainer: LongQLoRATrainer,
     work: Workload,
     plan: MemoryPlan | None,
-) -> dict[str, str]:
-    """The lines about expected time, where it can be known, and disk; without a `plan`, only disk."""
-    steps, lines = total_steps(training_args, trainer), {}
+) -> tuple[dict[str, str], dict[str, float]]:
+    """The lines about expected time, where it can be known, and disk; without a `plan`, only disk.
+
+    Returns:
+        The lines, and the expected times in numbers by name.
+    """
+    steps, lines, expected = total_steps(training_args, trainer), {}, dict[str, float]()
     dtype = compute_dtype(training_args.fp16, training_args.bf16)
     rate = measured_rate(work, training_args.device, dtype) if plan else None
     if plan and rate:
-        text, _ = describe_time(
+        text, expected = describe_time(
             work,
             plan,
             rate,
@@ -102,7 +106,7 @@ def describe_cost(
         each = checkpoint_bytes(work, only_model=training_args.save_only_model) / 2**30
         several = f": {count} checkpoints of {each:.2g} GiB at the same time" if count > 1 else ": one checkpoint"
         lines["disk"] = f"up to {count * each:.3g} GiB{several}"
-    return lines
+    return lines, expected
 
 
 def total_steps(training_args: TrainingArguments, trainer: LongQLoRATrainer) -> int:

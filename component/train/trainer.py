@@ -58,6 +58,7 @@ class LongQLoRATrainer(Trainer):
         **kwargs,
     ):
         self.strategy, self.skipping = strategy, None
+        self.expected_time: dict[str, float] = {}  # seconds of a step and hours, for train_results.json
         self.graphs: GraphedSteps | None = None
         super().__init__(*args, compute_metrics=token_weighted_loss, **kwargs)
         self.can_chunk_evaluation = not strategy.shards_weights or use_loss_head(self.model.get_base_model())
@@ -162,6 +163,8 @@ class LongQLoRATrainer(Trainer):
         self.log_metrics(split, metrics)
         steps: dict = {"step_seconds": [round(seconds, 4) for seconds in self.speed.step_seconds]}
         steps |= {"startup_seconds": self.speed.startup.seconds}
+        if self.expected_time:
+            steps["expected"] = {name: round(value, 4) for name, value in self.expected_time.items()}
         if self.graphs is not None:
             steps["graphed_micro_batches"] = self.graphs.replayed
         self.save_metrics(split, {**metrics, **steps} if split == "train" else metrics)

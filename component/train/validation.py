@@ -224,6 +224,7 @@ def _impossible_precision(values: dict) -> list[str]:
 def _impossible_graph(values: dict) -> list[str]:
     if not values.get("cuda_graph"):
         return []
+    optim = str(getattr(values.get("optim"), "value", values.get("optim")))
     wrong = {
         "there is no GPU": not torch.cuda.is_available() or values.get("use_cpu"),
         "several processes train": int(os.environ.get("WORLD_SIZE", "1")) > 1,
@@ -231,6 +232,7 @@ def _impossible_graph(values: dict) -> list[str]:
         "fp16: true scales losses anew in each step": values.get("fp16"),
         "memory_plan: false leaves the layers to Hugging Face": values.get("memory_plan") is False,
         "lora_dropout draws random numbers": values.get("lora_dropout", LongQLoRAArguments.lora_dropout),
+        f"optim: {optim} updates weights in the backward pass": "lomo" in optim or "layerwise" in optim,
         "packing: true fills each row in another way": values.get("packing"),
         "train_embedding: true waits for the GPU in each backward pass": values.get("train_embedding"),
     }

@@ -102,7 +102,8 @@ def speed(tokens: int, steps: int, found: dict, flop: float, matrix_tflops: floa
         "tflop_per_step": round(flop / 1e12, 1),
         "share_of_matrix_rate": share,
         **{name: found.get(name) for name in PEAKS},
-        **({"startup_seconds": found["startup_seconds"]} if "startup_seconds" in found else {}),  # train.py's stages
+        # train.py's: its stages, the `time` line of its summary, micro-batches launched as a CUDA graph
+        **{name: found[name] for name in ("startup_seconds", "expected", "graphed_micro_batches") if name in found},
     }
 
 

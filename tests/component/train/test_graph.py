@@ -147,6 +147,25 @@ class Failing(Again):
         raise RuntimeError("operation not permitted when stream is capturing\nmore lines")
 
 
+class FailingOnce(Again):
+    failed = False
+
+    def __init__(self, compute):
+        if not FailingOnce.failed:
+            FailingOnce.failed = True
+            raise RuntimeError("a library was not loaded")
+        super().__init__(compute)
+
+
+def test_a_recording_is_tried_again(models, capsys):
+    plain, other = models
+    graphs = GraphedSteps(loss_of(other), trained(other), lambda: None, record=FailingOnce)
+    steps = [[batch(seed)] for seed in range(8)]
+    assert train(other, steps, graphs) == pytest.approx(train(plain, steps), rel=1e-5)
+    assert graphs.replayed == 8 - 2 * WARM_UP - 1
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     ("record", "reason"), [(Wrong, "the loss was"), (Failing, "not permitted when stream is capturing")]
 )
@@ -159,6 +178,26 @@ def test_a_recording_that_fails_or_differs_is_left_out(models, record, reason, c
     shown = capsys.readouterr().err
     assert shown.count("cuda_graph: left out from here on; ") == 1
     assert reason in shown
+
+
+def test_a_recording_that_differs_is_not_tried_again(models, capsys):
+    """Even after one that failed."""
+    _, model = models
+
+    class FailingThenWrong(Wrong):
+        failed = False
+
+        def __init__(self, compute):
+            if not FailingThenWrong.failed:
+                FailingThenWrong.failed = True
+                raise RuntimeError("a library was not loaded")
+            super().__init__(compute)
+
+    graphs = GraphedSteps(loss_of(model), trained(model), lambda: None, record=FailingThenWrong)
+    before = Again.made
+    train(model, [[batch(seed)] for seed in range(12)], graphs)
+    assert Again.made == before + 1
+    assert "the loss was" in capsys.readouterr().err
 
 
 def test_gradients_that_differ_are_seen(models, capsys):
@@ -177,12 +216,16 @@ def test_gradients_that_differ_are_seen(models, capsys):
     assert "the norm of the gradients was" in capsys.readouterr().err
 
 
-def test_rows_of_ever_changing_length_are_soon_left_alone(models):
+def test_lengths_that_change_often_are_left_alone(models, capsys):
+    """Those that never come three times in a row cost nothing, and are not counted."""
     _, model = models
     graphs, before = graphed(model), Again.made
     lengths = [length for length in range(10, 10 + RECORDINGS + 3) for _ in range(WARM_UP + 1)]
+    train(model, [[batch(seed, tokens=10 + seed % 2)] for seed in range(2 * RECORDINGS)], graphs)
+    assert Again.made == before
     train(model, [[batch(seed, tokens=length)] for seed, length in enumerate(lengths)], graphs)
     assert Again.made == before + RECORDINGS
+    assert capsys.readouterr().err.count("cuda_graph: left out from here on; batches changed 16 times") == 1
 
 
 def test_is_uniform():
