@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from component.distributed.strategy import Strategy
 from component.loss import use_chunked_loss
 from component.memory.layer import LeanLayer, lean_layers
-from component.memory.linear import fuse_lora, use_float8
+from component.memory.linear import LoRALinear, fuse_lora, use_float8
 from component.memory.offload import ActivationOffloader
 from component.memory.plan import MemoryPlan
 from component.memory.shared_input import join_attention_inputs
@@ -64,11 +64,13 @@ def use_memory_plan(
     return None
 
 
-def forget_offloaded(model: nn.Module) -> None:
-    """After a pass over `model` that did not really run: drop what its layers have offloaded."""
+def forget_unfinished(model: nn.Module) -> None:
+    """After a pass over `model` that failed, or did not really run: drop what its layers hold for the rest of it."""
     for layer in model.modules():
         if isinstance(layer, LeanLayer) and layer.offloader is not None:
             layer.offloader.forget()
+        if isinstance(projection := getattr(layer, "projection", None), LoRALinear) and projection.calls is not None:
+            projection.calls.forget()
 
 
 def _gather_whole_layers(base: PreTrainedModel, layers: list[LeanLayer]) -> None:

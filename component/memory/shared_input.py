@@ -118,12 +118,12 @@ class SharedCalls:
 
     def __init__(self, parts: Sequence[LoRALinear]):
         self.linears = SharedInputLinears(parts)
-        self._forget()
+        self.forget()
 
     def __getstate__(self) -> dict[str, Any]:  # a copied model computes its own outputs
         return {"linears": self.linears, "_input": None, "_state": None, "_outputs": {}}
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
         self._input: weakref.ref | None = None
         self._state: tuple | None = None
         self._outputs: dict[int, Tensor] = {}  # by id of the layer
@@ -133,7 +133,7 @@ class SharedCalls:
         state = _state_of(x)
         is_known = self._input is not None and self._input() is x and self._state == state
         if not is_known or id(part) not in self._outputs:
-            self._forget()
+            self.forget()
             found = _SharedInputFunction.apply(to_autocast_dtype(x), self.linears, *self.linears.parameters)
             self._input, self._state = weakref.ref(x), state
             self._outputs = {id(part): y for part, y in zip(self.linears.parts, found, strict=True)}

@@ -24,7 +24,7 @@ from component.distributed.sequence import sequence_group
 from component.distributed.strategy import Strategy
 from component.error import UserError, first_line
 from component.loss import TOKENS_PER_CHUNK, eval_chunk, next_token_losses, use_loss_head
-from component.memory.apply import forget_offloaded
+from component.memory.apply import forget_unfinished
 from component.train.callback import RoundingCallback, SpeedCallback, Startup
 from component.train.failure import GradientGuard, check_loss
 from component.train.graph import GraphedSteps
@@ -71,7 +71,8 @@ class LongQLoRATrainer(Trainer):
                 self._loss,
                 self._trained,
                 lambda: getattr(config, "group_size", None),
-                lambda: forget_offloaded(self.model),
+                self._train_plainly,
+                lambda: forget_unfinished(self.model),
             )
         self.extended_config = extended_config
         self.record = record
@@ -108,8 +109,7 @@ class LongQLoRATrainer(Trainer):
         super().log({**logs, **self.speed.since_last_log()} if "loss" in logs else logs, start_time)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        if "zero_grad" not in vars(model):
-            model.zero_grad = self._forget_gradients
+        model.zero_grad = self._forget_gradients
         if self.skipping is not None:
             inputs = self.skipping.apply(inputs, self.state.global_step)
         loss = None
@@ -128,12 +128,27 @@ class LongQLoRATrainer(Trainer):
         """To look for these in all modules takes 10 of a 7B's 400 ms a step each time, with the GPU idle."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
-    def _forget_gradients(self) -> None:
+    def _forget_gradients(self, set_to_none: bool = True) -> None:
         if self.graphs is not None:
             self.graphs.forget_gradients()
             return
         for parameter in self._trained:
             parameter.grad = None
+
+    def _drop_graph(self) -> None:
+        """Free the memory of what was recorded, and of gradients that were applied already."""
+        if self.graphs is not None:
+            self.graphs.release()
+            self.graphs.forget_gradients()
+
+    def train(self, *args, **kwargs):
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._drop_graph()
+
+    def _train_plainly(self, inputs: dict[str, torch.Tensor], items: torch.Tensor) -> torch.Tensor:
+        return super().training_step(self.model_wrapped, inputs, items)
 
     def _loss(self, inputs: dict[str, torch.Tensor], items: torch.Tensor) -> torch.Tensor:
         with self.compute_loss_context_manager():
@@ -211,8 +226,7 @@ class LongQLoRATrainer(Trainer):
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         # the Trainer would cast the weights themselves, and cannot cast 4-bit ones; `prediction_step` uses autocast
-        if self.graphs is not None:
-            self.graphs.release()
+        self._drop_graph()
         names = ("fp16_full_eval", "bf16_full_eval")
         asked = {name: getattr(self.args, name) for name in names}
         self.args.fp16_full_eval = self.args.bf16_full_eval = False

@@ -234,6 +234,7 @@ def _impossible_graph(values: dict) -> list[str]:
         "lora_dropout draws random numbers": values.get("lora_dropout", LongQLoRAArguments.lora_dropout),
         f"optim: {optim} updates weights in the backward pass": "lomo" in optim or "layerwise" in optim,
         "packing: true fills each row in another way": values.get("packing"),
+        "neftune_noise_alpha draws random numbers": values.get("neftune_noise_alpha"),
         "train_embedding: true waits for the GPU in each backward pass": values.get("train_embedding"),
     }
     return [f"cuda_graph: true, but {reason}; change one of the two" for reason, found in wrong.items() if found]

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-from component.float8.product import round_weights_for_step
-from component.memory.apply import forget_offloaded, liger_runs
+from component.float8.product import quantize_weight, round_weights_for_step
+from component.memory.apply import forget_unfinished, liger_runs
 from component.train.graph import RECORDINGS, WARM_UP, GraphedSteps, is_uniform
 from tests.reference.float8 import float8_card
 from tests.reference.plain_path import LAYERS, tiny_model, tiny_nf4_model, under_plan
@@ -18,18 +18,31 @@ class Again:
     made = 0
 
     def __init__(self, compute):
-        self.compute, self.result = compute, torch.zeros(())
+        self.graphs, self.compute, self.result = compute.__self__, compute, torch.zeros(())
+        self.inputs = dict(self.graphs._inputs)
+        self.gradients = [parameter.grad for parameter in self.graphs._parameters]
         Again.made += 1
 
     def replay(self):
-        return self.result.copy_(self.compute())
+        graphs, parameters = self.graphs, self.graphs._parameters
+        now = graphs._inputs, [parameter.grad for parameter in parameters]
+        for inputs, gradients in ((self.inputs, self.gradients), now):
+            graphs._inputs = inputs
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
+            if inputs is self.inputs:
+                self.result.copy_(self.compute())
+        return self.result
 
 
 def batch(seed: int, tokens: int = 24, rows: int = 2) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, 96, (rows, tokens), generator=generator)
-    positions = torch.arange(tokens).expand(rows, -1).contiguous()
+    # with skips, and other labels masked in each batch: stale ones would be noticed
+    steps = torch.randint(1, 3, (rows, tokens), generator=generator)
+    positions = steps.cumsum(1) - steps[:, :1]
     labels = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
+    labels[:, : int(torch.randint(0, tokens // 2, (), generator=generator))] = -100
     return {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
@@ -45,6 +58,15 @@ def loss_of(model):
             return model(**inputs, num_items_in_batch=items).loss
 
     return compute
+
+
+def backward_of(model):
+    def train(inputs, items):
+        loss = loss_of(model)(inputs, items)
+        loss.backward()
+        return loss.detach()
+
+    return train
 
 
 def trained(model) -> list[torch.nn.Parameter]:
@@ -79,7 +101,7 @@ def models():
 
 
 def graphed(model, **options) -> GraphedSteps:
-    return GraphedSteps(loss_of(model), trained(model), lambda: None, record=Again, **options)
+    return GraphedSteps(loss_of(model), trained(model), lambda: None, backward_of(model), record=Again, **options)
 
 
 def assert_same_training(models, steps, replayed: int) -> None:
@@ -105,7 +127,7 @@ def test_other_shapes_and_padded_or_packed_rows_are_computed_as_ever(models):
     """In the middle of a step too, whose gradients so far must not be lost."""
     padded, packed = batch(50), batch(51)
     padded["attention_mask"][1, -3:] = 0
-    packed["position_ids"][0, 10:] -= 10
+    packed["position_ids"][0, 10:] -= packed["position_ids"][0, 10].clone()
     same = [[batch(seed)] for seed in range(4)]
     steps = [*same, [batch(60), padded], *same, [batch(61), batch(62, tokens=17)], *same, [packed], [batch(63)]]
     assert_same_training(models, steps, replayed=2 + 1 + 2 + 1 + 2)
@@ -127,7 +149,7 @@ def test_a_step_may_end_with_released_gradients(models):
 def test_a_setting_that_changed_is_recorded_anew(models):
     setting = [8]
     _, model = models
-    graphs = GraphedSteps(loss_of(model), trained(model), lambda: setting[0], record=Again)
+    graphs = GraphedSteps(loss_of(model), trained(model), lambda: setting[0], backward_of(model), record=Again)
     before = Again.made
     train(model, [[batch(seed)] for seed in range(4)], graphs)
     setting[0] = 16
@@ -135,9 +157,43 @@ def test_a_setting_that_changed_is_recorded_anew(models):
     assert Again.made == before + 2
 
 
-class Wrong(Again):
-    """Returns what was there when it was recorded, as a number that Python computed would be."""
+def test_many_evaluations_do_not_end_it(models):
+    _, model = models
+    graphs = graphed(model)
+    for first in range(0, 12 * (RECORDINGS + 4), 12):
+        train(model, [[batch(first + seed)] for seed in range(12)], graphs)
+        graphs.release()
+        graphs.forget_gradients()
+    assert graphs.replayed == (RECORDINGS + 4) * (12 - WARM_UP)
 
+
+@pytest.mark.parametrize("theirs", [None, 0.25])
+def test_gradients_that_somebody_replaced(models, theirs):
+    """By none, or by tensors of their own: recorded kernels add to the recording's."""
+    plain, other = models
+    graphs = graphed(other)
+    steps = [[batch(seed)] for seed in range(4)]
+    train(plain, steps)
+    train(other, steps, graphs)
+    for parameter in [*trained(plain), *trained(other)]:
+        parameter.grad = None if theirs is None else torch.full_like(parameter, theirs)
+    last = batch(9)
+    items = (last["shift_labels"] != -100).sum()
+    graphs.step(last, items)
+    backward_of(plain)(dict(last), items)
+    for found, expected in zip(trained(other), trained(plain), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-4, atol=1e-5)
+
+
+class Wrong(Again):
+    """Reads an input as it was when it was recorded, as a number that Python computed would be."""
+
+    def __init__(self, compute):
+        super().__init__(compute)
+        self.inputs["items"] = self.inputs["items"] + 17
+
+
+class Louder(Again):
     def replay(self):
         return super().replay() * 1.01
 
@@ -159,7 +215,7 @@ class FailingOnce(Again):
 
 def test_a_recording_is_tried_again(models, capsys):
     plain, other = models
-    graphs = GraphedSteps(loss_of(other), trained(other), lambda: None, record=FailingOnce)
+    graphs = GraphedSteps(loss_of(other), trained(other), lambda: None, backward_of(other), record=FailingOnce)
     steps = [[batch(seed)] for seed in range(8)]
     assert train(other, steps, graphs) == pytest.approx(train(plain, steps), rel=1e-5)
     assert graphs.replayed == 8 - 2 * WARM_UP - 1
@@ -167,11 +223,12 @@ def test_a_recording_is_tried_again(models, capsys):
 
 
 @pytest.mark.parametrize(
-    ("record", "reason"), [(Wrong, "the loss was"), (Failing, "not permitted when stream is capturing")]
+    ("record", "reason"),
+    [(Wrong, "the loss was"), (Louder, "the loss was"), (Failing, "not permitted when stream is capturing")],
 )
 def test_a_recording_that_fails_or_differs_is_left_out(models, record, reason, capsys):
     plain, other = models
-    graphs = GraphedSteps(loss_of(other), trained(other), lambda: None, record=record)
+    graphs = GraphedSteps(loss_of(other), trained(other), lambda: None, backward_of(other), record=record)
     steps = [[batch(seed)] for seed in range(6)]
     assert train(other, steps, graphs) == pytest.approx(train(plain, steps), rel=1e-5)
     assert graphs.replayed == 0
@@ -193,7 +250,7 @@ def test_a_recording_that_differs_is_not_tried_again(models, capsys):
                 raise RuntimeError("a library was not loaded")
             super().__init__(compute)
 
-    graphs = GraphedSteps(loss_of(model), trained(model), lambda: None, record=FailingThenWrong)
+    graphs = GraphedSteps(loss_of(model), trained(model), lambda: None, backward_of(model), record=FailingThenWrong)
     before = Again.made
     train(model, [[batch(seed)] for seed in range(12)], graphs)
     assert Again.made == before + 1
@@ -210,10 +267,10 @@ def test_gradients_that_differ_are_seen(models, capsys):
                 parameter.grad.mul_(0.5)
             return loss
 
-    graphs = GraphedSteps(loss_of(model), trained(model), lambda: None, record=Halved)
+    graphs = GraphedSteps(loss_of(model), trained(model), lambda: None, backward_of(model), record=Halved)
     train(model, [[batch(seed)] for seed in range(4)], graphs)
     assert graphs.replayed == 0
-    assert "the norm of the gradients was" in capsys.readouterr().err
+    assert "the norms of 42 of 42 gradients differ" in capsys.readouterr().err
 
 
 def test_lengths_that_change_often_are_left_alone(models, capsys):
@@ -225,7 +282,12 @@ def test_lengths_that_change_often_are_left_alone(models, capsys):
     assert Again.made == before
     train(model, [[batch(seed, tokens=length)] for seed, length in enumerate(lengths)], graphs)
     assert Again.made == before + RECORDINGS
-    assert capsys.readouterr().err.count("cuda_graph: left out from here on; batches changed 16 times") == 1
+    assert (
+        capsys.readouterr().err.count(
+            "cuda_graph: left out from here on; lengths, padding or documents changed 16 times"
+        )
+        == 1
+    )
 
 
 def test_is_uniform():
@@ -251,6 +313,11 @@ PLANS = {
 }
 
 
+def on_gpu(model) -> GraphedSteps:
+    compute, forget = backward_of(model), lambda: forget_unfinished(model)
+    return GraphedSteps(loss_of(model), trained(model), lambda: None, compute, forget)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 @pytest.mark.parametrize("frozen_matmul", ["auto", "fp8", "fp8_backward"])
@@ -265,7 +332,7 @@ def test_a_cuda_graph_trains_as_kernel_by_kernel(frozen_matmul, plan, tmp_path):
         [{name: tensor.to(device) for name, tensor in batch(2 * seed + part, tokens=96).items()} for part in range(2)]
         for seed in range(6)
     ]
-    graphs = GraphedSteps(loss_of(other), trained(other), lambda: None, lambda: forget_offloaded(other))
+    graphs = on_gpu(other)
     assert train(other, steps, graphs) == pytest.approx(train(plain, steps), rel=5e-3)
     assert graphs.replayed == 12 - WARM_UP
     for found, expected, before in zip(trained(other), trained(plain), start, strict=True):
@@ -286,7 +353,26 @@ def test_a_recording_that_fails_on_the_gpu_is_left_out(tmp_path, capsys):
     decoder = other.get_base_model().get_decoder()
     decoder.layers[-1].register_forward_pre_hook(fail)
     steps = [[{name: tensor.to("cuda") for name, tensor in batch(seed).items()}] for seed in range(6)]
-    graphs = GraphedSteps(loss_of(other), trained(other), lambda: None, lambda: forget_offloaded(other))
+    graphs = on_gpu(other)
     assert train(other, steps, graphs) == pytest.approx(train(plain, steps), rel=5e-3)
     assert graphs.replayed == 0
     assert "the last layer is not recorded" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_weights_in_a_graph_are_rounded_anew_in_each_step(tmp_path):
+    """The numbers of FP8 that a replay multiplies by are those of the step of the replay, in both directions."""
+    base = tiny_nf4_model(tmp_path, "llama", torch.bfloat16).to(float8_card())
+    weight = base.get_base_model().get_decoder().layers[0].self_attn.q_proj.get_base_layer().weight
+    for transposed in (False, True):
+        quantize_weight(weight, transposed=transposed)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            recorded = quantize_weight(weight, transposed=transposed)
+        for step in (1, 7):
+            round_weights_for_step(step)
+            graph.replay()
+            expected = quantize_weight(weight, transposed=transposed)
+            torch.testing.assert_close(recorded.scales, expected.scales, rtol=1e-6, atol=0)
+            assert (recorded.values.float() != expected.values.float()).float().mean() < 1e-3
+    round_weights_for_step(0)

@@ -9,8 +9,12 @@ from transformers import EvalPrediction, TrainingArguments
 
 from component.adapter import add_adapter
 from component.data import IGNORE_INDEX
+from component.data.collator import RightPadCollator
 from component.distributed.strategy import Strategy
+from component.train.callback import FullAttentionCallback
 from component.train.trainer import LongQLoRATrainer, token_weighted_loss
+from tests.component.train.test_graph import Again
+from tests.reference.plain_path import tiny_model, under_plan
 
 
 def test_tokens_have_equal_weight():
@@ -66,3 +70,48 @@ def test_operations_of_a_batch_are_counted_without_embeddings(trainer):
     ids = torch.zeros(3, 11, dtype=torch.long)
     counts = {name: weight.numel() for name, weight in trainer.model.named_parameters() if "embed_tokens" not in name}
     assert trainer.floating_point_ops({"input_ids": ids}) == 6 * 33 * sum(counts.values())
+
+
+def rows(count: int, tokens: int = 24) -> list[dict]:
+    generator = torch.Generator().manual_seed(count)
+    ids = torch.randint(3, 96, (count, tokens), generator=generator).tolist()
+    return [{"input_ids": row, "labels": [*[IGNORE_INDEX] * (at % 7), *row[at % 7 :]]} for at, row in enumerate(ids)]
+
+
+@pytest.mark.parametrize(
+    ("values", "ratio", "context"),
+    [
+        ({"gradient_accumulation_steps": 2}, 0.0, None),
+        ({"gradient_accumulation_steps": 1, "eval_strategy": "steps", "eval_steps": 5}, 0.0, None),
+        ({"gradient_accumulation_steps": 2, "weight_decay": 0.1}, 0.5, 64),  # PoSE, and full attention at the end
+    ],
+    ids=["accumulation", "evaluation", "skips"],
+)
+def test_training_by_a_graph(values, ratio, context, tmp_path, monkeypatch):
+    """Imitated on the CPU (tests/component/train/test_graph.py): the same weights as without, to the last bit."""
+    monkeypatch.setattr("component.train.graph.Recording", Again)
+    monkeypatch.setattr(LongQLoRATrainer, "_write_card", lambda _: None)
+    found = {}
+    for cuda_graph in (False, True):
+        model = under_plan(tiny_model(), keep_layers=1)
+        common = {"use_cpu": True, "report_to": "none", "save_strategy": "no", "remove_unused_columns": False}
+        common |= {"per_device_train_batch_size": 1, "learning_rate": 1e-2, "max_steps": 14, "max_grad_norm": 0.5}
+        trainer = LongQLoRATrainer(
+            model=model,
+            args=TrainingArguments(output_dir=str(tmp_path), **common | values),
+            train_dataset=rows(40),
+            eval_dataset=rows(2) if "eval_steps" in values else None,
+            data_collator=RightPadCollator(0, with_rows=context is not None),
+            callbacks=[FullAttentionCallback(ratio)] if ratio else None,
+            extended_config=model.get_base_model().config,
+            record={},
+            strategy=Strategy(),
+            cuda_graph=cuda_graph,
+            skipping_context=context,
+        )
+        trainer.train()
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        found[cuda_graph] = torch.cat([parameter.detach().flatten() for parameter in trained])
+        assert all(parameter.grad is None for parameter in trained), "nothing is held after training"
+    assert torch.equal(found[True], found[False])
+    assert trainer.graphs.replayed >= 6

@@ -256,6 +256,7 @@ def on_gpu(monkeypatch):
         ({"deepspeed": "./train_args/deepspeed/deepspeed_config_s2.json"}, "deepspeed is set"),
         ({"bf16": False, "fp16": True}, "fp16: true"),
         ({"packing": True}, "packing: true"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha draws random numbers"),
         ({"optim": "adalomo"}, "optim: adalomo updates weights"),
         ({"optim": "galore_adamw_layerwise"}, "optim: galore_adamw_layerwise updates weights"),
         ({"train_embedding": True}, "train_embedding: true"),
