@@ -20,6 +20,10 @@ def read_flags() -> tuple[str, dict[str, Any]]:
     return read_command_line(sys.argv[1:])
 
 
+from component.quick_import import import_bitsandbytes
+
+import_bitsandbytes()
+
 import torch
 from peft import PeftModel
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, TrainingArguments, set_seed

@@ -16,6 +16,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from component.config import raw_config, read_config, read_generation_config
 from component.error import UserError, naming, nearest
+from component.quick_import import import_bitsandbytes
 from component.rope import forget_lengths, original_context
 from component.storage.foreign import reading
 from component.storage.hub import check_links, check_source
@@ -122,6 +123,8 @@ def load_base(
     stored = stored_quantization(model_name_or_path)
     _check_stored(model_name_or_path, stored)
     options: dict[str, Any] = {"device_map": {"": device}}
+    if load_in_4bit or stored:
+        import_bitsandbytes()
     if load_in_4bit and not stored:
         options["quantization_config"] = training_quantization(dtype)
     config = copy.deepcopy(config)
