@@ -3,17 +3,12 @@
 import torch
 
 
-def import_bitsandbytes(has_gpu: bool | None = None) -> None:
+def import_bitsandbytes() -> None:
     """Import bitsandbytes without PyTorch's compiler, which saves 3 of train.py's 13 s of imports; before PEFT.
 
-    It compiles updates of its optimizers for devices without kernels of its own, and does without where that fails.
-    On a GPU nothing calls them.
-
-    Args:
-        has_gpu: without one, nothing is left out; None: as PyTorch says.
+    It compiles updates of its optimizers for devices without kernels of its own, such as CPUs, and does without where
+    that fails. On a GPU nothing calls them.
     """
-    if not (torch.cuda.is_available() if has_gpu is None else has_gpu):
-        return
     compile_as_ever = torch.compile
     torch.compile = _refuse
     try:
