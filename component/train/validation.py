@@ -237,7 +237,8 @@ def _impossible_graph(values: dict) -> list[str]:
         "neftune_noise_alpha draws random numbers": values.get("neftune_noise_alpha"),
         "train_embedding: true waits for the GPU in each backward pass": values.get("train_embedding"),
     }
-    return [f"cuda_graph: true, but {reason}; change one of the two" for reason, found in wrong.items() if found]
+    cure = "set it to false, or change that"
+    return [f"cuda_graph: true, but {reason}; {cure}" for reason, found in wrong.items() if found]
 
 
 def _impossible_float8(values: dict) -> list[str]:

@@ -203,19 +203,23 @@ class Failing(Again):
         raise RuntimeError("operation not permitted when stream is capturing\nmore lines")
 
 
-class FailingOnce(Again):
-    failed = False
+def failing_first(then):
+    """Makes recordings of the class `then`, after a first one that fails."""
+    attempts = []
 
-    def __init__(self, compute):
-        if not FailingOnce.failed:
-            FailingOnce.failed = True
+    def record(compute):
+        attempts.append(compute)
+        if len(attempts) == 1:
             raise RuntimeError("a library was not loaded")
-        super().__init__(compute)
+        return then(compute)
+
+    return record
 
 
 def test_a_recording_is_tried_again(models, capsys):
     plain, other = models
-    graphs = GraphedSteps(loss_of(other), trained(other), lambda: None, backward_of(other), record=FailingOnce)
+    record = failing_first(Again)
+    graphs = GraphedSteps(loss_of(other), trained(other), lambda: None, backward_of(other), record=record)
     steps = [[batch(seed)] for seed in range(8)]
     assert train(other, steps, graphs) == pytest.approx(train(plain, steps), rel=1e-5)
     assert graphs.replayed == 8 - 2 * WARM_UP - 1
@@ -241,16 +245,8 @@ def test_a_recording_that_differs_is_not_tried_again(models, capsys):
     """Even after one that failed."""
     _, model = models
 
-    class FailingThenWrong(Wrong):
-        failed = False
-
-        def __init__(self, compute):
-            if not FailingThenWrong.failed:
-                FailingThenWrong.failed = True
-                raise RuntimeError("a library was not loaded")
-            super().__init__(compute)
-
-    graphs = GraphedSteps(loss_of(model), trained(model), lambda: None, backward_of(model), record=FailingThenWrong)
+    record = failing_first(Wrong)
+    graphs = GraphedSteps(loss_of(model), trained(model), lambda: None, backward_of(model), record=record)
     before = Again.made
     train(model, [[batch(seed)] for seed in range(12)], graphs)
     assert Again.made == before + 1
