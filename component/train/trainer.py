@@ -28,6 +28,7 @@ from component.memory.apply import forget_unfinished
 from component.train.callback import RoundingCallback, SpeedCallback, Startup
 from component.train.failure import GradientGuard, check_loss
 from component.train.graph import GraphedSteps
+from component.train.optimizer import wait_once
 from component.train.zero import GradientCallback
 
 
@@ -93,6 +94,11 @@ class LongQLoRATrainer(Trainer):
             mesh = init_device_mesh(self.args.device.type, shape, mesh_dim_names=("dp_replicate", "tp"))
             self.accelerator._prepare_device_mesh = lambda: mesh
             self.accelerator.gather_for_metrics = self.gather_function = self._gather_rows
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        wait_once(optimizer)
+        return optimizer
 
     def _gather_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """The rows of all sequence groups, each once, without those that only fill up the last batch."""

@@ -50,6 +50,18 @@ def trainer(tiny_llama, tmp_path) -> LongQLoRATrainer:
     )
 
 
+def test_the_optimizer_does_not_wait_for_the_gpu(trainer, monkeypatch):
+    waits = []
+    monkeypatch.setattr("bitsandbytes.optim.optimizer.sync_gpu", waits.append)
+    trainer.args.optim = "adamw_8bit"
+    optimizer = trainer.create_optimizer()
+    for parameter in trainer.model.parameters():
+        parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
+    optimizer.step()
+    assert optimizer.state
+    assert not waits
+
+
 def test_an_evaluated_row_has_its_loss_and_tokens(trainer):
     ids = torch.arange(2, 35).view(3, 11)
     targets = torch.cat([ids[:, 1:], torch.full((3, 1), IGNORE_INDEX)], dim=1)
