@@ -24,11 +24,13 @@ def _quantize_rows(
     rows,
     columns,
     stride,
-    limit,  # largest number of `out`
+    limit,  # largest number of `out`, or where it is
     tiny,
     BLOCK: tl.constexpr,
     IS_WHOLE: tl.constexpr,
+    IS_READ: tl.constexpr,
 ):
+    top = tl.load(limit) if IS_READ else limit
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     source, target = x + row * stride, out + row * columns
@@ -37,7 +39,7 @@ def _quantize_rows(
         inside = column < columns
         number = tl.load(source + column, mask=column < end, other=0.0).to(tl.float32)
         largest = tl.maximum(tl.max(tl.abs(number), axis=0), tiny)
-        tl.store(target + column, (number * (limit / largest)).to(out.dtype.element_ty), mask=inside)
+        tl.store(target + column, (number * (top / largest)).to(out.dtype.element_ty), mask=inside)
     else:
         highest = tl.zeros([BLOCK], dtype=tl.float32)
         for start in range(0, columns, BLOCK):
@@ -47,15 +49,16 @@ def _quantize_rows(
         for start in range(0, columns, BLOCK):
             inside = start + column < columns
             number = tl.load(source + start + column, mask=start + column < end, other=0.0).to(tl.float32)
-            tl.store(target + start + column, (number * (limit / largest)).to(out.dtype.element_ty), mask=inside)
-    tl.store(scales + row, largest * (1 / limit))
+            tl.store(target + start + column, (number * (top / largest)).to(out.dtype.element_ty), mask=inside)
+    tl.store(scales + row, largest * (1 / top))
 
 
-def quantize_rows(x: Tensor, out: Tensor, limit: float, tiny: float) -> Tensor:
+def quantize_rows(x: Tensor, out: Tensor, limit: float | Tensor, tiny: float) -> Tensor:
     """Write (M, K), each row scaled to at most `limit`, to `out` (at least M, K); rows beyond M are zeros.
 
     Args:
         out: in FP8; rounding is left out if it is in fp32.
+        limit: a number, or a tensor of one, which a CUDA graph reads in each replay.
         tiny: the smallest absolute value that is scaled to `limit`.
 
     Returns:
@@ -70,6 +73,7 @@ def quantize_rows(x: Tensor, out: Tensor, limit: float, tiny: float) -> Tensor:
         *(x, out, scales, len(x), columns, x.stride(0), limit, tiny),
         BLOCK=block,
         IS_WHOLE=is_whole,
+        IS_READ=isinstance(limit, Tensor),
         num_warps=max(1, min(16, block // 512)),
     )
     return scales

@@ -49,7 +49,7 @@ def fits(layer: nn.Linear) -> bool:
 
 class _Rounding:
     limit = torch.finfo(E4M3).max  # what the largest number of a row of a frozen weight becomes
-    # the same, by device, for CUDA graphs: they replay Python's numbers as they were, but read tensors
+    # the same, by device: CUDA graphs replay Python's numbers as they were, but read tensors
     on_device: ClassVar[dict[torch.device, Tensor]] = {}
 
 
@@ -76,21 +76,16 @@ def _limit_on(device: torch.device) -> Tensor:
 
 def quantize_frozen(x: Tensor) -> Float8Matrix:
     """`quantize`, with the scales of a frozen weight in this step."""
-    if _is_recorded(x):  # by plain operations, whose scales may depend on a tensor
-        largest = x.abs().amax(1, keepdim=True).float()
-        return _rounded(x.float(), *scale_of(largest, _limit_on(x.device)), E4M3)
-    if x.is_cuda:
-        _limit_on(x.device)  # made here, since it can't be made while a graph is recorded
-    return quantize(x, limit=_Rounding.limit)
+    return quantize(x, limit=_limit_on(x.device))
 
 
-def quantize(x: Tensor, dtype: torch.dtype = E4M3, limit: float | None = None) -> Float8Matrix:
+def quantize(x: Tensor, dtype: torch.dtype = E4M3, limit: float | Tensor | None = None) -> Float8Matrix:
     """(M, K) with a scale for each row, rounded to the nearest number of `dtype`, ties to even.
 
     Args:
         limit: what the largest number of a row becomes; None: the largest of `dtype`.
     """
-    limit = limit or torch.finfo(dtype).max
+    limit = torch.finfo(dtype).max if limit is None else limit
     if _runs_kernels(x):
         from component.float8.kernel import quantize_rows
 
@@ -174,6 +169,7 @@ def _weight_scales(state: bnb.functional.QuantState, transposed: bool) -> tuple[
     than 1 % of the weights' memory.
     """
     known, limit = _SCALES.setdefault(state.absmax, {}), _Rounding.limit
+    on_device = _limit_on(state.absmax.device)
     if transposed not in known:
         sizes = state.absmax
         if state.nested:  # double quantization
@@ -182,12 +178,10 @@ def _weight_scales(state: bnb.functional.QuantState, transposed: bool) -> tuple[
         largest = blocks.amax(0).repeat_interleave(state.blocksize) if transposed else blocks.amax(1)
         known[transposed] = largest[:, None], None, None
     largest, of, scales = known[transposed]
-    if _is_recorded(largest):
-        return scale_of(largest, _limit_on(largest.device))
-    if largest.is_cuda:
-        _limit_on(largest.device)
+    if _is_recorded(largest):  # into the graph, which computes them in each replay
+        return scale_of(largest, on_device)
     if of != limit:
-        scales = scale_of(largest, limit)
+        scales = scale_of(largest, on_device)
         known[transposed] = largest, limit, scales
     return scales
 

@@ -86,6 +86,7 @@ def train(model, steps: list[list[dict]], graphs: GraphedSteps | None = None) ->
                 loss = loss_of(model)(dict(inputs), items)
                 loss.backward()
             losses.append(float(loss.detach()))
+            del loss  # with it lives what accumulates gradients in this stream, which no other stream can record
         optimizer.step()
         if graphs:
             graphs.forget_gradients()
@@ -329,10 +330,12 @@ def test_a_cuda_graph_trains_as_kernel_by_kernel(frozen_matmul, plan, tmp_path):
         for seed in range(6)
     ]
     graphs = on_gpu(other)
-    assert train(other, steps, graphs) == pytest.approx(train(plain, steps), rel=5e-3)
+    # first without a graph: what libraries log at their first call, pytest keeps with the frames, tensors and all
+    losses = train(plain, steps)
+    assert train(other, steps, graphs) == pytest.approx(losses, rel=5e-3)
     assert graphs.replayed == 12 - WARM_UP
     for found, expected, before in zip(trained(other), trained(plain), start, strict=True):
-        assert (found - expected).norm() < 0.1 * (expected - before).norm() + 1e-4
+        assert (found - expected).norm() < 0.02 * (expected - before).norm()
     graphs.release()
 
 
@@ -369,6 +372,6 @@ def test_weights_in_a_graph_are_rounded_anew_in_each_step(tmp_path):
             round_weights_for_step(step)
             graph.replay()
             expected = quantize_weight(weight, transposed=transposed)
-            torch.testing.assert_close(recorded.scales, expected.scales, rtol=1e-6, atol=0)
-            assert (recorded.values.float() != expected.values.float()).float().mean() < 1e-3
+            assert torch.equal(recorded.scales, expected.scales)
+            assert torch.equal(recorded.values.float(), expected.values.float())
     round_weights_for_step(0)
