@@ -9,7 +9,7 @@ two calls, over the keys here and over those from the left (component/attention/
 Shapes: B rows, T tokens, H query heads, Hkv key/value heads, D head size.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -104,9 +104,21 @@ class SavedAttention:
     """
 
     def __init__(self) -> None:
-        self.out: Tensor | None = None  # (B, T, H, D); may be offloaded until the second call
+        self.out: Tensor | None = None  # (B, T, H, D)
+        self.fetch: Callable[[], Tensor] | None = None  # `out`, if it is elsewhere until the second call
         self.parts: list[SavedParts] = []  # one per segment; mostly lse, 4 bytes per token and head
         self.calls: list[HeadCall] = []
+
+    @property
+    def is_filled(self) -> bool:
+        return self.out is not None or self.fetch is not None
+
+    def take(self) -> Tensor:
+        """`out`, which is not held here any longer."""
+        out = self.fetch() if self.out is None and self.fetch is not None else self.out
+        self.out = self.fetch = None
+        assert out is not None
+        return out
 
 
 def attend_segments(
@@ -175,8 +187,8 @@ class FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value, calls: list[HeadCall], scale: float | None, memo: SavedAttention | None):
-        if memo is not None and memo.out is not None:
-            out, parts = memo.out.detach(), memo.parts
+        if memo is not None and memo.is_filled:
+            out, parts = memo.take().detach(), memo.parts
         else:
             out = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
             parts = [

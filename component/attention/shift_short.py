@@ -96,7 +96,7 @@ def attend_in_groups(
         sequence: the processes that share the rows. Then T is this process's part, and `documents` are those of the
             whole rows; keys and values of groups that begin further left come from other processes.
     """
-    if saved_attention is not None and saved_attention.out is not None:
+    if saved_attention is not None and saved_attention.is_filled:
         return attend_from_saved(query, key, value, scale, saved_attention)
     heads, kv_heads, tokens = query.shape[1], key.shape[1], query.shape[2]
     size, rank = (sequence.size, sequence.rank) if sequence else (1, 0)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from component.memory.plan import MemoryPlan, estimate
-from component.memory.workload import GIB, Workload
+from component.memory.workload import GIB, Workload, input_share, sizes
 
 LORA = 1 / 5  # share of the matrix rate that products with a thin matrix reach
 ATTENTION = 0.69  # the same of attention, where it was not measured by itself
@@ -123,7 +123,11 @@ def _float8_flop(work: Workload, flop: StepFlop) -> float:
 def _waiting(work: Workload, plan: MemoryPlan, rate: Rate, a_pass: float) -> float:
     """Seconds in which the GPU waits for offloaded activations; `a_pass`: of one pass over the layers."""
     copy = estimate(work, plan).host_gib * GIB / rate.link
-    return max(0.0, copy - a_pass) + (max(0.0, copy - a_pass) if plan.fetch_ahead else copy)
+    waiting = max(0.0, copy - a_pass) + (max(0.0, copy - a_pass) if plan.fetch_ahead else copy)
+    if plan.keep_attention_output and plan.fetch_ahead:  # see `fetching_after_attention`
+        size = sizes(work)
+        waiting += max(0.0, copy * size.query / (size.hidden + size.query) - 2 * a_pass * input_share(work))
+    return waiting
 
 
 def describe_time(

@@ -15,6 +15,7 @@ Shapes: B batch, T tokens, N = B T, H hidden size.
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,6 +61,26 @@ class LeanLayer(nn.Module):
     def attend(self, hidden: Tensor, call: dict[str, Any]) -> Tensor:
         """The attention half of the layer, (B, T, H): x + attention(norm(x))."""
         return hidden + self.self_attn(self.input_layernorm(hidden), **call)[0]
+
+    @contextmanager
+    def fetching_after_attention(self) -> Iterator[None]:
+        """What the layer below offloaded is fetched once the backward pass of this call's attention is through.
+
+        That is when the gradient of its queries is there; queries, keys, values and the output are freed by then.
+        """
+        if (offloader := self.offloader) is None:
+            yield
+            return
+
+        def follow(module: nn.Module, inputs: tuple, queries: Tensor) -> None:
+            if queries.requires_grad:
+                queries.register_hook(lambda gradient: offloader.fetch_rest())
+
+        hook = self.self_attn.q_proj.register_forward_hook(follow)
+        try:
+            yield
+        finally:
+            hook.remove()
 
 
 def _trainable(module: nn.Module) -> list[nn.Parameter]:
@@ -211,28 +232,29 @@ class _RecomputedLayer(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, layer: LeanLayer, call: dict, tile: int, n_attention: int, *trained):
         ctx.layer, ctx.call, ctx.tile, ctx.n_attention, ctx.trained = layer, call, tile, n_attention, trained
         ctx.state = RngAndAutocastState(hidden.device, layer.uses_rng)
-        ctx.attention = SavedAttention() if layer.keeps_attention_output else None
+        ctx.attention, ctx.has_output = SavedAttention() if layer.keeps_attention_output else None, False
         if ctx.attention is not None:
             ctx.call = call = {**call, "saved_attention": ctx.attention}
         middle = layer.attend(hidden, call)
         out, ctx.kept = layer.fused_mlp.forward(middle, tile, keep=False)
-        saved = [hidden] + ([ctx.attention.out] if ctx.attention is not None and ctx.attention.out is not None else [])
         if layer.offloader is None:
-            ctx.fetch = lambda: saved
-        else:
-            ctx.fetch = layer.offloader.put(saved)
-            if len(saved) == 2:
-                ctx.attention.out = None
+            ctx.fetch = lambda: iter([hidden])
+            return out
+        saved, ctx.has_output = [hidden], ctx.attention is not None and ctx.attention.is_filled
+        if ctx.has_output:
+            saved.append(ctx.attention.take())
+        ctx.fetch = layer.offloader.put(saved)
         return out
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        (hidden, *attention_out), ctx.fetch = ctx.fetch(), None
-        if attention_out:
-            ctx.attention.out = attention_out.pop()
+        arriving, ctx.fetch = ctx.fetch(), None
+        hidden = next(arriving)
+        if ctx.has_output:
+            ctx.attention.fetch = partial(next, arriving)  # still on its way while q, k and v are recomputed
         layer, attention_parameters = ctx.layer, ctx.trained[: ctx.n_attention]
         sums: Gradients = {}
-        with ctx.state.restored(), torch.enable_grad():
+        with ctx.state.restored(), torch.enable_grad(), layer.fetching_after_attention():
             leaf = hidden.detach().requires_grad_(ctx.needs_input_grad[0])
             middle = layer.attend(leaf, ctx.call)
         # Only this layer reads the incoming gradient, so it can be overwritten. That saves one tensor at the peak, as
@@ -243,8 +265,6 @@ class _RecomputedLayer(torch.autograd.Function):
         del middle, hidden
         wanted = [leaf, *attention_parameters] if leaf.requires_grad else attention_parameters
         found = torch.autograd.grad(root, wanted, grad) if root is not None else ()
-        if ctx.attention is not None:
-            ctx.attention.out = None  # `ctx` lives until the end of the backward pass
         sums |= dict(zip(attention_parameters, found[len(found) - ctx.n_attention :], strict=True))
         dx = found[0] if leaf.requires_grad else None  # type: ignore[misc]
         return dx, None, None, None, None, *as_returned(sums, ctx.trained)

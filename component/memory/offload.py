@@ -1,11 +1,12 @@
 """How are activations offloaded to CPU memory until the backward pass? Into reused pinned buffers.
 
 Last in, first out: the backward pass fetches in the reverse order of the forward pass. Copies run on their own CUDA
-stream and overlap with computation: out while the next layer runs, back in one layer ahead.
+stream and overlap with computation: out while the next layer runs, back in one layer ahead. The first tensor of a
+layer is fetched from when the layer above starts; the others from `fetch_rest` on, after that layer's peak of memory.
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ class ActivationOffloader:
         """Drop all entries but keep the buffers, after a forward pass without a backward pass."""
         self._release_outgoing()
         for entry in self._entries:
-            entry.arrived()  # else a copy under way would write to memory that is in use again
+            list(entry.arriving())  # else a copy under way would write to memory that is in use again
         self._entries.clear()
 
     def forget(self) -> None:
@@ -46,8 +47,11 @@ class ActivationOffloader:
         self._outgoing = None
         self._entries.clear()
 
-    def put(self, tensors: list[Tensor]) -> Callable[[], list[Tensor]]:
-        """Offload `tensors`; the returned function fetches them. Fetch in reverse order of `put`."""
+    def put(self, tensors: list[Tensor]) -> Callable[[], Iterator[Tensor]]:
+        """Offload `tensors`. The returned function fetches them, to be called in reverse order of `put`.
+
+        Its result yields them in their order; each is waited for when it is asked for, and not held here any longer.
+        """
         self._release_outgoing()
         depth = len(self._entries)
         parts = self._buffer(depth, tensors)
@@ -64,17 +68,22 @@ class ActivationOffloader:
         entry = _Entry(parts, tensors[0].device)
         self._entries.append(entry)
 
-        def fetch() -> list[Tensor]:
+        def fetch() -> Iterator[Tensor]:
             is_last = bool(self._entries) and self._entries[-1] is entry
             assert is_last, "fetched out of order, or after another forward pass"
             self._release_outgoing()
             self._entries.pop()
-            self._fetch(entry)
+            self._fetch(entry, len(entry.parts))
             if self._entries and self.fetches_ahead:
-                self._fetch(self._entries[-1])
-            return entry.arrived() or []
+                self._fetch(self._entries[-1], 1)
+            return entry.arriving()
 
         return fetch
+
+    def fetch_rest(self) -> None:
+        """Start to fetch what is left of the layer below."""
+        if self._entries and self.fetches_ahead:
+            self._fetch(self._entries[-1], len(self._entries[-1].parts))
 
     def _release_outgoing(self) -> None:
         """Drop the tensors of the last `put` once their copy is done; usually it has been for long."""
@@ -83,21 +92,23 @@ class ActivationOffloader:
             torch.cuda.current_stream(tensors[0].device).wait_event(copied)
             self._outgoing = None
 
-    def _fetch(self, entry: "_Entry") -> None:
-        if entry.tensors is not None:
+    def _fetch(self, entry: "_Entry", count: int) -> None:
+        """Start to fetch the first `count` tensors of `entry`, but those that are on their way."""
+        parts = entry.parts[len(entry.fetched) : count]
+        if not parts:
             return
         # allocated on the compute stream, where they are freed; so the copy has to wait for that stream
-        entry.tensors = [torch.empty_like(part, device=entry.device) for part in entry.parts]
+        tensors = [torch.empty_like(part, device=entry.device) for part in parts]
         if entry.device.type != "cuda":
-            for part, tensor in zip(entry.parts, entry.tensors, strict=True):
-                tensor.copy_(part)
+            for part, tensor in zip(parts, tensors, strict=True):
+                entry.fetched.append((tensor.copy_(part), None))
             return
         stream = self._side_stream(entry.device)
         stream.wait_stream(torch.cuda.current_stream(entry.device))
         with torch.cuda.stream(stream):
-            for part, tensor in zip(entry.parts, entry.tensors, strict=True):
+            for part, tensor in zip(parts, tensors, strict=True):
                 tensor.copy_(part, non_blocking=True)
-        entry.copied = stream.record_event()
+                entry.fetched.append((tensor, stream.record_event()))
 
     def _side_stream(self, device: torch.device) -> torch.cuda.Stream:
         if self._stream is None:
@@ -124,14 +135,17 @@ class ActivationOffloader:
 class _Entry:
     def __init__(self, parts: list[Tensor], device: torch.device):
         self.parts, self.device = parts, device
-        self.tensors: list[Tensor] | None = None
-        self.copied: torch.cuda.Event | None = None
+        self.fetched: list[tuple[Tensor, torch.cuda.Event | None]] = []  # each with the end of its copy
 
-    def arrived(self) -> list[Tensor] | None:
-        """The fetched tensors, for use on the current stream; None if they were not fetched."""
-        if self.copied is not None:
-            torch.cuda.current_stream(self.device).wait_event(self.copied)
-        return self.tensors
+    def arriving(self) -> Iterator[Tensor]:
+        """The fetched tensors, each for use on the stream that is current then."""
+        while self.fetched:
+            yield self._arrived(*self.fetched.pop(0))  # not by a name, which would keep it
+
+    def _arrived(self, tensor: Tensor, copied: torch.cuda.Event | None) -> Tensor:
+        if copied is not None:
+            torch.cuda.current_stream(self.device).wait_event(copied)
+        return tensor
 
 
 def _pin(buffer: Tensor, is_needed: bool) -> Tensor:

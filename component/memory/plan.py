@@ -14,7 +14,7 @@ from typing import Any
 
 from component.attention.shift_short import HEAD_TOKENS
 from component.loss import eval_chunk
-from component.memory.workload import GIB, Sizes, Workload, gathered_bytes, sizes, step_bytes
+from component.memory.workload import GIB, Sizes, Workload, gathered_bytes, input_share, sizes, step_bytes
 
 IDLE_GIB = 0.15  # held by PyTorch's allocator beyond tensors
 ENGINE_GIB = 0.3  # DeepSpeed's buckets and copies
@@ -82,8 +82,10 @@ def estimate(work: Workload, plan: MemoryPlan) -> Estimate:
     nothing, attention, everything = counts
     output = size.query if plan.keep_attention_output else 0
     lse = size.lse * nothing if plan.keep_attention_output else 0
-    on_gpu = min(1 + plan.fetch_ahead, nothing) if plan.offload_activations else nothing
-    inputs = on_gpu * (size.hidden + output) + lse
+    if plan.offload_activations:  # attention's output of the layer below arrives after the moments that count
+        inputs = min(1 + plan.fetch_ahead, nothing) * size.hidden + min(1, nothing) * output + lse
+    else:
+        inputs = nothing * (size.hidden + output) + lse
     in_transfer = (size.hidden + output if nothing else 0) + lse if plan.offload_activations else inputs
     kept = in_transfer + attention * size.attention + everything * (size.attention + size.gate_and_up)
     chunk = min(plan.loss_chunk_tokens, work.tokens) * work.vocabulary
@@ -182,9 +184,12 @@ def _cost(work: Workload, plan: MemoryPlan, size: Sizes, counts: tuple[int, int,
     tile = min(plan.mlp_tile_tokens or n, n)
     cost *= 1 + (80 / tile if tile < n else 0) + 4 / plan.loss_chunk_tokens
     if plan.offload_activations:  # nearly free while the copy takes less time than the layer's computation
-        moved = size.hidden + (size.query if plan.keep_attention_output else 0)
-        late = max(0.0, moved * 25e3 - (products + pairs))
-        cost += counts[0] * (2 * late + moved * (1e3 if plan.fetch_ahead else 25e3))
+        output = size.query if plan.keep_attention_output else 0
+        moved = size.hidden + output
+        late = 2 * max(0.0, moved * 25e3 - (products + pairs))
+        # back, the output has the time in which q, k, v are recomputed, and their gradients in the layer above
+        late += max(0.0, output * 25e3 - (products + products * backward / forward) * input_share(work))
+        cost += counts[0] * (late + moved * (1e3 if plan.fetch_ahead else 25e3))
     return cost
 
 

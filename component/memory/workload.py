@@ -122,6 +122,11 @@ def sizes(work: Workload) -> Sizes:
     return Sizes(work)
 
 
+def input_share(work: Workload) -> float:
+    """Share of a layer's linear weights in q, k and v."""
+    return work.hidden * (work.heads + 2 * work.kv_heads) * work.head_size * work.layers / work.weights
+
+
 def left_bytes(work: Workload) -> int:
     """Keys and values that a process needs from its left, if all heads were fetched at once.
 

@@ -172,13 +172,21 @@ def test_recomputing_with_saved_attention_runs_no_kernel(kernel_calls, heads, kv
     assert len(saved.parts) == sum(len(call.segments) for call in saved.calls) > 0
     assert kernel_calls
     kernel_calls.clear()
+    assert saved.out.grad_fn is None
+    out = saved.take()
+    assert not saved.is_filled
     for move in (lambda out: out, torch.clone, lambda out: out.transpose(1, 2).contiguous().transpose(1, 2)):
-        saved.out = move(saved.out)
+        saved.out = move(out)
         again = with_gradients(shift_short_attention, inputs, 6, position_ids, saved_attention=saved)
         assert not kernel_calls
         for mine, theirs in zip(again, expected, strict=True):
             assert torch.equal(mine, theirs)
-    assert saved.out.grad_fn is None
+        assert not saved.is_filled  # freed with the graph
+    saved.fetch = lambda: out  # from elsewhere
+    assert saved.is_filled
+    again = with_gradients(shift_short_attention, inputs, 6, position_ids, saved_attention=saved)
+    assert not kernel_calls
+    assert all(map(torch.equal, again, expected))
 
 
 def test_saved_attention_is_filled_with_gradients_enabled(kernel_calls):

@@ -170,6 +170,18 @@ def test_copies_cost_time_only_where_computation_does_not_hide_them():
     assert late - fast == pytest.approx(moved / 25e9)
 
 
+def test_attention_outputs_have_less_time_to_come_back():
+    """That of q, k and v: recomputed, and their gradients in the layer above; a quarter of a layer's weights."""
+    plan = plan_of(offload_activations=True, keep_attention_output=True)
+    quick, slow = (step_seconds(LLAMA2_7B, plan, replace(RATE, link=link)) for link in (1e12, 2e9))
+    a_pass = (quick - 0.041) / step_flop(LLAMA2_7B, plan).passes
+    moved, share = 32 * 8192 * 4096 * 2, 3 * 4096**2 / (4 * 4096**2 + 3 * 4096 * 11008)
+    assert moved / 2e9 > 2 * a_pass * share  # late; the inputs are not
+    assert 2 * moved / 2e9 > a_pass
+    hidden_copies = 2 * (2 * moved / 2e9 - a_pass)
+    assert slow - quick == pytest.approx(hidden_copies + moved / 2e9 - 2 * a_pass * share)
+
+
 @pytest.mark.parametrize("head", [0, 32000 * 4096], ids=["frozen", "trained"])
 def test_products_in_float8(head):
     """Twice as fast but for LoRA's and the head's; and activations are quantized in memory."""

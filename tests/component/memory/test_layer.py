@@ -7,10 +7,15 @@ import weakref
 import pytest
 import torch
 import torch.distributed as dist
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parallel import DistributedDataParallel
 
+from component.attention import kernel
+from component.attention.interface import use_shift_short_attention
+from component.attention.shift_short import SavedAttention
 from component.memory import linear
 from component.memory.layer import LeanLayer, RngAndAutocastState, lean_layers
+from component.memory.offload import ActivationOffloader
 from tests.reference.plain_path import (
     LAYERS,
     TOKENS,
@@ -18,9 +23,12 @@ from tests.reference.plain_path import (
     differs,
     gradients,
     random_batch,
+    tiny_base,
+    tiny_config,
     tiny_model,
     train_pass,
     under_plan,
+    with_lora,
 )
 
 ALL = {
@@ -192,6 +200,39 @@ def test_offloaded_inputs_are_freed():
         assert [reference() is None for reference in found] == [offload] * (LAYERS - 1)
         loss.backward()
         assert all(reference() is None for reference in found)
+
+
+@pytest.mark.parametrize("s2", [True, False], ids=["S2", "full"])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_the_output_of_the_layer_below_is_fetched_after_attention(family, s2, monkeypatch):
+    """Its input already before; and the output is freed by then."""
+    config, log = tiny_config(family, s2=s2), []
+    if not s2:
+        use_shift_short_attention(config, None)
+    lean = under_plan(with_lora(tiny_base(config)), keep_attention_output=True, offload_activations=True)
+    backward, take = kernel.attention_backward, SavedAttention.take
+    outputs: list[StorageWeakRef] = []
+
+    def take_and_watch(saved):
+        out = take(saved)
+        outputs.append(StorageWeakRef(out.untyped_storage()))
+        return out
+
+    def fetch_rest(offloader):
+        entry = offloader._entries[-1] if offloader._entries else None
+        log.append(f"{len(entry.fetched)} ahead" if entry else "none below")
+        assert outputs[-1].expired()
+        fetch(offloader)
+        assert entry is None or len(entry.fetched) == 2
+
+    fetch = ActivationOffloader.fetch_rest
+    monkeypatch.setattr(ActivationOffloader, "fetch_rest", fetch_rest)
+    monkeypatch.setattr(SavedAttention, "take", take_and_watch)
+    monkeypatch.setattr(kernel, "attention_backward", lambda *a, **how: log.append("attention") or backward(*a, **how))
+    train_pass(lean, random_batch())
+    assert len(outputs) == 2 * LAYERS  # taken to be offloaded, and again
+    steps = [line for line, before in zip(log, ["", *log[:-1]], strict=True) if line != before]
+    assert steps == ["attention", "1 ahead"] * (LAYERS - 1) + ["attention", "none below"]
 
 
 def bytes_in_tensors() -> int:

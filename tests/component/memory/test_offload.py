@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import weakref
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ def tensors(*shapes, dtype=torch.float32):
 
 
 def assert_equal(found, expected):
+    found = list(found)
     assert len(found) == len(expected)
     for ours, theirs in zip(found, expected, strict=True):
         assert (ours.dtype, ours.shape, ours.device) == (theirs.dtype, theirs.shape, theirs.device)
@@ -43,7 +45,7 @@ def test_fetched_tensors_are_not_the_buffer(ahead):
     offloader = ActivationOffloader(ahead)
     entries = [tensors(*ODD) for _ in range(3)]
     fetches = [offloader.put(entry) for entry in entries]
-    found = [fetch() for fetch in reversed(fetches)]
+    found = [list(fetch()) for fetch in reversed(fetches)]
     for _ in range(3):
         offloader.put(tensors(*ODD))
     for ours, wanted in zip(found, reversed(entries), strict=True):
@@ -250,12 +252,60 @@ def test_copies_wait_for_their_tensors_and_are_waited_for(monkeypatch):
         # the first tensor may be reused, and the second's buffer replaced by a larger one, only after the first copy
         assert streams.log == [*copied(1), "compute waits for event 1", "wait until side is done", *copied(2)]
         streams.log.clear()
-        found = fetches[1]()
+        found = next(fetches[1]())
         assert streams.log == ["compute waits for event 2", *copied(3), *copied(4), "compute waits for event 3"]
-        assert torch.equal(found[0], second.as_subclass(torch.Tensor))
+        assert torch.equal(found, second.as_subclass(torch.Tensor))
         streams.log.clear()
-        assert torch.equal(fetches[0]()[0], first.as_subclass(torch.Tensor))
+        assert torch.equal(next(fetches[0]()), first.as_subclass(torch.Tensor))
         assert streams.log == ["compute waits for event 4"]
+
+
+def test_the_rest_of_a_layer_is_fetched_when_asked_for(monkeypatch):
+    """Its first tensor ahead; and each is waited for when it is taken."""
+    with FakeStreams(monkeypatch) as streams:
+        offloader = ActivationOffloader()
+        layers = [[torch.randn(size).as_subclass(OnGpu) for size in (4, 3, 2)] for _ in range(2)]
+        below, above = (offloader.put(layer) for layer in layers)
+        streams.log.clear()
+        arriving = above()
+        three = ["side waits for compute", *(3 * ["copy on side", "event"])]
+        ahead = ["side waits for compute", "copy on side", "event"]
+        assert streams.log[0] == "compute waits for event 2"
+        assert [line if "event" not in line else "event" for line in streams.log[1:]] == [*three, *ahead]
+        streams.log.clear()
+        assert torch.equal(next(arriving), layers[1][0].as_subclass(torch.Tensor))
+        assert streams.log == ["compute waits for event 3"]
+        offloader.fetch_rest()
+        assert streams.log[1:] == [*copied(7), *copied(8)[1:]]  # the copy of the first one, event 6, is under way
+        offloader.fetch_rest()
+        streams.log.clear()
+        for wanted in layers[1][1:]:
+            assert torch.equal(next(arriving), wanted.as_subclass(torch.Tensor))
+        assert streams.log == ["compute waits for event 4", "compute waits for event 5"]
+        streams.log.clear()
+        assert_equal(below(), [tensor.as_subclass(torch.Tensor) for tensor in layers[0]])
+        assert streams.log == [f"compute waits for event {event}" for event in (6, 7, 8)]
+        offloader.fetch_rest()  # nothing is left
+
+
+def test_nothing_is_fetched_ahead_unless_asked_for():
+    offloader = ActivationOffloader(fetches_ahead=False)
+    entries = [tensors((4,), (3,)) for _ in range(2)]
+    fetches = [offloader.put(entry) for entry in entries]
+    fetches[1]()
+    offloader.fetch_rest()
+    assert offloader._entries[0].fetched == []
+    assert_equal(fetches[0](), entries[0])
+
+
+def test_a_fetched_tensor_is_not_held():
+    """It may be freed as soon as its user frees it, while others are still to be taken."""
+    offloader = ActivationOffloader()
+    arriving = offloader.put(tensors((4,), (3,)))()
+    first = weakref.ref(next(arriving))
+    assert first() is None
+    second = weakref.ref(next(arriving))
+    assert second() is None
 
 
 def test_k11_clearing_waits_for_copies_under_way(monkeypatch):

@@ -119,6 +119,9 @@ def test_each_memory_option_trades_memory_for_time():
     )
     assert peak(SMALL, late) < peak(SMALL, early)
     assert estimate(SMALL, late).cost > estimate(SMALL, early).cost
+    small = {"offload_activations": True, "loss_chunk_tokens": 256}
+    inputs, outputs = (peak(SMALL, plan_of(**small, keep_attention_output=keep)) for keep in (False, True))
+    assert outputs == pytest.approx(inputs + SMALL.heads * 8192 * 4 * 6 / GIB)  # log-sums; outputs come one at a time
     untiled, tiles = plan_of(loss_chunk_tokens=256), plan_of(loss_chunk_tokens=256, mlp_tile_tokens=1024)
     assert peak(SMALL, tiles) < peak(SMALL, untiled) < peak(SMALL, full)
     assert estimate(SMALL, tiles).cost > estimate(SMALL, untiled).cost > estimate(SMALL, full).cost
