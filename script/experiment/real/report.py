@@ -149,6 +149,17 @@ def able_tasks(results: Results) -> list[str]:
     return sorted(task for task, found in by_task.items() if statistics.mean(found) >= ABLE)
 
 
+def mean_of(trials: dict[tuple[str, int, int], float], tasks: list[str], length: int) -> float | None:
+    """Of all `tasks` at `length`; None where one was not run: a mean of the others can't be compared."""
+    if {key[0] for key in trials if key[1] == length} != set(tasks):
+        return None
+    return statistics.mean([score for key, score in trials.items() if key[1] == length])
+
+
+def shown_mean(mean: float | None) -> str:
+    return "-" if mean is None else f"{mean:.1f}"
+
+
 def able_table(results: Results) -> str:
     """Means over those tasks by length, each against the length before, and the last against full attention."""
     tasks = able_tasks(results)
@@ -157,20 +168,21 @@ def able_table(results: Results) -> str:
     lengths = sorted({key[1] for trials in found.values() for key in trials})
     lines = []
     for name, trials in found.items():
-        means = [statistics.mean([s for key, s in trials.items() if key[1] == n] or [0.0]) for n in lengths]
-        ratio = f"{means[-1] / means[-2]:.2f}" if len(means) > 1 and means[-2] else "-"
+        means = [mean_of(trials, tasks, length) for length in lengths]
+        before, last = means[-2:] if len(means) > 1 else (None, None)
+        ratio = f"{last / before:.2f}" if last is not None and before else "-"
         gap = difference(trials, found.get(REFERENCE, {}), lengths[-1]) if lengths else None
         shown = "-" if gap is None or name == REFERENCE else f"{gap[0]:+.1f} ({gap[1]:+.1f} to {gap[2]:+.1f})"
-        lines.append([results[name][0]["label"], *(f"{mean:.1f}" for mean in means), ratio, shown])
+        lines.append([results[name][0]["label"], *map(shown_mean, means), ratio, shown])
     if not tasks or not lines:
         return ""
-    last = [f"{lengths[-1]} / {lengths[-2]}"] if len(lengths) > 1 else ["-"]
-    head = [f"RULER: {', '.join(tasks)}", *map(str, lengths), *last, "against full attention"]
+    compared = f"{lengths[-1]} / {lengths[-2]}" if len(lengths) > 1 else "-"
+    head = [f"RULER: {', '.join(tasks)}", *map(str, lengths), compared, "against full attention"]
     return markdown(head, lines)
 
 
 def ruler_tables(results: Results) -> list[str]:
-    """Scores by task, a table per length; and the means, with the difference from full attention."""
+    """Scores by task, a table per length; and the means, with the difference from full attention in trials of both."""
     found = {name: scores(seeds[0]) for name, seeds in results.items() if "ruler" in seeds[0]}
     tasks = sorted({key[0] for trials in found.values() for key in trials})
     lengths = sorted({key[1] for trials in found.values() for key in trials})
@@ -179,11 +191,11 @@ def ruler_tables(results: Results) -> list[str]:
         lines = []
         for name, trials in found.items():
             by_task = [[score for key, score in trials.items() if key[:2] == (task, length)] for task in tasks]
-            mean = statistics.mean([score for scored in by_task for score in scored] or [0.0])
+            mean = shown_mean(mean_of(trials, tasks, length))
             gap = difference(trials, found.get(REFERENCE, {}), length)
             shown = "-" if gap is None or name == REFERENCE else f"{gap[0]:+.1f} ({gap[1]:+.1f} to {gap[2]:+.1f})"
             cells = [f"{statistics.mean(scored):.0f}" if scored else "-" for scored in by_task]
-            lines.append([results[name][0]["label"], *cells, f"{mean:.1f}", shown])
+            lines.append([results[name][0]["label"], *cells, mean, shown])
         tables.append(markdown([f"RULER at {length}", *tasks, "mean", "against full attention"], lines))
     return tables
 

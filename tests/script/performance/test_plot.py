@@ -5,7 +5,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from script.performance.plot import KINDS, draw
+from script.performance.plot import KINDS, draw, line_of
 from tests.outcome import refused_by_us
 
 
@@ -51,6 +51,27 @@ def test_k7_files_of_others(run_program, tmp_path):
     assert (tmp_path / "plot.png").read_text() == "mine"
     assert run_program(*words, tmp_path / "plot.png", "--overwrite").status == 0
     plt.close("all")
+
+
+def test_lines_of_rows():
+    assert line_of(row(8192, kind="ours_python_fp8", overrides={"cuda_graph": True})) == "ours_fp8"
+    assert line_of(row(8192, kind="ours_python_fastest", overrides={"memory_budget_gib": 6})) == "ours_leanest"
+    assert line_of(row(8192, kind="ours_fastest", overrides={"memory_budget_gib": 22})) == "ours_fastest"
+    assert line_of(row(8192, kind="unsloth")) == "unsloth"
+
+
+def test_the_fastest_of_a_file_is_shown(run_program, tmp_path, monkeypatch):
+    shown = {"size": "7b", "kind": "ours_fp8"}
+    graph = {"size": "7b", "kind": "ours_python_fp8", "overrides": {"cuda_graph": True}}
+    full = {**graph, "overrides": {"use_shift_short_attention": False}}
+    speeds = [(shown, 200.0), (graph, 300.0), (shown, 100.0), (full, 900.0)]
+    rows = [row(8192, tokens_per_second=speed, **values) for values, speed in speeds]
+    (tmp_path / "b.json").write_text(json.dumps({"hardware": "H200", "rows": rows}))
+    monkeypatch.setattr(plt, "close", lambda *_: None)
+    words = ["script/performance/plot.py", tmp_path / "b.json", "--output", tmp_path / "plot.png"]
+    assert run_program(*words).status == 0
+    (line,) = plt.gcf().axes[1].get_lines()
+    assert list(zip(*line.get_data(), strict=True)) == [(8192, 300.0)]
 
 
 def test_several_files(run_program, tmp_path, monkeypatch):

@@ -93,6 +93,14 @@ def test_scores_beside_full_attention(results):
     assert difference(mine, mine, 2000) == (0.0, 0.0, 0.0)
 
 
+def test_no_mean_of_unfinished_tasks(results):
+    """It would be the mean of other tasks than in the other rows; what both rows did is compared."""
+    ruler = results["ours"][0]["ruler"]
+    ruler["trials"] = [trial for trial in ruler["trials"] if trial["task"] != "cwe"]
+    (table,) = ruler_tables(results)
+    assert table.splitlines()[2].startswith("| the ours | - | 75 | - | +50.0 (")
+
+
 def test_tasks_that_the_base_can_do():
     """The base scores 100 % and 25 % at the shortest length; only the first task counts."""
 
