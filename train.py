@@ -9,6 +9,7 @@
 import copy
 import gc
 import sys
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from component.cli import exit_on_user_error, parsed_first
@@ -48,7 +49,7 @@ from component.storage.result import library_versions
 from component.tokenizer import any_pad_id, load_tokenizer
 from component.train.callback import FullAttentionCallback, Startup
 from component.train.failure import explained_failures, telling_termination
-from component.train.model_check import check_model
+from component.train.model_check import check_model, chosen_matmul
 from component.train.rehearsal import explained_settings, rehearse
 from component.train.resume import check_continuation, distribution, of_trainer
 from component.train.settings import parse_arguments
@@ -80,6 +81,9 @@ def run(args: LongQLoRAArguments, training_args: TrainingArguments) -> None:
     resume = prepare_output_dir(
         training_args.output_dir, training_args.resume_from_checkpoint, args.overwrite_output_dir
     )
+    base = load_config(args.model_name_or_path)
+    matmul = chosen_matmul(args, base, training_args.device, training_args.bf16)
+    args = replace(args, frozen_matmul=matmul)
     parts = args.sequence_parallel_size
     strategy = training_strategy(training_args.deepspeed, training_args.world_size, parts)
     samples = training_args.train_batch_size * training_args.gradient_accumulation_steps * strategy.data_processes
@@ -91,7 +95,6 @@ def run(args: LongQLoRAArguments, training_args: TrainingArguments) -> None:
     limit_kernels(args.use_flash_attn)
 
     # everything that can be checked without weights comes before they are loaded
-    base = load_config(args.model_name_or_path)
     extended = copy.deepcopy(base)
     tokenizer = load_tokenizer(args.model_name_or_path, args.model_max_length)
     check_targets_early(extended, args.target_names)

@@ -46,7 +46,8 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--gradient_accumulation_steps", type=int, default=1)
     parser.add_argument("--card", help="card to estimate time on, e.g. h100, rtx4090, t4; default: this GPU, if any")
     parser.add_argument("--no_4bit", action="store_true", help="16-bit base weights")
-    kinds, products = ("auto", "fp8_backward", "fp8"), "products with frozen weights, as in train.py's YAML (auto)"
+    kinds = ("auto", "unquantized", "fp8_backward", "fp8")
+    products = "products with frozen weights, as in train.py's YAML (auto, for --card or this GPU)"
     parser.add_argument("--frozen_matmul", choices=kinds, default="auto", help=products)
     parser.add_argument("--cuda_graph", action="store_true", help="as the key of train.py, for the time of a step")
     parser.add_argument("--no_liger", action="store_true", help="without Liger's kernels, as on a V100")
@@ -68,6 +69,7 @@ from component.attention.interface import has_plain_attention
 from component.distributed.strategy import training_strategy
 from component.error import UserError
 from component.evaluate.table import grid
+from component.float8.product import FAST_FROM, is_fast
 from component.inference.cache_memory import EXACT, Reading, best_chunk, fits, least_need, longest_context
 from component.inference.flags import CACHES
 from component.inference.kv_cache import is_quantizable
@@ -85,6 +87,7 @@ from component.train.model_check import check_float8
 from component.train.validation import out_of_bounds
 
 PARTS = ("weights", "cache", "workspace", "peak", "host")  # of inference; host: CPU memory
+FLOAT8 = ("fp8_backward", "fp8")  # values of frozen_matmul
 OF_INFERENCE = ("context", "load_in_4bit")
 OF_BOTH = ("model_name_or_path", "inference", "memory_budget_gib", "host_gib", "output_json", "overwrite")
 
@@ -103,7 +106,7 @@ def check_kind(flags: argparse.Namespace) -> None:
 
 def check_model(flags: argparse.Namespace, config: PretrainedConfig) -> None:
     """Refuse what train.py refuses for models of this type, and say what it trains in another way."""
-    if flags.frozen_matmul != "auto":
+    if flags.frozen_matmul in FLOAT8:
         check_float8(config, f"--frozen_matmul {flags.frozen_matmul}", "leave it out")
     if flags.sequence_parallel_size > 1 and not has_plain_attention(config, flags.max_seq_length):
         raise UserError(
@@ -112,6 +115,19 @@ def check_model(flags: argparse.Namespace, config: PretrainedConfig) -> None:
         )
     if not supports_layers_of(config):
         print(f"no memory plan supports {config.model_type}: train.py runs Hugging Face's layers, not as estimated")
+
+
+def chosen_matmul(flags: argparse.Namespace, config: PretrainedConfig) -> str:
+    """`frozen_matmul` as train.py would choose it, in bf16, on --card or on this GPU."""
+    if flags.frozen_matmul != "auto":
+        return flags.frozen_matmul
+    if flags.card:
+        is_fast_here = config.hidden_size >= FAST_FROM and published_rate(flags.card).float8 > 0
+    else:
+        is_fast_here = torch.cuda.is_available() and is_fast(config.hidden_size, torch.device("cuda"))
+    if flags.no_liger or not is_fast_here or not supports_layers_of(config):
+        return "unquantized"
+    return "fp8_backward"
 
 
 def check_memory(flags: argparse.Namespace) -> None:
@@ -146,8 +162,8 @@ def read_workload(flags: argparse.Namespace) -> Workload:
         tokens=rows * -(-flags.max_seq_length // parts),
         group=int(flags.group_size_ratio * flags.max_seq_length),
         in_4bit=not flags.no_4bit,
-        in_float8=flags.frozen_matmul != "auto",
-        float8_forward=flags.frozen_matmul == "fp8",
+        in_float8=(matmul := chosen_matmul(flags, config)) in FLOAT8,
+        float8_forward=matmul == "fp8",
         fused=not flags.no_liger,
         optimizer=flags.optim,
         zero=strategy.zero_stage is not None,
@@ -235,12 +251,14 @@ def estimated_time(flags: argparse.Namespace, work: Workload, plan: MemoryPlan) 
 def show_estimate(flags: argparse.Namespace) -> None:
     if flags.card is not None:
         rate = published_rate(flags.card)  # a wrong name is told first
-        if flags.frozen_matmul != "auto" and not rate.float8:
+        if flags.frozen_matmul in FLOAT8 and not rate.float8:
             cure = "leave it out, or name an Ada, Hopper or Blackwell card"
             raise UserError(f"--frozen_matmul: {flags.card} has no FP8; {cure}")
     if flags.max_steps < 1:
         raise UserError(f"--max_steps: {flags.max_steps}; use 1 or more")
     work = read_workload(flags)
+    if work.in_float8 and flags.frozen_matmul == "auto":
+        print("frozen_matmul: fp8_backward, as train.py chooses on this GPU with bf16: true")
     budget = USABLE * flags.memory_budget_gib
     rows = []
     for name, label, limit in (("fastest", "fastest plan", budget), ("leanest", "minimum-memory plan", 0.0)):

@@ -25,6 +25,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 CAPABILITY = (8, 9)  # of the first GPUs that multiply FP8
 MULTIPLE = 16  # torch._scaled_mm takes weights whose sides are multiples of it
+FAST_FROM = 2048  # hidden size; below, quantizing takes longer than it saves (by arithmetic, not measured)
 _SCALES = WeakTensorKeyDictionary()  # scales of NF4's blocks -> scales of the weight's rows and columns
 GOLDEN = (5**0.5 - 1) / 2  # its multiples, modulo 1, are spread evenly
 TINY = 1e-30  # the smallest absolute value that gets a scale of its own: rows of zeros have one too
@@ -40,6 +41,26 @@ class Float8Matrix(NamedTuple):
     def dequantized(self) -> Tensor:
         """(M, K) in fp32."""
         return (self.values.float() * self.scales)[: self.rows]
+
+
+@functools.cache
+def is_fast(hidden: int, device: torch.device) -> bool:
+    """Whether products in FP8 take less time on `device`, for a model of `hidden` size.
+
+    They are tried: what PyTorch supports on a GPU depends on its version.
+    """
+    if hidden < FAST_FROM or device.type != "cuda" or not _multiplies_float8(device) or not _has_triton():
+        return False
+    try:
+        _multiplies(device)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _multiplies(device: torch.device) -> None:
+    x = quantize(torch.ones(MULTIPLE, MULTIPLE, dtype=torch.bfloat16, device=device))
+    multiply(x, x, torch.bfloat16)
 
 
 def fits(layer: nn.Linear) -> bool:

@@ -66,7 +66,7 @@ class LongQLoRAArguments:
     )
     load_in_4bit: bool = _key("frozen base in NF4 with double quantization; false: in the training precision", True)
     frozen_matmul: str = _key(
-        "products with frozen weights: auto (in the training precision), fp8_backward or fp8 (Ada and newer)", "auto"
+        "products with frozen weights: unquantized, fp8_backward or fp8 (Ada and newer); auto: by GPU", "auto"
     )
     target_modules: str | list[str] | None = _key(
         "linear layers that get LoRA: comma-separated names or a list; empty: all but lm_head", None
@@ -97,7 +97,7 @@ class LongQLoRAArguments:
 
     @property
     def in_float8(self) -> bool:
-        return self.frozen_matmul != "auto"
+        return self.frozen_matmul in ("fp8_backward", "fp8")
 
     @property
     def float8_forward(self) -> bool:

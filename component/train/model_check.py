@@ -1,9 +1,11 @@
 """Which models cannot be trained with which keys? Checked on the config, before weights are loaded."""
 
+import torch
 from transformers import PretrainedConfig
 
 from component.attention.interface import has_plain_attention
 from component.error import UserError
+from component.float8.product import is_fast
 from component.memory.layer import supports_layers_of
 from component.rope import depends_on_length
 from component.train.argument import LongQLoRAArguments
@@ -24,6 +26,18 @@ def check_model(args: LongQLoRAArguments, extended: PretrainedConfig) -> None:
     if args.cuda_graph:
         check_graph(extended, args.max_seq_length)
     check_split_rows(extended, args.max_seq_length, args.sequence_parallel_size)
+
+
+def chosen_matmul(args: LongQLoRAArguments, config: PretrainedConfig, device: torch.device, bf16: bool) -> str:
+    """`frozen_matmul`, with what `auto` means here in its place.
+
+    Gradients of activations are multiplied in FP8 where that is faster: in bf16, by a GPU that can, in layers that
+    memory plans support. Losses are those without, see train_args/README.md.
+    """
+    if args.frozen_matmul != "auto":
+        return args.frozen_matmul
+    has_layers = args.memory_plan and supports_layers_of(config)
+    return "fp8_backward" if bf16 and has_layers and is_fast(config.hidden_size, device) else "unquantized"
 
 
 def check_skipping(extended: PretrainedConfig, context: int) -> None:

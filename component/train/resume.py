@@ -103,6 +103,8 @@ def _check_distribution(checkpoint: str, then: dict[str, Any], strategy: Strateg
 def _check_arguments(checkpoint: str, record: dict[str, Any], arguments: dict[str, Any]) -> dict[str, str]:
     then = {**(record.get("arguments") or {}), **(record.get(TRAINER_KEY) or {})}
     then |= {"group_size": record.get("group_size")}
+    if then.get("frozen_matmul") == "auto":  # from before records held what it meant, which was this
+        then["frozen_matmul"] = "unquantized"
     if then.get("rope_type") is None and arguments.get("rope_type") is not None:  # written out what was the default
         then["rope_type"] = record.get("rope_type")
     changed = {key: (then[key], arguments[key]) for key in then if then[key] != arguments.get(key, then[key])}

@@ -33,7 +33,10 @@ BOUNDS = {
     "rope_theta": (lambda v: 1 < v <= LARGEST, "a number above the model's own, e.g. 500000"),
     "truncation_policy": (lambda v: v in POLICIES, "one of " + ", ".join(POLICIES)),
     "template": (lambda v: v in TEMPLATES, "one of " + ", ".join(TEMPLATES)),
-    "frozen_matmul": (lambda v: v in ("auto", "fp8_backward", "fp8"), "auto, fp8_backward or fp8"),
+    "frozen_matmul": (
+        lambda v: v in ("auto", "unquantized", "fp8_backward", "fp8"),
+        "auto, unquantized, fp8_backward or fp8",
+    ),
     "max_bad_fraction": (lambda v: 0 <= v < 1, "a share in [0, 1), e.g. 0.01"),
     "lora_rank gradient_accumulation_steps eval_accumulation_steps": (lambda v: v >= 1, "at least 1"),
     "sequence_parallel_size": (lambda v: v >= 1, "at least 1"),

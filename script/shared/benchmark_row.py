@@ -34,11 +34,12 @@ MINIMUM_MEMORY = {
     "mlp_tile_tokens": 2048,
     "loss_chunk_tokens": 1024,
 }
+UNQUANTIZED = {"frozen_matmul": "unquantized"}
 OURS = {
-    "fastest": {"bf16": True, "memory_budget_gib": 32, "deepspeed": ON_CARD},
+    "fastest": {"bf16": True, **UNQUANTIZED, "memory_budget_gib": 32, "deepspeed": ON_CARD},
     "fp8": {"bf16": True, "frozen_matmul": "fp8", "memory_budget_gib": 32, "deepspeed": ON_CARD},
     "fp8_backward": {"bf16": True, "frozen_matmul": "fp8_backward", "memory_budget_gib": 32, "deepspeed": ON_CARD},
-    "leanest": {"bf16": True, "memory_budget_gib": 32, "deepspeed": ON_HOST, **MINIMUM_MEMORY},
+    "leanest": {"bf16": True, **UNQUANTIZED, "memory_budget_gib": 32, "deepspeed": ON_HOST, **MINIMUM_MEMORY},
     "v100": {
         "fp16": True,
         "use_flash_attn": False,
@@ -46,7 +47,7 @@ OURS = {
         "memory_budget_gib": 10,
         "deepspeed": ON_CARD,
     },
-    "by_heads": {"bf16": True, "memory_budget_gib": 32, "deepspeed": ON_CARD},
+    "by_heads": {"bf16": True, **UNQUANTIZED, "memory_budget_gib": 32, "deepspeed": ON_CARD},
     "off": {"bf16": True, "memory_plan": False, "gradient_checkpointing": True, "deepspeed": ON_CARD},
 }
 KINDS = [*(f"ours_{name}" for name in OURS), *(f"ours_python_{name}" for name in OURS), *PEERS]

@@ -205,14 +205,14 @@ def test_train_py_rounds_weights_in_each_step_in_its_own_way(base_folder, tmp_pa
     data.write_text(json.dumps({"text": TRAIN_TEXTS[0]}) + "\n")
     found, train = {}, Launcher(tmp_path)
     values = BASIC | {"model_name_or_path": str(base_folder), "train_file": str(data), "learning_rate": 1e-12}
-    values |= {"gradient_accumulation_steps": 1, "max_steps": 4, "save_steps": 2, "frozen_matmul": "auto"}
-    for kind in ("auto", "fp8"):
+    values |= {"gradient_accumulation_steps": 1, "max_steps": 4, "save_steps": 2}
+    for kind in ("unquantized", "fp8"):
         finish(train(values | {"frozen_matmul": kind, "output_dir": str(tmp_path / kind)}))
         found[kind] = losses(tmp_path / kind)
-    assert len(set(found["auto"].values())) == 1
+    assert len(set(found["unquantized"].values())) == 1
     assert len(set(found["fp8"].values())) == 4, "each step rounds in its own way"
     mean = sum(found["fp8"].values()) / 4
-    assert mean == pytest.approx(found["auto"][1], rel=0.01)
+    assert mean == pytest.approx(found["unquantized"][1], rel=0.01)
     again = {"frozen_matmul": "fp8", "output_dir": str(tmp_path / "fp8")}
     again |= {"resume_from_checkpoint": str(tmp_path / "fp8/checkpoint-2")}
     finish(train(values | again))
@@ -224,7 +224,7 @@ def test_train_py(base_folder, tmp_path):
     data = tmp_path / "train.jsonl"
     data.write_text("".join(json.dumps({"text": text}) + "\n" for text in TRAIN_TEXTS))
     found, train = {}, Launcher(tmp_path)
-    for kind in ("auto", "fp8"):
+    for kind in ("unquantized", "fp8"):
         folder = tmp_path / kind
         values = BASIC | {"model_name_or_path": str(base_folder), "train_file": str(data), "output_dir": str(folder)}
         output = finish(train(values | {"frozen_matmul": kind}))
@@ -232,8 +232,8 @@ def test_train_py(base_folder, tmp_path):
         assert record(folder)["arguments"]["frozen_matmul"] == kind
         found[kind] = list(losses(folder).values())
     assert len(found["fp8"]) == 3
-    assert found["fp8"] == pytest.approx(found["auto"], rel=0.02)
-    assert found["fp8"][0] != found["auto"][0]
+    assert found["fp8"] == pytest.approx(found["unquantized"], rel=0.02)
+    assert found["fp8"][0] != found["unquantized"][0]
     left = [sorted(path.name for path in (tmp_path / kind).iterdir()) for kind in found]
     assert left[0] == left[1]
 

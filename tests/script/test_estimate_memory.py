@@ -267,10 +267,26 @@ def test_cards_as_their_makers_write_them(estimate):
 
 def test_float8_is_faster_on_a_card(estimate):
     words = ("--max_seq_length", "8192", "--card", "h100", "--memory_budget_gib", "24")
-    kinds = ("auto", "fp8_backward", "fp8")
+    kinds = ("unquantized", "fp8_backward", "fp8")
     plans = [estimate(*words, "--frozen_matmul", kind)[0]["plans"][0] for kind in kinds]
     exact, backward, rounded = (plan["seconds_per_step"] for plan in plans)
     assert 0.5 < rounded / exact < backward / exact < 0.95
+
+
+@pytest.mark.parametrize(
+    ("words", "kind"),
+    [
+        (("h100",), "fp8_backward"),
+        (("rtx4090",), "fp8_backward"),
+        (("a100",), "unquantized"),
+        (("h100", "--no_liger"), "unquantized"),
+    ],
+)
+def test_frozen_matmul_auto_is_what_train_py_chooses(estimate, words, kind):
+    words = ("--max_seq_length", "8192", "--memory_budget_gib", "24", "--card", *words)
+    (found, printed), (expected, _) = estimate(*words), estimate(*words, "--frozen_matmul", kind)
+    assert found["plans"] == expected["plans"]
+    assert ("frozen_matmul: fp8_backward, as train.py chooses" in printed) == (kind == "fp8_backward")
 
 
 def test_no_time_without_a_card(estimate):

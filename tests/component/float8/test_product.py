@@ -10,6 +10,7 @@ from component.float8.product import (
     E5M2,
     Float8Matrix,
     fits,
+    is_fast,
     multiply,
     quantize,
     quantize_weight,
@@ -196,8 +197,19 @@ def test_kernel_multiplies(tokens, dtype, bias):
         assert off < tolerance, f"fast={fast}: off by {off:.1e}"
 
 
+@pytest.mark.gpu
+def test_products_are_tried_out():
+    device = float8_card()
+    assert is_fast(4096, device)
+    assert not is_fast(576, device)
+
+
+def test_products_without_a_gpu_are_not_fast():
+    assert not is_fast(4096, torch.device("cpu"))
+
+
 def test_scales_from_a_tensor_are_those_from_a_number():
-    """A CUDA graph reads the limit of a step from a tensor; a rounding more or less is allowed."""
+    """As frozen weights have them, and activations; a rounding more or less is allowed."""
     largest = torch.rand(50, 1) + 0.01
     for limit in (448.0, 317.3, 224.5):
         for found, expected in zip(scale_of(largest, torch.tensor(limit)), scale_of(largest, limit), strict=True):

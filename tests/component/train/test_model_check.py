@@ -1,11 +1,14 @@
 """Models that cannot be trained with some keys."""
 
 import pytest
+import torch
 from transformers import Gemma2Config, GPTNeoXConfig, LlamaConfig, MistralConfig
 
 from component.error import UserError
+from component.float8 import product
 from component.rope import extend_context
-from component.train.model_check import check_float8, check_graph, check_skipping, check_split_rows
+from component.train.argument import LongQLoRAArguments
+from component.train.model_check import check_float8, check_graph, check_skipping, check_split_rows, chosen_matmul
 
 
 @pytest.mark.parametrize("rope_type", ["linear", "yarn"])
@@ -36,6 +39,41 @@ def test_models_that_cannot_be_multiplied_in_float8():
         check_float8(Gemma2Config(**sizes, pad_token_id=0), key)
     with pytest.raises(UserError, match="model type 'gpt_neox'"):  # whose layers have other names
         check_float8(GPTNeoXConfig(**sizes, num_attention_heads=4), key)
+
+
+@pytest.mark.parametrize(
+    ("changes", "chosen"),
+    [
+        ({}, "fp8_backward"),
+        ({"bf16": False}, "unquantized"),
+        ({"memory_plan": False}, "unquantized"),
+        ({"config": Gemma2Config()}, "unquantized"),
+        ({"config": LlamaConfig(hidden_size=1024, num_attention_heads=8)}, "unquantized"),
+        ({"device": torch.device("cpu")}, "unquantized"),
+        ({"capability": (8, 6)}, "unquantized"),
+        ({"error": RuntimeError("not implemented on this GPU")}, "unquantized"),
+        ({"frozen_matmul": "unquantized"}, "unquantized"),
+        ({"frozen_matmul": "fp8"}, "fp8"),
+        ({"frozen_matmul": "fp8_backward", "bf16": False}, "fp8_backward"),  # refused or simulated elsewhere
+    ],
+    ids=str,
+)
+def test_what_auto_multiplies_in(changes, chosen, monkeypatch):
+    """On a GPU whose answers are written here; whether a real one computes these products: test_product.py."""
+    found = {"config": LlamaConfig(hidden_size=2048), "device": torch.device("cuda", 0), "bf16": True, **changes}
+
+    def try_out(*_):
+        if "error" in found:
+            raise found["error"]
+
+    monkeypatch.setattr(product, "_multiplies_float8", lambda _: found.get("capability", (8, 9)) >= product.CAPABILITY)
+    monkeypatch.setattr(product, "_has_triton", lambda: True)
+    monkeypatch.setattr(product, "_multiplies", try_out)
+    product.is_fast.cache_clear()
+    mine = {key: found[key] for key in ("frozen_matmul", "memory_plan") if key in found}
+    args = LongQLoRAArguments("model", "a.jsonl", False, 64, 64, **mine)
+    assert chosen_matmul(args, found["config"], found["device"], found["bf16"]) == chosen
+    product.is_fast.cache_clear()
 
 
 def test_models_whose_rows_cannot_be_split():

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 from transformers import TrainingArguments
@@ -82,7 +83,13 @@ def test_an_earlier_versions_checkpoint(written_by):
         check_continuation(written_by(Strategy(2, 2), None), Strategy(), 8)
 
 
-ARGUMENTS = {"rope_type": None, "lora_alpha": 16, "packing": False, "frozen_matmul": "auto", "train_file": "a.jsonl"}
+ARGUMENTS = {
+    "rope_type": None,
+    "lora_alpha": 16,
+    "packing": False,
+    "frozen_matmul": "unquantized",
+    "train_file": "a.jsonl",
+}
 TRAINER = {"learning_rate": 2e-4, "seed": 42}
 
 
@@ -104,8 +111,17 @@ def test_the_same_arguments(checkpoint, values):
 
 def test_what_a_resumed_run_may_change_is_told(checkpoint):
     told = changed(checkpoint, frozen_matmul="fp8", train_file="b.jsonl", group_size=16)
-    line = "with other losses than an unbroken run: frozen_matmul auto -> fp8, train_file a.jsonl -> b.jsonl"
+    line = "with other losses than an unbroken run: frozen_matmul unquantized -> fp8, train_file a.jsonl -> b.jsonl"
     assert told == {"resumed": f"{line}, group_size 32 -> 16"}
+
+
+def test_auto_in_an_older_record_was_unquantized(checkpoint):
+    file = Path(checkpoint) / "longqlora.json"
+    old = json.loads(file.read_text())
+    old["arguments"]["frozen_matmul"] = "auto"
+    file.write_text(json.dumps(old))
+    assert changed(checkpoint) == {}
+    assert "frozen_matmul unquantized -> fp8_backward" in changed(checkpoint, frozen_matmul="fp8_backward")["resumed"]
 
 
 def test_what_it_may_not_change_is_refused_at_once(checkpoint):

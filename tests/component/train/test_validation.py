@@ -113,7 +113,7 @@ def test_bounds(key, right, wrong):
         ({"fp16": True, "use_cpu": True}, "fp16", "no GPU here"),
         ({"bf16": True}, "bf16", "no GPU here"),
         ({"use_flash_attn": True}, "use_flash_attn", "an Ampere or newer GPU"),
-        ({"frozen_matmul": "fp4"}, "frozen_matmul", "'fp4'; use auto, fp8_backward or fp8"),
+        ({"frozen_matmul": "fp4"}, "frozen_matmul", "'fp4'; use auto, unquantized, fp8_backward or fp8"),
         ({"frozen_matmul": "fp8", "memory_plan": False}, "frozen_matmul", "leave memory_plan out"),
     ],
 )
@@ -136,6 +136,7 @@ def test_contradictions(changes, key, words):
         {"use_flash_attn": False},
         {"frozen_matmul": "fp8"},
         {"frozen_matmul": "auto", "memory_plan": False},
+        {"frozen_matmul": "unquantized", "memory_plan": False},
     ],
 )
 def test_valid_combinations(changes):
