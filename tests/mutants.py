@@ -50,7 +50,7 @@ TARGETS: dict[str, tuple[str, str]] = {
     "component/rope.py": ("original_context context_length extend_context", ""),
     "component/memory/offload.py": (
         "ActivationOffloader.put ActivationOffloader._release_outgoing ActivationOffloader._fetch "
-        "ActivationOffloader._buffer _Entry.arrived",
+        "ActivationOffloader._buffer _Entry.arriving _Entry._arrived",
         "",
     ),
     "component/memory/linear.py": (
