@@ -9,8 +9,7 @@
 import copy
 import gc
 import sys
-from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from component.cli import exit_on_user_error, parsed_first
 from component.train.argument import LongQLoRAArguments, read_command_line
@@ -30,7 +29,7 @@ from peft import PeftModel
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from component.adapter import add_adapter, check_targets_early
-from component.attention.interface import has_plain_attention, use_shift_short_attention
+from component.attention.interface import use_shift_short_attention
 from component.attention.kernel import limit_kernels
 from component.checkpoint import claimed_output_dir, prepare_output_dir
 from component.data.collator import RightPadCollator
@@ -38,10 +37,8 @@ from component.data.dataset import load_samples
 from component.distributed.sequence import join_sequence_group
 from component.distributed.strategy import Strategy, training_strategy
 from component.error import UserError
-from component.memory.apply import liger_runs, use_memory_plan
-from component.memory.budget import available_memory, explaining_out_of_memory, limit_memory, peak_memory
-from component.memory.plan import MEMORY_OPTIONS, Estimate, MemoryPlan, choose_plan, describe_estimate
-from component.memory.workload import Workload, workload
+from component.memory.apply import use_memory_plan
+from component.memory.budget import explaining_out_of_memory, limit_memory, peak_memory
 from component.model import compute_dtype, load_base, load_config
 from component.rope import depends_on_length, extend_context, original_context, own_rope_type
 from component.shard import load_shards
@@ -49,22 +46,14 @@ from component.storage.result import library_versions
 from component.tokenizer import any_pad_id, load_tokenizer
 from component.train.callback import FullAttentionCallback, Startup
 from component.train.failure import explained_failures, telling_termination
-from component.train.model_check import check_model, chosen_matmul
+from component.train.model_check import check_model
+from component.train.planning import Memory, plan_memory, uses_own_attention
 from component.train.rehearsal import explained_settings, rehearse
-from component.train.resume import check_continuation, distribution, of_trainer
+from component.train.resume import check_continuation, distribution, of_trainer, recorded_matmul
 from component.train.settings import parse_arguments
 from component.train.summary import describe_cost, print_summary
 from component.train.trainer import LongQLoRATrainer
 from component.train.zero import single_process_environment
-
-
-class Memory(NamedTuple):
-    """The chosen memory plan, the workload it was chosen for, and its estimate."""
-
-    work: Workload
-    plan: MemoryPlan
-    expected: Estimate
-    line: str  # for the summary
 
 
 @exit_on_user_error
@@ -81,13 +70,9 @@ def run(args: LongQLoRAArguments, training_args: TrainingArguments) -> None:
     resume = prepare_output_dir(
         training_args.output_dir, training_args.resume_from_checkpoint, args.overwrite_output_dir
     )
-    base = load_config(args.model_name_or_path)
-    matmul = chosen_matmul(args, base, training_args.device, training_args.bf16)
-    args = replace(args, frozen_matmul=matmul)
     parts = args.sequence_parallel_size
     strategy = training_strategy(training_args.deepspeed, training_args.world_size, parts)
     samples = training_args.train_batch_size * training_args.gradient_accumulation_steps * strategy.data_processes
-    changed = check_continuation(resume, strategy, samples, args.compared | of_trainer(training_args))
     join_sequence_group(parts)
     limit_memory(args.memory_budget_gib)
     rehearse(training_args)
@@ -95,6 +80,7 @@ def run(args: LongQLoRAArguments, training_args: TrainingArguments) -> None:
     limit_kernels(args.use_flash_attn)
 
     # everything that can be checked without weights comes before they are loaded
+    base = load_config(args.model_name_or_path)
     extended = copy.deepcopy(base)
     tokenizer = load_tokenizer(args.model_name_or_path, args.model_max_length)
     check_targets_early(extended, args.target_names)
@@ -102,7 +88,8 @@ def run(args: LongQLoRAArguments, training_args: TrainingArguments) -> None:
     factor = extend_context(extended, args.model_max_length, rope_type, rope_theta=args.rope_theta)
     check_model(args, extended)
     check_batches(args, training_args, extended)
-    memory = plan_memory(args, training_args, strategy, extended)
+    args, memory = plan_memory(args, training_args, strategy, extended, recorded_matmul(resume))
+    changed = check_continuation(resume, strategy, samples, args.compared | of_trainer(training_args))
     train_set, eval_set, data_lines = load_data(args, training_args, tokenizer, extended.vocab_size)
     startup.ended("samples")
     model = load_adapted(args, training_args, strategy, training_config(args, extended))
@@ -151,52 +138,6 @@ def check_batches(args: LongQLoRAArguments, training_args: TrainingArguments, ex
             f"{found[0]}: {rope} positions are scaled by the longest sample of a batch, so losses would depend on how "
             "samples are batched"
         )
-
-
-def uses_own_attention(args: LongQLoRAArguments, extended: PretrainedConfig) -> bool:
-    """Whether training runs component/attention instead of Hugging Face's full attention."""
-    # position_skipping: transformers may take a skip for the border of a packed document
-    if args.use_shift_short_attention or args.packing or args.sequence_parallel_size > 1 or args.position_skipping:
-        return True
-    # full attention by our kernels, so that a memory plan can keep attention's output
-    return args.memory_plan and has_plain_attention(extended, args.max_seq_length)
-
-
-def plan_memory(
-    args: LongQLoRAArguments, training_args: TrainingArguments, strategy: Strategy, extended: PretrainedConfig
-) -> Memory:
-    """The fastest memory plan that fits this machine, computed from the config alone."""
-    eval_rows = training_args.eval_batch_size if args.eval_file else 0
-    work = workload(
-        extended,
-        target_names=args.target_names,
-        rank=args.lora_rank,
-        train_embedding=args.train_embedding,
-        train_norm=args.train_norm,
-        tokens=training_args.per_device_train_batch_size * -(-args.max_seq_length // strategy.sequence_processes),
-        group=args.group_tokens or args.max_seq_length,
-        value_bytes=compute_dtype(training_args.fp16, training_args.bf16).itemsize,
-        in_4bit=args.load_in_4bit,
-        in_float8=args.in_float8,
-        float8_forward=args.float8_forward,
-        fused=liger_runs() if args.use_liger_kernel is None else args.use_liger_kernel,
-        optimizer=training_args.optim.value,
-        zero=strategy.zero_stage is not None,
-        offload_optimizer=strategy.offloads_optimizer,
-        processes=strategy.processes,
-        sequence_processes=strategy.sequence_processes,
-        shards=strategy.shards,
-        rows=training_args.per_device_train_batch_size,
-        full_steps=not args.use_shift_short_attention or args.full_attention_ratio > 0,
-        eval_rows=eval_rows,
-        eval_tokens=eval_rows * -(-args.max_seq_length // strategy.sequence_processes),
-    )
-    gpu_gib, host_gib = available_memory(work, args.memory_budget_gib, training_args.device)
-    options = {name: getattr(args, name) for name in MEMORY_OPTIONS}
-    if not uses_own_attention(args, extended):
-        options["keep_attention_output"] = False
-    plan, expected = choose_plan(work, gpu_gib, host_gib, **options)
-    return Memory(work, plan, expected, describe_estimate(work, plan, expected, gpu_gib))
 
 
 def load_data(

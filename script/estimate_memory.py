@@ -125,9 +125,7 @@ def chosen_matmul(flags: argparse.Namespace, config: PretrainedConfig) -> str:
         is_fast_here = config.hidden_size >= FAST_FROM and published_rate(flags.card).float8 > 0
     else:
         is_fast_here = torch.cuda.is_available() and is_fast(config.hidden_size, torch.device("cuda"))
-    if flags.no_liger or not is_fast_here or not supports_layers_of(config):
-        return "unquantized"
-    return "fp8_backward"
+    return "fp8_backward" if is_fast_here and supports_layers_of(config) else "unquantized"
 
 
 def check_memory(flags: argparse.Namespace) -> None:
@@ -248,6 +246,19 @@ def estimated_time(flags: argparse.Namespace, work: Workload, plan: MemoryPlan) 
     return found
 
 
+def fitting(flags: argparse.Namespace, work: Workload, budget_gib: float) -> Workload:
+    """`work`, without FP8 if `auto` chose it and it does not fit, as train.py does; says what `auto` means."""
+    if flags.frozen_matmul != "auto":
+        return work
+    if work.in_float8 and choose_plan(work, budget_gib, flags.host_gib)[1].peak_gib > budget_gib:
+        return replace(work, in_float8=False)
+    if work.in_float8:
+        print(f"frozen_matmul: fp8_backward, as train.py chooses on {flags.card or 'this GPU'} with bf16: true")
+    elif not (flags.card or torch.cuda.is_available()) and work.hidden >= FAST_FROM:
+        print("frozen_matmul: unquantized; an Ada, Hopper or Blackwell GPU has another default, see --card")
+    return work
+
+
 def show_estimate(flags: argparse.Namespace) -> None:
     if flags.card is not None:
         rate = published_rate(flags.card)  # a wrong name is told first
@@ -256,10 +267,8 @@ def show_estimate(flags: argparse.Namespace) -> None:
             raise UserError(f"--frozen_matmul: {flags.card} has no FP8; {cure}")
     if flags.max_steps < 1:
         raise UserError(f"--max_steps: {flags.max_steps}; use 1 or more")
-    work = read_workload(flags)
-    if work.in_float8 and flags.frozen_matmul == "auto":
-        print("frozen_matmul: fp8_backward, as train.py chooses on this GPU with bf16: true")
     budget = USABLE * flags.memory_budget_gib
+    work = fitting(flags, read_workload(flags), budget)
     rows = []
     for name, label, limit in (("fastest", "fastest plan", budget), ("leanest", "minimum-memory plan", 0.0)):
         plan, found = choose_plan(work, limit, flags.host_gib)
@@ -272,7 +281,8 @@ def show_estimate(flags: argparse.Namespace) -> None:
     outside = LIBRARIES_GIB + CONTEXT_GIB + paged_bytes(work) / GIB
     print(f"outside PyTorch's allocator: about {outside:.1f} GiB of CUDA context, libraries, paged optimizer states")
     print(f"disk: {checkpoint_bytes(work) / GIB:.2g} GiB per checkpoint, of all GPUs")
-    tokens = longest(work, budget, flags.host_gib) // work.rows * work.sequence_processes
+    exact = replace(work, in_float8=work.in_float8 and flags.frozen_matmul != "auto")
+    tokens = longest(exact, budget, flags.host_gib) // work.rows * work.sequence_processes
     each = " on each GPU" if work.processes > 1 else ""
     limits = f"{flags.memory_budget_gib:g} GiB of GPU and {flags.host_gib:g} GiB of pinned CPU memory{each}"
     print(f"longest sample in {limits}: about {tokens} tokens")

@@ -47,13 +47,18 @@ class Float8Matrix(NamedTuple):
 def is_fast(hidden: int, device: torch.device) -> bool:
     """Whether products in FP8 take less time on `device`, for a model of `hidden` size.
 
-    They are tried: what PyTorch supports on a GPU depends on its version.
+    They are tried: what PyTorch and Triton support on a GPU depends on their versions.
+
+    Raises:
+        OutOfMemoryError: the GPU has no room for a few kilobytes.
     """
     if hidden < FAST_FROM or device.type != "cuda" or not _multiplies_float8(device) or not _has_triton():
         return False
     try:
         _multiplies(device)
-    except RuntimeError:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # Triton raises its own, and those of the compilers that it calls
         return False
     return True
 

@@ -23,6 +23,7 @@ class ActivationOffloader:
         finalizer = weakref.finalize(self, _unpin, self._buffers)  # memory freed while pinned cannot be pinned again
         finalizer.atexit = False
         self._entries: list[_Entry] = []
+        self._taken: _Entry | None = None  # whose tensors are being used
         self._outgoing: tuple[list[Tensor], torch.cuda.Event] | None = None
         self._stream: torch.cuda.Stream | None = None
 
@@ -38,13 +39,14 @@ class ActivationOffloader:
     def clear(self) -> None:
         """Drop all entries but keep the buffers, after a forward pass without a backward pass."""
         self._release_outgoing()
-        for entry in self._entries:
+        for entry in [*self._entries, *([self._taken] if self._taken else [])]:
             list(entry.arriving())  # else a copy under way would write to memory that is in use again
         self._entries.clear()
+        self._taken = None
 
     def forget(self) -> None:
         """Drop all entries without waiting for copies, of which a failed recording of a CUDA graph did none."""
-        self._outgoing = None
+        self._outgoing = self._taken = None
         self._entries.clear()
 
     def put(self, tensors: list[Tensor]) -> Callable[[], Iterator[Tensor]]:
@@ -72,7 +74,7 @@ class ActivationOffloader:
             is_last = bool(self._entries) and self._entries[-1] is entry
             assert is_last, "fetched out of order, or after another forward pass"
             self._release_outgoing()
-            self._entries.pop()
+            self._taken = self._entries.pop()
             self._fetch(entry, len(entry.parts))
             if self._entries and self.fetches_ahead:
                 self._fetch(self._entries[-1], 1)

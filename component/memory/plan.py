@@ -241,6 +241,10 @@ def next_memory_option(work: Workload, plan: MemoryPlan) -> str:
         leaner = replace(plan, **{name: MINIMUM_MEMORY[name]})
         if estimate(work, leaner).peak_gib < 0.99 * estimate(work, plan).peak_gib:
             return advice
+    if work.in_float8:
+        exact = replace(work, in_float8=False)
+        if estimate(exact, plan).peak_gib < 0.99 * estimate(work, plan).peak_gib:
+            return "frozen_matmul: unquantized (no copies of weights and activations in FP8)"
     if work.zero and not work.offload_optimizer:
         return "deepspeed: ./train_args/deepspeed/deepspeed_config_s2.json (optimizer states in CPU memory)"
     return "a smaller max_seq_length or lora_rank"

@@ -28,16 +28,26 @@ def check_model(args: LongQLoRAArguments, extended: PretrainedConfig) -> None:
     check_split_rows(extended, args.max_seq_length, args.sequence_parallel_size)
 
 
-def chosen_matmul(args: LongQLoRAArguments, config: PretrainedConfig, device: torch.device, bf16: bool) -> str:
+def chosen_matmul(
+    args: LongQLoRAArguments,
+    config: PretrainedConfig,
+    device: torch.device,
+    bf16: bool,
+    recorded: str | None = None,
+) -> str:
     """`frozen_matmul`, with what `auto` means here in its place.
 
     Gradients of activations are multiplied in FP8 where that is faster: in bf16, by a GPU that can, in layers that
-    memory plans support. Losses are those without, see train_args/README.md.
+    memory plans support. What it changes is in train_args/README.md.
+
+    Args:
+        recorded: of the checkpoint that the run resumes, which `auto` follows if this GPU can.
     """
     if args.frozen_matmul != "auto":
         return args.frozen_matmul
-    has_layers = args.memory_plan and supports_layers_of(config)
-    return "fp8_backward" if bf16 and has_layers and is_fast(config.hidden_size, device) else "unquantized"
+    if recorded == "unquantized" or not (bf16 and args.memory_plan and supports_layers_of(config)):
+        return "unquantized"
+    return recorded or "fp8_backward" if is_fast(config.hidden_size, device) else "unquantized"
 
 
 def check_skipping(extended: PretrainedConfig, context: int) -> None:

@@ -72,6 +72,17 @@ def check_continuation(
     return _check_arguments(checkpoint, record, arguments or {})
 
 
+def recorded_matmul(checkpoint: str | None) -> str | None:
+    """`frozen_matmul` of the run that wrote `checkpoint`; None without a checkpoint."""
+    return None if checkpoint is None else _matmul_of(read_record(checkpoint) or {})
+
+
+def _matmul_of(record: dict[str, Any]) -> str:
+    """Records did not hold it at first, and then `auto`; both meant this."""
+    found = (record.get("arguments") or {}).get("frozen_matmul", "auto")
+    return "unquantized" if found == "auto" else found
+
+
 def _check_distribution(checkpoint: str, then: dict[str, Any], strategy: Strategy, samples_per_step: int) -> None:
     is_deepspeed = strategy.zero_stage is not None
     was_deepspeed = any(Path(checkpoint).glob("global_step*"))
@@ -103,8 +114,8 @@ def _check_distribution(checkpoint: str, then: dict[str, Any], strategy: Strateg
 def _check_arguments(checkpoint: str, record: dict[str, Any], arguments: dict[str, Any]) -> dict[str, str]:
     then = {**(record.get("arguments") or {}), **(record.get(TRAINER_KEY) or {})}
     then |= {"group_size": record.get("group_size")}
-    if then.get("frozen_matmul") == "auto":  # from before records held what it meant, which was this
-        then["frozen_matmul"] = "unquantized"
+    if record.get("arguments"):
+        then["frozen_matmul"] = _matmul_of(record)
     if then.get("rope_type") is None and arguments.get("rope_type") is not None:  # written out what was the default
         then["rope_type"] = record.get("rope_type")
     changed = {key: (then[key], arguments[key]) for key in then if then[key] != arguments.get(key, then[key])}

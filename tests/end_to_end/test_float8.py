@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, Gemma2Config
 from component.float8 import product
 from component.float8.product import quantize_weight
 from component.memory import linear
+from component.train import model_check
 from tests.reference.float8 import float8_card
 from tests.reference.plain_path import (
     LAYERS,
@@ -217,6 +218,21 @@ def test_train_py_rounds_weights_in_each_step_in_its_own_way(base_folder, tmp_pa
     again |= {"resume_from_checkpoint": str(tmp_path / "fp8/checkpoint-2")}
     finish(train(values | again))
     assert losses(tmp_path / "fp8") == found["fp8"]
+
+
+def say_that_fp8_is_fast() -> None:
+    model_check.is_fast = lambda hidden, device: True
+
+
+def test_auto_is_decided_by_the_gpu(base_folder, tmp_path):
+    """Here by what this process is told of it."""
+    data, train = tmp_path / "train.jsonl", Launcher(tmp_path)
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in TRAIN_TEXTS))
+    values = BASIC | {"model_name_or_path": str(base_folder), "train_file": str(data), "bf16": True}
+    for name, sabotage in (("unquantized", None), ("fp8_backward", say_that_fp8_is_fast)):
+        output = finish(train(values | {"output_dir": str(tmp_path / name)}, sabotage))
+        assert ("gradients of activations in FP8 (e4m3, simulated in fp32)" in output) == (name == "fp8_backward")
+        assert record(tmp_path / name)["arguments"]["frozen_matmul"] == name
 
 
 def test_train_py(base_folder, tmp_path):

@@ -279,14 +279,33 @@ def test_float8_is_faster_on_a_card(estimate):
         (("h100",), "fp8_backward"),
         (("rtx4090",), "fp8_backward"),
         (("a100",), "unquantized"),
-        (("h100", "--no_liger"), "unquantized"),
+        (("h100", "--no_liger"), "fp8_backward"),
     ],
 )
 def test_frozen_matmul_auto_is_what_train_py_chooses(estimate, words, kind):
     words = ("--max_seq_length", "8192", "--memory_budget_gib", "24", "--card", *words)
     (found, printed), (expected, _) = estimate(*words), estimate(*words, "--frozen_matmul", kind)
     assert found["plans"] == expected["plans"]
-    assert ("frozen_matmul: fp8_backward, as train.py chooses" in printed) == (kind == "fp8_backward")
+    said = f"frozen_matmul: fp8_backward, as train.py chooses on {words[-1 if '--no_liger' not in words else -2]} with"
+    assert (said in printed) == (kind == "fp8_backward")
+
+
+def test_frozen_matmul_auto_takes_what_fits(estimate):
+    """In FP8 the longest row would be shorter."""
+    words = ("--card", "rtx4090", "--memory_budget_gib", "21", "--host_gib", "200", "--max_seq_length")
+    longest = estimate(*words, "8192")[0]["longest_tokens"]
+    assert longest == estimate(*words, "8192", "--frozen_matmul", "unquantized")[0]["longest_tokens"]
+    assert longest > estimate(*words, "8192", "--frozen_matmul", "fp8_backward")[0]["longest_tokens"]
+    found, printed = estimate(*words, str(longest))
+    assert "fastest plan: " in printed
+    assert "does NOT fit" not in printed.splitlines()[0]
+    assert not found["workload"]["in_float8"]
+
+
+def test_what_auto_may_mean_elsewhere_is_told_without_a_card(estimate):
+    """Of a model for which another GPU would choose otherwise."""
+    printed = estimate("--max_seq_length", "8192")[1]
+    assert ("frozen_matmul: unquantized; an Ada, Hopper or Blackwell GPU" in printed) != torch.cuda.is_available()
 
 
 def test_no_time_without_a_card(estimate):

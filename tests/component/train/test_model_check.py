@@ -1,5 +1,7 @@
 """Models that cannot be trained with some keys."""
 
+from subprocess import CalledProcessError
+
 import pytest
 import torch
 from transformers import Gemma2Config, GPTNeoXConfig, LlamaConfig, MistralConfig
@@ -52,6 +54,11 @@ def test_models_that_cannot_be_multiplied_in_float8():
         ({"device": torch.device("cpu")}, "unquantized"),
         ({"capability": (8, 6)}, "unquantized"),
         ({"error": RuntimeError("not implemented on this GPU")}, "unquantized"),
+        ({"error": CalledProcessError(1, ["gcc"])}, "unquantized"),  # Triton's, without a compiler
+        ({"recorded": "unquantized"}, "unquantized"),
+        ({"recorded": "fp8"}, "fp8"),
+        ({"recorded": "fp8", "capability": (8, 6)}, "unquantized"),
+        ({"recorded": "unquantized", "frozen_matmul": "fp8"}, "fp8"),
         ({"frozen_matmul": "unquantized"}, "unquantized"),
         ({"frozen_matmul": "fp8"}, "fp8"),
         ({"frozen_matmul": "fp8_backward", "bf16": False}, "fp8_backward"),  # refused or simulated elsewhere
@@ -72,7 +79,8 @@ def test_what_auto_multiplies_in(changes, chosen, monkeypatch):
     product.is_fast.cache_clear()
     mine = {key: found[key] for key in ("frozen_matmul", "memory_plan") if key in found}
     args = LongQLoRAArguments("model", "a.jsonl", False, 64, 64, **mine)
-    assert chosen_matmul(args, found["config"], found["device"], found["bf16"]) == chosen
+    words = (args, found["config"], found["device"], found["bf16"])
+    assert chosen_matmul(*words, found.get("recorded")) == chosen
     product.is_fast.cache_clear()
 
 

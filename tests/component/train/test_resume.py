@@ -10,7 +10,15 @@ from transformers import TrainingArguments
 from component.distributed.strategy import Strategy
 from component.error import UserError
 from component.train.argument import LongQLoRAArguments
-from component.train.resume import FIXED, OF_TRAINER, TOLD, check_continuation, distribution, of_trainer
+from component.train.resume import (
+    FIXED,
+    OF_TRAINER,
+    TOLD,
+    check_continuation,
+    distribution,
+    of_trainer,
+    recorded_matmul,
+)
 
 WRITTEN = {"files": {}, "base_model": "x", "rope_type": "linear", "rope_factor": 2}
 
@@ -121,6 +129,12 @@ def test_auto_in_an_older_record_was_unquantized(checkpoint):
     old["arguments"]["frozen_matmul"] = "auto"
     file.write_text(json.dumps(old))
     assert changed(checkpoint) == {}
+    assert recorded_matmul(checkpoint) == "unquantized"
+    del old["arguments"]["frozen_matmul"]  # older still
+    file.write_text(json.dumps(old))
+    assert changed(checkpoint) == {}
+    assert recorded_matmul(checkpoint) == "unquantized"
+    assert recorded_matmul(None) is None
     assert "frozen_matmul unquantized -> fp8_backward" in changed(checkpoint, frozen_matmul="fp8_backward")["resumed"]
 
 
