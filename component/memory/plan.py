@@ -12,10 +12,22 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from component.attention.shift_short import HEAD_TOKENS
-from component.loss import eval_chunk
-from component.memory.workload import GIB, Sizes, Workload, gathered_bytes, input_share, sizes, step_bytes
+import numpy as np
+from numpy.typing import NDArray
 
+from component.memory.workload import (
+    GIB,
+    Sizes,
+    Workload,
+    attention_backward_bytes,
+    evaluation_bytes,
+    input_share,
+    loss_bytes,
+    sizes,
+    step_bytes,
+)
+
+Counts = NDArray[Any]  # of layers, or what depends on them: a number for each of several plans
 IDLE_GIB = 0.15  # held by PyTorch's allocator beyond tensors
 ENGINE_GIB = 0.3  # DeepSpeed's buckets and copies
 TILES = (0, 32768, 16384, 8192, 4096, 2048, 1024)  # tokens per MLP tile; 0: no tiling
@@ -78,57 +90,55 @@ class Estimate:
 
 def estimate(work: Workload, plan: MemoryPlan) -> Estimate:
     """Peak GPU memory, pinned CPU memory and cost of one training step of `work` under `plan`."""
-    size, counts = sizes(work), plan.counts(work.layers)
-    nothing, attention, everything = counts
+    counts = np.array(plan.counts(work.layers))[:, None]
+    moments = _moments(work, plan, counts)
+    moment = max(moments, key=lambda name: moments[name][0])
+    always = _always_gib(work)
+    evaluation = always + evaluation_bytes(work, plan.loss_chunk_tokens) / GIB if work.eval_tokens else 0.0
+    peak, host, cost = always + moments[moment] / GIB, _host_gib(work, plan, counts), _cost(work, plan, counts)
+    return Estimate(float(peak[0]), float(host[0]), float(cost[0]), moment, evaluation)
+
+
+def _always_gib(work: Workload) -> float:
+    return sizes(work).fixed / GIB + IDLE_GIB + (ENGINE_GIB if work.zero else 0)
+
+
+def _host_gib(work: Workload, plan: MemoryPlan, counts: Counts) -> Counts:
+    output = sizes(work).query if plan.keep_attention_output else 0
+    return (sizes(work).hidden + output) * counts[0] / GIB * plan.offload_activations
+
+
+def _moments(work: Workload, plan: MemoryPlan, counts: Counts) -> dict[str, Counts]:
+    """Bytes at each moment when memory can peak, for each column of `counts`; -inf where there is no such moment.
+
+    Args:
+        counts: (3, plans) layers at level nothing, attention and everything, instead of those of `plan`.
+    """
+    size, (nothing, attention, everything) = sizes(work), counts
     output = size.query if plan.keep_attention_output else 0
     lse = size.lse * nothing if plan.keep_attention_output else 0
     if plan.offload_activations:  # attention's output of the layer below arrives after the moments that count
-        inputs = min(1 + plan.fetch_ahead, nothing) * size.hidden + min(1, nothing) * output + lse
+        inputs = np.minimum(1 + plan.fetch_ahead, nothing) * size.hidden + np.minimum(1, nothing) * output + lse
+        in_transfer = (size.hidden + output) * (nothing > 0) + lse
     else:
-        inputs = nothing * (size.hidden + output) + lse
-    in_transfer = (size.hidden + output if nothing else 0) + lse if plan.offload_activations else inputs
+        inputs = in_transfer = nothing * (size.hidden + output) + lse
     kept = in_transfer + attention * size.attention + everything * (size.attention + size.gate_and_up)
     chunk = min(plan.loss_chunk_tokens, work.tokens) * work.vocabulary
-    loss = kept + 3 * size.hidden + _loss_bytes(work, chunk) + size.gathered_head
-    moments = {"the loss": loss, "the optimizer's step": step_bytes(work)}
-    attention_backward = size.hidden + _attention_backward(work, size)
-    if attention + everything:
-        level = "everything" if everything else "attention"
-        # a tile's gate and up are among the tile's own; those of the other tiles wait for their turn
-        rest = kept + size.gathered - (_tile_share(work, plan) * size.gate_and_up if everything else 0)
-        tile = _mlp_backward(work, plan, size, is_kept=bool(everything))
-        moments[f"the MLP backward at level {level}"] = rest + 2 * size.hidden + tile
-        moments[f"the attention backward at level {level}"] = rest + attention_backward
-    if nothing:
-        graph = inputs + size.gathered + size.graph - output
-        tile = _mlp_backward(work, plan, size, is_kept=False)
-        moments["the MLP backward at level nothing"] = graph + 2 * size.hidden + tile
-        moments["the attention backward at level nothing"] = graph + attention_backward
-    moment = max(moments, key=moments.__getitem__)
-    always = size.fixed / GIB + IDLE_GIB + (ENGINE_GIB if work.zero else 0)
-    host = (size.hidden + output) * nothing if plan.offload_activations else 0
-    evaluation = always + _evaluation(work, plan) / GIB if work.eval_tokens else 0.0
-    return Estimate(always + moments[moment] / GIB, host / GIB, _cost(work, plan, size, counts), moment, evaluation)
-
-
-def _loss_bytes(work: Workload, chunk: int) -> float:
-    """Logits and their gradients, `chunk` numbers each, and of a trained lm_head its gradient's fp32 sum and one
-    chunk's contribution, and its 16-bit copy.
-    """
-    logits = chunk * (2 * work.value_bytes + 8)
-    is_copied = not work.zero and work.value_bytes < 4  # DeepSpeed's own are in 16 bits
-    return logits + work.head * (4 + work.value_bytes * (1 + is_copied))
-
-
-def _evaluation(work: Workload, plan: MemoryPlan) -> float:
-    """Bytes of an evaluation batch: Hugging Face's MLP, whose output LoRA's is added to, or one chunk of the loss."""
-    n, value = work.eval_tokens, work.value_bytes
-    weight = work.hidden * work.mlp * value if work.in_4bit else 0
-    layer = 5 * n * work.mlp * value + weight  # act(gate), up, LoRA's part, that scaled, their sum
-    chunk = eval_chunk(plan.loss_chunk_tokens, work.eval_rows) * work.eval_rows
-    logits = min(chunk, n) * work.vocabulary * (value + 8)  # in both dtypes, and their softmax
-    gathered, head = gathered_bytes(work)
-    return 2 * n * work.hidden * value + max(layer + gathered, logits + head)
+    loss = kept + 3 * size.hidden + loss_bytes(work, chunk) + size.gathered_head
+    moments = {"the loss": loss, "the optimizer's step": np.full(len(loss), step_bytes(work))}
+    attention_backward = size.hidden + attention_backward_bytes(work, size)
+    # a tile's gate and up are among the tile's own; those of the other tiles wait for their turn
+    waiting = kept + size.gathered - _tile_share(work, plan) * size.gate_and_up
+    graph = inputs + size.gathered + size.graph - output
+    for level, exists, rest in (
+        ("everything", everything > 0, waiting),
+        ("attention", (everything == 0) & (attention > 0), kept + size.gathered),
+        ("nothing", nothing > 0, graph),
+    ):
+        tile = 2 * size.hidden + _mlp_backward(work, plan, size, is_kept=level == "everything")
+        moments[f"the MLP backward at level {level}"] = np.where(exists, rest + tile, -np.inf)
+        moments[f"the attention backward at level {level}"] = np.where(exists, rest + attention_backward, -np.inf)
+    return moments
 
 
 def _tile_share(work: Workload, plan: MemoryPlan) -> float:
@@ -153,23 +163,8 @@ def _mlp_backward(work: Workload, plan: MemoryPlan, size: Sizes, is_kept: bool) 
     return share * (buffers * size.mlp + 2 * size.hidden + size.norm + quantized) + weights
 
 
-def _attention_backward(work: Workload, size: Sizes) -> float:
-    """Bytes: gradients of the output and of q, k, v, and one kernel call's own gradients and fp32 accumulators."""
-    gradients = size.query + 2 * size.key
-    # of the heads in one call: of an odd number of key/value heads, the shifted half has one more
-    most = -(-work.kv_heads // 2) / work.kv_heads if work.kv_heads > 1 else 0.5
-    share = min(most, max(HEAD_TOKENS / work.tokens / work.heads, 1 / work.kv_heads))
-    # a call's keys and values from the left, their gradients, and what is on its way: the next ones, and to and fro
-    transfers = 5 * share * size.left
-    if size.by_heads:  # copies to be sent, and received
-        transfers += 2 * gradients
-    kernel = share * (gradients + size.query * 4 / work.value_bytes)
-    quantized = max(size.query, size.hidden) / work.value_bytes if work.in_float8 else 0  # a gradient in FP8
-    return size.query + gradients + transfers + kernel + quantized
-
-
-def _cost(work: Workload, plan: MemoryPlan, size: Sizes, counts: tuple[int, int, int]) -> float:
-    n, backward = work.tokens, FLOAT8 if work.in_float8 else 1.0
+def _cost(work: Workload, plan: MemoryPlan, counts: Counts) -> Counts:
+    size, n, backward = sizes(work), work.tokens, FLOAT8 if work.in_float8 else 1.0
     forward = backward if work.float8_forward else 1.0
     per_layer, matrix = forward * work.weights / work.layers, forward * work.hidden * work.mlp
     products, pairs = 2 * n * per_layer, 2 * n * work.group * work.heads * work.head_size * 1.7
@@ -179,7 +174,7 @@ def _cost(work: Workload, plan: MemoryPlan, size: Sizes, counts: tuple[int, int,
         4 * n * matrix,
         0.0,
     )
-    cost = sum(count * (both + 3.5 * pairs + more) for count, more in zip(counts, recomputed, strict=True))
+    cost = (counts * (both + 3.5 * pairs + np.array(recomputed)[:, None])).sum(0)
     # small matrix products underuse a GPU: tiles of 2048 tokens cost 4 % of a step on an H200, tiles of 8192 about 1 %
     tile = min(plan.mlp_tile_tokens or n, n)
     cost *= 1 + (80 / tile if tile < n else 0) + 4 / plan.loss_chunk_tokens
@@ -204,12 +199,22 @@ def choose_plan(
     Returns:
         The plan and its estimate. If no plan fits, the one that needs the least memory.
     """
-    plans = [(plan, estimate(work, plan)) for plan in _candidates(work, options)]
-    plans = [pair for pair in plans if pair[1].host_gib <= host_gib] or plans
-    fitting = [pair for pair in plans if pair[1].peak_gib <= budget_gib]
-    if fitting:
-        return min(fitting, key=lambda pair: (pair[1].cost, pair[1].peak_gib))
-    return min(plans, key=lambda pair: (pair[1].peak_gib, pair[1].cost))
+    groups = list(_candidates(work, options))
+    parts = []
+    for plan, (keep, attention) in groups:
+        everything = np.minimum(keep, work.layers)
+        between = np.minimum(attention, work.layers - everything)
+        counts = np.stack([work.layers - everything - between, between, everything])
+        peak = _always_gib(work) + np.max(list(_moments(work, plan, counts).values()), 0) / GIB
+        parts.append(np.stack([_cost(work, plan, counts), peak, _host_gib(work, plan, counts), keep, attention]))
+    cost, peak, host, keep, attention = np.concatenate(parts, 1)
+    allowed = host <= host_gib if (host <= host_gib).any() else np.full(len(host), True)
+    fits = allowed & (peak <= budget_gib)
+    order = np.lexsort((peak, cost, ~fits)) if fits.any() else np.lexsort((cost, peak, ~allowed))
+    best = int(order[0])
+    group = int(np.searchsorted(np.cumsum([part.shape[1] for part in parts]), best, side="right"))
+    plan = replace(groups[group][0], keep_layers=int(keep[best]), keep_attention_layers=int(attention[best]))
+    return plan, estimate(work, plan)
 
 
 MEMORY_OPTIONS = {  # the advice when memory runs out, cheapest first: YAML key -> setting and its effect
@@ -266,10 +271,17 @@ def describe_estimate(work: Workload, plan: MemoryPlan, expected: Estimate, budg
     return line
 
 
-def _candidates(work: Workload, options: dict[str, Any]) -> Iterator[MemoryPlan]:
+def _candidates(work: Workload, options: dict[str, Any]) -> Iterator[tuple[MemoryPlan, Counts]]:
+    """Plans that differ in more than the layers' levels, and (2, plans) numbers of layers to keep under each."""
+
     def choices(name: str, free) -> list:
         return list(free) if options.get(name) is None else [options[name]]
 
+    kept = [
+        (keep, attention)
+        for keep in choices("keep_layers", range(work.layers + 1))
+        for attention in choices("keep_attention_layers", range(work.layers - min(keep, work.layers) + 1))
+    ]
     rest = product(
         choices("keep_attention_output", (False, True)),
         choices("offload_activations", (False, True)),
@@ -278,8 +290,5 @@ def _candidates(work: Workload, options: dict[str, Any]) -> Iterator[MemoryPlan]
         (True, False),
     )
     for output, offload, tile, chunk, ahead in rest:
-        if not (offload or ahead):
-            continue
-        for keep in choices("keep_layers", range(work.layers + 1)):
-            for attention in choices("keep_attention_layers", range(work.layers - min(keep, work.layers) + 1)):
-                yield MemoryPlan(keep, attention, output, offload, tile, chunk, ahead)
+        if offload or ahead:
+            yield MemoryPlan(0, 0, output, offload, tile, chunk, ahead), np.array(kept).T

@@ -12,8 +12,9 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from component.adapter import full_copies, linear_names, target_layers
-from component.attention.shift_short import left_tokens
+from component.attention.shift_short import HEAD_TOKENS, left_tokens
 from component.attention.ulysses import splits_heads
+from component.loss import eval_chunk
 from component.model import without_weights
 
 GIB = 2**30
@@ -139,6 +140,41 @@ def left_bytes(work: Workload) -> int:
     if work.full_steps and not splits_heads(work.heads, work.kv_heads, parts):
         needed = (parts - 1) * tokens
     return 2 * work.rows * needed * work.kv_heads * work.head_size * work.value_bytes
+
+
+def loss_bytes(work: Workload, chunk: int) -> float:
+    """Logits and their gradients, `chunk` numbers each, and of a trained lm_head its gradient's fp32 sum and one
+    chunk's contribution, and its 16-bit copy.
+    """
+    logits = chunk * (2 * work.value_bytes + 8)
+    is_copied = not work.zero and work.value_bytes < 4  # DeepSpeed's own are in 16 bits
+    return logits + work.head * (4 + work.value_bytes * (1 + is_copied))
+
+
+def attention_backward_bytes(work: Workload, size: Sizes) -> float:
+    """Bytes: gradients of the output and of q, k, v, and one kernel call's own gradients and fp32 accumulators."""
+    gradients = size.query + 2 * size.key
+    # of the heads in one call: of an odd number of key/value heads, the shifted half has one more
+    most = -(-work.kv_heads // 2) / work.kv_heads if work.kv_heads > 1 else 0.5
+    share = min(most, max(HEAD_TOKENS / work.tokens / work.heads, 1 / work.kv_heads))
+    # a call's keys and values from the left, their gradients, and what is on its way: the next ones, and to and fro
+    transfers = 5 * share * size.left
+    if size.by_heads:  # copies to be sent, and received
+        transfers += 2 * gradients
+    kernel = share * (gradients + size.query * 4 / work.value_bytes)
+    quantized = max(size.query, size.hidden) / work.value_bytes if work.in_float8 else 0  # a gradient in FP8
+    return size.query + gradients + transfers + kernel + quantized
+
+
+def evaluation_bytes(work: Workload, loss_chunk_tokens: int) -> float:
+    """Bytes of an evaluation batch: Hugging Face's MLP, whose output LoRA's is added to, or one chunk of the loss."""
+    n, value = work.eval_tokens, work.value_bytes
+    weight = work.hidden * work.mlp * value if work.in_4bit else 0
+    layer = 5 * n * work.mlp * value + weight  # act(gate), up, LoRA's part, that scaled, their sum
+    chunk = eval_chunk(loss_chunk_tokens, work.eval_rows) * work.eval_rows
+    logits = min(chunk, n) * work.vocabulary * (value + 8)  # in both dtypes, and their softmax
+    gathered, head = gathered_bytes(work)
+    return 2 * n * work.hidden * value + max(layer + gathered, logits + head)
 
 
 def fixed_bytes(work: Workload) -> float:

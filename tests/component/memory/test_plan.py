@@ -1,6 +1,7 @@
 """Estimates against independent calculations, and the choice of a plan."""
 
 import dataclasses
+import itertools
 import math
 from itertools import accumulate
 
@@ -11,17 +12,18 @@ from torch.profiler import ProfilerActivity, profile
 from component.attention import shift_short
 from component.loss import as_loss_head, eval_chunk, next_token_loss
 from component.memory.plan import (
+    CHUNKS,
     MEMORY_OPTIONS,
+    TILES,
     Estimate,
     MemoryPlan,
-    _attention_backward,
     choose_plan,
     describe_estimate,
     estimate,
     minimum_memory_plan,
     next_memory_option,
 )
-from component.memory.workload import GIB, Workload, fixed_bytes, sizes
+from component.memory.workload import GIB, Workload, attention_backward_bytes, fixed_bytes, sizes
 from tests.reference.llama2_7b import HIDDEN, LINEAR, LLAMA2_7B, LORA, MLP, VOCABULARY
 from tests.reference.plain_path import plan_of
 
@@ -251,7 +253,7 @@ def test_the_heads_of_one_attention_call(heads, kv_heads, monkeypatch):
     work = dataclasses.replace(LLAMA2_7B, heads=heads, kv_heads=kv_heads, head_size=2, tokens=8, group=4)
     size = sizes(work)
     per_call = largest / heads * (size.query + 2 * size.key + size.query * 4 / 2)
-    assert _attention_backward(work, size) == pytest.approx(2 * size.query + 2 * size.key + per_call)
+    assert attention_backward_bytes(work, size) == pytest.approx(2 * size.query + 2 * size.key + per_call)
 
 
 @pytest.mark.parametrize(("rows", "tokens"), [(1, 8192), (8, 8192), (1, 16)])
@@ -291,6 +293,36 @@ def test_no_checkpointing_with_enough_memory():
     assert plan.levels(6) == ["everything"] * 6
     assert (plan.offload_activations, plan.mlp_tile_tokens) == (False, 0)
     assert expected == estimate(SMALL, plan)
+
+
+def all_plans(layers: int, tokens: int) -> list[MemoryPlan]:
+    every = itertools.product(
+        range(layers + 1), range(layers + 1), (False, True), (False, True), TILES, CHUNKS, (True, False)
+    )
+    return [
+        plan
+        for plan in itertools.starmap(MemoryPlan, every)
+        if plan.keep_layers + plan.keep_attention_layers <= layers
+        and plan.mlp_tile_tokens < tokens
+        and plan.loss_chunk_tokens <= tokens
+        and (plan.offload_activations or plan.fetch_ahead)
+    ]
+
+
+@pytest.mark.parametrize("changes", [{}, {"in_float8": True}, {"kv_heads": 1, "zero": False}, {"rows": 2}], ids=str)
+def test_it_is_the_best_of_all_plans(changes):
+    """Each estimated by itself; at budgets that nothing, some and everything fit in."""
+    work = dataclasses.replace(SMALL, layers=3, **changes)
+    found = [(plan, estimate(work, plan)) for plan in all_plans(3, work.tokens)]
+    peaks = sorted(expected.peak_gib for _, expected in found)
+    for budget in (0.0, peaks[0], peaks[len(peaks) // 3], (peaks[0] + peaks[-1]) / 2, math.inf):
+        for host in (0.0, 0.1, math.inf):
+            allowed = [pair for pair in found if pair[1].host_gib <= host]
+            fitting = [pair for pair in allowed if pair[1].peak_gib <= budget]
+            best = min((e.cost, e.peak_gib) for _, e in fitting) if fitting else None
+            least = min((e.peak_gib, e.cost) for _, e in allowed)
+            _, chosen = choose_plan(work, budget, host)
+            assert (chosen.cost, chosen.peak_gib) == (best or least[::-1])
 
 
 def test_more_memory_never_costs_time():
