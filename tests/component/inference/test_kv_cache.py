@@ -116,8 +116,10 @@ class TestPromptCache:
         cache.finish([5, 6, 7])
         assert cache.start([5, 6, 7, 8]).get_seq_length() == 2
 
-    @pytest.mark.parametrize("attention", ["sdpa", NAME])
-    @pytest.mark.parametrize("implementation", ["int8", "fp8", "int4", "int2"])
+    @pytest.mark.parametrize(
+        ("implementation", "attention"),
+        [*((kind, "sdpa") for kind in ("int8", "fp8", "int4", "int2")), ("int8", NAME), ("fp8", NAME)],
+    )
     @pytest.mark.parametrize("tail", [0, 5, 100])
     def test_a_second_question_about_a_document(self, tail, implementation, attention, tiny_llama_config, monkeypatch):
         """As from an empty cache, though the first answer was computed token by token."""
