@@ -25,6 +25,7 @@ RECIPE: dict[str, Any] = SMALL_RECIPE | {  # what differs from the experiments o
     "learning_rate": 5e-4,
     "warmup_steps": 10,
     "logging_steps": 5,
+    "frozen_matmul": "unquantized",  # but in the rows about FP8, on any GPU
 }
 RAISED: dict[str, Any] = {
     "rope_type": "theta",
