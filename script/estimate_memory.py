@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from component.cli import BOOLEAN, exit_on_user_error, new_parser, parsed_first
+from component.train.argument import FLOAT8, MATMULS
 
 
 @parsed_first
@@ -46,9 +47,8 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--gradient_accumulation_steps", type=int, default=1)
     parser.add_argument("--card", help="card to estimate time on, e.g. h100, rtx4090, t4; default: this GPU, if any")
     parser.add_argument("--no_4bit", action="store_true", help="16-bit base weights")
-    kinds = ("auto", "unquantized", "fp8_backward", "fp8")
     products = "products with frozen weights, as in train.py's YAML (auto, for --card or this GPU)"
-    parser.add_argument("--frozen_matmul", choices=kinds, default="auto", help=products)
+    parser.add_argument("--frozen_matmul", choices=MATMULS, default="auto", help=products)
     parser.add_argument("--cuda_graph", action="store_true", help="as the key of train.py, for the time of a step")
     parser.add_argument("--no_liger", action="store_true", help="without Liger's kernels, as on a V100")
     parser.add_argument("--optim", default="paged_adamw_32bit")
@@ -87,7 +87,6 @@ from component.train.model_check import check_float8
 from component.train.validation import out_of_bounds
 
 PARTS = ("weights", "cache", "workspace", "peak", "host")  # of inference; host: CPU memory
-FLOAT8 = ("fp8_backward", "fp8")  # values of frozen_matmul
 OF_INFERENCE = ("context", "load_in_4bit")
 OF_BOTH = ("model_name_or_path", "inference", "memory_budget_gib", "host_gib", "output_json", "overwrite")
 

@@ -277,11 +277,13 @@ def _candidates(work: Workload, options: dict[str, Any]) -> Iterator[tuple[Memor
     def choices(name: str, free) -> list:
         return list(free) if options.get(name) is None else [options[name]]
 
-    kept = [
-        (keep, attention)
-        for keep in choices("keep_layers", range(work.layers + 1))
-        for attention in choices("keep_attention_layers", range(work.layers - min(keep, work.layers) + 1))
-    ]
+    kept = np.array(
+        [
+            (keep, attention)
+            for keep in choices("keep_layers", range(work.layers + 1))
+            for attention in choices("keep_attention_layers", range(work.layers - min(keep, work.layers) + 1))
+        ]
+    ).T
     rest = product(
         choices("keep_attention_output", (False, True)),
         choices("offload_activations", (False, True)),
@@ -291,4 +293,4 @@ def _candidates(work: Workload, options: dict[str, Any]) -> Iterator[tuple[Memor
     )
     for output, offload, tile, chunk, ahead in rest:
         if offload or ahead:
-            yield MemoryPlan(0, 0, output, offload, tile, chunk, ahead), np.array(kept).T
+            yield MemoryPlan(0, 0, output, offload, tile, chunk, ahead), kept

@@ -29,6 +29,10 @@ def _key(help: str, default: typing.Any = dataclasses.MISSING):
     return field(default=default, metadata={"help": help})
 
 
+FLOAT8 = ("fp8_backward", "fp8")  # values of frozen_matmul
+MATMULS = ("auto", "unquantized", *FLOAT8)
+
+
 @dataclass
 class LongQLoRAArguments:
     """The YAML keys of this project; those without a default are required."""
@@ -97,7 +101,7 @@ class LongQLoRAArguments:
 
     @property
     def in_float8(self) -> bool:
-        return self.frozen_matmul in ("fp8_backward", "fp8")
+        return self.frozen_matmul in FLOAT8
 
     @property
     def float8_forward(self) -> bool:

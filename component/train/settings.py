@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 
 from component.error import UserError
 from component.train.argument import LongQLoRAArguments, read_command_line, unknown_key
-from component.train.validation import validate
+from component.train.validation import cure_of, validate
 from component.train.yaml_file import parse_value
 
 
@@ -29,7 +29,8 @@ def parse_arguments(argv: list[str]) -> tuple[LongQLoRAArguments, TrainingArgume
         except KeyError:
             problems.append(f"{key}: {unknown_key(str(key), known)}")
         except ValueError as error:
-            problems.append(f"{key}: {error}")
+            cure = cure_of(key)
+            problems.append(f"{key}: {error}" + (f"; use {cure}" if cure else ""))
     for item in dataclasses.fields(LongQLoRAArguments):
         if item.default is dataclasses.MISSING and item.name not in values:
             problems.append(f"{item.name}: missing; {item.metadata['help']}")

@@ -13,7 +13,7 @@ from component.data import TEMPLATES
 from component.data.document import POLICIES
 from component.float8.product import CAPABILITY
 from component.rope import ROPE_TYPES, THETA
-from component.train.argument import LongQLoRAArguments
+from component.train.argument import FLOAT8, MATMULS, LongQLoRAArguments
 from component.train.zero import bad_strategy
 
 SAMPLING = ("random", "sequential", "group_by_length", "batch_rebalance")  # transformers reads any other as random
@@ -33,10 +33,7 @@ BOUNDS = {
     "rope_theta": (lambda v: 1 < v <= LARGEST, "a number above the model's own, e.g. 500000"),
     "truncation_policy": (lambda v: v in POLICIES, "one of " + ", ".join(POLICIES)),
     "template": (lambda v: v in TEMPLATES, "one of " + ", ".join(TEMPLATES)),
-    "frozen_matmul": (
-        lambda v: v in ("auto", "unquantized", "fp8_backward", "fp8"),
-        "auto, unquantized, fp8_backward or fp8",
-    ),
+    "frozen_matmul": (lambda v: v in MATMULS, "one of " + ", ".join(MATMULS)),
     "max_bad_fraction": (lambda v: 0 <= v < 1, "a share in [0, 1), e.g. 0.01"),
     "lora_rank gradient_accumulation_steps eval_accumulation_steps": (lambda v: v >= 1, "at least 1"),
     "sequence_parallel_size": (lambda v: v >= 1, "at least 1"),
@@ -129,6 +126,11 @@ def out_of_bounds(values: dict) -> list[str]:
     # torch's sizes have 64 bits, and estimates multiply them as floats
     too_large = [key for key, value in values.items() if isinstance(value, int) and abs(value) > LARGEST]
     return problems + [f"{key}: {str(values[key])[:20]}...; use a number below 2**53" for key in too_large]
+
+
+def cure_of(key: str) -> str:
+    """What a value of `key` may be; empty if any of its type."""
+    return next((cure for keys, (_, cure) in BOUNDS.items() if key in keys.split()), "")
 
 
 def validate(values: dict) -> list[str]:
@@ -247,7 +249,7 @@ def _impossible_graph(values: dict) -> list[str]:
 def _impossible_float8(values: dict) -> list[str]:
     """Without a GPU, FP8 is allowed: its numbers are multiplied in fp32, to try what it costs in quality."""
     kind = values.get("frozen_matmul")
-    if kind not in ("fp8_backward", "fp8"):
+    if kind not in FLOAT8:
         return []
     if values.get("memory_plan") is False:
         cure = "set it to auto, or leave memory_plan out"

@@ -54,4 +54,4 @@ def test_unquantized_where_only_that_fits(plan):
 def test_a_resumed_run_goes_on_as_it_was(plan, recorded):
     args, memory = plan(8192, 30.0, recorded)
     assert args.frozen_matmul == recorded
-    assert memory.work.float8_forward == (recorded == "fp8") or not memory.work.in_float8
+    assert memory.work.in_float8 == memory.work.float8_forward == (recorded == "fp8")

@@ -82,6 +82,20 @@ DESIGN_KEYS = {
 }
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("frozen_matmul: off", "frozen_matmul: False is not text; use one of auto, unquantized, fp8_backward, fp8"),
+        ("group_size: x", "group_size: 'x' is not a whole number or empty; use an even number of tokens >= 2"),
+        ("target_modules: 3", "target_modules: 3 is not text or list"),
+    ],
+)
+def test_a_value_of_another_type_is_told_what_may_be_there(line, message, parse):
+    with pytest.raises(UserError) as raised:
+        parse(line)
+    assert f"  - {message}" in str(raised.value)
+
+
 @pytest.mark.parametrize("key", DESIGN_KEYS)
 def test_each_documented_key_arrives(key, parse):
     args, _ = parse(**{"max_seq_length": 1024, key: DESIGN_KEYS[key]})

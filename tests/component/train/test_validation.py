@@ -113,7 +113,7 @@ def test_bounds(key, right, wrong):
         ({"fp16": True, "use_cpu": True}, "fp16", "no GPU here"),
         ({"bf16": True}, "bf16", "no GPU here"),
         ({"use_flash_attn": True}, "use_flash_attn", "an Ampere or newer GPU"),
-        ({"frozen_matmul": "fp4"}, "frozen_matmul", "'fp4'; use auto, unquantized, fp8_backward or fp8"),
+        ({"frozen_matmul": "fp4"}, "frozen_matmul", "'fp4'; use one of auto, unquantized, fp8_backward, fp8"),
         ({"frozen_matmul": "fp8", "memory_plan": False}, "frozen_matmul", "leave memory_plan out"),
     ],
 )
