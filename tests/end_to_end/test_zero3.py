@@ -22,6 +22,8 @@ CASES = {
     "full attention": (2, {"use_shift_short_attention": False}),
     "Hugging Face's layers": (2, {"memory_plan": False, "gradient_checkpointing": True}),
     "packed": (2, {"packing": True, "load_in_4bit": True}),
+    "gradients of activations in FP8": (2, {"frozen_matmul": "fp8_backward", "load_in_4bit": True, **RECOMPUTED}),
+    "in FP8, 16-bit base": (2, {"frozen_matmul": "fp8"}),
     "rows split": (2, {"sequence_parallel_size": 2, **RECOMPUTED}),
     "rows split over 2 of 4": (4, {"sequence_parallel_size": 2, "load_in_4bit": True}),
 }
