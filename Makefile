@@ -1,5 +1,5 @@
 # Needs Python 3.11 or newer, make and a C++ compiler. The first target creates .venv with all dependencies.
-#   make demo    extend a small model fourfold and plot the result (about 10 minutes on 2 CPU cores)
+#   make demo    extend a small model fourfold and plot the result (8 to 14 minutes on 2 CPU cores)
 #   make test    run every CPU test
 #   make lint    check style and types
 #   make mutants plant faults in copies of the core, which the tests must notice (15 minutes on 2 CPU cores)
