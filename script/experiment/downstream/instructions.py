@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--samples_per_step", type=int, default=4, help="(4)")
     parser.add_argument("--learning_rate", type=float, default=3e-4, help="(3e-4)")
     parser.add_argument("--seed", type=int, default=42, help="of split and training (42)")
+    parser.add_argument("--jobs", type=int, default=1, help="models tuned and measured at a time (1)")
     parser.add_argument("--output_json", required=True, help="file for the results")
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
     return parser.parse_args()
@@ -64,7 +66,7 @@ from script.shared.program import execute, in_a_process
 def check(flags: argparse.Namespace) -> None:
     if not 0 < flags.held_out < 1:
         raise UserError(f"--held_out: {flags.held_out}; use a share between 0 and 1")
-    counts = ("per_document", "max_answer_tokens", "short_answer_tokens", "samples_per_step")
+    counts = ("per_document", "max_answer_tokens", "short_answer_tokens", "samples_per_step", "jobs")
     folders = ("base", "short_base", "source", "work")
     check_flags(flags, counts=counts, folders=folders)
 
@@ -151,7 +153,12 @@ def instruct(name: str, model: Path, sides: dict[str, list[Record]], flags: argp
     losses = {"loss_before": run["eval_losses"][0][1], "loss_after": run["eval_losses"][-1][1]}
     expected = [record["output"] for record in asked]
     short = {"short_answers": {"before": before, "after": after, "expected": expected}}
-    return {"context_tokens": context, "data": counts, **losses, **short, **run}
+    result = {"context_tokens": context, "data": counts, **losses, **short, **run}
+    write_json(flags.work / f"{name}.json", result)  # here already if another model fails
+    change = f"{losses['loss_before']:.3f} -> {losses['loss_after']:.3f} nats per token of held-out answers"
+    right = f"{before['exact']} -> {after['exact']} of {before['questions']} short answers exact"
+    print(f"{name}, {context} tokens: {change}; {right}", flush=True)
+    return result
 
 
 @exit_on_user_error
@@ -174,14 +181,11 @@ def compare(flags: argparse.Namespace) -> None:
     counts |= {"answer_too_long": len(records) - len(kept), "one_of_many": len(kept) - sum(map(len, groups))}
     counts |= {f"{side}_documents": len(found) for side, found in chosen.items()}
     models = {"extended": flags.base} | ({"short": flags.short_base} if flags.short_base else {})
-    results = {name: instruct(name, model, sides, flags) for name, model in models.items()}
+    print(counts, flush=True)
+    with ThreadPoolExecutor(min(flags.jobs, len(models))) as pool:
+        jobs = {name: pool.submit(instruct, name, model, sides, flags) for name, model in models.items()}
+        results = {name: job.result() for name, job in jobs.items()}
     write_json(flags.output_json, {"seed": flags.seed, "source": counts, "models": results, **origin()})
-    print(counts)
-    for name, result in results.items():
-        change = f"{result['loss_before']:.3f} -> {result['loss_after']:.3f} nats per token of held-out answers"
-        before, after = (result["short_answers"][when] for when in ("before", "after"))
-        right = f"{before['exact']} -> {after['exact']} of {before['questions']} short answers exact"
-        print(f"{name}, {result['context_tokens']} tokens: {change}; {right}", flush=True)
 
 
 if __name__ == "__main__":

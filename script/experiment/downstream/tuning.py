@@ -48,7 +48,8 @@ def tune(folder: Path, **settings: Any) -> dict[str, Any]:
     """Train an adapter in `folder` with train.py.
 
     Returns:
-        {"settings", "training": train_results.json, "losses", "eval_losses"}, losses as [step, nats per token].
+        {"settings", "training": train_results.json, "losses", "eval_losses"}, losses as [step, nats per token]; with an
+        eval_file, the last of eval_losses is of the finished adapter.
     """
     schedule = {"lr_scheduler_type": "cosine"}  # short runs need the learning rate to decay
     settings = RECIPE | run_settings() | schedule | {"sft": True, "output_dir": str(folder)} | settings
@@ -65,7 +66,11 @@ def tune(folder: Path, **settings: Any) -> dict[str, Any]:
     record = json.loads((folder / "longqlora.json").read_text(encoding="utf-8"))
     training["trained_tokens"] = record["trained_tokens"]
     recorded = {key: value for key, value in settings.items() if key not in PATHS}
-    return {"settings": recorded, "training": training, "losses": curve("loss"), "eval_losses": curve("eval_loss")}
+    evaluations = curve("eval_loss")
+    if "eval_file" in settings:  # evaluated once more at the end, after the log was saved
+        last = json.loads((folder / "eval_results.json").read_text(encoding="utf-8"))["eval_loss"]
+        evaluations = [pair for pair in evaluations if pair[0] < record["steps"]] + [[record["steps"], last]]
+    return {"settings": recorded, "training": training, "losses": curve("loss"), "eval_losses": evaluations}
 
 
 def merge(adapter: Path, folder: Path) -> Path:

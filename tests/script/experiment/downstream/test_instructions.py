@@ -62,14 +62,20 @@ def test_answers_are_trained_and_asked_for_with_the_models_own_template(run_prog
     tokenizer.save_pretrained(base)
     records = [{"input": f"{at} dogs. Who?", "output": "He."} for at in range(10)]
     write_lines(tmp_path / "chats.jsonl", *records)
-    words = ["--base", base, "--source", tmp_path / "chats.jsonl", "--work", tmp_path / "work"]
+    words = ["--base", base, "--short_base", shutil.copytree(base, tmp_path / "short"), "--jobs", 2]
+    words += ["--source", tmp_path / "chats.jsonl", "--work", tmp_path / "work"]
     output = tmp_path / "out.json"
-    outcome = run_program(INSTRUCTIONS, *words, "--max_steps", 1, "--output_json", output)
+    outcome = run_program(INSTRUCTIONS, *words, "--max_steps", 3, "--output_json", output)
     assert outcome.status == 0, outcome.err
-    found = json.loads(output.read_text())["models"]["extended"]
+    models = json.loads(output.read_text())["models"]
+    assert models["short"]["loss_before"] == models["extended"]["loss_before"], "the same model, side by side"
+    found = models["extended"]
+    assert json.loads((tmp_path / "work/extended.json").read_text()) == found
     assert found["settings"]["template"] == "tokenizer"
     assert found["short_answers"]["before"]["questions"] == found["data"]["held_out"]["samples"] > 0
-    assert found["loss_before"] > 0
+    last = json.loads((tmp_path / "work/extended/eval_results.json").read_text())["eval_loss"]
+    assert [step for step, _ in found["eval_losses"]] == [0, 3]
+    assert found["loss_before"] > 0 and found["loss_before"] != found["loss_after"] == last
     measured = json.loads((tmp_path / "work/fitting.stats.json").read_text())
     tokens = len(tokenizer(f"user: 0 dogs. Who?{tokenizer.eos_token}assistant: He.{tokenizer.eos_token}").input_ids)
     assert abs(measured["lengths"]["median"] - tokens) <= 1, "what fits is measured in the template of training"
