@@ -48,8 +48,8 @@ def tune(folder: Path, **settings: Any) -> dict[str, Any]:
     """Train an adapter in `folder` with train.py.
 
     Returns:
-        {"settings", "training": train_results.json, "losses", "eval_losses"}, losses as [step, nats per token]; with an
-        eval_file, the last of eval_losses is of the finished adapter.
+        {"settings", "training": train_results.json, "losses", "eval_losses"}, losses as [step, nats per token]. With
+        an eval_file, the last of eval_losses is of the finished adapter.
     """
     schedule = {"lr_scheduler_type": "cosine"}  # short runs need the learning rate to decay
     settings = RECIPE | run_settings() | schedule | {"sft": True, "output_dir": str(folder)} | settings

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# How are all results on a real pretrained model reproduced? Rows, report, long instructions, examples.
+# How are all results on a real pretrained model reproduced? Rows, report, long instructions, RULER after them, examples.
 #
 #   bash script/experiment/real/all.sh BASE TEXTS WORK FIGURES [JOBS] [FLAGS OF run.py ...]
 #
@@ -27,6 +27,12 @@ part instructions python3 script/experiment/downstream/instructions.py --base "$
     --source "$texts/sft_long_leval.jsonl.xz" --work "$work/instructions" --epochs 2 \
     --output_json "$figures/real_instructions.json" --overwrite
 context=$(python3 -c "import json, sys; print(json.load(open(sys.argv[1]))['max_position_embeddings'])" "$extended/config.json")
+ruler() { # NAME MODEL FLAGS: of RULER
+    part "ruler-$1" python3 script/evaluate/ruler.py --peft_model "$work/instructions/$2" --samples 25 \
+        --template completion --resume --output_json "$figures/real_ruler_$1.json" "${@:3}"
+}
+ruler tuned extended --lengths 4096 8192 "$context" --figure "$figures/real_ruler_tuned.png" --overwrite
+ruler control short --lengths 4096 8192 --tasks niah_single_1 niah_single_2 niah_multivalue
 validation=$(ls "$texts"/*-validation.jsonl.xz | head -n 1)
 part examples python3 script/experiment/downstream/examples.py --base "$base" --extended "$extended" \
     --source "$validation" --work "$work/examples" --long_tokens $((context * 6 / 10)) $((context * 9 / 10)) \

@@ -75,7 +75,8 @@ def test_answers_are_trained_and_asked_for_with_the_models_own_template(run_prog
     assert found["short_answers"]["before"]["questions"] == found["data"]["held_out"]["samples"] > 0
     last = json.loads((tmp_path / "work/extended/eval_results.json").read_text())["eval_loss"]
     assert [step for step, _ in found["eval_losses"]] == [0, 3]
-    assert found["loss_before"] > 0 and found["loss_before"] != found["loss_after"] == last
+    assert found["loss_before"] > 0
+    assert found["loss_before"] != found["loss_after"] == last
     measured = json.loads((tmp_path / "work/fitting.stats.json").read_text())
     tokens = len(tokenizer(f"user: 0 dogs. Who?{tokenizer.eos_token}assistant: He.{tokenizer.eos_token}").input_ids)
     assert abs(measured["lengths"]["median"] - tokens) <= 1, "what fits is measured in the template of training"
