@@ -140,7 +140,7 @@ def do_all(waiting: list[tuple[Row, int]], flags: argparse.Namespace, start: flo
     limit = float("inf") if flags.time_limit_s is None else start + flags.time_limit_s
     schedule: Schedule[tuple[Row, int], Trained] = Schedule(waiting, lambda: time.monotonic() < limit)
     gpus, failures = visible_gpus(), list[str]()
-    worker = Worker(flags, -(-flags.jobs // max(1, len(gpus))))
+    worker = Worker(flags, -(-min(flags.jobs, len(waiting)) // max(1, len(gpus))))
     if REFERENCE not in [(row.name, seed) for row, seed in waiting]:
         schedule.keys_known()
 

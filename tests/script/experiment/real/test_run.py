@@ -51,6 +51,7 @@ def test_rows(run, texts, tmp_path):
         if name != "untrained-linear":
             assert found["settings"]["max_seq_length"] == 96
             assert found["training"]["train_loss"] > 1
+            assert found["rows_per_gpu"] == 2
         if name in ("paper-last", "mixture", "full-attention"):
             assert found["eval_losses"][0][0] == 1
             assert found["eval_losses"][0][1] > 1
@@ -64,6 +65,9 @@ def test_rows(run, texts, tmp_path):
     assert json.loads((tmp_path / "work/flags.json").read_text())["length"] == 96
     refused_by_us(run("--rows", *rows, "--length", 80), "--length: 80, but it was 96 for what is in ")
     assert again.out.splitlines()[0].startswith("0 rows, 0 of them trained")
+    assert run("--rows", "pose", "--jobs", 2).status == 0
+    alone = json.loads((tmp_path / "work/results/pose-0.json").read_text())
+    assert alone["rows_per_gpu"] == 1, "nothing shared its GPU, so its step times count"
 
 
 @pytest.mark.parametrize(
