@@ -78,7 +78,7 @@ def all_rows() -> dict[str, Row]:
             seeds=CLOSE,
         ),
         Row("rate-2.5e-4", "ours, half the learning rate", ours | {"learning_rate": 2.5e-4}),
-        Row("rate-1e-3", "ours, twice the learning rate", ours | {"learning_rate": 1e-3}),
+        Row("rate-1e-3", "ours, twice the learning rate", ours | {"learning_rate": 1e-3}, has_ruler=True),
         Row("groups-0.5", "ours, groups of half the sequence", ours | {"group_size_ratio": 0.5}),
         Row("theta", "theta raised, S2, full attention in the last 10 %", RAISED | LAST),
         Row("pose", "yarn, PoSE: rows of 8192 tokens, positions of 32768", YARN | NO_S2 | {"position_skipping": True}),

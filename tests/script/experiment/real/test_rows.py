@@ -20,4 +20,4 @@ def test_rows_are_listed():
     command = [sys.executable, str(ROOT / "script/experiment/real/rows.py")]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     assert [line.split()[0] for line in lines] == list(all_rows())
-    assert sum(line.endswith("RULER") for line in lines) == 7
+    assert sum(line.endswith("RULER") for line in lines) == 8
