@@ -49,7 +49,7 @@ from component.train.failure import explained_failures, telling_termination
 from component.train.model_check import check_model
 from component.train.planning import Memory, plan_memory, uses_own_attention
 from component.train.rehearsal import explained_settings, rehearse
-from component.train.resume import check_continuation, distribution, of_trainer, recorded_matmul
+from component.train.resume import check_continuation, distribution, of_trainer, recorded_matmul, steps_of
 from component.train.settings import parse_arguments
 from component.train.summary import describe_cost, print_summary
 from component.train.trainer import LongQLoRATrainer
@@ -117,7 +117,7 @@ def run(args: LongQLoRAArguments, training_args: TrainingArguments) -> None:
     lines = data_lines | ({"processes": strategy.describe(args.max_seq_length)} if strategy.processes > 1 else {})
     lines |= {"memory": f"no plan ({fallback})" if fallback else memory.line}
     plan = None if fallback else memory.plan
-    cost, trainer.expected_time = describe_cost(args, training_args, trainer, memory.work, plan)
+    cost, trainer.expected_time = describe_cost(args, training_args, trainer, memory.work, plan, steps_of(resume))
     lines |= cost
     print_summary(args, training_args, trainer, base, lines | changed | {"start": startup.describe()})
     train(trainer, resume, memory, fallback)

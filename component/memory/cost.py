@@ -140,8 +140,9 @@ def describe_time(
     is_full: bool,
     full_ratio: float,
     cuda_graph: bool = False,
+    done: int = 0,
 ) -> tuple[str, dict[str, float]]:
-    """Seconds of a step and hours of `steps` of them: a line, and its numbers by name.
+    """Seconds of a step and hours of those of `steps` that are not `done`: a line, and its numbers by name.
 
     Args:
         is_full: full attention in all steps, else S2-Attn but for the last `full_ratio` of them.
@@ -149,12 +150,14 @@ def describe_time(
     """
     options: dict[str, Any] = {"micro_batches": micro_batches, "cuda_graph": cuda_graph}
     short, long = (step_seconds(work, plan, rate, full=full, **options) for full in (is_full, True))
-    count = 0 if is_full else full_steps(steps, full_ratio)
-    hours = ((steps - count) * short + count * long) / 3600
+    left = max(0, steps - done)
+    count = 0 if is_full else min(left, full_steps(steps, full_ratio))
+    hours = ((left - count) * short + count * long) / 3600
     found = {"seconds_per_step": short} | ({"seconds_per_full_step": long} if count else {}) | {"hours": hours}
     more = f", {long:.3g} s in the last {count} with full attention" if count else ""
     without = ", without what GPUs send each other" if work.processes > 1 else ""
-    return f"{short:.3g} s per step{more}; {hours:.3g} h for {steps} steps of full rows{without}", found
+    which = f"{steps} steps" if not done else f"the {left} steps left of {steps},"
+    return f"{short:.3g} s per step{more}; {hours:.3g} h for {which} of full rows{without}", found
 
 
 def full_steps(steps: int, ratio: float) -> int:

@@ -77,6 +77,12 @@ def recorded_matmul(checkpoint: str | None) -> str | None:
     return None if checkpoint is None else _matmul_of(read_record(checkpoint) or {})
 
 
+def steps_of(checkpoint: str | None) -> int:
+    """Optimizer steps that a checkpoint has been trained for; 0 without one."""
+    steps = (read_record(checkpoint) or {}).get("steps") if checkpoint else None
+    return steps if isinstance(steps, int) else 0
+
+
 def _matmul_of(record: dict[str, Any]) -> str:
     """Records did not hold it at first, and then `auto`; both meant this."""
     found = (record.get("arguments") or {}).get("frozen_matmul", "auto")

@@ -80,8 +80,12 @@ def describe_cost(
     trainer: LongQLoRATrainer,
     work: Workload,
     plan: MemoryPlan | None,
+    done: int = 0,
 ) -> tuple[dict[str, str], dict[str, float]]:
     """The lines about expected time, where it can be known, and disk; without a `plan`, only disk.
+
+    Args:
+        done: steps of the checkpoint that is resumed.
 
     Returns:
         The lines, and the expected times in numbers by name.
@@ -99,6 +103,7 @@ def describe_cost(
             is_full=not args.use_shift_short_attention,
             full_ratio=args.full_attention_ratio,
             cuda_graph=args.cuda_graph,
+            done=done,
         )
         lines["time"] = f"expected from this GPU's rate: {text}"
     count = checkpoint_count(training_args, steps, steps_per_epoch(training_args, trainer))

@@ -244,6 +244,17 @@ def test_hours_of_both_kinds_of_steps():
     assert full["hours"] * 3600 == pytest.approx(1000 * full["seconds_per_step"])
 
 
+@pytest.mark.parametrize(("done", "short", "long"), [(850, 50, 100), (900, 0, 100), (980, 0, 20), (1000, 0, 0)])
+def test_hours_of_a_resumed_run_are_of_the_steps_left(done, short, long):
+    work = replace(LLAMA2_7B, tokens=131072, group=32768, full_steps=True)
+    options = {"steps": 1000, "micro_batches": 4, "full_ratio": 0.1, "is_full": False}
+    _, whole = describe_time(work, plan_of(), RATE, **options)
+    line, left = describe_time(work, plan_of(), RATE, done=done, **options)
+    seconds = short * whole["seconds_per_step"] + long * whole["seconds_per_full_step"]
+    assert left["hours"] * 3600 == pytest.approx(seconds)
+    assert f"h for the {short + long} steps left of 1000, of full rows" in line
+
+
 def test_disk_of_a_checkpoint_without_deepspeed(tmp_path):
     """PEFT's adapter and torch's optimizer."""
     model = tiny_model()

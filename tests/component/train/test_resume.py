@@ -18,6 +18,7 @@ from component.train.resume import (
     distribution,
     of_trainer,
     recorded_matmul,
+    steps_of,
 )
 
 WRITTEN = {"files": {}, "base_model": "x", "rope_type": "linear", "rope_factor": 2}
@@ -121,6 +122,15 @@ def test_what_a_resumed_run_may_change_is_told(checkpoint):
     told = changed(checkpoint, frozen_matmul="fp8", train_file="b.jsonl", group_size=16)
     line = "with other losses than an unbroken run: frozen_matmul unquantized -> fp8, train_file a.jsonl -> b.jsonl"
     assert told == {"resumed": f"{line}, group_size 32 -> 16"}
+
+
+def test_steps_of_a_checkpoint(checkpoint):
+    assert steps_of(None) == 0
+    file = Path(checkpoint) / "longqlora.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"steps": 7}))
+    assert steps_of(checkpoint) == 7
+    file.unlink()
+    assert steps_of(checkpoint) == 0
 
 
 def test_auto_in_an_older_record_was_unquantized(checkpoint):
