@@ -50,7 +50,7 @@ def test_models_that_cannot_be_multiplied_in_float8():
         ({"bf16": False}, "unquantized"),
         ({"memory_plan": False}, "unquantized"),
         ({"config": Gemma2Config()}, "unquantized"),
-        ({"config": LlamaConfig(hidden_size=1024, num_attention_heads=8)}, "unquantized"),
+        ({"config": LlamaConfig(hidden_size=2048)}, "unquantized"),
         ({"device": torch.device("cpu")}, "unquantized"),
         ({"capability": (8, 6)}, "unquantized"),
         ({"error": RuntimeError("not implemented on this GPU")}, "unquantized"),
@@ -67,7 +67,7 @@ def test_models_that_cannot_be_multiplied_in_float8():
 )
 def test_what_auto_multiplies_in(changes, chosen, monkeypatch):
     """On a GPU whose answers are written here; whether a real one computes these products: test_product.py."""
-    found = {"config": LlamaConfig(hidden_size=2048), "device": torch.device("cuda", 0), "bf16": True, **changes}
+    found = {"config": LlamaConfig(hidden_size=3072), "device": torch.device("cuda", 0), "bf16": True, **changes}
 
     def try_out(*_):
         if "error" in found:
