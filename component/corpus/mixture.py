@@ -220,8 +220,8 @@ def apportion(sources: Sequence[Shared], total: int | None, available: list[int]
     unit = min(has / share for share, has in zip(shares, available, strict=True) if share)
     if total:
         unit = min(unit, max(0, total - sum(taken)) / sum(shares))
-    # rounding of 3 / 0.3 * 0.3 must not lose an example
-    return [count or int(unit * share + 1e-9) for count, share in zip(taken, shares, strict=True)]
+    # rounding of 3 / 0.3 * 0.3 must not lose an example, nor of billions of tokens
+    return [count or int(unit * share * (1 + 1e-12) + 1e-9) for count, share in zip(taken, shares, strict=True)]
 
 
 def lost_shares(sources: Sequence[Shared], counts: Iterable[dict[str, Any]]) -> list[str]:

@@ -29,6 +29,7 @@ class KeyTokens:
     windows: dict[int, list[Window]]  # by seq_len
     strides: dict[int, int]  # --sliding_window, by seq_len
     positions: dict[int, list[list[int]]] = field(default_factory=dict)  # by seq_len and window; ascending
+    hashes: dict[str, Any] = field(default_factory=dict)  # of the weights of evaluator and measured models, by name
 
     @property
     def longest(self) -> int:
@@ -53,8 +54,9 @@ def write_key_tokens(path: str, keys: KeyTokens) -> None:
         }
         for seq_len, positions in keys.positions.items()
     ]
-    data = {"data_path": keys.data_path, "data_sha256": _sha256(keys.data_path)}
+    data: dict[str, Any] = {"data_path": keys.data_path, "data_sha256": _sha256(keys.data_path)}
     decisive = {**keys.setting(), "protocol": keys.protocol}
+    data["evaluator_hashes"] = keys.hashes.get(str(keys.evaluator))
     write_json(path, {"format": FORMAT, **decisive, **data, "lengths": lengths, **origin()})
 
 
@@ -73,6 +75,9 @@ def read_key_tokens(path: str, wanted: KeyTokens) -> KeyTokens:
             raise ValueError(f"format {record['format']!r}, this version reads {FORMAT}")
         evaluator = str(record["evaluator"])
         lengths = {row["seq_len"]: row for row in record["lengths"]}
+        then, now = record.get("evaluator_hashes"), wanted.hashes.get(evaluator)  # older files have none
+        if then and now and then != now:
+            raise UserError(f"{FIELD}: {path} was found by other weights of {evaluator}; name a new file")
         _refuse(path, [*_differences(record, wanted), *_different_windows(lengths, wanted)])
         for seq_len, windows in wanted.windows.items():
             _check_positions(lengths[seq_len]["positions"], windows, wanted.rule)

@@ -20,8 +20,9 @@ from component.attention.interface import has_plain_attention
 from component.data.token_file import check_tokenizer, index_path, read_index
 from component.distributed.world import is_first_process
 from component.error import UserError, naming
-from component.loading import extended_config_of, load_model, resolve_model
+from component.loading import extended_config_of, load_model, resolve_model, trained_hash
 from component.rope import context_length, rope_factor
+from component.storage.fingerprint import fingerprint
 from component.storage.foreign import reading
 from component.tokenizer import tokenizer_hash, tokenizer_in
 
@@ -51,6 +52,12 @@ class ModelSpec:
     @property
     def _places(self) -> list[str]:
         return [place for place in (self.base_model, self.peft_model) if place]
+
+
+def hashes_of(base_model: str | None, peft_model: str | None) -> dict[str, str | None]:
+    """What a model's answers depend on besides names: of the adapter, trained or merged, and of the base's weights."""
+    base = resolve_model(base_model, peft_model, "base_model", "peft_model").base
+    return {"adapter_sha256": trained_hash(base_model, peft_model), "base_fingerprint": fingerprint(base)}
 
 
 def parse_model_spec(text: str) -> ModelSpec:

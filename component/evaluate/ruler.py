@@ -17,6 +17,7 @@ from component.loading import end_ids
 
 # LLaMA2-7B's mean scores at 4096 tokens, the published thresholds: of chat models (table 3), of base models (table 12)
 THRESHOLDS = {"chat models": 0.856, "base models": 0.794}
+ROUNDING = 1e-9  # of means: 0.6 is 0.8 of 0.75, though not in floating point
 Answer = Callable[[list[Sample]], list[str]]
 
 
@@ -79,7 +80,7 @@ def effective_length(means: list[float], lengths: list[int], threshold: float) -
     """The longest of the ascending `lengths` up to which no mean is below `threshold`; None if the first one is."""
     found = None
     for length, mean in zip(lengths, means, strict=True):
-        if mean < threshold:
+        if mean < threshold - ROUNDING:
             break
         found = length
     return found

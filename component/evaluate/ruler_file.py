@@ -10,6 +10,12 @@ from component.evaluate.ruler import Trial, score
 from component.storage.foreign import read_object, reading
 from component.storage.result import origin, write_json
 
+# of what lies under the names
+HASHES = {
+    "adapter_sha256": "another adapter",
+    "base_fingerprint": "other weights under the same name",
+    "haystack_fingerprint": "other texts under the same name",
+}
 CURE = "leave out --resume, and name another --output_json"
 
 
@@ -35,14 +41,15 @@ def kept_trials(path: str, asked: dict[str, Any], cells: list[tuple[int, str]]) 
         return []
     found = read_object(Path(path), "is no result of ruler.py", CURE)
     with reading(f"--resume: {path} is no result of ruler.py", CURE):
-        before = {"adapter_sha256": asked.get("adapter_sha256"), **found["asked"]}  # older files lack it
+        before = {**{name: asked.get(name) for name in HASHES}, **found["asked"]}  # older files lack them
         trials = [Trial(**trial) for trial in found["trials"]]
         scores = [score(trial.answer, trial.references) for trial in trials]
         if scores != [trial.score for trial in trials]:
             raise ValueError("a score does not follow from its answer")
     for name, value in asked.items():
         if before.get(name) != value and not _is_same_place(before.get(name), value):
-            raise UserError(f"--resume: {path} was measured with {name} {before.get(name)}, not {value}; {CURE}")
+            told = HASHES.get(name) or f"{name} {before.get(name)}, not {value}"
+            raise UserError(f"--resume: {path} was measured with {told}; {CURE}")
     for trial in trials:
         if (trial.length, trial.task) not in cells:
             raise UserError(

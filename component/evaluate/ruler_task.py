@@ -48,6 +48,9 @@ ASK_ONE = "\nWhat is the secret {kind} of {query} in the text above?"
 ASK_SEVERAL = "\nWhat are all the secret {kind}s of {query} in the text above?"
 ONE_IS = "The secret {kind} of {query} in the text is"
 SEVERAL_ARE = "The secret {kind}s of {query} in the text are"
+ENDS, QUOTES = r"[.!?\u2026\u3002\uff01\uff1f]", r"[\"'\u201d\u2019\u00bb)\]]"
+SENTENCE_END = re.compile(f"(?:(?<={ENDS})|(?<={ENDS}{QUOTES})) ")
+LONGEST_SENTENCE = 100  # words, on average
 DEPTHS = 40  # places of a text at which a needle may be: evenly spaced, start and end included
 
 
@@ -122,8 +125,10 @@ def _inserted(lines: list[str], more: list[str], draw: random.Random) -> list[st
 
 
 def _among_sentences(needles: list[str], words: list[str], draw: random.Random) -> str:
-    """The words as text, with each needle between two sentences, at one of DEPTHS depths."""
-    sentences = re.split(r"(?<=[.!?]) ", " ".join(words))
+    """The words as text, with each needle between two sentences, or two words, at one of DEPTHS depths."""
+    sentences = SENTENCE_END.split(" ".join(words))
+    if len(words) > LONGEST_SENTENCE * len(sentences):  # code, logs, verse: nothing ends sentences
+        sentences = words
     depths = sorted(draw.sample(range(DEPTHS), len(needles)))
     places = [0, *(len(sentences) * depth // (DEPTHS - 1) for depth in depths), len(sentences)]
     parts = []

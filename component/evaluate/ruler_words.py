@@ -155,15 +155,23 @@ def generated_text(words: int) -> list[str]:
     return list(islice((word for sentence in sentences() for word in sentence.split()), words))
 
 
+LONGEST_WORD = 40  # characters, on average
+
+
 def read_text(source: str, words: int) -> list[str]:
     """The first `words` words of the texts of a user, field `text`, repeated if there are fewer.
 
     Raises:
-        UserError: the files can't be read, have a bad record, or hold no word.
+        UserError: the files can't be read, have a bad record, or hold no word, or texts without spaces.
     """
     found = list(islice(_words_of(source), words))
     if not found:
         raise UserError(f"--haystack: {source} holds no text; name a file of lines like " + '{"text": "..."}')
+    if (mean := sum(map(len, found)) / len(found)) > LONGEST_WORD:
+        raise UserError(
+            f"--haystack: the words of {source} have {mean:.0f} characters on average, and prompts grow by whole "
+            "words; name texts with spaces between words"
+        )
     return list(islice(cycle(found), words))
 
 

@@ -59,6 +59,7 @@ from component.evaluate.model_spec import (
     ModelSpec,
     describe_model,
     files_read,
+    hashes_of,
     load_model_spec,
     mind_context,
     model_config,
@@ -70,9 +71,10 @@ from component.evaluate.ruler_task import TASKS
 from component.evaluate.split import attend_across_processes, check_split
 from component.inference.batch import check_rows
 from component.inference.load import stop_after_answer
-from component.loading import recorded_template, resolve_model, trained_hash
+from component.loading import recorded_template, resolve_model
 from component.rope import context_length
 from component.storage.claim import claimed
+from component.storage.fingerprint import fingerprint
 from component.tokenizer import UNLIMITED, load_tokenizer
 
 
@@ -130,7 +132,7 @@ def run(spec: ModelSpec, flags: argparse.Namespace) -> None:
     asked = {**{name: getattr(flags, name) for name in names}, "template": template}
     for name in ("base_model", "peft_model", "haystack"):
         asked[name] = same_place(asked[name])
-    asked["adapter_sha256"] = trained_hash(flags.base_model, flags.peft_model)
+    asked |= hashes_of(flags.base_model, flags.peft_model) | {"haystack_fingerprint": fingerprint(flags.haystack)}
     kept = from_first(lambda: kept_trials(flags.output_json, asked, cells) if flags.resume else [])
     model = load_model_spec(spec, load_in_4bit=flags.load_in_4bit, dtype=flags.dtype)
     mind_context(config, flags.lengths[-1])
@@ -149,7 +151,8 @@ def run(spec: ModelSpec, flags: argparse.Namespace) -> None:
         finish(trials, record, time.monotonic() - start, context_length(model.config), flags)
 
 
-HIDDEN = ("asked", "tasks", "lengths", "adapter_sha256")  # the table has them, or nobody reads them
+# the table has them, or nobody reads them
+HIDDEN = ("asked", "tasks", "lengths", "adapter_sha256", "base_fingerprint", "haystack_fingerprint")
 
 
 def same_place(path: str | None) -> str | None:

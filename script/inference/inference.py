@@ -46,7 +46,8 @@ from component.inference.prompt_file import Record, answer_all, count_answered, 
 from component.inference.quantized_layer import FORMATS
 from component.inference.terminal import line_editing, prompts, read_input
 from component.inference.text_file import read_text_file
-from component.loading import inference_config, trained_hash
+from component.loading import inference_config, resolve_model, trained_hash
+from component.storage.fingerprint import fingerprint
 
 # whatever an answer depends on, besides the model
 ANSWER_SETTINGS = (
@@ -90,6 +91,7 @@ def continue_file(flags: argparse.Namespace) -> None:
     if flags.cache_implementation in FORMATS:  # tokens of one forward pass attend to each other as computed
         settings["prefill_tokens"] = flags.prefill_tokens
     settings["adapter_sha256"] = trained_hash(*named_model(flags))
+    settings["base_fingerprint"] = fingerprint(resolve_model(*named_model(flags)).base)
     # a folder is the same one from wherever its name is given
     names = {name: str(Path(path).resolve()) if path and Path(path).exists() else path for name, path in names.items()}
     with held_output(flags.output_jsonl, read, names | settings):

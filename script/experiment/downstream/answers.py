@@ -41,5 +41,5 @@ def answers(model: Path, adapter: Path | None, records: list[Record], most_token
 
 
 def words(text: str) -> list[str]:
-    """Words and numbers in lower case, without punctuation."""
-    return re.findall(r"\w+", text.lower())
+    """Words and numbers in lower case, without punctuation; of a text that has none of them, its other parts."""
+    return re.findall(r"\w+", text.lower()) or text.split()

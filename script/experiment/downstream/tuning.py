@@ -12,11 +12,13 @@ import yaml
 from component.cli import check_at_least
 from component.error import UserError
 from component.storage.claim import claimed, work_folder
+from component.storage.hub import check_source
 from component.storage.result import origin
 from script.experiment.rows import RECIPE
 from script.shared.card import run_settings
 from script.shared.program import execute
 
+MODELS = ("base", "short_base", "adapter", "extended")  # flags: folders or hub ids
 INPUTS = ("base", "short_base", "adapter", "extended", "source")  # flags
 # specific to the machine, left out of results
 PATHS = ("model_name_or_path", "train_file", "eval_file", "output_dir", "base_model", "peft_model")
@@ -26,13 +28,17 @@ def check_flags(flags: argparse.Namespace, *, counts: tuple = (), folders: tuple
     """Reject counts below 1 and a missing --source.
 
     Args:
-        folders: flags to make absolute, since programs run from the repository root.
+        folders: flags to make absolute, since programs run from the repository root; hub ids stay.
     """
     check_at_least(flags, 1, *counts)
     if "source" in flags and not flags.source.is_file():
         raise UserError(f"--source: there is no file {flags.source}; use a JSON Lines file")
     for name in folders:
-        setattr(flags, name, getattr(flags, name) and getattr(flags, name).resolve())
+        path = getattr(flags, name)
+        if path and name in MODELS:
+            check_source(str(path), f"--{name}")
+        if path and (name not in MODELS or path.exists()):
+            setattr(flags, name, path.resolve())
 
 
 @contextlib.contextmanager

@@ -25,16 +25,17 @@ part() { # NAME COMMAND: run once, with its output in WORK/NAME.log
 }
 part instructions python3 script/experiment/downstream/instructions.py --base "$extended" --short_base "$base" \
     --source "$texts/sft_long_leval.jsonl.xz" --work "$work/instructions" --epochs 2 \
-    --output_json "$figures/real_instructions.json" --overwrite
+    --output_json "$work/real_instructions.json" --overwrite
 context=$(python3 -c "import json, sys; print(json.load(open(sys.argv[1]))['max_position_embeddings'])" "$extended/config.json")
 ruler() { # NAME MODEL FLAGS: of RULER
     part "ruler-$1" python3 script/evaluate/ruler.py --peft_model "$work/instructions/$2" --samples 25 \
-        --template completion --resume --output_json "$figures/real_ruler_$1.json" "${@:3}"
+        --template completion --resume --output_json "$work/real_ruler_$1.json" "${@:3}"
 }
-ruler tuned extended --lengths 4096 8192 "$context" --figure "$figures/real_ruler_tuned.png" --overwrite
+ruler tuned extended --lengths 4096 8192 "$context" --figure "$work/real_ruler_tuned.png" --overwrite
 ruler control short --lengths 4096 8192 --tasks niah_single_1 niah_single_2 niah_multivalue
 validation=$(ls "$texts"/*-validation.jsonl.xz | head -n 1)
 part examples python3 script/experiment/downstream/examples.py --base "$base" --extended "$extended" \
     --source "$validation" --work "$work/examples" --long_tokens $((context * 6 / 10)) $((context * 9 / 10)) \
-    --output_json "$figures/real_examples.json" --long_figure "$figures/longdemo.png" \
-    --short_figure "$figures/shortdemo.png" --overwrite
+    --output_json "$work/real_examples.json" --long_figure "$work/longdemo.png" \
+    --short_figure "$work/shortdemo.png" --overwrite
+cp "$work"/real_*.{json,png} "$work"/{long,short}demo.png "$figures"

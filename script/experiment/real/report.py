@@ -116,7 +116,7 @@ def tokens_until_near(result: dict, share: float = 0.01) -> float | None:
     limit = evaluations[-1][1] + math.log1p(share)
     far = [step for step, loss in evaluations if loss > limit]
     near = next(step for step, _ in evaluations if step > max(far, default=-1))
-    return result["training"]["num_input_tokens_seen"] * near / evaluations[-1][0]
+    return result["training"]["num_input_tokens_seen"] * near / result["settings"]["max_steps"]
 
 
 def scores(result: dict) -> dict[tuple[str, int, int], float]:

@@ -81,7 +81,7 @@ def all_rows() -> dict[str, Row]:
         Row("rate-1e-3", "ours, twice the learning rate", ours | {"learning_rate": 1e-3}, has_ruler=True),
         Row("groups-0.5", "ours, groups of half the sequence", ours | {"group_size_ratio": 0.5}),
         Row("theta", "theta raised, S2, full attention in the last 10 %", RAISED | LAST),
-        Row("pose", "yarn, PoSE: rows of 8192 tokens, positions of 32768", YARN | NO_S2 | {"position_skipping": True}),
+        Row("pose", "yarn, PoSE: full attention in rows of 8192 tokens", YARN | NO_S2 | {"position_skipping": True}),
         Row("full", "full fine-tuning, yarn, full attention", FULL_TUNING, program=FULL),
         Row("rank-8", "ours, rank 8", ours | {"lora_rank": 8, "lora_alpha": 8}),
         Row("mixture", "ours, a third of the tokens in short texts", ours | {"packing": True}, texts="mixture"),

@@ -60,6 +60,7 @@ from huggingface_hub import snapshot_download
 from component.checkpoint import read_json
 from component.error import UserError, nearest
 from component.storage.claim import work_folder
+from component.storage.fingerprint import fingerprint
 from component.storage.foreign import reading
 from component.storage.hub import READ_SUFFIXES, check_source
 from component.storage.result import hardware, write_json
@@ -69,7 +70,7 @@ from script.experiment.real.schedule import Schedule
 from script.experiment.real.work import REFERENCE, Trained, Worker, result_file, tokens_of
 from script.shared.card import visible_gpus
 
-FLAGS_FILE = "flags.json"  # of WORK
+FLAGS_FILE, CONTENT = "flags.json", "content"  # of WORK; its key of fingerprints by file name
 # flags that decide what is in WORK/data and WORK/results
 OF_RESULTS = ("other_key", "max_steps", "length", "windows", "samples", "ruler_lengths")
 
@@ -113,22 +114,33 @@ def check_flags(flags: argparse.Namespace) -> None:
             flags.base = snapshot_download(flags.base, allow_patterns=[f"*{suffix}" for suffix in READ_SUFFIXES])
     flags.work, flags.base, flags.texts = (Path(path).resolve() for path in (flags.work, flags.base, flags.texts))
     flags.other = [str(Path(file).resolve()) for file in flags.other]
+    if flags.other and "other" in {**sources(flags.texts, "train"), **sources(flags.texts, "validation")}:
+        raise UserError("--texts: a kind of text is called other, as those of --other are; rename its files")
 
 
 def what_results_depend_on(flags: argparse.Namespace) -> dict[str, Any]:
-    """By flag; what a row changes, and how it is computed, is left out."""
-    texts = {*sources(flags.texts, "train"), *sources(flags.texts, "validation")}
-    named = {"base": Path(flags.base).name, "texts": sorted(texts), "other": [Path(file).name for file in flags.other]}
-    return named | {name: getattr(flags, name) for name in OF_RESULTS}
+    """By flag, and under CONTENT by file; what a row changes, and how it is computed, is left out."""
+    train, validation = (sources(flags.texts, kind) for kind in ("train", "validation"))
+    named: dict[str, Any] = {"base": Path(flags.base).name, "texts": sorted({*train, *validation})}
+    named["other"] = [Path(file).name for file in flags.other]
+    files = [flags.base, *train.values(), *validation.values(), *flags.other]
+    content = {Path(file).name: fingerprint(file) for file in files}
+    return named | {name: getattr(flags, name) for name in OF_RESULTS} | {CONTENT: content}
 
 
 def check_same_work(flags: argparse.Namespace) -> None:
     """Refuse a --work whose data and results were made with other flags: they would be taken for these.
 
     Raises:
-        UserError: which flags differ, and what they were.
+        UserError: which flags differ, and what they were; or which files do.
     """
     then, now = read_json(flags.work / FLAGS_FILE), what_results_depend_on(flags)
+    before, content = then.pop(CONTENT, {}), now.pop(CONTENT)
+    if others := [name for name in content if before.get(name, content[name]) != content[name]]:
+        raise UserError(
+            f"--base, --texts, --other: {', '.join(others)} has other content than when {flags.work} was begun; use "
+            "another --work"
+        )
     changed = {name: (then[name], now[name]) for name in now if name in then and then[name] != now[name]}
     if changed:
         told = "; ".join(f"--{name}: {new}, but it was {old}" for name, (old, new) in changed.items())

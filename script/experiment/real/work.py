@@ -150,7 +150,7 @@ class Worker:
         is_trained = (folder / "train_results.json").exists() and file.exists() and file.read_text("utf-8") == text
         if not is_trained:  # else measuring failed
             file.write_text(text, encoding="utf-8")
-            self.ruler_file(folder).unlink(missing_ok=True)  # of another adapter
+            self.forget(row, seed, folder)
             assert row.program
             self.run(row.program, ["--train_args_file", str(file)], file.with_suffix(".log"))
         training, losses = read_training(folder)
@@ -158,6 +158,16 @@ class Worker:
         evaluations = [[entry["step"], entry["eval_loss"]] for entry in history if "eval_loss" in entry]
         curve = [[entry["step"], entry["loss"]] for entry in losses]
         return {"settings": settings, "training": training, "losses": curve, "eval_losses": evaluations}
+
+    def forget(self, row: Row, seed: int, folder: Path) -> None:
+        """Delete what was measured with an adapter that is trained anew; with the key tokens that it found."""
+        self.ruler_file(folder).unlink(missing_ok=True)
+        keys = sorted((self.flags.work / "data").glob("keys-*.json")) if (row.name, seed) == REFERENCE else []
+        for file in keys:
+            file.unlink()
+        if keys and any((self.flags.work / "results").glob("*.json")):
+            text = "finds other key tokens than before; LongPPL of rows with results is over the former ones: delete "
+            print(f"{row.name}-{seed} {text}{self.flags.work}/results to measure all rows alike", flush=True)
 
     def measure(self, row: Row, seed: int, folder: Path, words: list[str]) -> dict[str, list[dict]]:
         """{text: results of evaluate.py}, all from one process."""

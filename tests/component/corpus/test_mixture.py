@@ -131,6 +131,7 @@ def test_the_shipped_example_is_right(monkeypatch):
         ([{"share": 1}, {"share": 1}, {"count": 10}], 5, [100, 100, 50], [0, 0, 10]),
         ([{"share": 1}, {}], None, [4, 6], [4, 6]),
         ([{"share": 1}, {"share": 1}], None, [0, 9], [0, 0]),
+        ([{"share": 7}, {"share": 1e-9}], None, [942500389, 10**12], [942500389, 0]),
     ],
 )
 def test_shares(wanted, total, available, taken):

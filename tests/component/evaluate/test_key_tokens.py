@@ -43,6 +43,7 @@ def test_the_file(file, keys):
         "protocol": "sliding",
         "data_path": keys.data_path,
         "data_sha256": "1ae6777b38253ada510dd25db1340e4acf5385ad8bb18f997e8b272563c50fe7",
+        "evaluator_hashes": None,
         "lengths": [
             {"seq_len": 20, "sliding_window": 5, "windows": 2, "key_tokens": 2, "positions": [[10, 19], []]},
             {"seq_len": 30, "sliding_window": 5, "windows": 1, "key_tokens": 2, "positions": [[12, 13]]},

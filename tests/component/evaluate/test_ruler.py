@@ -42,6 +42,7 @@ def test_the_share_of_references_in_the_answer(answer, references, expected):
         ([0.856, 0.5, 0.9], 0.856, 4096),  # a later success does not count
         ([0.8, 0.9, 0.9], 0.856, None),
         ([0.9, 0.9, 0.9], 0.856, 16384),
+        ([0.75, 0.6, 0.5], 0.8 * 0.75, 8192),  # 0.6000000000000001
     ],
 )
 def test_effective_length(means, threshold, expected):

@@ -111,6 +111,19 @@ def test_needles_are_everywhere(task):
     assert max(tenths.values()) < 50
 
 
+@pytest.mark.parametrize("ending", ["", '."', ".)", "\u3002"])
+def test_needles_are_everywhere_in_texts_of_any_kind(ending):
+    """Without sentences too, as in code: they come before a word then."""
+    words = [f"word{at}" + ending * (at % 10 == 9) for at in range(600)]
+    tenths = Counter()
+    for seed in range(100):
+        text = TASKS["niah_single_2"].build(str(seed), 600, 4096, words).text
+        before = text[: text.index("One of the secret")].split()[-1]
+        tenths[min(9, 10 * text.index("One of the secret") // len(text))] += 1
+        assert not ending or before.endswith(ending) or tenths[0]
+    assert sorted(tenths) == list(range(10))
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_needles_in_prose_are_between_sentences(seed):
     text = ask("niah_multikey_1", seed, 400).text.split("\n", 1)[1]

@@ -89,3 +89,8 @@ class TestUsersText:
         (tmp_path / "empty.jsonl").write_text("")
         with pytest.raises(UserError, match=r"--haystack: .*empty\.jsonl holds no text"):
             read_text(str(tmp_path / "empty.jsonl"), 5)
+
+    def test_texts_without_spaces(self, tmp_path):
+        file = write_lines(tmp_path / "b.jsonl", {"text": "\u5b57" * 500}, {"text": "a b c"})
+        with pytest.raises(UserError, match=r"--haystack: the words of .* have 126 characters on average"):
+            read_text(str(file), 100)

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 import component.evaluate.model_spec
@@ -22,6 +23,7 @@ from component.data.token_file import write_tokens
 from component.evaluate.perplexity import measure_perplexity
 from component.storage.claim import claimed
 from tests.conftest import ROOT
+from tests.outcome import refused_by_us
 from tests.processes import torchrun
 from tests.reference.long_ppl import key_tokens, log_likelihoods
 from tests.reference.longlora_perplexity import longlora_perplexity
@@ -364,6 +366,23 @@ def test_a_model_keeps_its_own_key_tokens(evaluate, base_folder, adapter_folder,
     own = json.loads((tmp_path / "keys.json").read_text())
     assert found["evaluator"] == own["evaluator"] == str(adapter_folder)
     assert own["lengths"][0]["positions"] != keys
+
+
+@pytest.mark.parametrize("named", [(), ("--evaluator", "{folder}")])
+def test_key_tokens_of_other_weights_of_the_same_name(named, evaluate, run_program, tokens, base_folder, tmp_path):
+    """Another model may use them: they are those of the evaluator as it was."""
+    folder = Path(shutil.copytree(base_folder, tmp_path / "model"))
+    words = ["--seq_len", 31, *LONG_PPL, "--key_tokens", tmp_path / "keys.json"]
+    words += [word.format(folder=folder) for word in named]
+    (first,) = evaluate("--base_model", folder, *words)[0]["results"]
+    assert evaluate("--base_model", folder, *words)[0]["results"][0]["long_ppl"] == first["long_ppl"]
+    file = folder / "model.safetensors"
+    save_file({name: 2 * tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    outcome = run_program(EVALUATE, "--data_path", tokens, "--base_model", folder, *words)
+    refused_by_us(outcome, "--key_tokens", f"was found by other weights of {folder}; name a new file")
+    if not named:
+        (other,) = evaluate("--base_model", base_folder, *words)[0]["results"]
+        assert other["long_ppl"] == first["long_ppl"]
 
 
 @pytest.mark.parametrize(

@@ -148,8 +148,31 @@ def test_resume_after_more_training(run_program, tmp_path, adapter_folder):
     file = adapter / "adapter_model.safetensors"
     save_file({name: 2 * tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
     outcome = run_program(RULER, *words)
-    refused_by_us(outcome, "--resume", "adapter_sha256")
+    refused_by_us(outcome, "--resume", "was measured with another adapter")
     assert "Loading weights" not in outcome.err
+
+
+def double(file: Path) -> None:
+    save_file({name: 2 * tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+
+
+def test_resume_with_other_weights_or_texts_of_the_same_name(run_program, tmp_path, own_base):
+    file = tmp_path / "r.json"
+    texts = write_lines(tmp_path / "texts.jsonl", {"text": "The hills are far. " * 50})
+    words = ["--base_model", own_base, "--samples", 1, "--tasks", "niah_single_2", "--lengths", 600]
+    words += ["--haystack", texts, "--output_json", file, "--resume"]
+    assert [run_program(RULER, *words).status for _ in range(2)] == [0, 0]
+    record = json.loads(file.read_text())
+    write_lines(tmp_path / "texts.jsonl", {"text": "The seas are wide. " * 50})
+    refused_by_us(run_program(RULER, *words), "--resume", "was measured with other texts under the same name")
+    write_lines(tmp_path / "texts.jsonl", {"text": "The hills are far. " * 50})
+    assert run_program(RULER, *words).status == 0
+    double(own_base / "model.safetensors")
+    refused_by_us(run_program(RULER, *words), "--resume", "was measured with other weights under the same name")
+    for name in ("base_fingerprint", "haystack_fingerprint"):  # older files lack them
+        del record["asked"][name]
+    file.write_text(json.dumps(record))
+    assert run_program(RULER, *words).status == 0
 
 
 def test_an_extended_model_is_not_beyond_its_context(run_program, own_base):

@@ -154,6 +154,14 @@ class TestManyPrompts:
             )
         refused(infer(*words), "--output_jsonl", "were made with an adapter with the sha256")
 
+    def test_a_model_that_was_replaced(self, infer, asked, tmp_path, own_base):
+        words = ("--input_jsonl", asked, "--output_jsonl", tmp_path / "out.jsonl", *SHORT)
+        words += ("--model_name_or_path", own_base)
+        assert [infer(*words).status for _ in range(2)] == [0, 0]
+        file = own_base / "model.safetensors"
+        save_file({name: 2 * tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+        refused(infer(*words), "--output_jsonl", "were made with weights of the base with the hash")
+
     def test_quantized_answers_depend_on_the_tokens_per_forward_pass(self, infer, asked, tmp_path, monkeypatch):
         """Which ones fit may have changed when a run is resumed."""
         for cache in ("int8", "dynamic"):

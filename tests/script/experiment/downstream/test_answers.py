@@ -10,7 +10,8 @@ from script.experiment.downstream.answers import answers, words
 
 def test_case_and_punctuation_do_not_count():
     assert words("The  Sea-Wolf, of 1904!") == ["the", "sea", "wolf", "of", "1904"]
-    assert words("...") == []
+    assert words("?") == ["?"], "nothing else could be compared"
+    assert words(" ") == []
 
 
 def test_answers_are_compared_with_those_expected(base_folder):

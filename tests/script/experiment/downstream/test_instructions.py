@@ -45,6 +45,8 @@ def test_an_answer_that_leaves_no_room_for_a_question():
         (["--held_out", "1"], ["--held_out", "1.0"]),
         (["--source", "/no/such"], ["--source", "/no/such"]),
         (["--per_document", "0"], ["--per_document", "at least 1"]),
+        (["--short_base", "no/such/folder"], ["--short_base: there is no model folder 'no/such/folder'"]),
+        (["--jobs", "0"], ["--jobs", "at least 1"]),
     ],
 )
 def test_mistakes(words, parts, run_program, base_folder, tmp_path):

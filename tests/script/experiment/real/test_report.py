@@ -30,6 +30,7 @@ def result(row: str, seed: int, perplexity: float, right: list[int] | None = Non
         },
         "training": {"step_seconds": [9.0, 1.0, 3.0, 2.0], "peak_reserved_gib": 7.5, "num_input_tokens_seen": 12e6},
         "rows_per_gpu": 1 + seed,
+        "settings": {"max_steps": 4},
         "eval_losses": [[1, 2.0], [2, 1.5], [3, 1.508], [4, 1.5]],
     }
     if right is not None:
@@ -70,6 +71,7 @@ def test_tokens_until_near_the_end(results):
     assert tokens_until_near(one, share=1.0) == 3e6
     assert tokens_until_near(one, share=0.005) == 12e6  # it had been there before
     assert tokens_until_near(one | {"eval_losses": []}) is None
+    assert tokens_until_near(one | {"settings": {"max_steps": 6}}) == 4e6  # the last steps are not evaluated
 
 
 def test_perplexities_of_key_tokens(results):

@@ -6,8 +6,9 @@ import json
 
 import pytest
 
+from component.error import UserError
 from component.storage.result import write_json
-from script.experiment.real.run import requested_rows
+from script.experiment.real.run import FLAGS_FILE, check_same_work, requested_rows, what_results_depend_on
 from tests.outcome import refused_by_us
 from tests.words import write_lines
 
@@ -98,6 +99,30 @@ def test_what_it_will_cost(run, tmp_path):
         in outcome.out
     )
     assert not (tmp_path / "work").exists()
+
+
+def test_a_work_folder_of_other_texts(run, texts, tmp_path):
+    """Of the same names: what is there would be taken for theirs."""
+    flags = {"other_key": "content", "max_steps": 1, "length": 96, "windows": [48], "samples": 0}
+    flags |= {"base": tmp_path / "base", "texts": texts, "other": [], "ruler_lengths": None, "work": tmp_path / "work"}
+    flags = argparse.Namespace(**flags)
+    flags.base.mkdir()
+    (flags.base / "config.json").write_text("{}")
+    flags.work.mkdir()
+    write_json(flags.work / FLAGS_FILE, what_results_depend_on(flags))
+    check_same_work(flags)
+    (texts / "books-train.jsonl").write_text("{}")
+    with pytest.raises(UserError, match=r"books-train\.jsonl has other content than when .*work was begun"):
+        check_same_work(flags)
+    known = json.loads((flags.work / FLAGS_FILE).read_text())
+    del known["content"]  # by an older version
+    (flags.work / FLAGS_FILE).write_text(json.dumps(known))
+    check_same_work(flags)
+
+
+def test_a_kind_of_text_called_other(run, texts):
+    (texts / "books-train.jsonl").rename(texts / "other-train.jsonl")
+    refused_by_us(run("--rows", "base"), "--texts: a kind of text is called other, as those of --other are")
 
 
 def test_wrong_names(run, texts):

@@ -64,6 +64,23 @@ def test_tokens_that_a_row_is_trained_on(name, tokens):
     assert tokens_of(all_rows()[name], argparse.Namespace(length=None, max_steps=None)) == tokens
 
 
+def test_what_an_adapter_is_trained_anew_for_is_forgotten(worker, capsys):
+    """Its answers; and key tokens, if it finds those of all rows, which then have others."""
+    rows, data, folder = all_rows(), worker.flags.work / "data", worker.flags.work / "runs/ours-0"
+    (data / "keys-books.json").write_text("{}")
+    worker.ruler_file(folder).write_text("{}")
+    worker.forget(rows["ours"], 0, folder)
+    assert not worker.ruler_file(folder).exists()
+    assert (data / "keys-books.json").exists()
+    worker.forget(rows["full-attention"], 0, folder)
+    assert not (data / "keys-books.json").exists()
+    assert not capsys.readouterr().out
+    (data / "keys-books.json").write_text("{}")
+    (worker.flags.work / "results/ours-0.json").write_text("{}")
+    worker.forget(rows["full-attention"], 0, folder)
+    assert "LongPPL of rows with results is over the former ones" in capsys.readouterr().out
+
+
 def test_nobody_waits_for_key_tokens_that_cannot_be_found(worker):
     """Measuring fails: there is no folder for its tasks."""
     (worker.flags.work / "runs").rmdir()
