@@ -49,7 +49,7 @@ from component.train.failure import explained_failures, telling_termination
 from component.train.model_check import check_model
 from component.train.planning import Memory, plan_memory, uses_own_attention
 from component.train.rehearsal import explained_settings, rehearse
-from component.train.resume import check_continuation, distribution, of_trainer, recorded_matmul, steps_of
+from component.train.resume import check_continuation, compared, distribution, recorded_matmul, steps_of
 from component.train.settings import parse_arguments
 from component.train.summary import describe_cost, print_summary
 from component.train.trainer import LongQLoRATrainer
@@ -89,7 +89,7 @@ def run(args: LongQLoRAArguments, training_args: TrainingArguments) -> None:
     check_model(args, extended)
     check_batches(args, training_args, extended)
     args, memory = plan_memory(args, training_args, strategy, extended, recorded_matmul(resume))
-    changed = check_continuation(resume, strategy, samples, args.compared | of_trainer(training_args))
+    changed = check_continuation(resume, strategy, samples, compared(args, training_args))
     train_set, eval_set, data_lines = load_data(args, training_args, tokenizer, extended.vocab_size)
     startup.ended("samples")
     model = load_adapted(args, training_args, strategy, training_config(args, extended))
@@ -108,7 +108,7 @@ def run(args: LongQLoRAArguments, training_args: TrainingArguments) -> None:
             extended_config=extended,
             record=args.record(extended, factor)
             | {"original_tokens": original_context(extended), "versions": library_versions()}
-            | distribution(strategy, samples, training_args),
+            | distribution(strategy, samples, training_args, args),
             strategy=strategy,
             startup=startup,
             cuda_graph=args.cuda_graph,

@@ -24,6 +24,7 @@ from component.rope import (
     own_rope_type,
     rope_factor,
 )
+from component.storage.fingerprint import fingerprint
 from component.storage.hub import check_source
 from component.storage.tensor_reader import MODEL_FILES
 from component.tokenizer import load_tokenizer
@@ -123,6 +124,9 @@ def resolve_model(
         check_source(base, field, f"base model of {adapter}")
         if not record:
             _say(f"{field}: {base}, as {adapter}'s adapter_config.json says")
+    then = (record or {}).get("base_weights")  # older records lack it
+    if then and _is_same_place(base, str(named)) and fingerprint(base, weights_alone=True) not in (then, None):
+        _say(f"warning: {base} has other weights than when {adapter} was trained on it; its output may be useless")
     return ModelSource(base, adapter if record else base, record is not None, adapter)
 
 

@@ -4,6 +4,7 @@ The file is JSON: what decides which tokens are key (data, windows, rule, evalua
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,10 @@ class KeyTokens:
     windows: dict[int, list[Window]]  # by seq_len
     strides: dict[int, int]  # --sliding_window, by seq_len
     positions: dict[int, list[list[int]]] = field(default_factory=dict)  # by seq_len and window; ascending
-    hashes: dict[str, Any] = field(default_factory=dict)  # of the weights of evaluator and measured models, by name
+    hashes_of: Callable[[str], dict[str, Any] | None] = field(
+        default=lambda _: None, compare=False
+    )  # of a model's files
+    precision: dict[str, Any] = field(default_factory=dict, compare=False)  # of the evaluator, by flag; recorded
 
     @property
     def longest(self) -> int:
@@ -56,7 +60,7 @@ def write_key_tokens(path: str, keys: KeyTokens) -> None:
     ]
     data: dict[str, Any] = {"data_path": keys.data_path, "data_sha256": _sha256(keys.data_path)}
     decisive = {**keys.setting(), "protocol": keys.protocol}
-    data["evaluator_hashes"] = keys.hashes.get(str(keys.evaluator))
+    data |= keys.precision | {"evaluator_hashes": keys.hashes_of(str(keys.evaluator))}
     write_json(path, {"format": FORMAT, **decisive, **data, "lengths": lengths, **origin()})
 
 
@@ -75,7 +79,7 @@ def read_key_tokens(path: str, wanted: KeyTokens) -> KeyTokens:
             raise ValueError(f"format {record['format']!r}, this version reads {FORMAT}")
         evaluator = str(record["evaluator"])
         lengths = {row["seq_len"]: row for row in record["lengths"]}
-        then, now = record.get("evaluator_hashes"), wanted.hashes.get(evaluator)  # older files have none
+        then, now = record.get("evaluator_hashes"), wanted.hashes_of(evaluator)  # older files have none
         if then and now and then != now:
             raise UserError(f"{FIELD}: {path} was found by other weights of {evaluator}; name a new file")
         _refuse(path, [*_differences(record, wanted), *_different_windows(lengths, wanted)])

@@ -55,9 +55,17 @@ class ModelSpec:
 
 
 def hashes_of(base_model: str | None, peft_model: str | None) -> dict[str, str | None]:
-    """What a model's answers depend on besides names: of the adapter, trained or merged, and of the base's weights."""
-    base = resolve_model(base_model, peft_model, "base_model", "peft_model").base
-    return {"adapter_sha256": trained_hash(base_model, peft_model), "base_fingerprint": fingerprint(base)}
+    """What a model's answers depend on besides names: its weights, configs and tokenizer, and those of an adapter."""
+    origin = resolve_model(base_model, peft_model, "base_model", "peft_model")
+    prints = {"base_fingerprint": fingerprint(origin.base), "adapter_fingerprint": fingerprint(origin.adapter)}
+    return {"adapter_sha256": trained_hash(base_model, peft_model), **prints}
+
+
+def hashes_of_evaluator(text: str) -> dict[str, str | None] | None:
+    """`hashes_of` a model that is written without a name; None unless its folders are here."""
+    spec = parse_evaluator(text, [])
+    places = [place for place in (spec.base_model, spec.peft_model) if place]
+    return hashes_of(spec.base_model, spec.peft_model) if all(Path(place).is_dir() for place in places) else None
 
 
 def parse_model_spec(text: str) -> ModelSpec:

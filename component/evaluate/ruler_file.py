@@ -13,7 +13,8 @@ from component.storage.result import origin, write_json
 # of what lies under the names
 HASHES = {
     "adapter_sha256": "another adapter",
-    "base_fingerprint": "other weights under the same name",
+    "base_fingerprint": "other weights, config or tokenizer under the same name",
+    "adapter_fingerprint": "another config or tokenizer of the adapter",
     "haystack_fingerprint": "other texts under the same name",
 }
 CURE = "leave out --resume, and name another --output_json"

@@ -95,14 +95,15 @@ def _known_settings(file: Path) -> Record | None:
 
 def _refuse_others(path: str, known: Record, settings: Record) -> None:
     settings = json.loads(json.dumps(settings))
-    hashes = ("adapter_sha256", "base_fingerprint")  # older files lack them
+    hashes = ("adapter_sha256", "base_fingerprint", "adapter_fingerprint")  # older files lack them
     known = {**{name: settings.get(name) for name in hashes}, **known}
     changed = [name for name in {**known, **settings} if known.get(name) != settings.get(name)]
     if changed:
         flag = {  # what no flag sets
             "prefill_tokens": "tokens per forward pass, by free GPU memory:",
             "adapter_sha256": "an adapter with the sha256",
-            "base_fingerprint": "weights of the base with the hash",
+            "base_fingerprint": "weights, config and tokenizer of the base with the hash",
+            "adapter_fingerprint": "config and tokenizer of the adapter with the hash",
         }
         was = ", ".join(f"{flag.get(name, f'--{name}')} {json.dumps(known.get(name))}" for name in changed)
         now = ", ".join(json.dumps(settings.get(name)) for name in changed)

@@ -1,4 +1,4 @@
-"""Is what lies under a name still what it was? Resumed measurements must not mix results of two models or texts."""
+"""Is what lies under a name still what it was? Resumed work must not mix two models or texts in silence."""
 
 import hashlib
 import os
@@ -8,44 +8,58 @@ from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 
 WEIGHTS = (".safetensors", ".bin")
-CONFIG = "config.json"  # of a model: positions change with it
+CONFIGS = ("config.json", "adapter_config.json")  # of models and adapters: positions and scales change with them
+ANSWERING = (  # on which its answers depend besides
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
+    "generation_config.json",
+)
 BLOCKS, BLOCK = 64, 2**16  # samples of a file, and bytes of one
 
 
-def fingerprint(name: str | Path | None) -> str | None:
-    """Hash of a file, or of a model's weights and config, or of all files of another folder; None where nothing is.
+def fingerprint(name: str | Path | None, *, weights_alone: bool = False) -> str | None:
+    """Hash of a file, or of a model's or adapter's own files, or of all files of another folder; None if it has none.
 
     Of files above 4 MiB (BLOCKS * BLOCK) it reads the size and BLOCKS evenly spaced samples, since hashing a 7B whole
     takes half a minute and training changes every weight: a change of a few bytes may be missed.
 
     Args:
-        name: a path, or the hub id of a model that the local cache holds.
+        name: a path, or the hub id of a model that the local cache holds: then its commit is hashed.
+        weights_alone: without a model's config and tokenizer.
     """
     if name is None:
         return None
-    total = hashlib.sha256()
-    for label, file in _files(name):
+    path, total, count = Path(name), hashlib.sha256(), 0
+    if not path.exists():
+        return _commit(str(name))
+    for label, file in _files(path, weights_alone):
         total.update(f"{label} {file.stat().st_size}\n".encode())
         for block in _samples(file):
             total.update(block)
-    return total.hexdigest() if any(True for _ in _files(name)) else None
+        count += 1
+    return total.hexdigest() if count else None
 
 
-def _files(name: str | Path) -> Iterator[tuple[str, Path]]:
+def _commit(hub_id: str) -> str | None:
+    """Of the snapshot in the cache, which files may still be added to."""
+    for config in CONFIGS if hub_id.count("/") < 2 else ():
+        if isinstance(cached := try_to_load_from_cache(hub_id, config), str):
+            return hashlib.sha256(f"{hub_id} {Path(cached).parent.name}".encode()).hexdigest()
+    return None
+
+
+def _files(path: Path, weights_alone: bool) -> Iterator[tuple[str, Path]]:
     """(name within its folder, file), in alphabetical order."""
-    path = Path(name)
     if path.is_file():
         yield "", path
         return
-    if not path.is_dir():
-        cached = try_to_load_from_cache(str(name), CONFIG) if str(name).count("/") < 2 else None
-        if not isinstance(cached, str):
-            return
-        path = Path(cached).parent
-    is_model = (path / CONFIG).is_file()
-    for file in sorted(path.glob("*") if is_model else path.rglob("*")):
-        if file.is_file() and (not is_model or file.suffix in WEIGHTS or file.name == CONFIG):
-            yield file.relative_to(path).as_posix(), file
+    own = sorted(file for file in path.glob("*") if file.is_file())
+    has_weights = any(file.suffix in WEIGHTS for file in own)
+    if has_weights and any((path / name).is_file() for name in CONFIGS):
+        named = () if weights_alone else (*CONFIGS, *ANSWERING)
+        yield from ((file.name, file) for file in own if file.suffix in WEIGHTS or file.name in named)
+    else:
+        files = (file for file in sorted(path.rglob("*")) if file.is_file())
+        yield from ((file.relative_to(path).as_posix(), file) for file in files)
 
 
 def _samples(file: Path) -> Iterator[bytes]:

@@ -8,14 +8,17 @@ from transformers import TrainingArguments
 from component.checkpoint import read_record
 from component.distributed.strategy import Strategy
 from component.error import UserError
+from component.storage.fingerprint import fingerprint
+from component.train.argument import LongQLoRAArguments
 
-KEY, TRAINER_KEY = "distribution", "trainer"  # of a checkpoint's record
+KEY, TRAINER_KEY, CONTENT_KEY = "distribution", "trainer", "content"  # of a checkpoint's record
 # keys that a continued run cannot change -> what would be wrong
 _MODEL = "what was trained so far would be read by another model"
 _ORDER = "samples would repeat or be left out"
 _OPTIMIZER = "the optimizer's states and its settings come from the checkpoint, so it would have no effect"
 _ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
 OF_TRAINER = ("seed", "data_seed", "optim", "learning_rate", "weight_decay", *_ADAM)
+TOLD_OF_TRAINER = ("lr_scheduler_type", "warmup_steps", "max_grad_norm")
 FIXED = {
     **dict.fromkeys(OF_TRAINER, _OPTIMIZER),
     **dict.fromkeys(("model_max_length", "rope_type", "rope_theta", "lora_rank", "lora_alpha"), _MODEL),
@@ -26,13 +29,18 @@ FIXED = {
 # keys that it can change, with other losses than without
 TOLD = (
     *("model_name_or_path", "train_file", "load_in_4bit", "frozen_matmul", "position_skipping", "lora_dropout"),
-    *("use_shift_short_attention", "full_attention_ratio"),
+    *("use_shift_short_attention", "full_attention_ratio", "eval_file", *TOLD_OF_TRAINER),
 )
+FILES = ("model_name_or_path", "train_file", "eval_file")  # keys whose files may be others under the same name
 
 
-def distribution(strategy: Strategy, samples_per_step: int, training_args: TrainingArguments) -> dict[str, Any]:
-    """What a record says about how a run was distributed and optimized."""
+def distribution(
+    strategy: Strategy, samples_per_step: int, training_args: TrainingArguments, args: LongQLoRAArguments
+) -> dict[str, Any]:
+    """What a record says about how a run was distributed and optimized, and about the files that it read."""
     return {
+        "base_weights": fingerprint(args.model_name_or_path, weights_alone=True),
+        CONTENT_KEY: content_of(args),
         KEY: {
             "processes": strategy.processes,
             "zero_stage": strategy.zero_stage,
@@ -44,7 +52,19 @@ def distribution(strategy: Strategy, samples_per_step: int, training_args: Train
 
 
 def of_trainer(training_args: TrainingArguments) -> dict[str, Any]:
-    return {name: getattr(value := getattr(training_args, name), "value", value) for name in OF_TRAINER}
+    names = (*OF_TRAINER, *TOLD_OF_TRAINER)
+    return {name: getattr(value := getattr(training_args, name), "value", value) for name in names}
+
+
+def content_of(args: LongQLoRAArguments) -> dict[str, str | None]:
+    """Fingerprints of the files that FILES name."""
+    return {name: fingerprint(getattr(args, name)) for name in FILES}
+
+
+def compared(args: LongQLoRAArguments, training_args: TrainingArguments) -> dict[str, Any]:
+    """What `check_continuation` compares with the checkpoint's record."""
+    chooses = training_args.load_best_model_at_end or training_args.save_strategy == "best"
+    return args.compared | of_trainer(training_args) | {CONTENT_KEY: content_of(args), "chooses_best": chooses}
 
 
 def check_continuation(
@@ -56,7 +76,7 @@ def check_continuation(
 
     Args:
         samples_per_step: of all processes and micro-batches.
-        arguments: the run's own, with `group_size` in tokens, and those of `of_trainer`.
+        arguments: those of `compared`.
 
     Returns:
         The summary's line, by name, about keys that may change, with other losses; empty if none did.
@@ -132,6 +152,15 @@ def _check_arguments(checkpoint: str, record: dict[str, Any], arguments: dict[st
             "start another run:\n  " + "\n  ".join(fixed)
         )
     told = [f"{key} {old} -> {new}" for key, (old, new) in changed.items() if key in (*TOLD, "group_size")]
+    before, now = record.get(CONTENT_KEY) or {}, arguments.get(CONTENT_KEY) or {}  # older records have none
+    others = [key for key in before if before[key] != now.get(key, before[key])]
+    told += [f"{key} {arguments.get(key)} with other content" for key in others if key not in changed]
+    on_others = "eval_file" in others if CONTENT_KEY in record else "eval_file" in changed
+    if arguments.get("chooses_best") and then.get("eval_file") and on_others:
+        raise UserError(
+            f"eval_file: {arguments['eval_file']} is not what {checkpoint} was evaluated on, so the best checkpoint "
+            "would be chosen by losses on different texts; evaluate on the same, or start another run"
+        )
     return {"resumed": f"with other losses than an unbroken run: {', '.join(told)}"} if told else {}
 
 

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import EvalPrediction, PretrainedConfig, Trainer, TrainingArguments
 
 from component.card.write import write_card
-from component.checkpoint import remove_old_checkpoints, write_adapter, write_record
+from component.checkpoint import read_record, remove_old_checkpoints, write_adapter, write_record
 from component.data import IGNORE_INDEX
 from component.data.skipping import PositionSkipping
 from component.distributed.sequence import sequence_group
@@ -223,7 +223,9 @@ class LongQLoRATrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             seen = {"steps": self.state.global_step, "trained_tokens": self.state.num_input_tokens_seen}
-            write_record(folder, {**self.record, **seen}, names)
+            best = self.state.best_model_checkpoint if self.args.load_best_model_at_end and names else None
+            chosen = (read_record(best) or {}) if best else {}  # the adapter in output_dir is that of an earlier step
+            write_record(folder, {**self.record, **seen, **{key: chosen.get(key, seen[key]) for key in seen}}, names)
         self.accelerator.wait_for_everyone()
 
     def _write_card(self) -> None:

@@ -97,7 +97,8 @@ def measure(flags: argparse.Namespace, mixture: Mixture, tokenizer: PreTrainedTo
     files = [SourceFile(file, group=group) for group, source in enumerate(mixture.sources) for file in source.files]
     rules = [[source.name, source.mapping, source.turns, source.filters] for source in mixture.sources]
     settings = {"program": "build_sft", "max_tokens": flags.max_tokens, "template": flags.template, "sources": rules}
-    settings |= {"tokenizer": tokenizer_hash(tokenizer)}
+    own = str(tokenizer.chat_template) if flags.template == "tokenizer" else None  # lengths depend on it
+    settings |= {"tokenizer": tokenizer_hash(tokenizer), "chat_template": own}
     return measure_files(flags, files, settings, ExampleMeasure(tokenizer, mixture, flags.max_tokens, flags.template))
 
 

@@ -61,7 +61,7 @@ from component.evaluate.model_spec import (
     check_model_spec,
     describe_model,
     files_read,
-    hashes_of,
+    hashes_of_evaluator,
     load_model_spec,
     local_tokens,
     model_config,
@@ -149,10 +149,8 @@ def prepare_key_tokens(specs: list[ModelSpec], flags: argparse.Namespace, kept: 
     windows = {seq_len: plan_windows(count, seq_len, stride, flags.protocol) for seq_len, stride in strides.items()}
     named = None if evaluator is None else str(evaluator)
     keys = KeyTokens(named, rule, flags.protocol, flags.data_path, windows, strides)
-    for spec in [*specs, *([evaluator] if evaluator else [])]:
-        places = [place for place in (spec.base_model, spec.peft_model) if place]
-        if not kept or all(Path(place).is_dir() for place in places):  # who found what is kept may be gone
-            keys.hashes[str(spec)] = hashes_of(spec.base_model, spec.peft_model)
+    keys.hashes_of = hashes_of_evaluator
+    keys.precision = {name: getattr(flags, name) for name in ("load_in_4bit", "dtype")}
     if kept:  # read by one process: the others' machines may lack the file
         return from_first(lambda: read_key_tokens(flags.key_tokens, keys))
     if evaluator is None and flags.compare:

@@ -65,7 +65,7 @@ from component.evaluate.model_spec import (
     model_config,
 )
 from component.evaluate.ruler import Answer, Trial, model_answer, report, run_cell, summary, table_of
-from component.evaluate.ruler_file import kept_trials, write_trials
+from component.evaluate.ruler_file import HASHES, kept_trials, write_trials
 from component.evaluate.ruler_prompt import COMPLETION, SampleMaker
 from component.evaluate.ruler_task import TASKS
 from component.evaluate.split import attend_across_processes, check_split
@@ -152,7 +152,7 @@ def run(spec: ModelSpec, flags: argparse.Namespace) -> None:
 
 
 # the table has them, or nobody reads them
-HIDDEN = ("asked", "tasks", "lengths", "adapter_sha256", "base_fingerprint", "haystack_fingerprint")
+HIDDEN = ("asked", "tasks", "lengths", *HASHES)
 
 
 def same_place(path: str | None) -> str | None:

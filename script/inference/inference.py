@@ -91,7 +91,8 @@ def continue_file(flags: argparse.Namespace) -> None:
     if flags.cache_implementation in FORMATS:  # tokens of one forward pass attend to each other as computed
         settings["prefill_tokens"] = flags.prefill_tokens
     settings["adapter_sha256"] = trained_hash(*named_model(flags))
-    settings["base_fingerprint"] = fingerprint(resolve_model(*named_model(flags)).base)
+    origin = resolve_model(*named_model(flags))
+    settings |= {"base_fingerprint": fingerprint(origin.base), "adapter_fingerprint": fingerprint(origin.adapter)}
     # a folder is the same one from wherever its name is given
     names = {name: str(Path(path).resolve()) if path and Path(path).exists() else path for name, path in names.items()}
     with held_output(flags.output_jsonl, read, names | settings):

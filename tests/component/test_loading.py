@@ -24,6 +24,7 @@ from component.loading import (
 )
 from component.model import load_base, load_config
 from component.rope import context_length, extend_context
+from component.storage.fingerprint import fingerprint
 
 CPU = torch.device("cpu")
 
@@ -317,6 +318,23 @@ def test_k22_a_warning_about_another_base(adapter_folder, own_base, name, warns,
     resolve_model(str(moved), str(folder))
     warning = f"warning: {folder} was trained on /public/model/base, not on {moved}"
     assert (warning in capsys.readouterr().err) == warns
+
+
+def test_a_warning_about_other_weights_of_the_same_name(adapter_folder, own_base, base_folder, capsys):
+    folder, _ = adapter_folder(128)
+    record = json.loads((folder / "longqlora.json").read_text())
+    record |= {"base_model": str(own_base), "base_weights": fingerprint(own_base, weights_alone=True)}
+    (folder / "longqlora.json").write_text(json.dumps(record))
+    warning = f"warning: {own_base} has other weights than when {folder} was trained on it"
+    (own_base / "config.json").write_text((own_base / "config.json").read_text() + "\n")
+    resolve_model(None, str(folder))
+    assert warning not in capsys.readouterr().err
+    file = own_base / "model.safetensors"
+    save_file({name: 2 * tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    resolve_model(str(base_folder), str(folder))  # of another name: the user chose it
+    assert warning not in capsys.readouterr().err
+    resolve_model(None, str(folder))
+    assert warning in capsys.readouterr().err
 
 
 def test_k12_an_adapter_of_a_4bit_base_on_the_16bit_base(adapter_folder, base_folder, ids):

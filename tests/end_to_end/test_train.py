@@ -383,6 +383,9 @@ def test_the_best_checkpoint_has_the_smallest_perplexity(train, basic, files, tm
         load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / f"checkpoint-{best}", tmp_path)
     )
     assert all(torch.equal(kept[name], saved[name]) for name in saved)
+    told = record(tmp_path)
+    assert told["steps"] == best, "of the adapter beside it, not of the run"
+    assert told["trained_tokens"] == record(tmp_path / f"checkpoint-{best}")["trained_tokens"]
 
 
 def test_a_stream_is_shuffled_by_data_seed(train, basic, tmp_path):

@@ -123,8 +123,13 @@ def what_results_depend_on(flags: argparse.Namespace) -> dict[str, Any]:
     train, validation = (sources(flags.texts, kind) for kind in ("train", "validation"))
     named: dict[str, Any] = {"base": Path(flags.base).name, "texts": sorted({*train, *validation})}
     named["other"] = [Path(file).name for file in flags.other]
-    files = [flags.base, *train.values(), *validation.values(), *flags.other]
-    content = {Path(file).name: fingerprint(file) for file in files}
+    files = {"base": flags.base} | {f"other {at}": file for at, file in enumerate(flags.other, 1)}
+    files |= {
+        f"{kind} {name}": file
+        for kind, found in (("train", train), ("validation", validation))
+        for name, file in found.items()
+    }
+    content = {name: fingerprint(file) for name, file in files.items()}
     return named | {name: getattr(flags, name) for name in OF_RESULTS} | {CONTENT: content}
 
 
@@ -135,11 +140,11 @@ def check_same_work(flags: argparse.Namespace) -> None:
         UserError: which flags differ, and what they were; or which files do.
     """
     then, now = read_json(flags.work / FLAGS_FILE), what_results_depend_on(flags)
-    before, content = then.pop(CONTENT, {}), now.pop(CONTENT)
-    if others := [name for name in content if before.get(name, content[name]) != content[name]]:
+    before, content = then.pop(CONTENT, None), now.pop(CONTENT)
+    names = {} if before is None else {**content, **before}
+    if others := [name for name in names if before.get(name) != content.get(name)]:
         raise UserError(
-            f"--base, --texts, --other: {', '.join(others)} has other content than when {flags.work} was begun; use "
-            "another --work"
+            f"--base, --texts, --other: {', '.join(others)} changed since {flags.work} was begun; use another --work"
         )
     changed = {name: (then[name], now[name]) for name in now if name in then and then[name] != now[name]}
     if changed:

@@ -36,9 +36,37 @@ def test_of_a_model(model, tmp_path):
     assert second != first
     (model / "config.json").write_text('{"rope_theta": 1e6}')
     assert fingerprint(model) not in (first, second)
+    assert fingerprint(model, weights_alone=True) != fingerprint(tmp_path / "moved", weights_alone=True)
     write_weights(model, 0)
+    assert fingerprint(model, weights_alone=True) == fingerprint(tmp_path / "moved", weights_alone=True)
     (model / "config.json").write_text("{}")
     assert fingerprint(model) == first
+    for name in ("tokenizer.json", "chat_template.jinja", "adapter_config.json", "generation_config.json"):
+        (model / name).write_text("{}")
+        assert fingerprint(model) != first
+        (model / name).unlink()
+
+
+def test_a_folder_of_texts_with_a_config(tmp_path):
+    for name in ("config.json", "a.jsonl"):
+        (tmp_path / name).write_text("{}")
+    first = fingerprint(tmp_path)
+    (tmp_path / "a.jsonl").write_text("{ }")
+    assert fingerprint(tmp_path) != first
+
+
+def test_of_a_model_in_the_hubs_cache(tmp_path, monkeypatch):
+    """Its commit: files of it may still be downloaded."""
+    snapshot = tmp_path / "abc"
+    snapshot.mkdir()
+    (snapshot / "config.json").write_text("{}")
+    found = {"config.json": str(snapshot / "config.json")}
+    monkeypatch.setattr("component.storage.fingerprint.try_to_load_from_cache", lambda _, name: found.get(name))
+    first = fingerprint("owner/model")
+    write_weights(snapshot, 0)
+    assert fingerprint("owner/model") == first
+    found["config.json"] = str(snapshot.rename(tmp_path / "def") / "config.json")
+    assert fingerprint("owner/model") not in (None, first)
 
 
 def test_of_texts(tmp_path):

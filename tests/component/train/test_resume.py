@@ -11,10 +11,12 @@ from component.distributed.strategy import Strategy
 from component.error import UserError
 from component.train.argument import LongQLoRAArguments
 from component.train.resume import (
+    FILES,
     FIXED,
     OF_TRAINER,
     TOLD,
     check_continuation,
+    compared,
     distribution,
     of_trainer,
     recorded_matmul,
@@ -24,14 +26,17 @@ from component.train.resume import (
 WRITTEN = {"files": {}, "base_model": "x", "rope_type": "linear", "rope_factor": 2}
 
 
+def arguments(**values) -> LongQLoRAArguments:
+    return LongQLoRAArguments("model", "a.jsonl", False, 64, 64, **values)
+
+
 @pytest.fixture
 def written_by(tmp_path):
     """written_by(strategy, samples): a checkpoint's folder; without samples one of an earlier version's."""
 
     def write(strategy: Strategy, samples: int | None) -> str:
-        record = WRITTEN | (
-            distribution(strategy, samples, TrainingArguments(tmp_path, use_cpu=True)) if samples else {}
-        )
+        args = TrainingArguments(tmp_path, use_cpu=True)
+        record = WRITTEN | (distribution(strategy, samples, args, arguments()) if samples else {})
         (tmp_path / "longqlora.json").write_text(json.dumps(record))
         if strategy.zero_stage is not None:
             (tmp_path / "global_step4").mkdir(exist_ok=True)
@@ -164,13 +169,13 @@ def test_what_it_may_not_change_is_refused_at_once(checkpoint):
 
 def test_all_keys_are_known():
     names = {item.name for item in (*fields(LongQLoRAArguments), *fields(TrainingArguments))}
-    assert names >= {*FIXED, *TOLD, *OF_TRAINER}
+    assert names >= {*FIXED, *TOLD, *OF_TRAINER, *FILES}
     assert FIXED.keys() >= set(OF_TRAINER)
 
 
 def test_the_optimizers_keys_are_recorded(tmp_path):
     args = TrainingArguments(tmp_path, use_cpu=True, optim="adamw_torch", learning_rate=3e-4, seed=7)
-    found = json.loads(json.dumps(distribution(Strategy(), 8, args)))["trainer"]
+    found = json.loads(json.dumps(distribution(Strategy(), 8, args, arguments())))["trainer"]
     assert (found["optim"], found["learning_rate"], found["seed"], found["data_seed"]) == (
         "adamw_torch",
         3e-4,
@@ -178,3 +183,64 @@ def test_the_optimizers_keys_are_recorded(tmp_path):
         None,
     )
     assert found == of_trainer(args)
+
+
+class TestFilesOfTheSameName:
+    """A checkpoint, and the texts that it was trained and evaluated on."""
+
+    @pytest.fixture
+    def run(self, tmp_path):
+        """run(write=False, **TrainingArguments' and our keys): what the summary says of a resumed run."""
+        for name in ("a", "b", "e"):
+            (tmp_path / f"{name}.jsonl").write_text(name)
+
+        def run(write: bool = False, **keys) -> dict[str, str]:
+            train_file, eval_file = keys.pop("train_file", "a.jsonl"), keys.pop("eval_file", "e.jsonl")
+            args = LongQLoRAArguments(
+                "m",
+                str(tmp_path / train_file),
+                False,
+                64,
+                64,
+                eval_file=str(tmp_path / eval_file),
+                frozen_matmul="unquantized",
+            )
+            trainer = TrainingArguments(tmp_path / "out", use_cpu=True, **keys)
+            if write:
+                record = (
+                    WRITTEN
+                    | {"arguments": args.compared, "group_size": args.group_tokens}
+                    | distribution(Strategy(), 8, trainer, args)
+                )
+                (tmp_path / "longqlora.json").write_text(json.dumps(record))
+            return check_continuation(str(tmp_path), Strategy(), 8, compared(args, trainer))
+
+        run(write=True)
+        return run
+
+    def test_nothing_changed(self, run):
+        assert run() == {}
+
+    def test_other_texts(self, run, tmp_path):
+        (tmp_path / "a.jsonl").write_text("others")
+        told = f"with other losses than an unbroken run: train_file {tmp_path / 'a.jsonl'} with other content"
+        assert run() == {"resumed": told}
+        (tmp_path / "a.jsonl").write_text("a")
+        assert run() == {}
+        assert "a.jsonl -> " in run(train_file="b.jsonl")["resumed"]
+
+    def test_other_schedules(self, run):
+        told = run(lr_scheduler_type="constant", max_grad_norm=0.1)["resumed"]
+        assert told.endswith("lr_scheduler_type linear -> constant, max_grad_norm 1.0 -> 0.1")
+
+    def test_the_best_checkpoint_is_chosen_on_the_same_texts(self, run, tmp_path):
+        best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1, "save_steps": 1}
+        assert run(**best) == {}
+        (tmp_path / "moved.jsonl").write_text("e")
+        assert "eval_file" in run(**best, eval_file="moved.jsonl")["resumed"]
+        with pytest.raises(UserError, match=r"^eval_file: .*b\.jsonl is not what .* was evaluated on"):
+            run(**best, eval_file="b.jsonl")
+        (tmp_path / "e.jsonl").write_text("others")
+        with pytest.raises(UserError, match=r"^eval_file: .*e\.jsonl is not what .* was evaluated on"):
+            run(**best)
+        assert "eval_file" in run()["resumed"]

@@ -380,6 +380,9 @@ def test_key_tokens_of_other_weights_of_the_same_name(named, evaluate, run_progr
     save_file({name: 2 * tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
     outcome = run_program(EVALUATE, "--data_path", tokens, "--base_model", folder, *words)
     refused_by_us(outcome, "--key_tokens", f"was found by other weights of {folder}; name a new file")
+    outcome = run_program(EVALUATE, "--data_path", tokens, "--compare", f"a={base_folder}", *words)
+    refused_by_us(outcome, f"was found by other weights of {folder}")
+    shutil.rmtree(folder)
     if not named:
         (other,) = evaluate("--base_model", base_folder, *words)[0]["results"]
         assert other["long_ppl"] == first["long_ppl"]

@@ -168,8 +168,8 @@ def test_resume_with_other_weights_or_texts_of_the_same_name(run_program, tmp_pa
     write_lines(tmp_path / "texts.jsonl", {"text": "The hills are far. " * 50})
     assert run_program(RULER, *words).status == 0
     double(own_base / "model.safetensors")
-    refused_by_us(run_program(RULER, *words), "--resume", "was measured with other weights under the same name")
-    for name in ("base_fingerprint", "haystack_fingerprint"):  # older files lack them
+    refused_by_us(run_program(RULER, *words), "--resume", "was measured with other weights, config or tokenizer under")
+    for name in ("base_fingerprint", "adapter_fingerprint", "haystack_fingerprint"):  # older files lack them
         del record["asked"][name]
     file.write_text(json.dumps(record))
     assert run_program(RULER, *words).status == 0

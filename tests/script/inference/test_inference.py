@@ -160,7 +160,7 @@ class TestManyPrompts:
         assert [infer(*words).status for _ in range(2)] == [0, 0]
         file = own_base / "model.safetensors"
         save_file({name: 2 * tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
-        refused(infer(*words), "--output_jsonl", "were made with weights of the base with the hash")
+        refused(infer(*words), "--output_jsonl", "were made with weights, config and tokenizer of the base")
 
     def test_quantized_answers_depend_on_the_tokens_per_forward_pass(self, infer, asked, tmp_path, monkeypatch):
         """Which ones fit may have changed when a run is resumed."""

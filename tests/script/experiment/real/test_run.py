@@ -112,8 +112,16 @@ def test_a_work_folder_of_other_texts(run, texts, tmp_path):
     write_json(flags.work / FLAGS_FILE, what_results_depend_on(flags))
     check_same_work(flags)
     (texts / "books-train.jsonl").write_text("{}")
-    with pytest.raises(UserError, match=r"books-train\.jsonl has other content than when .*work was begun"):
+    with pytest.raises(UserError, match="train books changed since .*work was begun"):
         check_same_work(flags)
+    (texts / "books-train.jsonl").rename(texts / "books-train.txt")
+    with pytest.raises(UserError, match="train books changed since"):
+        check_same_work(flags)
+    flags.other = [str(texts / "books-validation.jsonl")] * 2
+    (texts / "books-train.txt").rename(texts / "books-train.jsonl")
+    with pytest.raises(UserError, match="--other"):
+        check_same_work(flags)
+    flags.other = []
     known = json.loads((flags.work / FLAGS_FILE).read_text())
     del known["content"]  # by an older version
     (flags.work / FLAGS_FILE).write_text(json.dumps(known))
