@@ -56,6 +56,7 @@ from component.storage.claim import work_folder
 from component.storage.result import hardware, origin, write_json
 from script.experiment.rows import FULL, RECIPE, TOKENS_PER_STEP, Config, all_runs, main_runs
 from script.shared.program import execute, read_training
+from script.shared.same_work import same_work
 
 
 @dataclass(frozen=True)
@@ -196,8 +197,13 @@ def main() -> None:
     flags, start = parse_flags(), time.monotonic()
     for name in ("base", "data", "work"):  # programs run from the repository root
         setattr(flags, name, getattr(flags, name).resolve())
+    kept = {} if flags.cost else {"max_steps": flags.max_steps, "windows": flags.windows}
+    files = {file.name: file for file in sorted((*flags.data.glob("*.bin"), *flags.data.glob("train.jsonl")))}
+    file = flags.work / ("cost-flags.json" if flags.cost else "flags.json")
+    record = same_work(file, kept, {"base": flags.base, **files})
     read = {"--base": [flags.base], "--data": [flags.data]}
     with work_folder(flags.work / ("cost-runs" if flags.cost else "runs"), "run.py", read):
+        write_json(file, record)
         do_all(flags, start)
 
 

@@ -57,10 +57,8 @@ def parse_flags() -> argparse.Namespace:
 
 from huggingface_hub import snapshot_download
 
-from component.checkpoint import read_json
 from component.error import UserError, nearest
 from component.storage.claim import work_folder
-from component.storage.fingerprint import fingerprint
 from component.storage.foreign import reading
 from component.storage.hub import READ_SUFFIXES, check_source
 from component.storage.result import hardware, write_json
@@ -69,8 +67,9 @@ from script.experiment.real.rows import Row, all_rows
 from script.experiment.real.schedule import Schedule
 from script.experiment.real.work import REFERENCE, Trained, Worker, result_file, tokens_of
 from script.shared.card import visible_gpus
+from script.shared.same_work import same_work
 
-FLAGS_FILE, CONTENT = "flags.json", "content"  # of WORK; its key of fingerprints by file name
+FLAGS_FILE = "flags.json"  # of WORK
 # flags that decide what is in WORK/data and WORK/results
 OF_RESULTS = ("other_key", "max_steps", "length", "windows", "samples", "ruler_lengths")
 
@@ -118,38 +117,18 @@ def check_flags(flags: argparse.Namespace) -> None:
         raise UserError("--texts: a kind of text is called other, as those of --other are; rename its files")
 
 
-def what_results_depend_on(flags: argparse.Namespace) -> dict[str, Any]:
-    """By flag, and under CONTENT by file; what a row changes, and how it is computed, is left out."""
-    train, validation = (sources(flags.texts, kind) for kind in ("train", "validation"))
-    named: dict[str, Any] = {"base": Path(flags.base).name, "texts": sorted({*train, *validation})}
+def check_same_work(flags: argparse.Namespace) -> dict[str, Any]:
+    """Refuse a --work of other flags, base or texts; what a row changes, and how it is computed, is left out.
+
+    Returns:
+        What to write into FLAGS_FILE of WORK.
+    """
+    found = {kind: sources(flags.texts, kind) for kind in ("train", "validation")}
+    named: dict[str, Any] = {"base": Path(flags.base).name, "texts": sorted({*found["train"], *found["validation"]})}
     named["other"] = [Path(file).name for file in flags.other]
     files = {"base": flags.base} | {f"other {at}": file for at, file in enumerate(flags.other, 1)}
-    files |= {
-        f"{kind} {name}": file
-        for kind, found in (("train", train), ("validation", validation))
-        for name, file in found.items()
-    }
-    content = {name: fingerprint(file) for name, file in files.items()}
-    return named | {name: getattr(flags, name) for name in OF_RESULTS} | {CONTENT: content}
-
-
-def check_same_work(flags: argparse.Namespace) -> None:
-    """Refuse a --work whose data and results were made with other flags: they would be taken for these.
-
-    Raises:
-        UserError: which flags differ, and what they were; or which files do.
-    """
-    then, now = read_json(flags.work / FLAGS_FILE), what_results_depend_on(flags)
-    before, content = then.pop(CONTENT, None), now.pop(CONTENT)
-    names = {} if before is None else {**content, **before}
-    if others := [name for name in names if before.get(name) != content.get(name)]:
-        raise UserError(
-            f"--base, --texts, --other: {', '.join(others)} changed since {flags.work} was begun; use another --work"
-        )
-    changed = {name: (then[name], now[name]) for name in now if name in then and then[name] != now[name]}
-    if changed:
-        told = "; ".join(f"--{name}: {new}, but it was {old}" for name, (old, new) in changed.items())
-        raise UserError(f"{told} for what is in {flags.work}; use the same flags, or another --work")
+    files |= {f"{kind} {name}": file for kind in found for name, file in found[kind].items()}
+    return same_work(flags.work / FLAGS_FILE, named | {name: getattr(flags, name) for name in OF_RESULTS}, files)
 
 
 def do_all(waiting: list[tuple[Row, int]], flags: argparse.Namespace, start: float) -> None:
@@ -211,7 +190,7 @@ def do_all(waiting: list[tuple[Row, int]], flags: argparse.Namespace, start: flo
 def main() -> None:
     flags, start = parse_flags(), time.monotonic()
     check_flags(flags)
-    check_same_work(flags)
+    record = check_same_work(flags)
     rows = requested_rows(flags)
     waiting = [(row, seed) for row, seed in rows if not result_file(row, seed, flags).exists()]
     print(f"{estimate(waiting, flags)}; {flags.jobs} at a time on {hardware()}", flush=True)
@@ -219,7 +198,7 @@ def main() -> None:
         return
     read = {"--base": [flags.base], "--texts": [flags.texts]}
     with work_folder(flags.work / "runs", "run.py", read):
-        write_json(flags.work / FLAGS_FILE, what_results_depend_on(flags))
+        write_json(flags.work / FLAGS_FILE, record)
         (flags.work / "results").mkdir(exist_ok=True)
         prepare_data(flags, [row for row, _ in waiting])
         do_all(waiting, flags, start)
