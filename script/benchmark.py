@@ -86,6 +86,13 @@ def measure_rows(flags: argparse.Namespace, start: float) -> None:
         raise UserError(f"--resume: {flags.output_json} was measured on {old['hardware']}, not {card['hardware']}")
     command = shlex.join(["python", "script/benchmark.py", *sys.argv[1:]])
     versions = library_versions((*LIBRARIES, "unsloth", "liger-kernel"))
+    if changed := [
+        f"{name} {old}" for name, old in old.get("versions", versions).items() if versions.get(name) != old
+    ]:
+        raise UserError(
+            f"--resume: {flags.output_json} was measured with {', '.join(changed)}; install what it was, or name "
+            "another file"
+        )
     results = {"command": command, "date": str(date.today()), **card, "versions": versions, "rows": old["rows"]}
     for row in (row for row in rows if not is_done(row, results["rows"])):
         if flags.time_limit_s is not None and time.monotonic() - start > flags.time_limit_s:

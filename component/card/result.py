@@ -6,6 +6,7 @@ is left out.
 """
 
 import contextlib
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import date
@@ -40,8 +41,9 @@ def results_of(folder: Path) -> Results:
     found, written = Results(), _written(folder)
     for file in _candidates(folder):
         with contextlib.suppress(UserError, OSError, RuntimeError):  # the last: links that form a loop
-            sections = sections_in(read_object(file), folder, file)
-            if sections and file.stat().st_mtime < written:
+            sections = sections_in(result := read_object(file), folder, file)
+            is_older = file.stat().st_mtime < written or _is_of_others(result, folder)
+            if sections and is_older:
                 found.outdated.append(file)
             else:
                 found.sections.extend(sections)
@@ -83,6 +85,16 @@ def _is_this(setting: dict[str, Any], folder: Path, file: Path) -> bool:
     if adapter and base and own and Path(str(base)).resolve().name != Path(str(own)).resolve().name:
         return False  # of another base; the same one may be elsewhere
     return any((Path(start) / named).resolve() == folder.resolve() for start in (*RUN_FROM, file.parent))
+
+
+def _is_of_others(result: dict[str, Any], folder: Path) -> bool:
+    """Whether a result was measured with another adapter than the one in `folder`: a copy of its file is newer."""
+    asked, file = result.get("asked"), folder / "adapter_model.safetensors"
+    measured = asked.get("adapter_sha256") if isinstance(asked, dict) else None
+    if not measured or not file.is_file():
+        return False
+    with file.open("rb") as stream:
+        return bool(measured != hashlib.file_digest(stream, "sha256").hexdigest())
 
 
 IsThis = Callable[[dict[str, Any]], bool]

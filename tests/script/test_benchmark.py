@@ -131,6 +131,11 @@ def test_tiny_rows_end_to_end(tmp_path, base_folder):
     assert "hf ..." in first
     assert "hf ..." not in second
     assert second.splitlines()[-5:] == first.splitlines()[-5:]
+    results["versions"]["torch"] = "2.0.1"
+    output.write_text(json.dumps(results))
+    third = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
+    assert third.returncode == 1
+    assert f"--resume: {output} was measured with torch 2.0.1; install what it was" in third.stderr
 
 
 @pytest.mark.slow

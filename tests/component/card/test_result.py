@@ -1,6 +1,7 @@
 """Which files are results of a folder; what they say, from results as the programs write them."""
 
 import copy
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -159,6 +160,19 @@ def test_results_of_earlier_weights(folder):
     assert len(results_of(folder).sections) == 1
     (folder / "config.json").write_text("{}")
     assert results_of(folder).outdated == [file], "other positions are another model"
+
+
+def test_a_newer_file_about_another_adapter_of_the_same_name(folder):
+    """A copy of an older result, which says what it was measured with."""
+    (folder / "adapter_model.safetensors").write_bytes(b"weights")
+    os.utime(folder / "adapter_model.safetensors", (1e9, 1e9))
+    file = folder.parent / "result.json"
+    asked = {"base_model": None, "peft_model": str(folder), "samples": 20, "template": "completion"}
+    result = {**SETTING, **ORIGIN, "lengths": [4096], "tasks": ["vt"], "scores": [[1.0]], "means": [1.0]}
+    for sha, is_known in ((hashlib.sha256(b"weights").hexdigest(), True), ("0" * 64, False), (None, True)):
+        file.write_text(json.dumps({**result, "asked": {**asked, "adapter_sha256": sha}}))
+        found = results_of(folder)
+        assert (len(found.sections), found.outdated) == ((1, []) if is_known else (0, [file]))
 
 
 def test_held_out_data_of_the_run(folder):
