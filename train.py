@@ -36,6 +36,7 @@ from component.data.collator import RightPadCollator
 from component.data.dataset import load_samples
 from component.distributed.sequence import join_sequence_group
 from component.distributed.strategy import Strategy, training_strategy
+from component.distributed.world import leave_processes
 from component.error import UserError
 from component.memory.apply import use_memory_plan
 from component.memory.budget import explaining_out_of_memory, limit_memory, peak_memory
@@ -62,6 +63,7 @@ def main() -> None:
     args, training_args = parse_arguments(sys.argv[1:])
     with claimed_output_dir(training_args.output_dir):
         run(args, training_args)
+    leave_processes()
 
 
 def run(args: LongQLoRAArguments, training_args: TrainingArguments) -> None:

@@ -48,6 +48,12 @@ def joined_processes(parts: int = 1) -> Iterator[None]:
         join_sequence_group(parts)
         yield
     finally:
+        leave_processes()
+
+
+def leave_processes() -> None:
+    """Leave the groups of processes, if there are any: their threads can abort a process that ends inside of them."""
+    if dist.is_initialized():
         join_sequence_group(1)
         dist.destroy_process_group()
 

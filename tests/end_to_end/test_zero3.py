@@ -41,4 +41,5 @@ def test_zero_3_equals_one_process(train, basic, tmp_path, case):
     printed = finish(train(split, processes=processes))
     assert "ZeRO-3" in printed
     assert ("no plan" in printed) == (changes.get("memory_plan") is False)
-    assert_same_run(tmp_path / "split", tmp_path / "whole")
+    # numbers in the middle between two of FP8 may be rounded up in one and down in the other
+    assert_same_run(tmp_path / "split", tmp_path / "whole", 1e-3 if "frozen_matmul" in changes else 1e-5)
