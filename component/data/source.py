@@ -5,6 +5,7 @@ JSON Lines (`.jsonl`, `.json`, or any other name), a `.json` file that is one ar
 `BadRecord` with the reason; `RecordTally` decides how many are too many. Memory grows with the longest record only.
 """
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from huggingface_hub import HfApi, hf_hub_download
 from component.data.reader import DAMAGE, PACKED, BadRecord, array, is_array, json_lines, rows, whole_text
 from component.data.record import chat_problem, ignored_fields, text_fields_problem, text_problem
 from component.error import UserError, printable
+from component.storage.fingerprint import fingerprint
 
 MAX_FIELDS = 8  # names of unused fields in the summary
 MAX_REPORTED = 5  # bad records named one by one; the rest are counted
@@ -112,6 +114,14 @@ def resolve_files(source: str, field: str) -> list[Path]:
             f"{field}: there is no file or folder {source}; name one, or owner/dataset/file.jsonl on the hub"
         )
     return [_fetch("/".join(parts[:2]), "/".join(parts[2:]), source, field)]
+
+
+def texts_fingerprint(source: str | None, field: str) -> str | None:
+    """Hash of the files that a local path means, and of no others beside them; None of a hub id, or of nothing."""
+    if source is None or not Path(source).exists():
+        return None
+    prints = [fingerprint(file) for file in resolve_files(source, field)]
+    return hashlib.sha256(" ".join(map(str, prints)).encode()).hexdigest()
 
 
 def _data_names(names: list[str]) -> list[str]:

@@ -81,7 +81,10 @@ def read_key_tokens(path: str, wanted: KeyTokens) -> KeyTokens:
         lengths = {row["seq_len"]: row for row in record["lengths"]}
         then, now = record.get("evaluator_hashes"), wanted.hashes_of(evaluator)  # older files have none
         if then and now and then != now:
-            raise UserError(f"{FIELD}: {path} was found by other weights of {evaluator}; name a new file")
+            raise UserError(
+                f"{FIELD}: {path} was found by other weights of {evaluator}; name a new file "
+                "(its config and tokenizer count too)"
+            )
         _refuse(path, [*_differences(record, wanted), *_different_windows(lengths, wanted)])
         for seq_len, windows in wanted.windows.items():
             _check_positions(lengths[seq_len]["positions"], windows, wanted.rule)

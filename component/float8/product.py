@@ -25,7 +25,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 CAPABILITY = (8, 9)  # of the first GPUs that multiply FP8
 MULTIPLE = 16  # torch._scaled_mm takes weights whose sides are multiples of it
-# hidden size: 4096 is 11 to 13 % faster than bf16; at 2048 a step of 4096 tokens, bound by launches, took 10 % longer
+# hidden size: at 4096, 11 to 13 % faster than bf16; at 2048, steps of 4096 tokens, bound by launches, took 10 % longer
+# beside other runs; between, by arithmetic
 FAST_FROM = 3072
 _SCALES = WeakTensorKeyDictionary()  # scales of NF4's blocks -> scales of the weight's rows and columns
 GOLDEN = (5**0.5 - 1) / 2  # its multiples, modulo 1, are spread evenly

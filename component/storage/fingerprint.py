@@ -17,7 +17,7 @@ BLOCKS, BLOCK = 64, 2**16  # samples of a file, and bytes of one
 
 
 def fingerprint(name: str | Path | None, *, weights_alone: bool = False) -> str | None:
-    """Hash of a file, or of a model's or adapter's own files, or of all files of another folder; None if it has none.
+    """Hash of a file, or of the files of a model or adapter in a folder; None where there are none.
 
     Of files above 4 MiB (BLOCKS * BLOCK) it reads the size and BLOCKS evenly spaced samples, since hashing a 7B whole
     takes half a minute and training changes every weight: a change of a few bytes may be missed.
@@ -52,14 +52,10 @@ def _files(path: Path, weights_alone: bool) -> Iterator[tuple[str, Path]]:
     if path.is_file():
         yield "", path
         return
-    own = sorted(file for file in path.glob("*") if file.is_file())
-    has_weights = any(file.suffix in WEIGHTS for file in own)
-    if has_weights and any((path / name).is_file() for name in CONFIGS):
-        named = () if weights_alone else (*CONFIGS, *ANSWERING)
-        yield from ((file.name, file) for file in own if file.suffix in WEIGHTS or file.name in named)
-    else:
-        files = (file for file in sorted(path.rglob("*")) if file.is_file())
-        yield from ((file.relative_to(path).as_posix(), file) for file in files)
+    named = () if weights_alone else (*CONFIGS, *ANSWERING)
+    for file in sorted(path.glob("*")):
+        if file.is_file() and (file.suffix in WEIGHTS or file.name in named):
+            yield file.name, file
 
 
 def _samples(file: Path) -> Iterator[bytes]:

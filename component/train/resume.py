@@ -6,6 +6,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from component.checkpoint import read_record
+from component.data.source import texts_fingerprint
 from component.distributed.strategy import Strategy
 from component.error import UserError
 from component.storage.fingerprint import fingerprint
@@ -31,7 +32,6 @@ TOLD = (
     *("model_name_or_path", "train_file", "load_in_4bit", "frozen_matmul", "position_skipping", "lora_dropout"),
     *("use_shift_short_attention", "full_attention_ratio", "eval_file", *TOLD_OF_TRAINER),
 )
-FILES = ("model_name_or_path", "train_file", "eval_file")  # keys whose files may be others under the same name
 
 
 def distribution(
@@ -57,8 +57,9 @@ def of_trainer(training_args: TrainingArguments) -> dict[str, Any]:
 
 
 def content_of(args: LongQLoRAArguments) -> dict[str, str | None]:
-    """Fingerprints of the files that FILES name."""
-    return {name: fingerprint(getattr(args, name)) for name in FILES}
+    """Fingerprints of what keys name: it may be something else under the same name when a run is resumed."""
+    texts = {name: texts_fingerprint(getattr(args, name), name) for name in ("train_file", "eval_file")}
+    return {"model_name_or_path": fingerprint(args.model_name_or_path), **texts}
 
 
 def compared(args: LongQLoRAArguments, training_args: TrainingArguments) -> dict[str, Any]:

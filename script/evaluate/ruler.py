@@ -52,6 +52,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from component.checkpoint import read_record
+from component.data.source import texts_fingerprint
 from component.distributed.world import from_first, is_first_process, joined_processes, results_once
 from component.error import UserError, first_line, nearest
 from component.evaluate.figure import draw_tasks
@@ -74,7 +75,6 @@ from component.inference.load import stop_after_answer
 from component.loading import recorded_template, resolve_model
 from component.rope import context_length
 from component.storage.claim import claimed
-from component.storage.fingerprint import fingerprint
 from component.tokenizer import UNLIMITED, load_tokenizer
 
 
@@ -132,7 +132,9 @@ def run(spec: ModelSpec, flags: argparse.Namespace) -> None:
     asked = {**{name: getattr(flags, name) for name in names}, "template": template}
     for name in ("base_model", "peft_model", "haystack"):
         asked[name] = same_place(asked[name])
-    asked |= hashes_of(flags.base_model, flags.peft_model) | {"haystack_fingerprint": fingerprint(flags.haystack)}
+    asked |= hashes_of(flags.base_model, flags.peft_model) | {
+        "haystack_fingerprint": texts_fingerprint(flags.haystack, "--haystack")
+    }
     kept = from_first(lambda: kept_trials(flags.output_json, asked, cells) if flags.resume else [])
     model = load_model_spec(spec, load_in_4bit=flags.load_in_4bit, dtype=flags.dtype)
     mind_context(config, flags.lengths[-1])

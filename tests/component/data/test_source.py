@@ -8,7 +8,7 @@ import pytest
 import zstandard
 
 from component.data.reader import BadRecord
-from component.data.source import RecordTally, read_records, resolve_files
+from component.data.source import RecordTally, read_records, resolve_files, texts_fingerprint
 from component.error import UserError
 
 RECORDS = [{"text": f"text {number}\nof «Größe» 東京 " + "x" * (number % 50), "id": number} for number in range(2000)]
@@ -126,3 +126,19 @@ def test_the_one_data_file_of_a_hub_data_set(monkeypatch):
     assert [str(file) for file in resolve_files("owner/dataset", "--source")] == [
         "/cache/owner/dataset/data/train.parquet"
     ]
+
+
+def test_fingerprint_of_the_texts_that_are_read(tmp_path):
+    (tmp_path / "a.jsonl").write_text("one")
+    first = texts_fingerprint(str(tmp_path), "train_file")
+    assert texts_fingerprint(str(tmp_path / "a.jsonl"), "train_file") == first, "the same texts"
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "notes.txt").write_text("no data beside .jsonl files")
+    assert texts_fingerprint(str(tmp_path), "train_file") == first
+    (tmp_path / "a.jsonl").write_text("two")
+    assert texts_fingerprint(str(tmp_path), "train_file") != first
+    (tmp_path / "a.jsonl").write_text("one")
+    (tmp_path / "b.jsonl").write_text("two")
+    assert texts_fingerprint(str(tmp_path), "train_file") != first
+    assert texts_fingerprint(None, "eval_file") is None
+    assert texts_fingerprint("owner/texts/a.jsonl", "train_file") is None

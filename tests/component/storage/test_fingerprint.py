@@ -47,14 +47,6 @@ def test_of_a_model(model, tmp_path):
         (model / name).unlink()
 
 
-def test_a_folder_of_texts_with_a_config(tmp_path):
-    for name in ("config.json", "a.jsonl"):
-        (tmp_path / name).write_text("{}")
-    first = fingerprint(tmp_path)
-    (tmp_path / "a.jsonl").write_text("{ }")
-    assert fingerprint(tmp_path) != first
-
-
 def test_of_a_model_in_the_hubs_cache(tmp_path, monkeypatch):
     """Its commit: files of it may still be downloaded."""
     snapshot = tmp_path / "abc"
@@ -69,21 +61,14 @@ def test_of_a_model_in_the_hubs_cache(tmp_path, monkeypatch):
     assert fingerprint("owner/model") not in (None, first)
 
 
-def test_of_texts(tmp_path):
+def test_of_a_file(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text("one")
-    first, folder = fingerprint(file), fingerprint(tmp_path)
+    first = fingerprint(file)
     file.write_text("two")
     assert fingerprint(file) != first
-    assert fingerprint(tmp_path) != folder
-    file.rename(tmp_path / "b.jsonl")
     file.write_text("one")
-    (tmp_path / "b.jsonl").unlink()
-    assert fingerprint(file) == first
-    assert fingerprint(tmp_path) == folder
-    file.rename(tmp_path / "b.jsonl")
-    assert fingerprint(tmp_path / "b.jsonl") == first, "the name of a file is not its content"
-    assert fingerprint(tmp_path) != folder
+    assert fingerprint(file.rename(tmp_path / "b.jsonl")) == first, "the name of a file is not its content"
 
 
 @pytest.mark.parametrize("at", [0, BLOCKS * BLOCK // 2, BLOCKS * BLOCK - 1])

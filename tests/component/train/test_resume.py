@@ -11,7 +11,6 @@ from component.distributed.strategy import Strategy
 from component.error import UserError
 from component.train.argument import LongQLoRAArguments
 from component.train.resume import (
-    FILES,
     FIXED,
     OF_TRAINER,
     TOLD,
@@ -169,7 +168,7 @@ def test_what_it_may_not_change_is_refused_at_once(checkpoint):
 
 def test_all_keys_are_known():
     names = {item.name for item in (*fields(LongQLoRAArguments), *fields(TrainingArguments))}
-    assert names >= {*FIXED, *TOLD, *OF_TRAINER, *FILES}
+    assert names >= {*FIXED, *TOLD, *OF_TRAINER}
     assert FIXED.keys() >= set(OF_TRAINER)
 
 
@@ -228,6 +227,19 @@ class TestFilesOfTheSameName:
         (tmp_path / "a.jsonl").write_text("a")
         assert run() == {}
         assert "a.jsonl -> " in run(train_file="b.jsonl")["resumed"]
+
+    def test_a_folder_of_texts_that_holds_the_run(self, run, tmp_path):
+        """What is no training data may change: here the run's own files, and notes."""
+        texts = tmp_path / "texts"
+        texts.mkdir()
+        (texts / "a.jsonl").write_text("a")
+        run(write=True, train_file="texts")
+        (texts / "out").mkdir()
+        (texts / "out/a.jsonl").write_text("more")
+        (texts / "README.txt").write_text("notes")
+        assert run(train_file="texts") == {}
+        (texts / "b.jsonl").write_text("b")
+        assert run(train_file="texts")["resumed"].endswith(f"train_file {texts} with other content")
 
     def test_other_schedules(self, run):
         told = run(lr_scheduler_type="constant", max_grad_norm=0.1)["resumed"]
